@@ -1,0 +1,143 @@
+"""What happens to an image between the disk and the first layer, all of it on the device.
+
+`draw` makes the random choices of a batch in the global view, so that they are the same on every
+mesh; `apply` carries them out. One view, ten views and training crops differ in the choices only.
+Images are uint8 [B, H, W, C] in 0-255 units; nothing divides them by 255 or by a standard deviation.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocess:
+    """The recipe (paper, section 4.1; the source where it says more)."""
+
+    image_px: int  # side of the square from which crops are taken: 256 in 2012
+    input_px: int  # side of a crop: 224 in 2012
+    channels: int  # that the net reads: 3, or 1; grey images are repeated
+    crop: bool  # random offsets in training; else the centre
+    mirror: bool  # mirrored with probability 1/2 in training
+    share: int  # images in a row that share one offset and mirror: 32 in the source, 1 in the paper
+    mean: str  # 'image': minus the mean image's centre crop; 'channel': minus its average; 'none'
+    colour_noise: float  # deviation of the factor on each principal component: 0.1; 0 is off
+    noise_divisor: float  # (image - mean + noise) / this, while the noise is on: 1.1 in the source
+    scale: float  # multiplies the result; 1 in 2012, 1 / 255 in some tutorials
+
+
+class Statistics(NamedTuple):
+    """Of the training split, at the stored resolution; float32.
+
+    mean_image: [H, W, C].
+    colour_basis: [C, C], column i the i-th principal component times the deviation along it.
+    """
+
+    mean_image: Array
+    colour_basis: Array
+
+
+class Draws(NamedTuple):
+    """The random choices of a batch.
+
+    offset: int32 [B, 2], top and left edge of the crop, px.
+    mirror: bool [B].
+    noise: float32 [B, C], the factors N(0, colour_noise) on the components.
+    """
+
+    offset: Array
+    mirror: Array
+    noise: Array
+
+
+def draw(key: Array, batch_size: int, channels: int, recipe: Preprocess) -> Draws:
+    """Training's choices: offsets uniform in 0..image_px - input_px, both ends included."""
+    offset_key, mirror_key, noise_key = jax.random.split(key, 3)
+    centre = fixed(batch_size, channels, recipe)
+    shared = -(-batch_size // recipe.share)
+    offset, mirror, noise = centre
+    if recipe.crop:
+        slack = recipe.image_px - recipe.input_px
+        offset = jax.random.randint(offset_key, (shared, 2), 0, slack + 1)
+        offset = jnp.repeat(offset, recipe.share, axis=0)[:batch_size]
+    if recipe.mirror:
+        mirror = jax.random.bernoulli(mirror_key, 0.5, (shared,))
+        mirror = jnp.repeat(mirror, recipe.share, axis=0)[:batch_size]
+    if recipe.colour_noise:
+        noise = recipe.colour_noise * jax.random.normal(noise_key, (batch_size, channels))
+    return Draws(offset, mirror, noise)
+
+
+def fixed(batch_size: int, channels: int, recipe: Preprocess, view: int = 0) -> Draws:
+    """One of the ten test views: 0 the centre, 1-4 the corners, 5-9 their mirror images.
+
+    Paper, section 4.1. The ten views are taken from the centre `image_px` square.
+    """
+    slack = recipe.image_px - recipe.input_px
+    corners = ((slack // 2, slack // 2), (0, 0), (0, slack), (slack, 0), (slack, slack))
+    return Draws(
+        offset=jnp.broadcast_to(jnp.asarray(corners[view % 5], jnp.int32), (batch_size, 2)),
+        mirror=jnp.full((batch_size,), view >= 5),
+        noise=jnp.zeros((batch_size, channels)),
+    )
+
+
+def apply(
+    images: Array,
+    draws: Draws,
+    statistics: Statistics,
+    recipe: Preprocess,
+    noise_on: Array | bool = False,
+) -> Array:
+    """uint8 `images` [B, H, W, C] -> what conv1 sees, float32 [B, input_px, input_px, channels].
+
+    Args:
+        images: stored at any resolution; brought to `image_px` by bilinear interpolation.
+        draws: of the same batch.
+        statistics: of the training split.
+        recipe: what to do.
+        noise_on: whether the colour noise, and with it the division, is on at this step.
+    """
+    px = recipe.input_px
+    pixels = crop(_resize(images.astype(jnp.float32), recipe.image_px), draws, px)
+    pixels = pixels - _mean(statistics, recipe)[None]
+    if recipe.colour_noise:
+        noise = draws.noise @ statistics.colour_basis.T
+        noisy = (pixels + noise[:, None, None, :]) / recipe.noise_divisor
+        pixels = jnp.where(noise_on, noisy, pixels)
+    grey = pixels.shape[-1] == 1
+    return (jnp.repeat(pixels, recipe.channels, axis=-1) if grey else pixels) * recipe.scale
+
+
+def crop(images: Array, draws: Draws, px: int) -> Array:
+    """Cut [B, px, px, C] at each image's own offset, mirrored where the draw says so."""
+
+    def one(image: Array, offset: Array, mirror: Array) -> Array:
+        start = (offset[0], offset[1], jnp.zeros_like(offset[0]))
+        window = jax.lax.dynamic_slice(image, start, (px, px, image.shape[2]))
+        return jnp.where(mirror, window[:, ::-1], window)
+
+    return jax.vmap(one)(images, draws.offset, draws.mirror)
+
+
+def _mean(statistics: Statistics, recipe: Preprocess) -> Array:
+    """The mean image's centre crop, wherever the crop lies (source); [px, px, C] or [1, 1, C]."""
+    if recipe.mean == 'none':
+        return jnp.zeros((1, 1, 1))
+    if recipe.mean == 'channel':
+        return jnp.mean(statistics.mean_image, axis=(0, 1), keepdims=True)
+    edge = (recipe.image_px - recipe.input_px) // 2
+    side = slice(edge, edge + recipe.input_px)
+    return _resize(statistics.mean_image[None], recipe.image_px)[0, side, side]
+
+
+def _resize(images: Array, px: int) -> Array:
+    """Float [B, H, W, C] -> [B, px, px, C], bilinear and antialiased: two small matrix products."""
+    batch, *sides, channels = images.shape
+    if tuple(sides) == (px, px):
+        return images
+    return jax.image.resize(images, (batch, px, px, channels), 'bilinear')

@@ -1,0 +1,108 @@
+"""Two questions about a net that does not train: is its start dead, and where did it turn infinite?
+
+Copies of AlexNet sit at loss ln(classes) because the signal that depends on the image is all but
+gone at the logits. One number tells before the first step: the standard deviation of the logits
+across images at initialisation.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from alexnet_jax import model
+from alexnet_jax.model import AlexNet, Net
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Preflight:
+    """What a net's start looks like.
+
+    logit_std: standard deviation of the logits across images, root mean square over classes.
+    loss: mean cross-entropy in nats, beside `plateau`, which is ln(classes).
+    signal: for each layer, what depends on the image in its result: standard deviation across
+        images, root mean square over units.
+    """
+
+    logit_std: float
+    loss: float
+    plateau: float
+    signal: dict[str, float]
+
+    def weakest(self) -> tuple[str, float]:
+        """The layer that passes on the least of the signal it gets, and that share."""
+        names = list(self.signal)
+        gains = {
+            after: self.signal[after] / max(self.signal[before], 1e-30)
+            for before, after in zip(names, names[1:], strict=False)
+        }
+        name = min(gains, key=lambda key: gains[key])
+        return name, gains[name]
+
+
+def preflight(net: Net, params: Any, pixels: Array, labels: Array) -> Preflight:
+    """Measure a start on some images: `pixels` [B, H, W, C] as conv1 sees them, `labels` [B]."""
+    seen = _activations(net, params, pixels, None)
+    logits = seen[model.steps(net.layers[-1])[-1]]
+    loss = jnp.mean(jax.nn.logsumexp(logits, axis=-1) - logits[jnp.arange(len(labels)), labels])
+    return Preflight(
+        logit_std=_across_images(logits),
+        loss=float(loss),
+        plateau=math.log(net.classes),
+        signal={layer.name: _across_images(seen[model.steps(layer)[-1]]) for layer in net.layers},
+    )
+
+
+def dead_start(found: Preflight, min_logit_std: float) -> str | None:
+    """One sentence about a start that will not train, or None."""
+    if found.logit_std >= min_logit_std:
+        return None
+    layer, gain = found.weakest()
+    return (
+        f'dead start: across images the logits differ by only {found.logit_std:.1e} (standard '
+        f'deviation; at least {min_logit_std:.0e} is wanted, run 145 had 3e-2), so the loss will '
+        f'sit at ln(classes) = {found.plateau:.4f}; the signal is lost most in {layer}, which '
+        f"passes on {gain:.1e} of what it gets: raise its init_std, or set "
+        f"model.init_scaling='fan_in'."
+    )
+
+
+def first_not_finite(net: Net, params: Any, pixels: Array, labels: Array, masks: Any) -> str:
+    """Where a step goes wrong, in one phrase: the first operation, forward and then backward."""
+    for name, values in _activations(net, params, pixels, masks).items():
+        if not np.all(np.isfinite(values)):
+            return f'the activations of {name}'
+    grads = jax.jit(jax.grad(_loss), static_argnums=1)(params, net, pixels, labels, masks)
+    for layer in reversed(net.layers):
+        for kind, values in grads[layer.name].items():
+            if not np.all(np.isfinite(values)):
+                return f'the gradient of {layer.name}/{kind}'
+    return 'the loss alone'
+
+
+def _loss(params, net, pixels, labels, masks):
+    logits = AlexNet(net).apply({'params': params}, pixels, masks)
+    return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - logits[jnp.arange(len(labels)), labels])
+
+
+def _activations(net: Net, params: Any, pixels: Array, masks: Any) -> dict[str, Array]:
+    """Everything the net computes on the way, in order."""
+
+    @jax.jit
+    def run(params, pixels, masks):
+        _, variables = AlexNet(net).apply(
+            {'params': params}, pixels, masks, mutable=['intermediates']
+        )
+        return {name: value[0] for name, value in variables['intermediates'].items()}
+
+    seen = run(params, pixels, masks)
+    return {name: seen[name] for layer in net.layers for name in model.steps(layer)}
+
+
+def _across_images(values: Array) -> float:
+    return float(jnp.sqrt(jnp.mean(jnp.var(values.astype(jnp.float32), axis=0))))

@@ -1,0 +1,203 @@
+"""From a checkpoint, or a run's parameters, to errors: one view, ten views, ensembles.
+
+Errors are fractions in [0, 1]. Every image is counted once.
+"""
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from alexnet_jax import augment, checkpoint, data, parallel, prepare
+from alexnet_jax import config as configuration
+from alexnet_jax.augment import Statistics
+from alexnet_jax.config import Settings
+from alexnet_jax.data import Dataset
+from alexnet_jax.errors import RunError, UsageError
+from alexnet_jax.records import say
+
+VIEWS = {'centre': (0,), 'ten_views': tuple(range(10))}  # by the name used in results
+Predict = Callable[[Any, Statistics, jax.Array, int], jax.Array]
+
+
+def make_predict(settings: Settings, mesh: Mesh) -> Predict:
+    """(params, statistics, uint8 images [B, H, W, C], view 0..9) -> probabilities [B, classes]."""
+    forward = parallel.forward(settings.net, mesh)
+
+    def predict(params, statistics, images, view):
+        batch, channels = images.shape[0], images.shape[-1]
+        draws = augment.fixed(batch, channels, settings.preprocess, view)
+        pixels = augment.apply(images, draws, statistics, settings.preprocess)
+        return jax.nn.softmax(forward(params, pixels, None))
+
+    return jax.jit(predict, static_argnums=3)
+
+
+def probabilities(
+    predict: Predict,
+    params: Any,
+    statistics: Statistics,
+    dataset: Dataset,
+    *,
+    mesh: Mesh,
+    batch_size: int,
+    views: Sequence[int] = (0,),
+) -> np.ndarray:
+    """Class probabilities of every image, averaged over `views`: float32 [N, classes].
+
+    The average is over softmax probabilities, not logits (paper, section 4.1).
+    """
+    replicas = mesh.shape['data']
+    batch_size = -(-batch_size // replicas) * replicas
+    sharding = parallel.batch_sharding(mesh)
+    parts = []
+    for batch in data.eval_batches(dataset, batch_size):
+        images = jax.device_put(batch['image'], sharding)
+        mean = sum(predict(params, statistics, images, view) for view in views) / len(views)
+        parts.append(np.asarray(mean)[batch['mask'] > 0])
+    return np.concatenate(parts)
+
+
+def scores(probability: np.ndarray, label: np.ndarray) -> dict[str, float]:
+    """Top-1 and top-5 error and negative log-likelihood (nats an image) of [N, classes] and [N].
+
+    A label is among the top k when fewer than k classes are more probable; equally probable ones
+    are ranked by their number, so that a constant prediction is right once in `classes` times. A
+    probability that underflows to zero counts as the smallest normal float32.
+    """
+    own = probability[np.arange(len(label)), label][:, None]
+    earlier = np.arange(probability.shape[1])[None, :] < label[:, None]
+    rank = np.sum((probability > own) | ((probability == own) & earlier), axis=1)
+    likelihood = np.maximum(own[:, 0], np.finfo(np.float32).tiny).astype(np.float64)
+    return {
+        'top1_error': float(np.mean(rank >= 1)),
+        'top5_error': float(np.mean(rank >= 5)),
+        'nll': float(np.mean(-np.log(likelihood))),
+    }
+
+
+def class_accuracy(probability: np.ndarray, label: np.ndarray, names: Sequence[str]) -> dict:
+    """Share of each class's images whose top-1 is right; classes without an image are left out."""
+    right = np.argmax(probability, axis=1) == label
+    return {
+        name: float(np.mean(right[label == i]))
+        for i, name in enumerate(names)
+        if np.any(label == i)
+    }
+
+
+def report(
+    predict: Predict, params: Any, statistics: Statistics, dataset: Dataset, **how: Any
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """All scores of one view and of ten, and the predictions they come from.
+
+    Returns:
+        Scores as JSON can hold them, and arrays 'centre' and 'ten_views' (float32 [N, classes])
+        and 'label' (int32 [N]).
+    """
+    arrays = {'label': dataset.labels}
+    for name, views in VIEWS.items():
+        arrays[name] = probabilities(predict, params, statistics, dataset, views=views, **how)
+    return summary(arrays, dataset.class_names), arrays
+
+
+def summary(arrays: Mapping[str, np.ndarray], class_names: Sequence[str]) -> dict[str, Any]:
+    """The scores of saved predictions."""
+    label = arrays['label']
+    result: dict[str, Any] = {'images': len(label)}
+    for name in VIEWS:
+        result[name] = scores(arrays[name], label)
+    result['class_accuracy'] = class_accuracy(arrays['centre'], label, class_names)
+    return result
+
+
+def save_predictions(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write an .npz that is whole or not there."""
+    scratch = path.with_name(path.name + '.tmp')
+    with scratch.open('wb') as file:
+        np.savez(file, **arrays)
+    os.replace(scratch, path)
+
+
+# ---------------------------------------------------------------------------------- the command
+
+
+def run(
+    workdirs: Sequence[Path], *, step: int | str = 'latest', split: str = 'test', data_dir: str = ''
+) -> dict[str, Any]:
+    """Evaluate a checkpoint, or the ensemble of several, on every image of a split.
+
+    Args:
+        workdirs: of the runs; the probabilities of several are averaged.
+        step: 'latest', 'best' (lowest validation error) or the number of a step.
+        split: 'train', 'validation' or 'test' of the run's config, or an expression of TFDS.
+        data_dir: where the data lies, if not where the run had it.
+
+    Returns:
+        The scores, as `report`, with the step of each workdir.
+
+    Raises:
+        UsageError: a step that is not there, a split that is not there, nets that do not fit.
+        RunError: no checkpoint, a damaged one, or no data.
+    """
+    members, steps, class_names = [], [], ()
+    for workdir in workdirs:
+        arrays, found, class_names = predictions(workdir, step, split, data_dir)
+        members.append(arrays)
+        steps.append(found)
+        if members[0]['label'].tolist() != arrays['label'].tolist():
+            raise UsageError(f'{workdir} was evaluated on other images than {workdirs[0]}.')
+        if members[0]['centre'].shape != arrays['centre'].shape:
+            raise UsageError(f'{workdir} has other classes than {workdirs[0]}; leave it out.')
+    result = {'workdirs': [str(w) for w in workdirs], 'steps': steps, 'split': split}
+    if len(workdirs) > 1:
+        result['members'] = [summary(arrays, class_names) for arrays in members]
+    mean = {name: np.mean([a[name] for a in members], axis=0) for name in VIEWS}
+    return result | summary({'label': members[0]['label'], **mean}, class_names)
+
+
+def predictions(
+    workdir: Path, step: int | str, split: str, data_dir: str
+) -> tuple[dict[str, np.ndarray], int, tuple[str, ...]]:
+    """Restore, predict every image, save predictions_<split>.npz: (arrays, step, class names)."""
+    with checkpoint.Checkpoints(workdir / 'checkpoints') as checkpoints:
+        if not checkpoints.steps():
+            raise RunError(f'{workdir} holds no checkpoint; train first with --workdir={workdir}.')
+        restored = checkpoints.restore(None, step)
+    settings = configuration.unpack(restored.extra['config'])
+    expression = getattr(settings.data, split, split) if split != 'name' else split
+    folder = data_dir or settings.data.data_dir
+    prepare.ensure(settings.data.name, folder)
+    dataset = data.load(settings.data.name, folder, expression)
+    mesh = parallel.make_mesh(settings.mesh, settings.batch_size)
+    params = jax.device_put(
+        restored.state['state']['params'],
+        parallel.shardings(parallel.parameter_specs(settings.net, mesh), mesh),
+    )
+    statistics = Statistics(**{k: jnp.asarray(v) for k, v in restored.state['statistics'].items()})
+    say(f'{workdir}: step {restored.step}, {len(dataset)} images of {expression}')
+    _, arrays = report(
+        make_predict(settings, mesh),
+        params,
+        statistics,
+        dataset,
+        mesh=mesh,
+        batch_size=settings.loop.eval_batch_size,
+    )
+    save_predictions(workdir / f'predictions_{_file_name(split)}.npz', arrays)
+    return arrays, restored.step, dataset.class_names
+
+
+def _file_name(split: str) -> str:
+    return ''.join(c if c.isalnum() else '_' for c in split).strip('_')
+
+
+def line(result: Mapping[str, Any]) -> str:
+    """A result as the one JSON line of stdout."""
+    return json.dumps(result)

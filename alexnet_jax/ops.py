@@ -1,0 +1,314 @@
+"""The array operations of AlexNet on `[B, H, W, C]`: pure functions, fast on a CPU too.
+
+XLA's own gradients of these are several times slower than its forward passes on a CPU, so the
+vector-Jacobian products are written out here. Only reverse-mode differentiation is defined.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from alexnet_jax.errors import UsageError
+
+_DIMENSIONS = ('NHWC', 'HWIO', 'NHWC')
+
+
+def _on_cpu():
+    """Whether the program being traced is for a CPU: the one place where forms are chosen."""
+    return jax.default_backend() == 'cpu'
+
+
+# --- convolution ---------------------------------------------------------------------------
+
+
+def conv(x, kernel, *, stride: int = 1, padding=((0, 0), (0, 0)), groups: int = 1):
+    """Convolves images with kernels (cross-correlation, as every deep-learning library does).
+
+    Args:
+      x: images, `[B, H, W, Cin]`.
+      kernel: `[kh, kw, Cin // groups, Cout]`; group g reads the g-th block of input channels and
+        writes the g-th block of output channels, as the towers of alexnet's conv2, 4 and 5 do.
+      stride: step of the window in pixels, the same in both directions.
+      padding: zeros added `((top, bottom), (left, right))`.
+      groups: number of groups.
+
+    Returns:
+      `[B, (H + top + bottom - kh) // stride + 1, (W + left + right - kw) // stride + 1, Cout]`.
+
+    Raises:
+      UsageError: channels do not divide into the groups, or the kernel is larger than the image.
+    """
+    (kh, kw, fan_in, features), channels = kernel.shape, x.shape[-1]
+    if fan_in * groups != channels or features % groups:
+        raise UsageError(
+            f'a convolution of {channels} channels to {features} in {groups} groups cannot use '
+            f'kernels {kernel.shape}: give channels and features that the groups divide'
+        )
+    _check_window('kernel', (kh, kw), x, padding)
+    padding = tuple(map(tuple, padding))
+    if not _on_cpu():
+        return _xla_conv(x, kernel, stride, padding, groups)
+    kernel = _vary_like(kernel, x)
+    pairs = zip(jnp.split(x, groups, -1), jnp.split(kernel, groups, -1), strict=True)
+    return jnp.concatenate([_conv(a, b, stride, padding) for a, b in pairs], -1)
+
+
+def _xla_conv(x, kernel, stride, padding, groups=1):
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        (stride, stride),
+        padding,
+        dimension_numbers=_DIMENSIONS,
+        feature_group_count=groups,
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _conv(x, kernel, stride, padding):
+    return _xla_conv(x, kernel, stride, padding)
+
+
+def _conv_forward(x, kernel, stride, padding):
+    return _xla_conv(x, kernel, stride, padding), (x, kernel)
+
+
+def _conv_backward(stride, padding, residuals, dy):
+    # Two separate outputs: what nobody asks for (conv1's dx) is dropped by XLA.
+    x, kernel = residuals
+    to_x = jax.linear_transpose(lambda a: _xla_conv(a, kernel, stride, padding), x)
+    return to_x(dy)[0], _kernel_gradient(x, dy, kernel.shape, stride, padding)
+
+
+_conv.defvjp(_conv_forward, _conv_backward)
+
+
+def _kernel_gradient(x, dy, shape, stride, padding):
+    """Gradient with respect to the kernel: one matrix product a tap, `[Cin, BHW] @ [BHW, Cout]`."""
+    (kh, kw, _, features), (_, height, width, _) = shape, dy.shape
+    rows, columns = -(-kh // stride), -(-kw // stride)  # taps, counted in blocks of stride pixels
+    x = _pad_to(x, padding, (height + rows - 1) * stride, (width + columns - 1) * stride)
+    x = _space_to_depth(x, stride)
+    taps = [
+        jnp.einsum('bhwi,bhwo->io', x[:, i : i + height, j : j + width], dy)
+        for i in range(rows)
+        for j in range(columns)
+    ]
+    blocks = jnp.stack(taps).reshape(rows, columns, stride, stride, -1, features)
+    blocks = blocks.transpose(0, 2, 1, 3, 4, 5)
+    return blocks.reshape(rows * stride, columns * stride, -1, features)[:kh, :kw]
+
+
+def _pad_to(x, padding, height, width):
+    """Zeros as `padding` says at the top left; bottom right cut or filled to `height`, `width`."""
+    (top, _), (left, _) = padding
+    low_high = ((top, height - top - x.shape[1]), (left, width - left - x.shape[2]))
+    return lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), *((*p, 0) for p in low_high), (0, 0, 0)))
+
+
+def _space_to_depth(x, block):
+    """`[B, H, W, C]` -> `[B, H / block, W / block, block * block * C]`."""
+    if block == 1:
+        return x
+    batch, height, width, channels = x.shape
+    x = x.reshape(batch, height // block, block, width // block, block, channels)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, height // block, width // block, -1)
+
+
+def _vary_like(a, b):
+    """Inside shard_map: marks `a` as varying where `b` does, so that autodiff sums its gradient."""
+    varying = [jax.typeof(v).manual_axis_type.varying for v in (b, a)]
+    axes = tuple(varying[0] - varying[1])
+    return lax.pcast(a, axes, to='varying') if axes else a
+
+
+# --- normalisation -------------------------------------------------------------------------
+
+
+def lrn(x, *, groups: int = 1, size=5, k=2.0, alpha=1e-4 / 5, beta=0.75):
+    """Local response normalisation over channels (paper, section 3.3).
+
+    y = x / (k + alpha * sum of the squares of the `size` nearest channels) ** beta, the window
+    clipped at the ends and never crossing from one group (tower) into the next.
+    alpha is 1e-4 in the paper and 1e-4 / 5 in the 2012 program.
+
+    Args:
+      x: `[B, H, W, C]`; sums are taken in float32 whatever its type.
+      groups: number of towers side by side in C.
+      size: channels in a window; an even window has one more below than above.
+      k: added constant.
+      alpha: factor of the sum.
+      beta: exponent.
+
+    Returns:
+      `[B, H, W, C]`, of x's type.
+
+    Raises:
+      UsageError: the groups do not divide the channels.
+    """
+    if x.shape[-1] % groups:
+        raise UsageError(f'{x.shape[-1]} channels do not divide into {groups} groups for LRN')
+    towers = x.reshape(*x.shape[:-1], groups, x.shape[-1] // groups)
+    return _normalise(towers, (4,), size, k, alpha, beta).reshape(x.shape)
+
+
+def spatial_norm(x, *, size=5, k=1.0, alpha=0.001 / 25, beta=0.75):
+    """Normalisation over a `size` x `size` window within each map, clipped at the borders.
+
+    The same form as `lrn`; only the 2012 program has it, after conv2's LRN.
+
+    Args:
+      x: `[B, H, W, C]`; sums are taken in float32 whatever its type.
+      size: pixels in a window's side; an even window has one more above and left than below.
+      k: added constant.
+      alpha: factor of the sum.
+      beta: exponent.
+
+    Returns:
+      `[B, H, W, C]`, of x's type.
+    """
+    return _normalise(x, (1, 2), size, k, alpha, beta)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4, 5))
+def _normalise(x, axes, size, k, alpha, beta):
+    wide = x.astype(jnp.float32)
+    scale = k + alpha * _window_sum(wide * wide, axes, size // 2, size)
+    return (wide * _power(scale, beta)).astype(x.dtype)
+
+
+def _normalise_forward(x, axes, size, k, alpha, beta):
+    return _normalise(x, axes, size, k, alpha, beta), x
+
+
+def _normalise_backward(axes, size, k, alpha, beta, x, dy):
+    # y_i = x_i s_i^-b with s = k + a W x^2:
+    # dx = dy s^-b - 2 a b x W'(dy x s^-b / s), W' the transposed window
+    wide, dy = x.astype(jnp.float32), dy.astype(jnp.float32)
+    scale = k + alpha * _window_sum(wide * wide, axes, size // 2, size)
+    direct = dy * _power(scale, beta)
+    spread = _window_sum(direct * wide / scale, axes, size - 1 - size // 2, size)
+    return ((direct - (2 * alpha * beta) * wide * spread).astype(x.dtype),)
+
+
+_normalise.defvjp(_normalise_forward, _normalise_backward)
+
+
+def _window_sum(x, axes, before, size):
+    """Sums over windows of `size` that start `before` elements earlier, along each of `axes`."""
+    for axis in axes:
+        length = x.shape[axis]
+        pads = [(before, size - 1 - before) if a == axis else (0, 0) for a in range(x.ndim)]
+        padded = jnp.pad(x, pads)
+        parts = [lax.slice_in_dim(padded, i, i + length, axis=axis) for i in range(size)]
+        x = functools.reduce(jnp.add, parts)
+    return x
+
+
+def _power(scale, beta):
+    """`scale ** -beta`; for 3/4 by two roots, which vectorise where pow does not."""
+    if beta == 0.75:
+        root = lax.rsqrt(scale)
+        return root * jnp.sqrt(root)
+    return scale**-beta
+
+
+# --- pooling -------------------------------------------------------------------------------
+
+
+def max_pool(x, *, window=3, stride=2):
+    """Maximum over `window` x `window` pixels every `stride` pixels, whole windows only.
+
+    The gradient goes to the first maximum of each window in row-major order.
+
+    Args:
+      x: `[B, H, W, C]`.
+      window: side of the window in pixels.
+      stride: step in pixels; window > stride is the paper's overlapping pooling (section 3.4).
+
+    Returns:
+      `[B, (H - window) // stride + 1, (W - window) // stride + 1, C]`.
+
+    Raises:
+      UsageError: the window is larger than the image.
+    """
+    _check_window('pooling window', (window, window), x)
+    if _on_cpu():
+        return _max_pool(x, window, stride)
+    sizes, strides = (1, window, window, 1), (1, stride, stride, 1)
+    return lax.reduce_window(x, jnp.array(-jnp.inf, x.dtype), lax.max, sizes, strides, 'VALID')
+
+
+def avg_pool(x, *, window=3, stride=2):
+    """Mean over `window` x `window` pixels every `stride` pixels, whole windows only.
+
+    Args, returns and errors as for `max_pool`.
+    """
+    _check_window('pooling window', (window, window), x)
+    wide = x.astype(jnp.float32)
+    total = functools.reduce(jnp.add, _taps(wide, window, stride))
+    return (total / window**2).astype(x.dtype)
+
+
+def _taps(x, window, stride):
+    """The window's pixels as strided views of x, each `[B, H', W', C]`, in row-major order."""
+    height, width = (_steps(n, window, stride) for n in x.shape[1:3])
+    last = (x.shape[0], stride * (height - 1) + 1, stride * (width - 1) + 1, x.shape[3])
+    return [
+        lax.slice(
+            x, (0, i, j, 0), (last[0], i + last[1], j + last[2], last[3]), (1, stride, stride, 1)
+        )
+        for i in range(window)
+        for j in range(window)
+    ]
+
+
+def _steps(length, window, stride):
+    return (length - window) // stride + 1
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _max_pool(x, window, stride):
+    return functools.reduce(jnp.maximum, _taps(x, window, stride))
+
+
+def _max_pool_forward(x, window, stride):
+    taps = _taps(x, window, stride)
+    best, where = taps[0], jnp.zeros_like(taps[0], jnp.int8)
+    for number, tap in enumerate(taps[1:], 1):
+        where = jnp.where(tap > best, jnp.int8(number), where)
+        best = jnp.maximum(best, tap)
+    return best, (where, x)
+
+
+def _max_pool_backward(window, stride, residuals, dy):
+    where, x = residuals
+    height, width = x.shape[1:3]
+    dx = jnp.zeros_like(x)
+    for number in range(window * window):
+        i, j = divmod(number, window)
+        part = jnp.where(where == number, dy, jnp.zeros_like(dy))
+        ends = (
+            height - i - stride * (dy.shape[1] - 1) - 1,
+            width - j - stride * (dy.shape[2] - 1) - 1,
+        )
+        dx += lax.pad(
+            part,
+            jnp.zeros((), dy.dtype),
+            ((0, 0, 0), (i, ends[0], stride - 1), (j, ends[1], stride - 1), (0, 0, 0)),
+        )
+    return (dx,)
+
+
+_max_pool.defvjp(_max_pool_forward, _max_pool_backward)
+
+
+def _check_window(what, sides, x, padding=((0, 0), (0, 0))):
+    room = [n + sum(pad) for n, pad in zip(x.shape[1:3], padding, strict=True)]
+    if sides[0] > room[0] or sides[1] > room[1]:
+        raise UsageError(
+            f'a {what} of {sides[0]} x {sides[1]} does not fit into {room[0]} x {room[1]} pixels: '
+            'use a larger image, more padding or a smaller window'
+        )

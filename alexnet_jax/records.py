@@ -1,0 +1,144 @@
+"""What a run says of itself: metrics.jsonl, TensorBoard, and a line or a bar on the terminal."""
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+# Fields that tell time. All others repeat exactly when a run is repeated or resumed.
+TIMES = ('secs', 'images_per_sec', 'stall_secs')
+
+
+def say(line: str) -> None:
+    """A line for the person at the terminal; stdout is kept for results."""
+    print(line, file=sys.stderr, flush=True)
+
+
+class Means:
+    """Running sums and counts by name, so that uneven batches average right."""
+
+    def __init__(self, sums: Mapping[str, tuple[float, float]] | None = None):
+        self.sums = {name: (total, count) for name, (total, count) in (sums or {}).items()}
+
+    def add(self, metrics: Mapping[str, tuple[Any, Any]]) -> None:
+        """Add one batch's {name: (sum, count)}."""
+        for name, (total, count) in metrics.items():
+            old_total, old_count = self.sums.get(name, (0.0, 0.0))
+            self.sums[name] = (old_total + float(total), old_count + float(count))
+
+    def take(self) -> dict[str, float]:
+        """The means so far; starts afresh."""
+        means = {name: total / count for name, (total, count) in self.sums.items() if count}
+        self.sums = {}
+        return means
+
+
+class Records:
+    """metrics.jsonl, one JSON object a line: {"kind": ..., "step": ..., values}; and TensorBoard.
+
+    Args:
+        workdir: where metrics.jsonl and tensorboard/ lie.
+        resume_step: records of later steps are dropped: the resumed run writes them again.
+        tensorboard: whether to write event files too; left out, with a line, if tensorboardX is
+            not installed.
+    """
+
+    def __init__(self, workdir: Path, resume_step: int, tensorboard: bool):
+        self.path = workdir / 'metrics.jsonl'
+        kept = [record for record in read(workdir) if record['step'] <= resume_step]
+        scratch = self.path.with_suffix('.tmp')
+        scratch.write_text(''.join(json.dumps(record) + '\n' for record in kept))
+        os.replace(scratch, self.path)
+        self._file = self.path.open('a')
+        self._board = _board(workdir / 'tensorboard', resume_step) if tensorboard else None
+
+    def write(self, kind: str, step: int, **values: Any) -> None:
+        """Append a record; it is on its way to the disk when this returns."""
+        self._file.write(json.dumps({'kind': kind, 'step': step, **values}) + '\n')
+        self._file.flush()
+        if self._board is not None:
+            for name, value in values.items():
+                if isinstance(value, (int, float)):
+                    self._board.add_scalar(f'{kind}/{name}', value, step)
+
+    def close(self) -> None:
+        """Flush and close the files."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def read(workdir: Path) -> list[dict[str, Any]]:
+    """The records of a run, oldest first; a line cut off by a crash is left out."""
+    path = workdir / 'metrics.jsonl'
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def _board(folder: Path, resume_step: int):
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        say('tensorboardX is not installed, so no TensorBoard files: pip install tensorboardX.')
+        return None
+    return SummaryWriter(str(folder), purge_step=resume_step + 1)
+
+
+class ProgressBar:
+    """A bar with loss, images/s and time left; on anything but a terminal, plain lines."""
+
+    def __init__(self, total_steps: int, step: int, console: Console | None = None):
+        self._console = console or Console(stderr=True)
+        self._total = total_steps
+        self._bar = None
+        if self._console.is_terminal:
+            columns = (
+                TextColumn('step {task.completed}/{task.total}'),
+                BarColumn(),
+                TextColumn('{task.description}'),
+                TimeRemainingColumn(),
+            )
+            self._bar = Progress(*columns, console=self._console)
+            self._task = self._bar.add_task('', total=total_steps, completed=step)
+            self._bar.start()
+
+    def step(self, step: int) -> None:
+        """Move the bar."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step)
+
+    def log(self, step: int, loss: float, images_per_sec: float, secs_left: float) -> None:
+        """Say how it goes."""
+        text = f'loss {loss:.4f}  {images_per_sec:.0f} images/s'
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, description=text)
+        else:
+            say(f'step {step}/{self._total}  {text}  {_duration(secs_left)} left')
+
+    def line(self, text: str) -> None:
+        """A line that stays, above the bar if there is one."""
+        if self._bar is not None:
+            self._bar.console.print(text, highlight=False)
+        else:
+            say(text)
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def _duration(secs: float) -> str:
+    minutes, seconds = divmod(round(max(secs, 0)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f'{hours}:{minutes:02d}:{seconds:02d}' if hours else f'{minutes}:{seconds:02d}'

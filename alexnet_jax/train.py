@@ -1,0 +1,604 @@
+"""A training run, from a config and an empty folder to a net, its errors and its predictions.
+
+Every number of it is a function of (config, seed, step): batches, crops, dropout and rates are
+derived from the step, so that a run that was killed and started again ends in the same bits.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import math
+import os
+import platform
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from alexnet_jax import augment, data, diagnose, evaluate, model, parallel, prepare, records
+from alexnet_jax import config as configuration
+from alexnet_jax import optimizer as optimizers
+from alexnet_jax.augment import Statistics
+from alexnet_jax.checkpoint import Checkpoints
+from alexnet_jax.config import Settings
+from alexnet_jax.data import Dataset, TrainStream
+from alexnet_jax.errors import RunError, UsageError
+from alexnet_jax.records import say
+
+Array = jax.Array
+
+# --------------------------------------------------------------------------------- the pure step
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """All that training carries from step to step.
+
+    drops: how often the plateau rule has divided the rate; set between epochs.
+    sound: false from the first step on whose loss or gradient was not finite. Such a step, and any
+        behind it, changes nothing, so that it can be looked into.
+    """
+
+    step: Array
+    params: Any
+    opt_state: Any
+    drops: Array
+    sound: Array
+
+
+def make_optimizer(settings: Settings, images: int) -> optax.GradientTransformationExtraArgs:
+    """The 2012 update, its schedules stretched over a run on `images` training images."""
+    recipe = settings.optimizer
+    rates = optimizers.parameter_rates(
+        recipe.weights,
+        recipe.biases,
+        recipe.late,
+        total_steps=settings.total_steps(images),
+        steps_per_epoch=settings.steps_per_epoch(images),
+    )
+    return optimizers.sgd_2012(
+        rates, momentum=recipe.momentum, weight_decay=recipe.weight_decay
+    )
+
+
+def init_state(settings: Settings, optimizer: optax.GradientTransformation) -> TrainState:
+    """Step 0, a function of the seed."""
+    params = model.init(jax.random.fold_in(jax.random.key(settings.seed), 0), settings.net)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=optimizer.init(params),
+        drops=jnp.zeros((), jnp.int32),
+        sound=jnp.ones((), bool),
+    )
+
+
+def inputs(
+    settings: Settings, images: int, step: Array, batch: Mapping[str, Array], statistics: Statistics
+) -> tuple[Array, dict[str, Array]]:
+    """What step `step` shows the net: pixels [B, H, W, C] and dropout masks, in the global view."""
+    stream = jax.random.fold_in(jax.random.key(settings.seed), 1)
+    crop_key, mask_key = jax.random.split(jax.random.fold_in(stream, step))
+    recipe = settings.preprocess
+    batch_size, *_, channels = batch['image'].shape
+    draws = augment.draw(crop_key, batch_size, channels, recipe)
+    noise_steps = math.ceil(settings.noise_until_epoch * settings.steps_per_epoch(images))
+    pixels = augment.apply(batch['image'], draws, statistics, recipe, step < noise_steps)
+    return pixels, model.draw_masks(mask_key, settings.net, batch_size)
+
+
+def make_train_step(
+    settings: Settings, mesh: Mesh, optimizer: optax.GradientTransformationExtraArgs, images: int
+) -> Callable[[TrainState, Mapping[str, Array], Statistics], tuple[TrainState, dict]]:
+    """The step: (state, batch, statistics) -> (next state, {metric: (sum, count)}); pure."""
+    forward = parallel.forward(settings.net, mesh)
+
+    def train_step(state, batch, statistics):
+        pixels, masks = inputs(settings, images, state.step, batch, statistics)
+
+        def mean_loss(params):
+            logits = forward(params, pixels, masks)
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch['label'])
+            return jnp.mean(losses), logits
+
+        (loss, logits), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
+        sound = state.sound & jnp.isfinite(loss) & jnp.isfinite(optax.global_norm(grads))
+        updates, opt_state = optimizer.update(
+            grads, state.opt_state, state.params, drops=state.drops
+        )
+        proposed = state.replace(
+            step=state.step + 1,
+            params=optax.apply_updates(state.params, updates),
+            opt_state=opt_state,
+        )
+        new = jax.tree.map(lambda a, b: jnp.where(sound, a, b), proposed, state)
+        count = batch['label'].size
+        wrong = jnp.sum(jnp.argmax(logits, axis=-1) != batch['label'])
+        metrics = {'loss': (loss * count, count), 'top1_error': (wrong, count)}
+        return new.replace(sound=sound), metrics
+
+    return train_step
+
+
+# ---------------------------------------------------------------------------------- what is open
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A config with everything it needs at hand: data, devices, compiled functions."""
+
+    settings: Settings
+    config: dict[str, Any]
+    workdir: Path
+    mesh: Mesh
+    train: Dataset
+    validation: Dataset
+    test: Dataset
+    statistics: Statistics
+    optimizer: optax.GradientTransformationExtraArgs
+    shardings: Any  # of the TrainState
+    train_step: Callable
+    predict: evaluate.Predict
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run."""
+        return self.settings.total_steps(len(self.train))
+
+    def moments(self, every_epochs: float) -> frozenset[int]:
+        """Steps after which something happens that happens every so many epochs, and the last."""
+        pace = every_epochs * self.settings.steps_per_epoch(len(self.train))
+        times = math.floor(self.total_steps / pace)
+        return frozenset({*(math.ceil(pace * i) for i in range(1, times + 1)), self.total_steps})
+
+    def scores(self, params: Any, dataset: Dataset) -> dict[str, float]:
+        """Errors on the centre view of every image."""
+        probability = evaluate.probabilities(
+            self.predict, params, self.statistics, dataset, **self.evaluation()
+        )
+        return evaluate.scores(probability, dataset.labels)
+
+    def evaluation(self) -> dict[str, Any]:
+        """How this job evaluates."""
+        return {'mesh': self.mesh, 'batch_size': self.settings.loop.eval_batch_size}
+
+    def batch(self, step: int) -> dict[str, Array]:
+        """The global batch of a step, on the devices."""
+        stream = TrainStream(self.train, self.settings.seed, self.settings.batch_size)
+        sharding = parallel.batch_sharding(self.mesh)
+        return {
+            name: jax.make_array_from_process_local_data(sharding, values)
+            for name, values in stream.batch(step).items()
+        }
+
+
+def open_job(config: Mapping[str, Any], settings: Settings, workdir: Path) -> Job:
+    """Get the data and build what the config describes; nothing is trained yet."""
+    mesh = parallel.make_mesh(settings.mesh, settings.batch_size)
+    names = settings.data
+    prepare.ensure(names.name, names.data_dir)
+    train, validation, test = (
+        data.load(names.name, names.data_dir, split)
+        for split in (names.train, names.validation, names.test)
+    )
+    _check_data(settings, train)
+    measured = data.statistics(train.images)
+    statistics = Statistics(
+        mean_image=jnp.asarray(measured.mean_image),
+        colour_basis=jnp.asarray(measured.colour_vectors * measured.colour_std),
+    )
+    optimizer = make_optimizer(settings, len(train))
+    shapes = jax.eval_shape(lambda: init_state(settings, optimizer))
+    shardings = parallel.state_shardings(shapes, settings.net, mesh)
+    step = make_train_step(settings, mesh, optimizer, len(train))
+    return Job(
+        settings=settings,
+        config=json.loads(configuration.as_json(config)),
+        workdir=workdir,
+        mesh=mesh,
+        train=train,
+        validation=validation,
+        test=test,
+        statistics=statistics,
+        optimizer=optimizer,
+        shardings=shardings,
+        train_step=jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)),
+        predict=evaluate.make_predict(settings, mesh),
+    )
+
+
+def _check_data(settings: Settings, train: Dataset) -> None:
+    classes, channels = len(train.class_names), train.images.shape[-1]
+    if classes != settings.net.classes:
+        last = settings.net.layers[-1].name
+        raise UsageError(
+            f'{train.name} has {classes} classes and the net {settings.net.classes}; '
+            f'set model.{last}.features={classes}.'
+        )
+    if channels not in (1, settings.net.channels):
+        raise UsageError(f'{train.name} has {channels} channels; set model.channels={channels}.')
+    if len(train) < settings.batch_size:
+        raise UsageError(
+            f'{train.split} holds {len(train)} images, fewer than one batch of '
+            f'{settings.batch_size}; lower batch_size.'
+        )
+
+
+# ------------------------------------------------------------------------------------- the story
+
+
+@dataclasses.dataclass
+class History:
+    """What a run must remember besides its state: kept in each checkpoint, as JSON."""
+
+    errors: list[float] = dataclasses.field(default_factory=list)  # validation, top-1, oldest first
+    sums: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
+    secs: float = 0.0  # of training: evaluation and saving not counted
+
+
+def run(config: Mapping[str, Any], workdir: Path) -> str:
+    """Train a config to its end, or go on where its workdir stopped, and evaluate it.
+
+    Returns:
+        One sentence: what was reached, and where it lies.
+
+    Raises:
+        UsageError: the config is impossible, or the workdir belongs to another one.
+        RunError: data or disk are not to be had, numbers are not finite, or a signal came.
+    """
+    settings = configuration.unpack(config)
+    with open_workdir(config, workdir):
+        job = open_job(config, settings, workdir)
+        with Checkpoints(workdir / 'checkpoints', report=say) as checkpoints:
+            state, history = resume_or_start(job, checkpoints)
+            book = records.Records(workdir, int(state.step), settings.loop.tensorboard)
+            try:
+                state = train(job, state, history, checkpoints, book)
+                checkpoints.wait()
+                return finish(job, state, history, book)
+            finally:
+                book.close()
+
+
+def resume_or_start(job: Job, checkpoints: Checkpoints) -> tuple[TrainState, History]:
+    """The newest checkpoint that verifies, or step 0 and its pre-flight check."""
+    shapes = jax.eval_shape(lambda: init_state(job.settings, job.optimizer))
+    target = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        job.shardings,
+    )
+    restored = checkpoints.restore_newest_sound(
+        {'state': target, 'statistics': job.statistics._asdict()}
+    )
+    if restored is not None:
+        say(f'going on from step {restored.step} of {job.total_steps} in {job.workdir}')
+        return restored.state['state'], History(**restored.extra['history'])
+    state = jax.jit(
+        lambda: init_state(job.settings, job.optimizer), out_shardings=job.shardings
+    )()
+    preflight(job, state)
+    return state, History()
+
+
+def preflight(job: Job, state: TrainState) -> None:
+    """Say how the start looks, before it costs days; see diagnose.py."""
+    batch, recipe = job.batch(0), job.settings.preprocess
+    size, *_, channels = batch['image'].shape
+    draws = augment.fixed(size, channels, recipe)
+    pixels = augment.apply(batch['image'], draws, job.statistics, recipe)
+    found = diagnose.preflight(job.settings.net, state.params, pixels, batch['label'])
+    say(
+        f'pre-flight: the logits differ across images by {found.logit_std:.1e}, loss '
+        f'{found.loss:.4f}, ln({job.settings.net.classes}) = {found.plateau:.4f}'
+    )
+    problem = diagnose.dead_start(found, job.settings.loop.min_logit_std)
+    if problem and job.settings.loop.on_dead_start == 'error':
+        raise RunError(problem)
+    if problem:
+        say(f'warning: {problem}')
+
+
+def train(
+    job: Job,
+    state: TrainState,
+    history: History,
+    checkpoints: Checkpoints,
+    book: records.Records,
+) -> TrainState:
+    """From the state's step to the last; evaluates, saves and logs on the way."""
+    loop, start = job.settings.loop, int(state.step)
+    evaluations = job.moments(loop.evaluate_every_epochs)
+    saves = job.moments(loop.checkpoint_every_epochs)
+    log = StepLog(job, history, book, start)
+    batches = data.prefetch(job.batch, start, job.total_steps, loop.prefetch_batches)
+    with contextlib.closing(batches), contextlib.closing(log), Interrupt() as interrupt:
+        for step in range(start + 1, job.total_steps + 1):
+            batch = log.wait_for(batches)
+            state, metrics = job.train_step(state, batch, job.statistics)
+            log.after(step, metrics, state)
+            due = step in evaluations or step in saves or interrupt.signal is not None
+            if due:
+                log.catch_up(state)
+            error = None
+            if step in evaluations:
+                state, error = epoch_end(job, state, history, book, log)
+            if step in saves or interrupt.signal is not None:
+                save(job, checkpoints, state, history, error)
+            if interrupt.signal is not None and step < job.total_steps:
+                checkpoints.wait()
+                raise interrupt.leave(step, job)
+            if due:
+                log.go_on()
+    return state
+
+
+def epoch_end(
+    job: Job, state: TrainState, history: History, book: records.Records, log: 'StepLog'
+) -> tuple[TrainState, float]:
+    """Evaluate on every validation image; the plateau rule sees the error."""
+    step = int(state.step)
+    scores = job.scores(state.params, job.validation)
+    history.errors.append(scores['top1_error'])
+    epoch = step / job.settings.steps_per_epoch(len(job.train))
+    book.write('validation', step, epoch=epoch, **scores)
+    log.bar.line(
+        f'epoch {epoch:.2f}: validation error {scores["top1_error"]:.2%}, '
+        f'top-5 {scores["top5_error"]:.2%}, loss {scores["nll"]:.4f}'
+    )
+    drops = optimizers.plateau_drops(
+        history.errors, job.settings.optimizer.weights, job.settings.loop.evaluate_every_epochs
+    )
+    replicated = jax.device_put(np.int32(drops), job.shardings.drops)
+    return state.replace(drops=replicated), scores['top1_error']
+
+
+def save(
+    job: Job, checkpoints: Checkpoints, state: TrainState, history: History, error: float | None
+) -> None:
+    """All that is needed to go on, and to classify an image from the checkpoint alone."""
+    tree = {'state': state, 'statistics': job.statistics._asdict()}
+    extra = {
+        'config': job.config,
+        'history': dataclasses.asdict(history),
+        'class_names': list(job.train.class_names),
+    }
+    checkpoints.save(int(state.step), tree, extra, error=error)
+
+
+def finish(job: Job, state: TrainState, history: History, book: records.Records) -> str:
+    """Evaluate on every test image, one view and ten, and say what was reached."""
+    result, arrays = evaluate.report(
+        job.predict, state.params, job.statistics, job.test, **job.evaluation()
+    )
+    evaluate.save_predictions(job.workdir / 'predictions_test.npz', arrays)
+    if not any(record['kind'] == 'test' for record in records.read(job.workdir)):
+        book.write('test', job.total_steps, secs=history.secs, **result)
+    centre, ten = result['centre'], result['ten_views']
+    return (
+        f'{job.settings.name}: test accuracy {1 - centre["top1_error"]:.4f} '
+        f'({1 - ten["top1_error"]:.4f} over ten views) on {result["images"]} images after '
+        f'{job.total_steps} steps, {history.secs:.0f} s of training; all of it lies in {job.workdir}'
+    )
+
+
+# ------------------------------------------------------------------------- the loop's companions
+
+
+class StepLog:
+    """Follows the loop one step behind, so that the host never waits for the step just started."""
+
+    def __init__(self, job: Job, history: History, book: records.Records, start: int):
+        self.job, self.history, self.book = job, history, book
+        self.bar = records.ProgressBar(job.total_steps, start)
+        self.means = records.Means(history.sums)
+        self.pending: tuple[int, dict] | None = None
+        self.since, self.stalled, self.logged_secs = time.perf_counter(), 0.0, history.secs
+        self.steps = 0
+
+    def wait_for(self, batches: Iterator) -> Any:
+        """The next batch, and how long the loop stood still for it."""
+        begin = time.perf_counter()
+        batch = next(batches)
+        self.stalled += time.perf_counter() - begin
+        return batch
+
+    def after(self, step: int, metrics: dict, state: TrainState) -> None:
+        """Step `step` is under way: take in the one before."""
+        previous, self.pending = self.pending, (step, metrics)
+        if previous is not None:
+            self._take(*previous, state)
+
+    def catch_up(self, state: TrainState) -> None:
+        """Take in the last step too, and stop the clock."""
+        if self.pending is not None:
+            pending, self.pending = self.pending, None
+            self._take(*pending, state)
+        jax.block_until_ready(state)
+        self._tick()
+        self.history.sums = dict(self.means.sums)
+
+    def go_on(self) -> None:
+        """Start the clock again."""
+        self.since = time.perf_counter()
+
+    def _tick(self) -> None:
+        now = time.perf_counter()
+        self.history.secs += now - self.since
+        self.since = now
+
+    def _take(self, step: int, metrics: dict, state: TrainState) -> None:
+        metrics = jax.device_get(metrics)
+        if not math.isfinite(metrics['loss'][0]) or not bool(state.sound):
+            raise not_finite(self.job, state)
+        self.means.add(metrics)
+        self.steps += 1
+        self.bar.step(step)
+        if step % self.job.settings.loop.log_every_steps == 0 or step == self.job.total_steps:
+            self._write(step)
+
+    def _write(self, step: int) -> None:
+        self._tick()
+        secs = self.history.secs - self.logged_secs
+        pace = self.steps * self.job.settings.batch_size / max(secs, 1e-9)
+        means = self.means.take()
+        timing = {'secs': self.history.secs, 'images_per_sec': pace, 'stall_secs': self.stalled}
+        epoch = step / self.job.settings.steps_per_epoch(len(self.job.train))
+        self.book.write('train', step, epoch=epoch, **means, **timing)
+        left = (self.job.total_steps - step) * self.job.settings.batch_size / pace
+        self.bar.log(step, means['loss'], pace, left)
+        self.steps, self.stalled, self.logged_secs = 0, 0.0, self.history.secs
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        self.bar.close()
+
+
+def not_finite(job: Job, state: TrainState) -> RunError:
+    """The step that went wrong can be repeated: `state` is as it was before it."""
+    step, replicated = int(state.step), parallel.whole(job.mesh)
+    batch = jax.device_get(job.batch(step))
+    pixels, masks = inputs(job.settings, len(job.train), state.step, batch, job.statistics)
+    params = jax.device_put(jax.device_get(state.params), replicated)
+    pixels, masks = jax.device_put(jax.device_get((pixels, masks)), replicated)
+    where = diagnose.first_not_finite(
+        job.settings.net, params, pixels, jnp.asarray(batch['label']), masks
+    )
+    return RunError(
+        f'step {step + 1}: the loss or a gradient is not finite, first in {where}; lower '
+        f'optimizer.weights.rate or the layer\'s init_std. Checkpoints are as they were.'
+    )
+
+
+class Interrupt:
+    """SIGTERM and Ctrl-C ask the loop to finish its step, save and leave; a second Ctrl-C kills."""
+
+    def __init__(self):
+        self.signal: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> 'Interrupt':
+        with contextlib.suppress(ValueError):  # handlers belong to the main thread
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: Any) -> None:
+        del frame
+        self.signal = number
+        signal.signal(number, self._before[number])
+
+    def leave(self, step: int, job: Job) -> RunError:
+        """How to go on, as an error that carries the shell's exit code of the signal."""
+        name = signal.Signals(self.signal).name
+        error = RunError(
+            f'{name}: saved at step {step} of {job.total_steps}; the same command with '
+            f'--workdir={job.workdir} goes on from there.'
+        )
+        error.exit_code = 128 + self.signal
+        return error
+
+
+# ----------------------------------------------------------------------------------- the workdir
+
+# What a resumed run may change: where and how it works, but no number of it.
+MAY_DIFFER = (
+    'data.data_dir',
+    'loop.checkpoint_every_epochs',
+    'loop.on_dead_start',
+    'loop.prefetch_batches',
+    'loop.tensorboard',
+    'mesh.data',
+    'mesh.tower',
+)
+
+
+@contextlib.contextmanager
+def open_workdir(config: Mapping[str, Any], workdir: Path) -> Iterator[None]:
+    """Make the folder, or see that it is this config's and nobody else's; note the environment.
+
+    Raises:
+        UsageError: the folder holds a run of another config.
+        RunError: it cannot be written, or another process is at work in it.
+    """
+    text = configuration.as_json(config)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        lock = (workdir / '.lock').open('w')
+    except OSError as error:
+        raise RunError(
+            f'cannot write to {workdir} ({error.strerror}); choose another --workdir.'
+        ) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise RunError(f'another process is training in {workdir}; wait for it.') from error
+        path = workdir / 'config.json'
+        if path.exists():
+            _same_config(json.loads(path.read_text()), json.loads(text), workdir)
+        else:
+            _write(path, text + '\n')
+        _write(workdir / 'environment.json', json.dumps(environment(), indent=2) + '\n')
+        yield
+
+
+def _same_config(old: dict, new: dict, workdir: Path) -> None:
+    keys = configuration.differences(old, new)
+    barred = [key for key in keys if key not in MAY_DIFFER]
+    if barred:
+        raise UsageError(
+            f'{workdir} holds a run of another config, different in {", ".join(barred)}; choose '
+            f'another --workdir, or the config it was started with (its config.json).'
+        )
+
+
+def _write(path: Path, text: str) -> None:
+    scratch = path.with_name(path.name + '.tmp')
+    scratch.write_text(text)
+    os.replace(scratch, path)
+
+
+def environment() -> dict[str, Any]:
+    """Versions, devices and commit: what a figure needs beside it."""
+    packages = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
+    return {
+        'python': platform.python_version(),
+        **{name: metadata.version(name) for name in packages},
+        'devices': [device.device_kind for device in jax.devices()],
+        'platform': jax.default_backend(),
+        'processes': jax.process_count(),
+        'cpus': os.cpu_count(),
+        'commit': _commit(),
+    }
+
+
+def _commit() -> str:
+    """The code's version, with '+' behind it if the working tree was changed; or 'unknown'."""
+
+    def git(*words: str) -> str:
+        here = Path(__file__).parent
+        done = subprocess.run(
+            ['git', *words], cwd=here, capture_output=True, text=True, check=True, timeout=10
+        )
+        return done.stdout.strip()
+
+    try:
+        changed = git('status', '--porcelain', '--untracked-files=no')
+        return git('rev-parse', 'HEAD') + ('+' if changed else '')
+    except (OSError, subprocess.SubprocessError):
+        return 'unknown'

@@ -1,0 +1,1 @@
+"""Configs: each a document that says what it is, how long it takes and what to expect."""

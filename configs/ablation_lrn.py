@@ -1,0 +1,19 @@
+"""Ablation: no local response normalisation (run 148: no normalisation layer of either kind).
+
+    python main.py --config=configs/ablation_lrn.py
+
+The paper: LRN "reduces our top-1 and top-5 error rates by 1.4 % and 1.2 %" (3.3). The source: run 148,
+42.03 / 19.36 % against run 145's 40.66 / 18.21 % on ILSVRC-2012 val, ten views, one seed each.
+"""
+
+from configs import alexnet
+
+
+def get_config(scale: str = 'quickstart'):
+    """Base, and 'lrn' and 'spatial_norm' taken out of every layer's list."""
+    config = alexnet.get_config(scale)
+    config.name = 'ablation_lrn'
+    for name in config.model.layers:
+        layer = config.model[name]
+        layer.then = tuple(word for word in layer.then if word not in ('lrn', 'spatial_norm'))
+    return config

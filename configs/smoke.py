@@ -1,0 +1,25 @@
+"""Everything in seconds: the two-tower net at 1/8 width and 64 px, on 1,024 images.
+
+    python main.py --config=configs/smoke.py
+
+Says whether the program runs from end to end on this machine; its accuracy means nothing.
+"""
+
+from configs import alexnet
+
+
+def get_config(scale: str = 'quickstart'):
+    """The base recipe, shrunk; only the scale 'quickstart' makes sense."""
+    config = alexnet.get_config(scale)
+    config.name = 'smoke'
+    config.batch_size = 64
+    config.epochs = 2.0
+    config.data.train = 'train[:1024]'
+    config.data.validation = 'train[55000:55256]'
+    config.data.test = 'test[:500]'
+    config.model.input_px = 64
+    config.preprocess.image_px = 72
+    alexnet.narrow(config.model, 2)
+    config.loop.log_every_steps = 4
+    config.loop.eval_batch_size = 128
+    return config

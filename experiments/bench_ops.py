@@ -1,0 +1,247 @@
+"""Train steps a second with our operations and with the plain XLA forms, in one alternating run.
+
+    python -m experiments.bench_ops [--net=full|quickstart] [--batch_size=64] [--rounds=5]
+
+A step is forward, backward and a plain SGD update of the two-tower net in float32, on images that
+lie on the device already. Prints a table and appends one JSON line a net to
+experiments/results/throughput/ops_<device>.json.
+"""
+
+import argparse
+import contextlib
+import json
+import platform
+import re
+import statistics
+import subprocess
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from alexnet_jax import model, ops
+
+RESULTS = Path(__file__).parent / 'results' / 'throughput'
+
+
+# --- the plain forms: what one writes first --------------------------------------------------
+
+
+def plain_conv(x, kernel, *, stride=1, padding=((0, 0), (0, 0)), groups=1):
+    """Convolution with `feature_group_count`, differentiated by XLA."""
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        (stride, stride),
+        padding,
+        dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+        feature_group_count=groups,
+    )
+
+
+def plain_lrn(x, *, groups=1, size=5, k=2.0, alpha=1e-4 / 5, beta=0.75):
+    """LRN by `reduce_window` and a power, tower by tower."""
+    towers = x.reshape(*x.shape[:-1], groups, -1)
+    window, before = (1, 1, 1, 1, size), size // 2
+    padding = ((0, 0),) * 4 + ((before, size - 1 - before),)
+    total = lax.reduce_window(towers**2, 0.0, lax.add, window, (1,) * 5, padding)
+    return (towers / (k + alpha * total) ** beta).reshape(x.shape)
+
+
+def plain_spatial_norm(x, *, size=5, k=1.0, alpha=0.001 / 25, beta=0.75):
+    """Spatial normalisation by `reduce_window` and a power."""
+    before = size // 2
+    pad = (before, size - 1 - before)
+    padding = ((0, 0), pad, pad, (0, 0))
+    total = lax.reduce_window(x**2, 0.0, lax.add, (1, size, size, 1), (1,) * 4, padding)
+    return x / (k + alpha * total) ** beta
+
+
+def plain_max_pool(x, *, window=3, stride=2):
+    """Max-pooling by `reduce_window`, as `flax.linen.max_pool` does it."""
+    sizes, strides = (1, window, window, 1), (1, stride, stride, 1)
+    return lax.reduce_window(x, -jnp.inf, lax.max, sizes, strides, 'VALID')
+
+
+PLAIN = {
+    'conv': plain_conv,
+    'lrn': plain_lrn,
+    'spatial_norm': plain_spatial_norm,
+    'max_pool': plain_max_pool,
+}
+
+
+@contextlib.contextmanager
+def operations(replacements):
+    """The model, traced inside this context, is made of these operations instead of ours."""
+    ours = {name: getattr(ops, name) for name in replacements}
+    try:
+        for name, function in replacements.items():
+            setattr(ops, name, function)
+        yield
+    finally:
+        for name, function in ours.items():
+            setattr(ops, name, function)
+
+
+# --- the nets --------------------------------------------------------------------------------
+
+
+def two_tower_net(input_px, channels, divisor, classes):
+    """The net of run 145 with its widths divided; the init keeps fan-in x std^2."""
+    wide = divisor**0.5
+
+    def layer(name, features, kernel_px, padding, reads, std, bias, then, stride_px=1):
+        kind = 'conv' if kernel_px else 'fc'
+        features = classes if name == 'fc8' else features // divisor
+        scaled = std if name == 'conv1' else std * wide
+        row = (kernel_px, stride_px, padding, reads, 'gaussian', scaled, bias, then)
+        return model.Layer(name, kind, features, *row)
+
+    def same(pixels):
+        return ((pixels, pixels), (pixels, pixels))
+
+    norms = ('relu', 'lrn', 'spatial_norm', 'pool')
+    layers = (
+        layer('conv1', 96, 11, ((0, 3), (0, 3)), 'all', 0.01, 0, ('lrn', 'pool', 'relu'), 4),
+        layer('conv2', 256, 5, same(2), 'own', 0.01, 1, norms),
+        layer('conv3', 384, 3, same(1), 'all', 0.03, 0, ('relu',)),
+        layer('conv4', 384, 3, same(1), 'own', 0.03, 1, ('relu',)),
+        layer('conv5', 256, 3, same(1), 'own', 0.03, 1, ('pool', 'relu')),
+        layer('fc6', 4096, 0, same(0), 'all', 0.01, 1, ('relu', 'dropout')),
+        layer('fc7', 4096, 0, same(0), 'all', 0.01, 1, ('relu', 'dropout')),
+        layer('fc8', 0, 0, same(0), 'all', 0.01, 0, ()),
+    )
+    return model.Net(
+        layers=layers,
+        towers=2,
+        input_px=input_px,
+        channels=channels,
+        lrn=model.Norm(size=5, k=2.0, alpha=1e-4 / 5, beta=0.75),
+        spatial_norm=model.Norm(size=5, k=1.0, alpha=0.001 / 25, beta=0.75),
+        pool=model.Pool(kind='max', window_px=3, stride_px=2),
+        dropout=model.Dropout(keep=0.5, kind='mask'),
+        compute_dtype='float32',
+    )
+
+
+NETS = {
+    # name: (net, batch size)
+    'full': (two_tower_net(224, 3, 1, 1000), 64),
+    'quickstart': (two_tower_net(112, 1, 4, 10), 128),
+}
+
+
+# --- the measurement -------------------------------------------------------------------------
+
+
+def compiled_step(net, replacements, params, images, labels, masks):
+    """The train step of `net`, compiled with these operations: (params, ...) -> (params, loss)."""
+
+    def loss(params, images, labels, masks):
+        logits = model.AlexNet(net).apply({'params': params}, images, masks)
+        log_p = jax.nn.log_softmax(logits)
+        return -jnp.mean(jnp.take_along_axis(log_p, labels[:, None], axis=1))
+
+    def step(params, images, labels, masks):
+        value, gradient = jax.value_and_grad(loss)(params, images, labels, masks)
+        return jax.tree.map(lambda p, g: p - 1e-6 * g, params, gradient), value
+
+    with operations(replacements):
+        lowered = jax.jit(step, donate_argnums=0).lower(params, images, labels, masks)
+    return lowered.compile()
+
+
+def measure(name, batch_size, rounds, contenders):
+    """Seconds a step of each contender, `{name: [secs, ...]}`, taken in turn."""
+    net, default_batch_size = NETS[name]
+    batch_size = batch_size or default_batch_size
+    keys = jax.random.split(jax.random.key(0), 3)
+    shape = (batch_size, net.input_px, net.input_px, net.channels)
+    images = 64 * jax.random.normal(keys[0], shape)
+    labels = jax.random.randint(keys[1], (batch_size,), 0, net.classes)
+    batch = (images, labels, model.draw_masks(keys[2], net, batch_size))
+    init = jax.jit(lambda key: model.init(key, net))
+    steps, states, losses, secs = {}, {}, {}, {}
+    for contender, replacements in contenders.items():
+        states[contender] = init(keys[0])
+        steps[contender] = compiled_step(net, replacements, states[contender], *batch)
+        states[contender], losses[contender] = steps[contender](states[contender], *batch)
+        secs[contender] = []
+    for _ in range(rounds):
+        for contender, step in steps.items():
+            start = time.perf_counter()
+            states[contender], loss = jax.block_until_ready(step(states[contender], *batch))
+            secs[contender].append(time.perf_counter() - start)
+    return batch_size, secs, {contender: float(loss) for contender, loss in losses.items()}
+
+
+def report(name, batch_size, secs, losses):
+    """Prints the table of one net and returns its record."""
+    record = {
+        'net': name,
+        'batch_size': batch_size,
+        'rounds': len(secs['ours']),
+        'device': device_name(),
+        'jax': jax.__version__,
+        'jaxlib': jax.lib.__version__,
+        'commit': commit(),
+        'first_loss': losses,
+    }
+    print(f'{name} net, batch {batch_size}, on {record["device"]}, jax {jax.__version__}')
+    for contender, values in secs.items():
+        median = statistics.median(values)
+        record[contender] = {
+            'step_secs': {'median': median, 'min': min(values), 'max': max(values)},
+            'images_per_sec': batch_size / median,
+        }
+        spread = f'{1e3 * min(values):.0f} to {1e3 * max(values):.0f}'
+        print(f'  {contender:6} {batch_size / median:8.1f} images/s', end='')
+        print(f'  {1e3 * median:8.0f} ms a step ({spread})')
+    if 'plain' in secs:
+        pairs = zip(secs['plain'], secs['ours'], strict=True)
+        record['ratio'] = statistics.median(plain / ours for plain, ours in pairs)
+        print(f'  ours is {record["ratio"]:.2f} times as fast')
+    return record
+
+
+def device_name():
+    """The accelerator's name, or the processor's: JAX says only 'cpu'."""
+    device = jax.devices()[0]
+    if device.platform != 'cpu':
+        return device.device_kind
+    with contextlib.suppress(OSError):
+        found = re.search(r'model name\s*:\s*(.+)', Path('/proc/cpuinfo').read_text())
+        if found:
+            return found.group(1)
+    return platform.processor() or platform.machine()
+
+
+def commit():
+    """The commit of the checkout, with '+' behind it if files were changed; None outside git."""
+    command = ['git', 'describe', '--always', '--dirty=+', '--abbrev=12']
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    return done.stdout.strip() or None
+
+
+def main():
+    """Measures the nets asked for, prints the tables and keeps the records."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--net', choices=NETS, help='this one only')
+    parser.add_argument('--batch_size', type=int, help='default: 64 full, 128 quickstart')
+    parser.add_argument('--rounds', type=int, default=5)
+    parser.add_argument('--ours_only', action='store_true', help='without the plain forms')
+    flags = parser.parse_args()
+    contenders = {'ours': {}} if flags.ours_only else {'ours': {}, 'plain': PLAIN}
+    for name in [flags.net] if flags.net else NETS:
+        record = report(name, *measure(name, flags.batch_size, flags.rounds, contenders))
+        slug = re.sub(r'\W+', '_', record['device']).strip('_').lower()
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        with (RESULTS / f'ops_{slug}.json').open('a') as file:
+            file.write(json.dumps(record) + '\n')
+
+
+if __name__ == '__main__':
+    main()
