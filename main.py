@@ -6,7 +6,7 @@
 import sys
 from pathlib import Path
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from alexnet_jax.errors import AlexNetError, RunError, UsageError
@@ -49,12 +49,12 @@ def parse(argv: list[str]) -> list[str]:
     """Absl's flags; what a person got wrong there becomes one sentence."""
     try:
         rest = flags.FLAGS(argv)
-        _ = CONFIG.value  # the file is read when it is asked for
+        _ = CONFIG.value and CONFIG.value.name  # the file is read when a key is asked for
         return rest
-    except FileNotFoundError:
-        fault = 'there is no such config file; those that come with the program are in configs/.'
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         fault = ' '.join(str(error.args[0] if error.args else error).split())
+        if 'No such file' in fault:
+            fault = 'there is no such config file; those of this program lie in configs/.'
         fault = fault.rpartition('Error: ')[2]  # ml_collections quotes a whole traceback
         fault = fault.replace('invalid literal for int() with base 10', 'not a whole number')
         fault = fault.replace('could not convert string to float', 'not a number')
@@ -69,6 +69,8 @@ def complain(error: AlexNetError) -> int:
 
 def ring(argv: list[str]) -> int:
     """`main`, with the errors a person can act on said in one sentence and no traceback."""
+    if not flags.FLAGS['verbosity'].present:  # libraries' chatter
+        logging.set_verbosity(logging.WARNING)
     try:
         main(argv)
     except AlexNetError as error:

@@ -72,16 +72,17 @@ def draw(key: Array, batch_size: int, channels: int, recipe: Preprocess) -> Draw
     return Draws(offset, mirror, noise)
 
 
-def fixed(batch_size: int, channels: int, recipe: Preprocess, view: int = 0) -> Draws:
+def fixed(batch_size: int, channels: int, recipe: Preprocess, view: Array | int = 0) -> Draws:
     """One of the ten test views: 0 the centre, 1-4 the corners, 5-9 their mirror images.
 
     Paper, section 4.1. The ten views are taken from the centre `image_px` square.
     """
-    slack = recipe.image_px - recipe.input_px
-    corners = ((slack // 2, slack // 2), (0, 0), (0, slack), (slack, 0), (slack, slack))
+    end = recipe.image_px - recipe.input_px
+    corners = jnp.array([(end // 2, end // 2), (0, 0), (0, end), (end, 0), (end, end)], jnp.int32)
+    view = jnp.asarray(view)
     return Draws(
-        offset=jnp.broadcast_to(jnp.asarray(corners[view % 5], jnp.int32), (batch_size, 2)),
-        mirror=jnp.full((batch_size,), view >= 5),
+        offset=jnp.broadcast_to(corners[view % 5], (batch_size, 2)),
+        mirror=jnp.broadcast_to(view >= 5, (batch_size,)),
         noise=jnp.zeros((batch_size, channels)),
     )
 

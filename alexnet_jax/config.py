@@ -48,6 +48,7 @@ class Loop:
     eval_batch_size: int
     prefetch_batches: int
     tensorboard: bool
+    compilation_cache: str  # a folder; 'beside': .jax_cache beside the workdir; 'none': no cache
     min_logit_std: float
     on_dead_start: str
 

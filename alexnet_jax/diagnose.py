@@ -63,12 +63,12 @@ def dead_start(found: Preflight, min_logit_std: float) -> str | None:
     if found.logit_std >= min_logit_std:
         return None
     layer, gain = found.weakest()
+    path = ', '.join(f'{name} {value:.1e}' for name, value in found.signal.items())
     return (
         f'dead start: across images the logits differ by only {found.logit_std:.1e} (standard '
-        f'deviation; at least {min_logit_std:.0e} is wanted, run 145 had 3e-2), so the loss will '
-        f'sit at ln(classes) = {found.plateau:.4f}; the signal is lost most in {layer}, which '
-        f"passes on {gain:.1e} of what it gets: raise its init_std, or set "
-        f"model.init_scaling='fan_in'."
+        f'deviation; {min_logit_std:.0e} is wanted, run 145 had 3e-2), so the loss is to sit at '
+        f'ln(classes) = {found.plateau:.4f}; behind each layer it is {path}; {layer} passes on '
+        f"least ({gain:.0%}): raise its init_std, or set model.init_scaling='fan_in'."
     )
 
 

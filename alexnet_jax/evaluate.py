@@ -36,7 +36,7 @@ def make_predict(settings: Settings, mesh: Mesh) -> Predict:
         pixels = augment.apply(images, draws, statistics, settings.preprocess)
         return jax.nn.softmax(forward(params, pixels, None))
 
-    return jax.jit(predict, static_argnums=3)
+    return jax.jit(predict)
 
 
 def probabilities(

@@ -91,8 +91,13 @@ def _kernel_gradient(x, dy, shape, stride, padding):
     rows, columns = -(-kh // stride), -(-kw // stride)  # taps, counted in blocks of stride pixels
     x = _pad_to(x, padding, (height + rows - 1) * stride, (width + columns - 1) * stride)
     x = _space_to_depth(x, stride)
+    # Two-dimensional operands: of an einsum over b, h and w XLA would first make a transposed copy.
+    sample = (((0,), (0,)), ((), ()))
+    flat = dy.reshape(-1, features)
     taps = [
-        jnp.einsum('bhwi,bhwo->io', x[:, i : i + height, j : j + width], dy)
+        lax.dot_general(
+            x[:, i : i + height, j : j + width].reshape(flat.shape[0], -1), flat, sample
+        )
         for i in range(rows)
         for j in range(columns)
     ]

@@ -394,8 +394,8 @@ def _cannot_write(data_dir: Path) -> Generator[None]:
         if not reason:
             raise
         raise RunError(
-            f'Cannot prepare data in {data_dir} ({reason}): give it space and write permission, or choose '
-            'another folder with --data_dir.'
+            f'Cannot prepare data in {data_dir} ({reason}): give it space and write permission, '
+            'or choose another folder with --data_dir.'
         ) from error
 
 

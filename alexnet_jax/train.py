@@ -258,6 +258,7 @@ def run(config: Mapping[str, Any], workdir: Path) -> str:
     """
     settings = configuration.unpack(config)
     with open_workdir(config, workdir):
+        use_compilation_cache(settings.loop.compilation_cache, workdir)
         job = open_job(config, settings, workdir)
         with Checkpoints(workdir / 'checkpoints', report=say) as checkpoints:
             state, history = resume_or_start(job, checkpoints)
@@ -519,6 +520,7 @@ class Interrupt:
 MAY_DIFFER = (
     'data.data_dir',
     'loop.checkpoint_every_epochs',
+    'loop.compilation_cache',
     'loop.on_dead_start',
     'loop.prefetch_batches',
     'loop.tensorboard',
@@ -555,6 +557,14 @@ def open_workdir(config: Mapping[str, Any], workdir: Path) -> Iterator[None]:
             _write(path, text + '\n')
         _write(workdir / 'environment.json', json.dumps(environment(), indent=2) + '\n')
         yield
+
+
+def use_compilation_cache(where: str, workdir: Path) -> None:
+    """Keep compiled programs on disk, so that the next start of the same config is quick."""
+    if where != 'none':
+        folder = workdir.absolute().parent / '.jax_cache' if where == 'beside' else Path(where)
+        jax.config.update('jax_compilation_cache_dir', str(folder))
+        jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
 
 
 def _same_config(old: dict, new: dict, workdir: Path) -> None:

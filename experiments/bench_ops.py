@@ -168,7 +168,8 @@ def measure(name, batch_size, rounds, contenders):
     for contender, replacements in contenders.items():
         states[contender] = init(keys[0])
         steps[contender] = compiled_step(net, replacements, states[contender], *batch)
-        states[contender], losses[contender] = steps[contender](states[contender], *batch)
+        first = steps[contender](states[contender], *batch)
+        states[contender], losses[contender] = jax.block_until_ready(first)
         secs[contender] = []
     for _ in range(rounds):
         for contender, step in steps.items():

@@ -1,0 +1,57 @@
+# Two commands do everything, each alone, on a machine with Python 3.11 and make:
+#   make        environment, data, then the main job: the two-tower AlexNet, trained and evaluated
+#   make test   environment, data, lint, types, tests
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+CODE := alexnet_jax configs experiments tests main.py
+DATA := data/fashion_mnist
+
+.PHONY: quickstart env data test lint types tests test-torch golden gpu clean
+
+quickstart: data
+	$(BIN)/python main.py --config=configs/alexnet.py
+
+env: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is wanted: make PYTHON=/path/to/python3.11"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || $(PYTHON) -m virtualenv $(VENV) || \
+	  { echo "No virtual environment: install Debian's python3-venv, or pip install virtualenv"; exit 1; }
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+data: env $(DATA)
+
+$(DATA):
+	$(BIN)/python -m alexnet_jax.prepare fashion_mnist --data_dir=data
+
+test: lint types tests
+
+lint: env
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
+
+types: env
+	$(BIN)/ty check --python $(VENV) $(CODE)
+
+tests: data
+	$(BIN)/python -m pytest -n 2 --dist=loadfile
+
+# The whole net against PyTorch. Elsewhere than on a CPU-only index this pulls gigabytes.
+test-torch: data
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,torch]'
+	$(BIN)/python -m pytest tests/test_torch.py
+
+# The resolved configs as text: look at the difference before committing it.
+golden: env
+	$(BIN)/python -m tests.golden.configs
+
+# Everything that wants a GPU, in the order of its worth; see experiments/gpu.py.
+gpu: data
+	$(BIN)/python -m experiments.gpu
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache

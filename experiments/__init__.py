@@ -1,0 +1,1 @@
+"""Measurements and sweeps; results/ holds their logs and tables."""

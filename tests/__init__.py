@@ -1,0 +1,1 @@
+"""Tests; conftest.py says what they run on."""

@@ -1,0 +1,1 @@
+"""Reference values that tests compare with, and the programs that write them."""

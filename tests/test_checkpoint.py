@@ -1,0 +1,558 @@
+"""Checkpoints: bit-exact round trips, and whatever damages them is found before it is used."""
+
+import json
+import logging
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import absl.logging
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from alexnet_jax.checkpoint import Checkpoints, read
+from alexnet_jax.errors import RunError, UsageError
+
+
+def state_of(step, size=3000):
+    """A state that only this step has, in numpy."""
+    rng = np.random.default_rng(step)
+    return {
+        'params': {'conv1': {'kernel': rng.random((size, 2), np.float32), 'bias': rng.random(7)}},
+        'step': np.int32(step),
+    }
+
+
+def assert_same(got, want):
+    """The same structure, dtypes, shapes and bits (a NaN equals itself, -0.0 is not 0.0)."""
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        x, y = np.asarray(x), np.asarray(y)
+        assert (x.dtype, x.shape, x.tobytes()) == (y.dtype, y.shape, y.tobytes())
+
+
+def resumed(checkpoints, target=None):
+    restored = checkpoints.restore_newest_sound(target)
+    assert restored is not None
+    return restored
+
+
+def saved(directory, steps=(1, 2), **options):
+    """A directory that holds these steps, each with a validation error of None."""
+    with Checkpoints(directory, keep_latest=len(steps), **options) as checkpoints:
+        for step in steps:
+            checkpoints.save(step, state_of(step), {'step': step}, error=None)
+    return checkpoints
+
+
+# ------------------------------------------------------------------ round trips
+
+
+def test_every_kind_of_leaf_comes_back_bit_for_bit(tmp_path):
+    state = {
+        'float': jnp.array([[0.1, -0.0], [jnp.inf, jnp.nan]]),
+        'bfloat16': jnp.linspace(-3, 3, 11, dtype=jnp.bfloat16).reshape(11, 1),
+        'ints': (jnp.arange(-4, 4, dtype=jnp.int8), np.arange(3, dtype=np.int64) << 40),
+        'bool': jnp.array([True, False, True]),
+        'key': jax.random.key_data(jax.random.key(7)),
+        'zero_dim': [jnp.float32(2.5), np.float64(0.1), np.uint8(255)],
+        'python': {'int': 2**40, 'float': 0.1, 'bool': True},
+        'none': None,
+        'no_leaf': (),
+        'strided': np.arange(12.0).reshape(3, 4).T[::2],
+    }
+    with Checkpoints(tmp_path / 'new' / 'folder') as checkpoints:
+        checkpoints.save(3, state, {'history': [0.5, None], 'name': 'ä'}, error=0.5)
+        step, restored, extra = checkpoints.restore(state)
+    assert_same(restored, state)
+    assert (step, extra) == (3, {'history': [0.5, None], 'name': 'ä'})
+    assert restored['python'] == {'int': 2**40, 'float': 0.1, 'bool': True}
+    assert restored['python']['bool'] is True
+    assert isinstance(restored['float'], jax.Array)
+    assert isinstance(restored['strided'], np.ndarray)
+
+
+def test_without_a_target_the_saved_structure_comes_back_as_numpy(tmp_path):
+    state = {'params': {'a': jnp.ones(3, jnp.bfloat16)}, 'optimizer': ({'mu': jnp.zeros(2)}, ())}
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(5, state, {'x': 1}, error=None)
+    step, restored, extra = read(tmp_path)
+    assert (step, extra) == (5, {'x': 1})
+    as_named = {'params': {'a': state['params']['a']}, 'optimizer': {'0': {'mu': np.zeros(2, 'f')}}}
+    assert_same(restored, as_named)
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(restored))
+
+
+def test_the_source_may_be_donated_or_overwritten_as_soon_as_save_returns(tmp_path):
+    train_step = jax.jit(lambda s: jax.tree.map(lambda x: x * 2 + 1, s), donate_argnums=0)
+    state = {'w': jnp.arange(500_000.0), 'v': jnp.ones((1000, 300))}
+    array = np.arange(300_000)
+    wanted = {'w': np.array(state['w']), 'v': np.array(state['v'])}, array.copy()
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, (state, array), {}, error=None)
+        array[:] = -1
+        for _ in range(3):
+            state = train_step(state)
+        assert_same(checkpoints.restore((state, array)).state, wanted)
+
+
+def test_training_goes_on_from_a_restored_state_as_from_the_original(tmp_path):
+    # A restored array may share memory with numpy; donating it must not spoil it.
+    train_step = jax.jit(lambda s: jax.tree.map(lambda x: jnp.sin(x) + 1, s), donate_argnums=0)
+    state = {'w': jnp.arange(100_000.0)}
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state, {}, error=None)
+        restored = checkpoints.restore(state).state
+    for _ in range(3):
+        state, restored = train_step(state), train_step(restored)
+    assert_same(restored, state)
+
+
+@pytest.mark.parametrize('to', [(1, 1), (2, 2), (8, 1), (1, 2)])
+def test_saved_on_one_mesh_and_restored_on_another(tmp_path, to):
+    if jax.device_count() < 8:
+        pytest.skip('needs 8 (virtual) devices')
+
+    def on_mesh(shape):
+        mesh = jax.make_mesh(
+            shape,
+            ('data', 'tower'),
+            axis_types=(AxisType.Auto,) * 2,
+            devices=jax.devices()[: shape[0] * shape[1]],
+        )
+        specs = {'kernel': P(None, 'tower'), 'bias': P('tower'), 'step': P(), 'batch': P('data')}
+        return {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
+
+    state = {
+        'kernel': np.random.default_rng(0).random((48, 256), np.float32),
+        'bias': np.arange(256, dtype=jnp.bfloat16),
+        'step': np.int32(9),
+        'batch': np.arange(64, dtype=np.uint8).reshape(16, 4),
+    }
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, jax.device_put(state, on_mesh((4, 2))), {}, error=None)
+        target = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, on_mesh(to)
+        )
+        restored = checkpoints.restore(target).state
+    assert_same(restored, state)
+    assert {name: x.sharding for name, x in restored.items()} == on_mesh(to)
+
+
+# ------------------------------------------------------------------ what is kept
+
+
+@pytest.mark.parametrize(
+    ('errors', 'keep_latest', 'keep_best', 'steps', 'best'),
+    [
+        ([0.5, 0.3, 0.4, 0.6], 1, 1, [1, 3], 1),
+        ([0.5, 0.3, 0.4, 0.2], 1, 1, [3], 3),
+        ([0.1, 0.3, 0.4, 0.2], 2, 1, [0, 2, 3], 0),
+        ([0.1, 0.3, 0.2, 0.5], 1, 2, [0, 2, 3], 0),
+        ([0.2, 0.2, 0.9], 1, 1, [1, 2], 1),
+        ([0.2, None, float('nan'), float('inf')], 1, 1, [0, 3], 0),
+        ([None, None, None], 2, 1, [1, 2], None),
+        ([0.1, 0.2, 0.3], 1, 0, [2], 2),
+    ],
+)
+def test_latest_and_best_are_kept(tmp_path, errors, keep_latest, keep_best, steps, best):
+    with Checkpoints(tmp_path, keep_latest=keep_latest, keep_best=keep_best) as checkpoints:
+        for step, error in enumerate(errors):
+            checkpoints.save(step, state_of(step, 2), {}, error=error)
+    assert checkpoints.steps() == steps
+    assert checkpoints.best_step() == best
+    assert checkpoints.latest_step() == steps[-1]
+    for step in steps:
+        assert_same(checkpoints.restore(state_of(0, 2), step).state, state_of(step, 2))
+    if best is not None:
+        assert checkpoints.restore(None, 'best').step == best
+
+
+def test_a_step_saved_again_is_replaced_once_the_new_one_is_whole(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(4, state_of(1), {'n': 1}, error=0.1)
+        checkpoints.save(4, state_of(2), {'n': 2}, error=0.9, wait=True)
+        assert checkpoints.steps() == [4]
+        assert_same(checkpoints.restore(state_of(0)).state, state_of(2))
+        checkpoints.save(4, state_of(3), {'n': 3}, error=None, wait=True)
+        assert checkpoints.restore(None).extra == {'n': 3}
+        assert checkpoints.best_step() is None
+    assert len(os.listdir(tmp_path)) == 1
+
+
+def test_only_a_writer_clears_away_what_a_kill_left(tmp_path):
+    saved(tmp_path)
+    (tmp_path / '3.orbax-checkpoint-tmp' / 'state').mkdir(parents=True)
+    (tmp_path / '1.deleted').mkdir()
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.steps() == [1, 2]
+        assert checkpoints.restore(None).step == 2
+        assert (tmp_path / '3.orbax-checkpoint-tmp').exists()
+        checkpoints.save(3, state_of(3), {}, error=None)
+    assert sorted(os.listdir(tmp_path)) == ['2', '3']
+
+
+# ------------------------------------------------------------------ damage
+
+DAMAGES = {
+    'flip': lambda file, at: _flip(file, at),
+    'truncate': lambda file, _: os.truncate(file, file.stat().st_size // 2),
+    'empty': lambda file, _: os.truncate(file, 0),
+    'delete': lambda file, _: file.unlink(),
+}
+
+
+def _flip(file, at):
+    content = bytearray(file.read_bytes())
+    content[int(at * len(content))] ^= 0x10
+    file.write_bytes(content)
+
+
+def files_of(checkpoint):
+    return sorted(path.relative_to(checkpoint) for path in checkpoint.rglob('*') if path.is_file())
+
+
+def largest(checkpoint):
+    return max((checkpoint / f for f in files_of(checkpoint)), key=lambda f: f.stat().st_size)
+
+
+def resume_after(room, pristine, file, damage, at=0.5):
+    """Damages one file of step 2 in a copy and resumes: (was step 2 set aside, reports)."""
+    directory = room / 'copy'
+    shutil.rmtree(directory, ignore_errors=True)
+    shutil.copytree(pristine, directory)
+    DAMAGES[damage](directory / '2' / file, at)
+    reports = []
+    checkpoints = Checkpoints(directory, report=reports.append)
+    restored = resumed(checkpoints, state_of(0))
+    assert_same(restored.state, state_of(restored.step))  # never a wrong value, whatever was hit
+    assert restored.extra == {'step': restored.step}
+    assert checkpoints.steps() == [1, 2][: restored.step]
+    assert (directory / 'damaged-2').exists() == (restored.step == 1)
+    return restored.step == 1, reports
+
+
+@pytest.mark.parametrize('damage', list(DAMAGES))
+def test_each_file_damaged_is_found_or_was_harmless(tmp_path, damage):
+    saved(tmp_path / 'pristine')
+    newest = tmp_path / 'pristine' / '2'
+    found = set()
+    for file in files_of(newest):
+        aside, reports = resume_after(tmp_path, tmp_path / 'pristine', file, damage)
+        if aside:
+            found.add(str(file))
+            assert len(reports) == 1
+            assert 'checkpoint 2 in' in reports[0]
+            assert 'set aside as damaged-2, going on from step 1' in reports[0]
+    # Orbax keeps more than the values depend on (sharding, timestamps, commit marks, metadata kept
+    # twice): damage there may do no harm, and resume_after saw that every leaf verified.
+    vital = {'manifest/manifest.json', 'manifest/manifest.json.sha256'}
+    vital.add(str(largest(newest).relative_to(newest)))
+    if damage in ('truncate', 'empty'):
+        vital.add('state/_METADATA')
+    assert vital <= found
+
+
+def test_a_flip_anywhere_gives_the_right_values_or_none(tmp_path):
+    saved(tmp_path / 'pristine')
+    rng = random.Random(1)
+    files = files_of(tmp_path / 'pristine' / '2')
+    outcomes = [
+        resume_after(tmp_path, tmp_path / 'pristine', rng.choice(files), 'flip', at=rng.random())[0]
+        for _ in range(60)
+    ]
+    assert any(outcomes)
+
+
+def test_a_damaged_array_is_named_when_asked_for_explicitly(tmp_path):
+    checkpoints = saved(tmp_path)
+    DAMAGES['flip'](largest(tmp_path / '2'), 0.5)
+    for step in ('latest', 2):
+        with pytest.raises(
+            RunError, match=r'checkpoint 2 in .* is damaged: .*; use another step: 1'
+        ):
+            checkpoints.restore(state_of(0), step)
+    assert_same(checkpoints.restore(state_of(0), 1).state, state_of(1))
+    assert checkpoints.steps() == [1, 2]
+
+
+def test_a_leaf_that_orbax_restores_without_a_word_is_named(tmp_path):
+    # The arrays of step 1 under the manifest of step 2: sound for Orbax, wrong all the same.
+    checkpoints = saved(tmp_path)
+    shutil.rmtree(tmp_path / '2' / 'state')
+    shutil.copytree(tmp_path / '1' / 'state', tmp_path / '2' / 'state')
+    with pytest.raises(
+        RunError, match=r'leaf params/conv1/(bias|kernel) does not match its sha256'
+    ):
+        checkpoints.restore(None)
+
+
+def test_several_damaged_ones_are_set_aside_and_none_when_all_are(tmp_path):
+    checkpoints = saved(tmp_path, steps=(1, 2, 3))
+    for step in (2, 3):
+        os.truncate(largest(tmp_path / str(step)), 10)
+    (tmp_path / 'damaged-3').mkdir()  # from an earlier accident
+    reports = []
+    checkpoints = Checkpoints(tmp_path, report=reports.append)
+    assert resumed(checkpoints).step == 1
+    assert len(reports) == 2
+    assert sorted(os.listdir(tmp_path)) == ['1', 'damaged-2', 'damaged-3', 'damaged-3-1']
+
+    os.truncate(largest(tmp_path / '1'), 10)
+    for _ in range(2):  # a second start must not take the workdir for a fresh one
+        with pytest.raises(
+            RunError, match=r'no checkpoint in .* is sound \(checkpoint 1 in .*start over'
+        ):
+            checkpoints.restore_newest_sound(None)
+    with Checkpoints(tmp_path) as again:
+        again.save(2, state_of(2), {}, error=None)
+        assert_same(again.restore(state_of(0)).state, state_of(2))
+
+
+def test_damage_does_not_disturb_later_saves_nor_the_best(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state_of(1), {}, error=0.1, wait=True)
+        (tmp_path / '1' / 'manifest' / 'manifest.json').write_text('{')
+        checkpoints.save(2, state_of(2), {}, error=0.5, wait=True)
+        assert checkpoints.best_step() == 2
+        assert resumed(checkpoints).step == 2
+
+
+# ------------------------------------------------------------------ kill -9
+
+CHILD = """
+    import sys
+    from pathlib import Path
+    sys.path.insert(0, sys.argv[1])
+    from tests.test_checkpoint import assert_same, state_of
+    from alexnet_jax.checkpoint import Checkpoints
+
+    checkpoints = Checkpoints(Path(sys.argv[2]))
+    restored = checkpoints.restore_newest_sound(None)
+    first = restored.step if restored else 0   # a step that is there already is saved again
+    print('ready', first, flush=True)
+    for step in range(first, first + 1000):
+        checkpoints.save(step, state_of(step, 300_000), {'step': step}, error=1 / (1 + step % 7))
+"""
+
+
+def test_killed_at_any_moment_whatever_is_there_is_whole(tmp_path):
+    rng = random.Random(0)
+    root = Path(__file__).parent.parent
+    reached, left_half_written = -1, 0
+    for round_ in range(4):
+        child = subprocess.Popen(
+            [sys.executable, '-c', textwrap.dedent(CHILD), str(root), str(tmp_path)],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
+        )
+        with child:
+            assert child.stdout is not None
+            assert child.stdout.readline().split() == ['ready', str(max(reached, 0))]
+            time.sleep(rng.uniform(0.1, 0.5))
+            if round_ % 2:
+                while not any(tmp_path.glob('*.orbax-checkpoint-tmp*')):
+                    assert child.poll() is None
+            child.send_signal(signal.SIGKILL)
+        left_half_written += any(tmp_path.glob('*.orbax-checkpoint-tmp*'))
+
+        checkpoints = Checkpoints(tmp_path, report=pytest.fail)
+        newest = resumed(checkpoints)
+        assert newest.step >= reached
+        reached = newest.step
+        for step in checkpoints.steps():
+            restored = checkpoints.restore(state_of(0, 300_000), step)
+            assert_same(restored.state, state_of(step, 300_000))
+            assert restored.extra == {'step': step}
+    assert left_half_written
+    with checkpoints:
+        checkpoints.save(reached, state_of(reached), {}, error=None)
+        checkpoints.save(reached + 1, state_of(reached + 1), {}, error=None)
+    assert_same(checkpoints.restore(state_of(0)).state, state_of(reached + 1))
+    assert not any(tmp_path.glob('*.orbax-checkpoint-tmp*'))
+
+
+# ------------------------------------------------------------------ disks
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A real file system of 3 MB."""
+    disk = tmp_path / 'disk'
+    disk.mkdir()
+    command = ['mount', '-t', 'tmpfs', '-o', 'size=3m', 'none', str(disk)]
+    if os.geteuid() or shutil.which('mount') is None or subprocess.run(command).returncode:
+        pytest.skip('mounting a tmpfs needs root')
+    yield disk
+    subprocess.run(['umount', '-l', str(disk)], check=True)
+
+
+def noise(n_bytes):
+    return {'w': np.random.default_rng(0).integers(0, 256, n_bytes, np.uint8)}
+
+
+@pytest.mark.parametrize('said_by', ['save', 'wait', 'close', 'with'])
+def test_full_disk_is_said_in_a_sentence_and_loses_nothing(small_disk, said_by):
+    checkpoints = Checkpoints(small_disk / 'checkpoints')
+    checkpoints.save(1, noise(10**6), {}, error=None)
+    checkpoints.save(2, noise(4 * 10**6), {}, error=None)
+    sentence = r'^the checkpoint of step 2 could not be written to .*No space left on device.*$'
+    with pytest.raises(RunError, match=sentence):  # noqa: PT012 (four ways to be told)
+        if said_by == 'save':
+            checkpoints.save(3, noise(10**6), {}, error=None)
+        elif said_by == 'with':
+            with checkpoints:
+                pass
+        else:
+            getattr(checkpoints, said_by)()
+    assert checkpoints.steps() == [1]
+    assert os.listdir(small_disk / 'checkpoints') == ['1']
+    assert_same(checkpoints.restore(noise(10**6)).state, noise(10**6))
+    checkpoints.wait()  # said once
+    with checkpoints:
+        checkpoints.save(2, noise(10**6), {}, error=None)
+    assert checkpoints.steps() == [1, 2]
+
+
+def test_folder_that_cannot_be_written_to(small_disk):
+    with Checkpoints(small_disk) as checkpoints:
+        checkpoints.save(1, noise(100), {}, error=None, wait=True)
+        subprocess.run(['mount', '-o', 'remount,ro', str(small_disk)], check=True)
+        with pytest.raises(RunError, match=r'step 2 could not be written .*Read-only file system'):
+            checkpoints.save(2, noise(100), {}, error=None, wait=True)
+        assert checkpoints.steps() == [1]
+        os.sync()
+        assert_same(resumed(checkpoints, noise(100)).state, noise(100))
+
+
+def test_folder_under_a_file(tmp_path):
+    (tmp_path / 'file').write_text('')
+    with (
+        pytest.raises(RunError, match=r'step 0 could not be written to .*Not a directory'),
+        Checkpoints(tmp_path / 'file' / 'checkpoints') as checkpoints,
+    ):
+        checkpoints.save(0, noise(100), {}, error=None)
+
+
+# ------------------------------------------------------------------ what is asked wrongly
+
+
+@pytest.mark.parametrize('exists', [True, False])
+def test_a_folder_without_checkpoints(tmp_path, exists):
+    directory = tmp_path / 'checkpoints'
+    if exists:
+        (directory / 'damaged-5').mkdir(parents=True)
+    checkpoints = Checkpoints(directory)
+    assert checkpoints.restore_newest_sound(None) is None
+    assert (checkpoints.steps(), checkpoints.latest_step(), checkpoints.best_step()) == (
+        [],
+        None,
+        None,
+    )
+    for step in ('latest', 'best', 3):
+        with pytest.raises(RunError, match=r'no checkpoint in .*; train first with'):
+            checkpoints.restore(None, step)
+    assert directory.exists() == exists
+
+
+def test_a_step_that_is_not_there(tmp_path):
+    checkpoints = saved(tmp_path)
+    for step in (3, 'newest', '1'):
+        with pytest.raises(UsageError, match=f"of step {step!r} in .*'latest', 'best' and 1, 2$"):
+            checkpoints.restore(None, step)
+    with pytest.raises(UsageError, match=r'has a validation error.*one of the steps 1, 2$'):
+        checkpoints.restore(None, 'best')
+
+
+@pytest.mark.parametrize(
+    ('change', 'sentence'),
+    [
+        (lambda s: s['params'].update(fc=np.zeros(2)), 'params/fc is wanted and not in it'),
+        (lambda s: s.pop('step'), 'step is in it and not wanted'),
+        (
+            lambda s: s['params']['conv1'].update(bias=np.zeros(8)),
+            r'params/conv1/bias has shape \[7\] in it and \[8\] is wanted',
+        ),
+        (
+            lambda s: s['params']['conv1'].update(bias=np.zeros(7, np.float32)),
+            'params/conv1/bias has dtype float64 in it and float32 is wanted',
+        ),
+    ],
+)
+def test_a_target_that_does_not_fit_is_no_damage(tmp_path, change, sentence):
+    checkpoints = saved(tmp_path)
+    target = state_of(0)
+    change(target)
+    for restore in (checkpoints.restore, checkpoints.restore_newest_sound):
+        with pytest.raises(RunError, match=sentence):
+            restore(target)
+    assert sorted(os.listdir(tmp_path)) == ['1', '2']
+
+
+@pytest.mark.parametrize(
+    ('state', 'extra', 'sentence'),
+    [
+        ({'w': 1}, {'array': np.zeros(3)}, 'ndarray is not JSON serializable'),
+        ({'rng': jax.random.key(0)}, {}, r'rng cannot be saved: .*jax.random.key_data'),
+        ({'a': {'w': 'text'}}, {}, r'a/w cannot be saved: it is a str, not an array'),
+        ({'w': np.zeros((0, 3))}, {}, r'w cannot be saved: its shape \(0, 3\) holds nothing'),
+        ({'a': {'b': 1}, 'a/b': 2}, {}, 'the same path'),
+        ({}, {}, 'no leaf'),
+    ],
+)
+def test_what_cannot_be_saved(tmp_path, state, extra, sentence):
+    with Checkpoints(tmp_path) as checkpoints:
+        with pytest.raises(UsageError, match=sentence):
+            checkpoints.save(1, state, extra, error=None)
+        checkpoints.save(1, {'w': 1}, {}, error=None)
+    assert checkpoints.steps() == [1]
+
+
+def test_nonsense_limits():
+    for keep_latest, keep_best in ((0, 1), (1, -1)):
+        with pytest.raises(UsageError, match='keep_latest must be at least 1'):
+            Checkpoints(Path('nowhere'), keep_latest=keep_latest, keep_best=keep_best)
+
+
+# ------------------------------------------------------------------ on disk and on the console
+
+
+def test_the_manifest_is_plain_json_that_sha256sum_can_check(tmp_path):
+    saved(tmp_path, steps=(1,))
+    manifest = json.loads((tmp_path / '1/manifest/manifest.json').read_text())
+    assert manifest['leaves']['params/conv1/bias']['shape'] == [7]
+    if shutil.which('sha256sum') is None:
+        pytest.skip('no sha256sum here')
+    check = ['sha256sum', '--check', '--status', 'manifest.json.sha256']
+    assert subprocess.run(check, cwd=tmp_path / '1/manifest').returncode == 0
+
+
+def test_orbax_is_quiet_and_others_are_not(tmp_path):
+    class Heard(logging.Handler):
+        def emit(self, record):
+            heard.append(record.getMessage())
+
+    logger, handler, heard = logging.getLogger('absl'), Heard(), []
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        saved(tmp_path)
+        read(tmp_path)
+        assert heard == []
+        absl.logging.info('heard')
+        assert heard == ['heard']
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)

@@ -1,0 +1,96 @@
+"""Scores against slow, plain counting; predictions counted once, whatever the batch."""
+
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from alexnet_jax import config as configuration
+from alexnet_jax import data, evaluate, model, parallel
+from alexnet_jax.augment import Statistics
+from alexnet_jax.config import MeshShape
+from configs import smoke
+
+
+def slow_error(probability, label, k):
+    """Sort the classes of each image, most probable first, by number among equals."""
+    wrong = 0
+    for row, own in zip(probability.tolist(), label.tolist(), strict=True):
+        order = sorted(range(len(row)), key=lambda c: (-row[c], c))
+        wrong += own not in order[:k]
+    return wrong / len(label)
+
+
+def test_scores_with_ties():
+    rng = np.random.default_rng(0)
+    probability = rng.integers(0, 4, (500, 10)).astype(np.float32) + 1
+    probability /= probability.sum(axis=1, keepdims=True)
+    label = rng.integers(0, 10, 500)
+    found = evaluate.scores(probability, label)
+    assert found['top1_error'] == slow_error(probability, label, 1)
+    assert found['top5_error'] == slow_error(probability, label, 5)
+    mean = sum(math.log(row[own]) for row, own in zip(probability, label, strict=True)) / 500
+    assert found['nll'] == pytest.approx(-mean, rel=1e-6)
+
+
+def test_a_constant_prediction_is_right_once_in_ten():
+    label = np.arange(10).repeat(3)
+    assert evaluate.scores(np.full((30, 10), 0.1, np.float32), label)['top1_error'] == 0.9
+
+
+def test_a_probability_of_zero_is_a_finite_loss():
+    found = evaluate.scores(np.array([[1.0, 0.0]], np.float32), np.array([1]))
+    assert found['nll'] == pytest.approx(-math.log(np.finfo(np.float32).tiny))
+
+
+def test_class_accuracy():
+    probability = np.eye(3, dtype=np.float32)[[0, 0, 1, 2]]
+    found = evaluate.class_accuracy(probability, np.array([0, 1, 1, 1]), ('a', 'b', 'c'))
+    assert found == {'a': 1.0, 'b': 1 / 3}
+
+
+@pytest.fixture(scope='module')
+def net(data_dir):
+    settings = configuration.unpack(smoke.get_config())
+    dataset = data.load('fashion_mnist', data_dir, 'test[:150]')
+    measured = data.statistics(dataset.images)
+    statistics = Statistics(
+        measured.mean_image, (measured.colour_vectors * measured.colour_std).astype(np.float32)
+    )
+    return settings, model.init(jax.random.key(0), settings.net), statistics, dataset
+
+
+@pytest.mark.parametrize(('batch_size', 'mesh'), [(64, (1, 1)), (150, (2, 1)), (33, (4, 2))])
+def test_every_image_is_counted_once(net, batch_size, mesh):
+    settings, params, statistics, dataset = net
+    mesh = parallel.make_mesh(MeshShape(*mesh), 64)
+    predict = evaluate.make_predict(settings, mesh)
+    how = {'mesh': mesh, 'batch_size': batch_size}
+    one = evaluate.probabilities(predict, params, statistics, dataset, **how)
+    assert one.shape == (150, 10)
+    np.testing.assert_allclose(one.sum(axis=1), 1, rtol=1e-5)
+    whole = parallel.make_mesh(MeshShape(1, 1), 64)
+    reference = evaluate.probabilities(
+        evaluate.make_predict(settings, whole),
+        params,
+        statistics,
+        dataset,
+        mesh=whole,
+        batch_size=150,
+    )
+    np.testing.assert_allclose(one, reference, rtol=1e-5)
+
+
+def test_ten_views_average_probabilities(net):
+    settings, params, statistics, dataset = net
+    mesh = parallel.make_mesh(MeshShape(1, 1), 64)
+    predict = evaluate.make_predict(settings, mesh)
+    how = {'mesh': mesh, 'batch_size': 150}
+    ten = evaluate.probabilities(predict, params, statistics, dataset, views=range(10), **how)
+    each = [
+        evaluate.probabilities(predict, params, statistics, dataset, views=(view,), **how)
+        for view in range(10)
+    ]
+    np.testing.assert_allclose(ten, np.mean(each, axis=0), rtol=1e-5)
+    assert np.max(np.abs(each[0] - each[5])) > 1e-4  # the mirror image is another view

@@ -1,0 +1,191 @@
+"""The doorbell as a person rings it: real processes, exit codes, one sentence, no traceback."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+CONFIG = '--config=configs/smoke.py'
+
+
+@pytest.fixture(scope='module')
+def ring(repository, data_dir):
+    def call(*words: str, data: bool = True):
+        where = [f'--config.data.data_dir={data_dir}'] if data else []
+        return subprocess.run(
+            [sys.executable, 'main.py', *words, *where],
+            cwd=repository,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+
+    return call
+
+
+def one_sentence(done, code: int, *words: str) -> None:
+    """Exit code, nothing on stdout, one line that starts with the program's name."""
+    lines = [line for line in done.stderr.splitlines() if line]
+    assert done.returncode == code, done.stderr
+    assert done.stdout == ''
+    assert 'Traceback' not in done.stderr
+    assert lines[-1].startswith('main.py: '), done.stderr
+    for word in words:
+        assert word in lines[-1]
+
+
+@pytest.mark.parametrize(
+    ('words', 'said'),
+    [
+        ((), 'no --config; try --config=configs/alexnet.py'),
+        (('--config=configs/nothing.py',), 'there is no such config file'),
+        ((f'{CONFIG}:huge',), "'huge' is not one of quickstart"),
+        ((CONFIG, '--config.bach_size=3'), 'Did you mean "batch_size"'),
+        ((CONFIG, '--config.model.conv9.features=3'), 'Did you mean "conv'),
+        ((CONFIG, '--config.batch_size=many'), "not a whole number: 'many'"),
+        ((CONFIG, "--config.model.conv1.then=('rel',)"), "'rel' is not one of relu"),
+        ((CONFIG, '--config.model.input_px=9', '--mode=describe'), 'a kernel of 11 px does not fit'),
+        ((CONFIG, '--config.optimizer.late.layer=None'), "write 'none'"),
+        ((CONFIG, '--mode=sing'), 'train|evaluate|describe'),
+        ((CONFIG, '--cnfig=x'), "Unknown command line flag 'cnfig'"),
+        ((CONFIG, 'please'), "'please' is not a flag"),
+        ((CONFIG, '--config.data.name=imagenet99', '--workdir={tmp}/w'), 'imagenet99'),
+        ((CONFIG, '--config.data.test=tset', '--workdir={tmp}/w'), 'tset'),
+        ((CONFIG, '--config.data.name=fashion_mnist', '--config.model.fc8.features=7',
+          '--workdir={tmp}/w'), 'set model.fc8.features=10'),
+        ((CONFIG, '--config.mesh.data=3', '--workdir={tmp}/w'), 'does not fit the 1 device(s)'),
+        (('--mode=evaluate', '--workdir={tmp}/w', '--step=soon'), ''),
+    ],
+)  # fmt: skip
+def test_what_makes_no_sense(ring, tmp_path, words, said):
+    words = [word.replace('{tmp}', str(tmp_path)) for word in words]
+    with_data = any('--config=configs/smoke.py' == word for word in words)
+    done = ring(*words, data=with_data)
+    one_sentence(done, 1 if '--mode=evaluate' in words else 2, said)
+
+
+def test_no_data_and_no_way_to_get_it(ring, tmp_path):
+    """ImageNet is nothing that this program can fetch: it says what to do."""
+    done = ring(
+        '--config=configs/alexnet.py:imagenet2012',
+        f'--workdir={tmp_path / "w"}',
+        f'--config.data.data_dir={tmp_path}',
+        data=False,
+    )
+    one_sentence(done, 1, 'imagenet2012', str(tmp_path))
+
+
+def test_a_workdir_that_cannot_be_written(ring, tmp_path):
+    (tmp_path / 'file').write_text('no folder')
+    done = ring(CONFIG, f'--workdir={tmp_path / "file" / "w"}')
+    one_sentence(done, 1, 'cannot write to', 'choose another --workdir')
+
+
+def test_describe_prints_a_page(ring):
+    done = ring('--config=configs/alexnet.py:imagenet2012', '--mode=describe', data=False)
+    assert done.returncode == 0, done.stderr
+    assert '60,965,224 parameters' in done.stdout
+
+
+@pytest.fixture(scope='module')
+def trained(ring, tmp_path_factory):
+    """A smoke run, from the command line to its last line."""
+    workdir = tmp_path_factory.mktemp('runs') / 'smoke'
+    done = ring(CONFIG, f'--workdir={workdir}')
+    assert done.returncode == 0, done.stderr
+    return workdir, done
+
+
+def test_train_says_what_was_reached_and_where(trained):
+    workdir, done = trained
+    (line,) = done.stdout.splitlines()
+    assert line.startswith('smoke: test accuracy 0.')
+    assert line.endswith(str(workdir))
+    for name in ('config.json', 'environment.json', 'metrics.jsonl', 'predictions_test.npz'):
+        assert (workdir / name).is_file()
+    environment = json.loads((workdir / 'environment.json').read_text())
+    assert {'jax', 'commit', 'devices', 'platform'} <= environment.keys()
+
+
+def test_evaluation_repeats_the_runs_figures(ring, trained):
+    workdir, _ = trained
+    records = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+    (final,) = [record for record in records if record['kind'] == 'test']
+    done = ring('--mode=evaluate', f'--workdir={workdir}', data=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result['images'] == 500
+    assert result['steps'] == [32]
+    for key in ('centre', 'ten_views', 'class_accuracy'):
+        assert result[key] == final[key]
+
+
+def test_evaluation_of_the_best_and_of_a_step(ring, trained):
+    workdir, _ = trained
+    records = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+    errors = {r['step']: r['top1_error'] for r in records if r['kind'] == 'validation'}
+    for step in ('best', '16'):
+        done = ring(
+            '--mode=evaluate', f'--workdir={workdir}', f'--step={step}', '--split=validation',
+            data=False,
+        )  # fmt: skip
+        result = json.loads(done.stdout)
+        best = min(errors, key=lambda at: errors[at]) if step == 'best' else 16
+        assert result['steps'] == [best]
+        assert result['centre']['top1_error'] == errors[best]
+
+
+def test_an_ensemble_of_one_run_twice_is_that_run(ring, trained):
+    workdir, _ = trained
+    done = ring('--mode=evaluate', f'--workdir={workdir},{workdir}', data=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert len(result['members']) == 2
+    assert result['centre']['top1_error'] == result['members'][0]['centre']['top1_error']
+
+
+def test_a_finished_run_says_so_again(ring, trained):
+    workdir, first = trained
+    metrics = (workdir / 'metrics.jsonl').read_text()
+    done = ring(CONFIG, f'--workdir={workdir}')
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == first.stdout
+    assert (workdir / 'metrics.jsonl').read_text() == metrics
+
+
+def test_a_workdir_of_another_config(ring, trained):
+    workdir, _ = trained
+    done = ring(CONFIG, f'--workdir={workdir}', '--config.batch_size=32', '--config.seed=7')
+    one_sentence(done, 2, 'batch_size, seed', 'choose another --workdir')
+
+
+def test_a_step_that_is_not_there(ring, trained):
+    workdir, _ = trained
+    done = ring('--mode=evaluate', f'--workdir={workdir}', '--step=17', data=False)
+    one_sentence(done, 2, '17', '16, 32')
+
+
+def test_evaluating_an_empty_workdir(ring, tmp_path):
+    one_sentence(ring('--mode=evaluate', f'--workdir={tmp_path}', data=False), 1, 'no checkpoint')
+
+
+def test_a_damaged_checkpoint_is_set_aside(ring, trained, tmp_path):
+    workdir = tmp_path / 'copy'
+    shutil.copytree(trained[0], workdir)
+    newest = workdir / 'checkpoints' / '32'
+    array = max(newest.joinpath('state').rglob('*'), key=lambda p: p.stat().st_size)
+    body = bytearray(array.read_bytes())
+    body[len(body) // 2] ^= 1
+    array.write_bytes(body)
+    done = ring('--mode=evaluate', f'--workdir={workdir}', data=False)
+    one_sentence(done, 1, '32')
+    done = ring(CONFIG, f'--workdir={workdir}')
+    assert done.returncode == 0, done.stderr
+    assert 'damaged-32' in done.stderr
+    assert 'going on from step 16' in done.stderr
+    assert (workdir / 'checkpoints' / 'damaged-32').is_dir()
+    strip = trained[1].stdout.partition(' after ')[0]
+    assert done.stdout.startswith(strip)
