@@ -134,6 +134,11 @@ def _folder(name: str, data_dir: Path) -> Path:
         raise RunError(
             f'Data set {name} is not in {data_dir}: run `{prepare.command(name, data_dir)}`.'
         )
+    if name.startswith('imagenet'):
+        raise RunError(
+            f'{name} is not in {data_dir}, and its official files are to be had on request only: '
+            'prepare its images, all of one size, with TFDS as array_record there.'
+        )
     there = {path.parts[-3] for path in data_dir.glob('*/*/dataset_info.json')}
     known = ', '.join(sorted(there.union(prepare.DATASETS)))
     raise UsageError(f"There is no data set '{name}' in {data_dir}: choose from {known}.")

@@ -69,9 +69,6 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-DATASETS = ('fashion_mnist',)  # what the command can prepare
-
-
 # ---- Fashion-MNIST --------------------------------------------------------------------------
 
 
@@ -299,11 +296,11 @@ def command(name: str, data_dir: str | Path) -> str:
 
 def ensure(name: str, data_dir: str | Path) -> None:
     """Prepare data set `name` now, if it is not there yet and this program knows how to."""
-    if name in PREPARERS:
-        PREPARERS[name](data_dir)
+    if name in DATASETS:
+        DATASETS[name](data_dir)
 
 
-PREPARERS = {'fashion_mnist': fashion_mnist}
+DATASETS = {'fashion_mnist': fashion_mnist}  # what this program can prepare
 
 
 def shards(folder: Path) -> dict[str, tuple[int, list[Path]]]:

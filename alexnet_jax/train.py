@@ -112,7 +112,7 @@ def make_train_step(
             return jnp.mean(losses), logits
 
         (loss, logits), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
-        sound = state.sound & jnp.isfinite(loss) & jnp.isfinite(optax.global_norm(grads))
+        sound = state.sound & jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
         updates, opt_state = optimizer.update(
             grads, state.opt_state, state.params, drops=state.drops
         )

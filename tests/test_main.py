@@ -47,7 +47,7 @@ def one_sentence(done, code: int, *words: str) -> None:
         ((CONFIG, '--config.model.conv9.features=3'), 'Did you mean "conv'),
         ((CONFIG, '--config.batch_size=many'), "not a whole number: 'many'"),
         ((CONFIG, "--config.model.conv1.then=('rel',)"), "'rel' is not one of relu"),
-        ((CONFIG, '--config.model.input_px=9', '--mode=describe'), 'a kernel of 11 px does not fit'),
+        ((CONFIG, '--config.model.input_px=7', '--mode=describe'), 'a kernel of 11 px does not fit'),
         ((CONFIG, '--config.optimizer.late.layer=None'), "write 'none'"),
         ((CONFIG, '--mode=sing'), 'train|evaluate|describe'),
         ((CONFIG, '--cnfig=x'), "Unknown command line flag 'cnfig'"),
@@ -75,7 +75,7 @@ def test_no_data_and_no_way_to_get_it(ring, tmp_path):
         f'--config.data.data_dir={tmp_path}',
         data=False,
     )
-    one_sentence(done, 1, 'imagenet2012', str(tmp_path))
+    one_sentence(done, 1, f'imagenet2012 is not in {tmp_path}', 'TFDS')
 
 
 def test_a_workdir_that_cannot_be_written(ring, tmp_path):

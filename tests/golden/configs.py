@@ -1,6 +1,6 @@
 """Every shipped config, resolved, as text: a drifting hyper-parameter shows in the diff.
 
-    python -m tests.golden.configs        # write tests/golden/configs/*.json anew
+python -m tests.golden.configs        # write tests/golden/configs/*.json anew
 """
 
 import importlib

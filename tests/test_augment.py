@@ -1,0 +1,300 @@
+"""Augmentation against plain NumPy in float64, image by image; its draws against what 2012 says."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from PIL import Image
+
+from alexnet_jax import augment, parallel
+from alexnet_jax.augment import Draws, Preprocess, Statistics
+from alexnet_jax.config import MeshShape
+
+PAPER = Preprocess(
+    image_px=256,
+    input_px=224,
+    channels=3,
+    crop=True,
+    mirror=True,
+    share=1,
+    mean='image',
+    colour_noise=0.1,
+    noise_divisor=1.1,
+    scale=1.0,
+)
+SMALL = {'image_px': 16, 'input_px': 11}  # the slack, 5, is odd
+
+
+def recipe(**changes):
+    return Preprocess(**(vars(PAPER) | changes))
+
+
+def images_of(count, side, channels, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (count, side, side, channels), np.uint8)
+
+
+def statistics_of(side, channels, seed=1):
+    rng = np.random.default_rng(seed)
+    return Statistics(
+        mean_image=rng.uniform(50, 200, (side, side, channels)).astype(np.float32),
+        colour_basis=rng.normal(0, 40, (channels, channels)).astype(np.float32),
+    )
+
+
+# --------------------------------------------------------------------------------------- the draws
+
+
+@pytest.fixture(scope='module')
+def many():
+    """16,384 images' worth of the paper's choices."""
+    draws = jax.jit(lambda key: augment.draw(key, 16_384, 3, PAPER))(jax.random.key(0))
+    return jax.tree.map(np.asarray, draws)
+
+
+def test_offsets_are_uniform_in_0_to_32_both_ends_included(many):
+    assert many.offset.shape == (16_384, 2)
+    assert many.offset.dtype == np.int32
+    for axis in (0, 1):
+        counts = np.bincount(many.offset[:, axis], minlength=33)
+        assert len(counts) == 33
+        expected = 16_384 / 33
+        assert np.sum((counts - expected) ** 2) / expected < 67  # chi squared, 32 degrees: p 3e-4
+
+
+def test_draws_are_independent_of_each_other(many):
+    """Rows, columns, mirrors and the three noises of an image, and each with the next image's."""
+    columns = np.column_stack([*many.offset.T, many.mirror, *many.noise.T])
+    table = np.corrcoef(np.column_stack([columns[:-1], columns[1:]]), rowvar=False)
+    apart = table[~np.eye(12, dtype=bool)]
+    assert np.abs(apart).max() < 5 / np.sqrt(16_384)
+
+
+def test_half_of_the_images_are_mirrored(many):
+    assert many.mirror.dtype == bool
+    assert abs(many.mirror.mean() - 0.5) < 4 * 0.5 / np.sqrt(16_384)
+
+
+def test_colour_noise_is_gaussian_of_deviation_a_tenth(many):
+    assert many.noise.shape == (16_384, 3)
+    assert many.noise.std(axis=0) == pytest.approx([0.1] * 3, rel=4 / np.sqrt(2 * 16_384))
+    assert np.abs(many.noise.mean(axis=0)).max() < 4 * 0.1 / np.sqrt(16_384)
+    beyond = np.mean(np.abs(many.noise) > 0.2)
+    assert beyond == pytest.approx(0.0455, rel=0.1)  # a Gaussian's share beyond two deviations
+
+
+@pytest.mark.parametrize('batch_size', [128, 100, 20])
+def test_32_images_in_a_row_share_crop_and_mirror_but_not_noise(batch_size):
+    """The source's way; a batch may end within a share."""
+    found = augment.draw(jax.random.key(2), batch_size, 3, recipe(share=32))
+    assert found.offset.shape == (batch_size, 2)
+    assert found.mirror.shape == (batch_size,)
+    blocks = [slice(i, i + 32) for i in range(0, batch_size, 32)]
+    for block in blocks:
+        assert len(np.unique(found.offset[block], axis=0)) == 1
+        assert len(np.unique(found.mirror[block])) == 1
+    assert len({tuple(map(int, found.offset[b.start])) for b in blocks}) == len(blocks)
+    assert len(np.unique(found.noise)) == found.noise.size
+
+
+def test_what_is_switched_off_is_the_centre_view():
+    off = augment.draw(jax.random.key(0), 8, 3, recipe(crop=False, mirror=False, colour_noise=0.0))
+    centre = augment.fixed(8, 3, PAPER)
+    jax.tree.map(np.testing.assert_array_equal, off, centre)
+    only_crop = augment.draw(jax.random.key(0), 64, 3, recipe(mirror=False, colour_noise=0.0))
+    assert len(np.unique(only_crop.offset)) > 10
+    assert not only_crop.mirror.any()
+    assert not only_crop.noise.any()
+
+
+def test_draws_are_a_function_of_the_key():
+    one, same, other = (augment.draw(jax.random.key(k), 64, 3, PAPER) for k in (0, 0, 1))
+    jax.tree.map(np.testing.assert_array_equal, one, same)
+    for a, b in zip(one, other, strict=True):
+        assert np.any(np.asarray(a) != np.asarray(b))
+
+
+@pytest.mark.parametrize('shape', [(4, 2), (8, 1)])
+def test_the_same_bits_and_pixels_on_every_mesh(shape):
+    """Drawn and applied inside jit on a batch that is split over 'data', as in training."""
+    small = recipe(**SMALL)
+    images, statistics = images_of(16, 16, 3), statistics_of(16, 3)
+
+    @jax.jit
+    def prepare(key, images):
+        draws = augment.draw(key, 16, 3, small)
+        return draws, augment.apply(images, draws, statistics, small, True)
+
+    def on(shape):
+        mesh = parallel.make_mesh(MeshShape(*shape), batch_size=16)
+        placed = jax.device_put(images, NamedSharding(mesh, P('data')))
+        return prepare(jax.random.key(3), placed)
+
+    (draws, pixels), (expected_draws, expected) = on(shape), on((1, 1))
+    jax.tree.map(np.testing.assert_array_equal, draws, expected_draws)
+    np.testing.assert_allclose(pixels, expected, rtol=1e-6, atol=1e-4)  # 255 in float32: 3e-5
+
+
+# ------------------------------------------------------------------------------- what they do
+
+
+def numpy_apply(images, draws, statistics, recipe, noise_on):
+    """The reference, for images already at `image_px`: one image after the other, float64."""
+    px, mean = recipe.input_px, np.float64(statistics.mean_image)
+    edge = (recipe.image_px - px) // 2
+    if recipe.mean == 'image':
+        mean = mean[edge : edge + px, edge : edge + px]
+    elif recipe.mean == 'channel':
+        mean = mean.mean(axis=(0, 1))
+    else:
+        mean = 0.0
+    result = []
+    for image, (top, left), mirror, factors in zip(images, *map(np.asarray, draws), strict=True):
+        pixels = np.float64(image)[top : top + px, left : left + px]
+        if mirror:
+            pixels = np.flip(pixels, axis=1)
+        pixels = pixels - mean
+        if noise_on and recipe.colour_noise:
+            components = np.float64(statistics.colour_basis).T
+            noise = sum(f * component for f, component in zip(factors, components, strict=True))
+            pixels = (pixels + noise) / recipe.noise_divisor
+        pixels = pixels * recipe.scale
+        if pixels.shape[-1] == 1:
+            pixels = np.concatenate([pixels] * recipe.channels, axis=-1)
+        result.append(pixels)
+    return np.stack(result)
+
+
+@pytest.mark.parametrize('noise_on', [False, True])
+@pytest.mark.parametrize(
+    ('stored', 'changes'),
+    [
+        (3, {}),
+        (3, {'mean': 'channel'}),
+        (3, {'mean': 'none', 'scale': 1 / 255}),
+        (3, {'colour_noise': 0.0}),
+        (3, {'noise_divisor': 1.0}),
+        (1, {'channels': 3}),  # grey, repeated
+        (1, {'channels': 1}),
+        (3, {'input_px': 16}),  # no slack
+    ],
+)
+def test_apply_equals_numpy(stored, changes, noise_on):
+    small = recipe(**(SMALL | changes))
+    images, statistics = images_of(12, 16, stored), statistics_of(16, stored)
+    draws = augment.draw(jax.random.key(1), 12, stored, small)
+    # The switch is traced, as it is in the training step.
+    found = jax.jit(lambda on: augment.apply(images, draws, statistics, small, on))(noise_on)
+    expected = numpy_apply(images, draws, statistics, small, noise_on)
+    assert found.dtype == jnp.float32
+    assert found.shape == expected.shape == (12, small.input_px, small.input_px, small.channels)
+    assert np.abs(found - expected).max() < 1e-4 * small.scale  # 255 in float32: 3e-5
+
+
+def test_the_mean_does_not_move_with_the_crop():
+    """Images that are the mean image itself: zero at the centre, and not when cropped elsewhere."""
+    small = recipe(**SMALL | {'colour_noise': 0.0})
+    mean = images_of(1, 16, 3)
+    statistics = Statistics(mean[0].astype(np.float32), np.eye(3, dtype=np.float32))
+    centre = augment.apply(mean, augment.fixed(1, 3, small), statistics, small)
+    corner = augment.apply(mean, augment.fixed(1, 3, small, view=1), statistics, small)
+    assert not centre.any()
+    assert np.abs(corner).max() > 10
+
+
+def test_noise_is_one_colour_an_image_along_the_components():
+    """Black images and no mean: every pixel is the sum of factor x deviation x eigenvector."""
+    plain = recipe(**SMALL | {'mean': 'none', 'noise_divisor': 1.0})
+    statistics = statistics_of(16, 3)
+    factors = np.eye(3, dtype=np.float32)
+    draws = augment.fixed(3, 3, plain)._replace(noise=jnp.asarray(factors))
+    found = augment.apply(np.zeros((3, 16, 16, 3), np.uint8), draws, statistics, plain, True)
+    for component in range(3):
+        colour = statistics.colour_basis[:, component]
+        np.testing.assert_allclose(found[component].reshape(-1, 3), np.tile(colour, (121, 1)))
+
+
+# --------------------------------------------------------------------------------------- ten views
+
+
+def test_ten_views_are_centre_and_corners_and_their_mirror_images():
+    """In the documented order; each cut out by hand from one image."""
+    plain = recipe(**SMALL | {'mean': 'none'})
+    images = images_of(2, 16, 3)
+    windows = [
+        images[:, 2:13, 2:13],
+        *(images[:, y : y + 11, x : x + 11] for y in (0, 5) for x in (0, 5)),
+    ]
+    windows += [window[:, :, ::-1] for window in windows]
+
+    @jax.jit
+    def view(number):
+        return augment.apply(
+            images, augment.fixed(2, 3, plain, number), statistics_of(16, 3), plain
+        )
+
+    found = [view(number) for number in range(10)]
+    for ours, expected in zip(found, windows, strict=True):
+        np.testing.assert_array_equal(ours, expected.astype(np.float32))
+    assert len({np.asarray(pixels).tobytes() for pixels in found}) == 10
+
+
+def test_2012_sizes_put_the_centre_at_16_and_the_corners_at_0_and_32():
+    offsets = [augment.fixed(1, 3, PAPER, view).offset[0].tolist() for view in range(5)]
+    assert offsets == [[16, 16], [0, 0], [0, 32], [32, 0], [32, 32]]
+
+
+# ---------------------------------------------------------------------------------------- resizing
+
+
+def bilinear(image, side):
+    """Enlarged by interpolation between pixel centres; beyond the outermost ones, their values."""
+    scale = len(image) / side
+    places = np.clip((np.arange(side) + 0.5) * scale - 0.5, 0, len(image) - 1)
+    below = np.floor(places).astype(int)
+    above = np.minimum(below + 1, len(image) - 1)
+    part = places - below
+    rows = image[below] * (1 - part)[:, None, None] + image[above] * part[:, None, None]
+    return rows[:, below] * (1 - part)[:, None] + rows[:, above] * part[:, None]
+
+
+def resized(images, side):
+    """What `apply` makes of stored images when nothing else is to be done."""
+    count, _, _, channels = images.shape
+    plain = recipe(image_px=side, input_px=side, channels=channels, mean='none')
+    draws = augment.fixed(count, channels, plain)
+    return np.asarray(augment.apply(images, draws, statistics_of(images.shape[1], channels), plain))
+
+
+def assert_same_pixels(found, expected):
+    assert np.abs(found - expected).max() < 1e-3  # float32 products of numbers up to 255
+
+
+def test_enlarging_28_to_128_is_bilinear():
+    images = images_of(3, 28, 1)
+    expected = [bilinear(np.float64(image), 128) for image in images]
+    assert_same_pixels(resized(images, 128), expected)
+
+
+def test_shrinking_is_antialiased_as_pil_does_it():
+    images = images_of(2, 64, 1)
+    for found, image in zip(resized(images, 24), images, strict=True):
+        small = Image.fromarray(image[..., 0].astype(np.float32)).resize(
+            (24, 24), Image.Resampling.BILINEAR
+        )
+        assert_same_pixels(found[..., 0], np.asarray(small))
+
+
+def test_the_mean_image_is_enlarged_with_the_images():
+    """Stored at 28 px, crops of 112 from 128: what is subtracted is the enlarged mean's centre."""
+    large = recipe(image_px=128, input_px=112, channels=1, colour_noise=0.0)
+    images, statistics = images_of(2, 28, 1), statistics_of(28, 1)
+    draws = Draws(jnp.array([[0, 16], [5, 3]]), jnp.array([True, False]), jnp.zeros((2, 1)))
+    found = augment.apply(images, draws, statistics, large)
+    enlarged = np.stack([bilinear(np.float64(image), 128) for image in images])
+    mean = bilinear(np.float64(statistics.mean_image), 128)
+    expected = numpy_apply(
+        enlarged, draws, statistics._replace(mean_image=mean), large, noise_on=False
+    )
+    assert_same_pixels(found, expected)

@@ -1,0 +1,300 @@
+"""Training as a whole, small: exact repetition, kills, signals, dead starts, infinite numbers.
+
+The runs are the smoke config's, shrunk further or stretched; processes are real ones.
+"""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from alexnet_jax import checkpoint, model, records, train
+from alexnet_jax import config as configuration
+from alexnet_jax.errors import RunError, UsageError
+from configs import ablation_lrn, alexnet_paper, smoke
+
+
+def tiny(data_dir, **changes):
+    """The smoke config at a few steps, with dotted keys changed ('a__b' for a.b)."""
+    config = smoke.get_config()
+    config.data.data_dir = str(data_dir)
+    config.data.train = 'train[:256]'
+    config.data.validation = 'train[256:384]'
+    config.data.test = 'test[:128]'
+    config.loop.tensorboard = False
+    config.loop.log_every_steps = 2
+    config.mesh.data = 1
+    config.update_from_flattened_dict({k.replace('__', '.'): v for k, v in changes.items()})
+    return config
+
+
+def outcome(workdir):
+    """All that a run leaves and that must repeat: state, records without times, predictions."""
+    restored = checkpoint.read(workdir / 'checkpoints')
+    leaves = {
+        jax.tree_util.keystr(path): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(restored.state)
+    }
+    timeless = [
+        {key: value for key, value in record.items() if key not in records.TIMES}
+        for record in records.read(workdir)
+    ]
+    with np.load(workdir / 'predictions_test.npz') as file:
+        predictions = {name: file[name] for name in file.files}
+    return restored.step, leaves, timeless, predictions
+
+
+def assert_same(a, b):
+    assert a[0] == b[0]
+    assert a[2] == b[2]
+    for left, right in ((a[1], b[1]), (a[3], b[3])):
+        assert left.keys() == right.keys()
+        for name in left:
+            np.testing.assert_array_equal(left[name], right[name], err_msg=name)
+
+
+@pytest.fixture(scope='module')
+def reference(data_dir, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp('runs') / 'reference'
+    train.run(tiny(data_dir), workdir)
+    return workdir
+
+
+def test_one_seed_repeats_to_the_bit(reference, data_dir, tmp_path):
+    train.run(tiny(data_dir), tmp_path / 'again')
+    assert_same(outcome(reference), outcome(tmp_path / 'again'))
+
+
+def test_two_seeds_differ(reference, data_dir, tmp_path):
+    train.run(tiny(data_dir, seed=1), tmp_path / 'other')
+    first, second = outcome(reference), outcome(tmp_path / 'other')
+    assert np.any(first[1]["['state']['params']['conv1']['kernel']"] !=
+                  second[1]["['state']['params']['conv1']['kernel']"])  # fmt: skip
+    assert first[2] != second[2]
+
+
+def test_a_run_on_a_mesh_ends_close_to_a_run_on_one_device(reference, data_dir, tmp_path):
+    train.run(tiny(data_dir, mesh__data=2, mesh__tower=2), tmp_path / 'mesh')
+    first, second = outcome(reference), outcome(tmp_path / 'mesh')
+    for name, leaf in first[1].items():
+        if 'params' in name:  # rounding grows over the steps: 1e-5 a step, eight of them
+            np.testing.assert_allclose(second[1][name], leaf, rtol=1e-3, atol=1e-4, err_msg=name)
+
+
+def test_the_records_of_a_run(reference):
+    rows = records.read(reference)
+    kinds = [row['kind'] for row in rows]
+    assert kinds == ['train', 'train', 'validation', 'train', 'train', 'validation', 'test']
+    assert rows[2]['epoch'] == 1.0
+    assert rows[-1]['images'] == 128
+    for row in rows:
+        if row['kind'] == 'train':
+            assert {'loss', 'top1_error', 'images_per_sec', 'stall_secs', 'secs'} <= row.keys()
+
+
+def test_the_ablation_runs(data_dir, tmp_path):
+    config = ablation_lrn.get_config()
+    small = tiny(data_dir)
+    for name in small.model.layers:
+        small.model[name].then = config.model[name].then
+    assert 'test accuracy' in train.run(small, tmp_path / 'lrn')
+
+
+def test_the_step_compiles_once(data_dir, tmp_path):
+    config = tiny(data_dir)
+    settings = configuration.unpack(config)
+    job = train.open_job(config, settings, tmp_path)
+    state = jax.jit(
+        lambda: train.init_state(settings, job.optimizer), out_shardings=job.shardings
+    )()
+    for step in range(3):
+        state, _ = job.train_step(state, job.batch(step), job.statistics)
+    assert job.train_step._cache_size() == 1
+
+
+def test_a_rate_divided_on_the_plateau(data_dir, tmp_path):
+    """A rate of zero never improves: the plateau rule divides as often as it may."""
+    config = tiny(
+        data_dir,
+        epochs=5.0,
+        optimizer__weights__kind='plateau',
+        optimizer__weights__rate=0.0,
+        optimizer__weights__patience_epochs=1.0,
+        optimizer__weights__max_drops=2,
+        optimizer__biases__kind='plateau',
+        optimizer__biases__rate=0.0,
+    )
+    train.run(config, tmp_path / 'plateau')
+    assert int(outcome(tmp_path / 'plateau')[1]["['state']['drops']"]) == 2
+
+
+# ------------------------------------------------------------------------------------- bad starts
+
+
+def test_a_dead_start_is_told_and_can_be_an_error(data_dir, tmp_path, capsys):
+    small = tiny(data_dir, model__init_scaling='none')
+    paper = alexnet_paper.get_config()
+    for name in small.model.layers:
+        small.model[name].init_std = paper.model[name].init_std
+    small.epochs = 0.5
+    train.run(small, tmp_path / 'warned')
+    said = capsys.readouterr().err
+    assert 'warning: dead start: across images the logits differ by only' in said
+    assert "set model.init_scaling='fan_in'" in said
+    small.loop.on_dead_start = 'error'
+    with pytest.raises(RunError, match='dead start'):
+        train.run(small, tmp_path / 'refused')
+    small.model.init_scaling = 'fan_in'
+    assert 'test accuracy' in train.run(small, tmp_path / 'alive')
+
+
+def test_infinite_numbers_stop_the_run_and_are_located(data_dir, tmp_path):
+    config = tiny(data_dir, optimizer__weights__rate=1e30, epochs=4.0)
+    with pytest.raises(RunError, match=r'step \d+: .* not finite, first in the \w+ of') as caught:
+        train.run(config, tmp_path / 'infinite')
+    assert '\n' not in str(caught.value)
+
+
+def test_the_first_layer_at_fault_is_named(data_dir, tmp_path):
+    config = tiny(data_dir)
+    job = train.open_job(config, configuration.unpack(config), tmp_path)
+    state = jax.jit(
+        lambda: train.init_state(job.settings, job.optimizer), out_shardings=job.shardings
+    )()
+    params = dict(state.params)
+    params['conv4'] = params['conv4'] | {'bias': params['conv4']['bias'].at[3].set(jnp.inf)}
+    error = train.not_finite(job, state.replace(params=params))
+    assert 'the activations of conv4_linear' in str(error)
+
+
+def test_a_step_that_is_not_finite_changes_nothing(data_dir, tmp_path):
+    config = tiny(data_dir)
+    job = train.open_job(config, configuration.unpack(config), tmp_path)
+    state = train.init_state(job.settings, job.optimizer)
+    params = dict(state.params)
+    params['fc8'] = params['fc8'] | {'bias': params['fc8']['bias'].at[0].set(jnp.nan)}
+    broken = state.replace(params=params)
+    before = jax.tree.map(np.asarray, broken)
+    after, _ = job.train_step(jax.tree.map(jnp.array, broken), job.batch(0), job.statistics)
+    assert not after.sound
+    assert int(after.step) == 0
+    for name in ('params', 'opt_state'):
+        jax.tree.map(
+            np.testing.assert_array_equal, getattr(before, name), getattr(after, name)
+        )
+
+
+def test_a_workdir_in_use(reference, data_dir):
+    with train.open_workdir(tiny(data_dir), reference), pytest.raises(RunError, match='another'):
+        train.run(tiny(data_dir), reference)
+
+
+def test_more_classes_than_the_data(data_dir, tmp_path):
+    with pytest.raises(UsageError, match=r'set model\.fc8\.features=10'):
+        train.run(tiny(data_dir, model__fc8__features=11), tmp_path / 'w')
+
+
+def test_a_batch_larger_than_the_data(data_dir, tmp_path):
+    with pytest.raises(UsageError, match='lower batch_size'):
+        train.run(tiny(data_dir, batch_size=512), tmp_path / 'w')
+
+
+# ------------------------------------------------------------------------------ kills and signals
+
+
+LONG = ('--config.epochs=8', '--config.loop.checkpoint_every_epochs=0.125')
+
+
+@pytest.fixture(scope='module')
+def start(repository, data_dir):
+    """Starts a real process; a checkpoint every other step, so that kills fall into saves too."""
+
+    def call(workdir, *words):
+        return subprocess.Popen(
+            [sys.executable, 'main.py', '--config=configs/smoke.py', f'--workdir={workdir}',
+             f'--config.data.data_dir={data_dir}', '--config.mesh.data=1', *LONG, *words],
+            cwd=repository, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    return call
+
+
+@pytest.fixture(scope='module')
+def undisturbed(start, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp('kills') / 'undisturbed'
+    process = start(workdir)
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    return workdir
+
+
+def wait_for_step(process, workdir, step):
+    """Until the run has logged `step`, or has ended."""
+    deadline = time.monotonic() + 300
+    while process.poll() is None and time.monotonic() < deadline:
+        if any(r['kind'] == 'train' and r['step'] >= step for r in records.read(workdir)):
+            return
+        time.sleep(0.01)
+
+
+def test_killed_again_and_again_it_ends_in_the_same_bits(undisturbed, start):
+    """SIGKILL at random moments of the run (the seed is printed on failure)."""
+    seed = random.randrange(2**32)
+    rng = random.Random(seed)
+    workdir = undisturbed.parent / 'killed'
+    for step in (8, 36, 68, 100):
+        process = start(workdir)
+        wait_for_step(process, workdir, step)
+        time.sleep(rng.uniform(0, 0.3))
+        process.kill()
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == -signal.SIGKILL, (seed, said)
+    process = start(workdir)
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 0, (seed, said)
+    assert 'going on from step' in said, seed
+    assert_same(outcome(undisturbed), outcome(workdir))
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_says_how_to_go_on(undisturbed, start, number):
+    workdir = undisturbed.parent / f'signal-{number}'
+    process = start(workdir, '--config.loop.checkpoint_every_epochs=8.0')
+    wait_for_step(process, workdir, 20)
+    process.send_signal(number)
+    out, said = process.communicate(timeout=120)
+    assert process.returncode == 128 + number, said
+    assert out == ''
+    last = said.strip().splitlines()[-1]
+    assert last.startswith(f'main.py: {number.name}: saved at step ')
+    assert f'--workdir={workdir}' in last
+    process = start(workdir)
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    assert_same(outcome(undisturbed), outcome(workdir))
+
+
+def test_config_json_is_the_config(undisturbed):
+    tree = json.loads((undisturbed / 'config.json').read_text())
+    assert tree['epochs'] == 8.0
+    assert configuration.unpack(tree).name == 'smoke'
+
+
+def test_draws_do_not_depend_on_the_batch_before(data_dir, tmp_path):
+    """Step 5 alone sees what step 5 of a run sees: inputs are a function of (seed, step)."""
+    config = tiny(data_dir)
+    settings = configuration.unpack(config)
+    job = train.open_job(config, settings, tmp_path)
+    first = train.inputs(settings, 256, jnp.int32(5), job.batch(5), job.statistics)
+    second = train.inputs(settings, 256, jnp.int32(5), job.batch(5), job.statistics)
+    other = train.inputs(settings, 256, jnp.int32(6), job.batch(6), job.statistics)
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+    assert model.geometry(settings.net)[-1].output == (10,)
+    assert np.any(np.asarray(first[0]) != np.asarray(other[0]))
