@@ -6,6 +6,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 CODE := alexnet_jax configs experiments tests main.py
+TYPED := alexnet_jax configs main.py
 DATA := data/fashion_mnist
 
 .PHONY: quickstart env data test lint types tests test-torch golden gpu clean
@@ -35,7 +36,7 @@ lint: env
 	$(BIN)/ruff format --check $(CODE)
 
 types: env
-	$(BIN)/ty check --python $(VENV) $(CODE)
+	$(BIN)/ty check --python $(VENV) $(TYPED)
 
 tests: data
 	$(BIN)/python -m pytest -n 2 --dist=loadfile

@@ -2,7 +2,7 @@
 
 `draw` makes the random choices of a batch in the global view, so that they are the same on every
 mesh; `apply` carries them out. One view, ten views and training crops differ in the choices only.
-Images are uint8 [B, H, W, C] in 0-255 units; nothing divides them by 255 or by a standard deviation.
+Images are uint8 [B, H, W, C] in 0-255 units; nothing divides them by 255 or a deviation.
 """
 
 import dataclasses

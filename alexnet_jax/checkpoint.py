@@ -26,7 +26,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import absl.logging
 import jax
@@ -38,7 +38,7 @@ from jax.experimental import multihost_utils
 from alexnet_jax.errors import RunError, UsageError
 
 PyTree = Any
-Step = int | Literal['latest', 'best']
+Step = int | str  # a number, 'latest' or 'best'
 
 _WHOLE = re.compile(r'(\d+)(?:-(\d+))?')
 _LEFTOVERS = ('*.orbax-checkpoint-tmp*', '*.deleted')

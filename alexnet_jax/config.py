@@ -87,7 +87,11 @@ class Settings:
         return images / self.batch_size
 
 
-def unpack(config: Mapping[str, Any]) -> Settings:
+# An ml_collections.ConfigDict, which is no Mapping to a type checker, or the dict of its JSON.
+Config = Any
+
+
+def unpack(config: Config) -> Settings:
     """A ConfigDict, or the dict of a config.json, as plain values.
 
     Raises:
@@ -96,7 +100,9 @@ def unpack(config: Mapping[str, Any]) -> Settings:
     """
     tree = json.loads(as_json(config))
     net_tree, preprocess = dict(_section(tree, 'model')), dict(_section(tree, 'preprocess'))
-    noise_until_epoch = _value(preprocess.pop('noise_until_epoch', None), float, 'noise_until_epoch')
+    noise_until_epoch = _value(
+        preprocess.pop('noise_until_epoch', None), float, 'noise_until_epoch'
+    )
     preprocess |= {key: net_tree.get(key) for key in ('input_px', 'channels')}
     top = {key: value for key, value in tree.items() if key not in ('model', 'preprocess')}
     settings = _build(
@@ -111,9 +117,9 @@ def unpack(config: Mapping[str, Any]) -> Settings:
     return settings
 
 
-def as_json(config: Mapping[str, Any]) -> str:
+def as_json(config: Config) -> str:
     """A resolved config as text: sorted keys, tuples as lists, one field a line."""
-    tree = config.to_dict() if hasattr(config, 'to_dict') else config  # ty: ignore[call-non-callable]
+    tree = config.to_dict() if hasattr(config, 'to_dict') else config
     return json.dumps(tree, indent=2, sort_keys=True)
 
 

@@ -1,13 +1,12 @@
-"""What a config describes, on one page: shapes, parameters, multiply-adds, memory. Touches no data."""
+"""What a config describes, on one page: shapes, parameters, multiply-adds, memory."""
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 
 from alexnet_jax import config as configuration
-from alexnet_jax.config import Settings
+from alexnet_jax.config import Config, Settings
 from alexnet_jax.model import Net, Stage, geometry
 
 COLUMNS = (
@@ -17,7 +16,7 @@ COLUMNS = (
 FLOAT32_BYTES = 4
 
 
-def run(config: Mapping[str, Any]) -> str:
+def run(config: Config) -> str:
     """The page for a config.
 
     Raises:

@@ -6,8 +6,9 @@ across images at initialisation.
 """
 
 import dataclasses
+import itertools
 import math
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +40,7 @@ class Preflight:
         names = list(self.signal)
         gains = {
             after: self.signal[after] / max(self.signal[before], 1e-30)
-            for before, after in zip(names, names[1:], strict=False)
+            for before, after in itertools.pairwise(names)
         }
         name = min(gains, key=lambda key: gains[key])
         return name, gains[name]
@@ -49,10 +50,9 @@ def preflight(net: Net, params: Any, pixels: Array, labels: Array) -> Preflight:
     """Measure a start on some images: `pixels` [B, H, W, C] as conv1 sees them, `labels` [B]."""
     seen = _activations(net, params, pixels, None)
     logits = seen[model.steps(net.layers[-1])[-1]]
-    loss = jnp.mean(jax.nn.logsumexp(logits, axis=-1) - logits[jnp.arange(len(labels)), labels])
     return Preflight(
         logit_std=_across_images(logits),
-        loss=float(loss),
+        loss=float(model.mean_loss(logits, labels)),
         plateau=math.log(net.classes),
         signal={layer.name: _across_images(seen[model.steps(layer)[-1]]) for layer in net.layers},
     )
@@ -86,8 +86,9 @@ def first_not_finite(net: Net, params: Any, pixels: Array, labels: Array, masks:
 
 
 def _loss(params, net, pixels, labels, masks):
-    logits = AlexNet(net).apply({'params': params}, pixels, masks)
-    return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - logits[jnp.arange(len(labels)), labels])
+    return model.mean_loss(
+        cast(Array, AlexNet(net).apply({'params': params}, pixels, masks)), labels
+    )
 
 
 def _activations(net: Net, params: Any, pixels: Array, masks: Any) -> dict[str, Array]:

@@ -17,3 +17,14 @@ class RunError(AlexNetError):
     """What was asked for is sound, but could not be done (data, disk, numbers): exit code 1."""
 
     exit_code = 1
+
+
+def gist(error: BaseException) -> str:
+    """What a person got wrong on the command line, in one line, of a library's exception."""
+    text = ' '.join(str(error.args[0] if error.args else error).split())
+    if 'No such file' in text:
+        return 'there is no such config file; those of this program lie in configs/.'
+    text = text.rpartition('Error: ')[2]  # ml_collections quotes a whole traceback,
+    text = text.replace('\\n', ': ').replace("\\'", '').strip('"').strip("'")  # or a quotation
+    text = text.replace('invalid literal for int() with base 10', 'not a whole number')
+    return text.replace('could not convert string to float', 'not a number')

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from alexnet_jax import augment, checkpoint, data, parallel, prepare
 from alexnet_jax import config as configuration
 from alexnet_jax.augment import Statistics
+from alexnet_jax.checkpoint import Step
 from alexnet_jax.config import Settings
 from alexnet_jax.data import Dataset
 from alexnet_jax.errors import RunError, UsageError
@@ -121,7 +122,7 @@ def save_predictions(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Write an .npz that is whole or not there."""
     scratch = path.with_name(path.name + '.tmp')
     with scratch.open('wb') as file:
-        np.savez(file, **arrays)
+        np.savez(file, allow_pickle=False, **arrays)
     os.replace(scratch, path)
 
 
@@ -129,7 +130,7 @@ def save_predictions(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def run(
-    workdirs: Sequence[Path], *, step: int | str = 'latest', split: str = 'test', data_dir: str = ''
+    workdirs: Sequence[Path], *, step: Step = 'latest', split: str = 'test', data_dir: str = ''
 ) -> dict[str, Any]:
     """Evaluate a checkpoint, or the ensemble of several, on every image of a split.
 
@@ -146,6 +147,8 @@ def run(
         UsageError: a step that is not there, a split that is not there, nets that do not fit.
         RunError: no checkpoint, a damaged one, or no data.
     """
+    if isinstance(step, str) and step.isdigit():
+        step = int(step)
     members, steps, class_names = [], [], ()
     for workdir in workdirs:
         arrays, found, class_names = predictions(workdir, step, split, data_dir)
@@ -163,7 +166,7 @@ def run(
 
 
 def predictions(
-    workdir: Path, step: int | str, split: str, data_dir: str
+    workdir: Path, step: Step, split: str, data_dir: str
 ) -> tuple[dict[str, np.ndarray], int, tuple[str, ...]]:
     """Restore, predict every image, save predictions_<split>.npz: (arrays, step, class names)."""
     with checkpoint.Checkpoints(workdir / 'checkpoints') as checkpoints:

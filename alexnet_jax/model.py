@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import optax
 
 from alexnet_jax import ops
 from alexnet_jax.errors import UsageError
@@ -97,8 +98,6 @@ class Net:
     def classes(self) -> int:
         """Units of the last layer."""
         return self.layers[-1].features
-
-
 
 
 def steps(layer: Layer) -> tuple[str, ...]:
@@ -377,6 +376,11 @@ def init(key: Array, net: Net) -> dict[str, dict[str, Array]]:
     """
     images = jnp.zeros((1, net.input_px, net.input_px, net.channels))
     return AlexNet(net).init(key, images)['params']
+
+
+def mean_loss(logits: Array, labels: Array) -> Array:
+    """Mean softmax cross-entropy in nats; `logits` [B, classes], `labels` int [B]."""
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
 
 
 def _flatten(x: Array, towers: int) -> Array:

@@ -8,11 +8,13 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from alexnet_jax.errors import UsageError
 
 _DIMENSIONS = ('NHWC', 'HWIO', 'NHWC')
+_NO_PAD = (0, 0, 0)  # before, behind, between, as `lax.pad` has them
 
 
 def _on_cpu():
@@ -108,9 +110,11 @@ def _kernel_gradient(x, dy, shape, stride, padding):
 
 def _pad_to(x, padding, height, width):
     """Zeros as `padding` says at the top left; bottom right cut or filled to `height`, `width`."""
-    (top, _), (left, _) = padding
-    low_high = ((top, height - top - x.shape[1]), (left, width - left - x.shape[2]))
-    return lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), *((*p, 0) for p in low_high), (0, 0, 0)))
+    edges = [
+        (before, side - before - have, 0)
+        for (before, _), side, have in zip(padding, (height, width), x.shape[1:3], strict=True)
+    ]
+    return lax.pad(x, jnp.zeros((), x.dtype), (_NO_PAD, *edges, _NO_PAD))
 
 
 def _space_to_depth(x, block):
@@ -155,8 +159,7 @@ def lrn(x, *, groups: int = 1, size=5, k=2.0, alpha=1e-4 / 5, beta=0.75):
     """
     if x.shape[-1] % groups:
         raise UsageError(f'{x.shape[-1]} channels do not divide into {groups} groups for LRN')
-    towers = x.reshape(*x.shape[:-1], groups, x.shape[-1] // groups)
-    return _normalise(towers, (4,), size, k, alpha, beta).reshape(x.shape)
+    return _normalise(x, functools.partial(_channel_sum, groups), size, k, alpha, beta)
 
 
 def spatial_norm(x, *, size=5, k=1.0, alpha=0.001 / 25, beta=0.75):
@@ -174,42 +177,59 @@ def spatial_norm(x, *, size=5, k=1.0, alpha=0.001 / 25, beta=0.75):
     Returns:
       `[B, H, W, C]`, of x's type.
     """
-    return _normalise(x, (1, 2), size, k, alpha, beta)
+    return _normalise(x, _pixel_sum, size, k, alpha, beta)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4, 5))
-def _normalise(x, axes, size, k, alpha, beta):
+def _normalise(x, window_sum, size, k, alpha, beta):
     wide = x.astype(jnp.float32)
-    scale = k + alpha * _window_sum(wide * wide, axes, size // 2, size)
+    scale = k + alpha * window_sum(wide * wide, size // 2, size)
     return (wide * _power(scale, beta)).astype(x.dtype)
 
 
-def _normalise_forward(x, axes, size, k, alpha, beta):
-    return _normalise(x, axes, size, k, alpha, beta), x
+def _normalise_forward(x, window_sum, size, k, alpha, beta):
+    return _normalise(x, window_sum, size, k, alpha, beta), x
 
 
-def _normalise_backward(axes, size, k, alpha, beta, x, dy):
-    # y_i = x_i s_i^-b with s = k + a W x^2:
-    # dx = dy s^-b - 2 a b x W'(dy x s^-b / s), W' the transposed window
+def _normalise_backward(window_sum, size, k, alpha, beta, x, dy):
+    # y_i = x_i s_i^-b with s = k + a W x^2, hence
+    # dx = dy s^-b - 2 a b x W'(dy x s^-b / s), W' the transposed window.
+    # Keeping only x and computing s again costs less than keeping s.
     wide, dy = x.astype(jnp.float32), dy.astype(jnp.float32)
-    scale = k + alpha * _window_sum(wide * wide, axes, size // 2, size)
+    scale = k + alpha * window_sum(wide * wide, size // 2, size)
     direct = dy * _power(scale, beta)
-    spread = _window_sum(direct * wide / scale, axes, size - 1 - size // 2, size)
+    spread = window_sum(direct * wide / scale, size - 1 - size // 2, size)
     return ((direct - (2 * alpha * beta) * wide * spread).astype(x.dtype),)
 
 
 _normalise.defvjp(_normalise_forward, _normalise_backward)
 
 
-def _window_sum(x, axes, before, size):
-    """Sums over windows of `size` that start `before` elements earlier, along each of `axes`."""
-    for axis in axes:
-        length = x.shape[axis]
-        pads = [(before, size - 1 - before) if a == axis else (0, 0) for a in range(x.ndim)]
-        padded = jnp.pad(x, pads)
-        parts = [lax.slice_in_dim(padded, i, i + length, axis=axis) for i in range(size)]
-        x = functools.reduce(jnp.add, parts)
-    return x
+def _channel_sum(groups, x, before, size):
+    """Sums over the `size` channels of the same group that start `before` channels earlier."""
+    channels, width = x.shape[-1], x.shape[-1] // groups
+    if (
+        _on_cpu()
+    ):  # a product with a band matrix: its loops vectorise, those over 12 channels do not
+        reads, writes = np.ogrid[:channels, :channels]
+        offset = reads - writes + before
+        band = (offset >= 0) & (offset < size) & (reads // width == writes // width)
+        return x @ jnp.asarray(band, x.dtype)
+    towers = x.reshape(*x.shape[:-1], groups, width)
+    return _axis_sum(towers, 4, before, size).reshape(x.shape)
+
+
+def _pixel_sum(x, before, size):
+    """Sums over `size` x `size` pixels that start `before` rows and columns earlier."""
+    return _axis_sum(_axis_sum(x, 1, before, size), 2, before, size)
+
+
+def _axis_sum(x, axis, before, size):
+    """Sums over the `size` elements along `axis` that start `before` elements earlier."""
+    pads = [(before, size - 1 - before) if a == axis else (0, 0) for a in range(x.ndim)]
+    padded, length = jnp.pad(x, pads), x.shape[axis]
+    parts = [lax.slice_in_dim(padded, i, i + length, axis=axis) for i in range(size)]
+    return functools.reduce(jnp.add, parts)
 
 
 def _power(scale, beta):
@@ -241,7 +261,7 @@ def max_pool(x, *, window=3, stride=2):
     """
     _check_window('pooling window', (window, window), x)
     if _on_cpu():
-        return _max_pool(x, window, stride)
+        return _max_pool(x, window, stride, x.shape[1:3])
     sizes, strides = (1, window, window, 1), (1, stride, stride, 1)
     return lax.reduce_window(x, jnp.array(-jnp.inf, x.dtype), lax.max, sizes, strides, 'VALID')
 
@@ -274,37 +294,32 @@ def _steps(length, window, stride):
     return (length - window) // stride + 1
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _max_pool(x, window, stride):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _max_pool(x, window, stride, sides):
     return functools.reduce(jnp.maximum, _taps(x, window, stride))
 
 
-def _max_pool_forward(x, window, stride):
-    taps = _taps(x, window, stride)
-    best, where = taps[0], jnp.zeros_like(taps[0], jnp.int8)
-    for number, tap in enumerate(taps[1:], 1):
-        where = jnp.where(tap > best, jnp.int8(number), where)
+def _max_pool_forward(x, window, stride, sides):
+    best, *taps = _taps(x, window, stride)
+    chosen = jnp.zeros_like(best, jnp.int8 if window < 12 else jnp.int32)  # number of the tap
+    for number, tap in enumerate(taps, 1):
+        chosen = jnp.where(tap > best, jnp.asarray(number, chosen.dtype), chosen)
         best = jnp.maximum(best, tap)
-    return best, (where, x)
+    return best, chosen
 
 
-def _max_pool_backward(window, stride, residuals, dy):
-    where, x = residuals
-    height, width = x.shape[1:3]
-    dx = jnp.zeros_like(x)
-    for number in range(window * window):
-        i, j = divmod(number, window)
-        part = jnp.where(where == number, dy, jnp.zeros_like(dy))
-        ends = (
-            height - i - stride * (dy.shape[1] - 1) - 1,
-            width - j - stride * (dy.shape[2] - 1) - 1,
-        )
-        dx += lax.pad(
-            part,
-            jnp.zeros((), dy.dtype),
-            ((0, 0, 0), (i, ends[0], stride - 1), (j, ends[1], stride - 1), (0, 0, 0)),
-        )
-    return (dx,)
+def _max_pool_backward(window, stride, sides, chosen, dy):
+    zero = jnp.zeros((), dy.dtype)
+
+    def spread(number):
+        """The gradients of the windows that chose this tap, at its pixels of the image."""
+        edges = [
+            (start, side - start - stride * (steps - 1) - 1, stride - 1)
+            for start, side, steps in zip(divmod(number, window), sides, dy.shape[1:3], strict=True)
+        ]
+        return lax.pad(jnp.where(chosen == number, dy, zero), zero, (_NO_PAD, *edges, _NO_PAD))
+
+    return (functools.reduce(jnp.add, map(spread, range(window * window))),)
 
 
 _max_pool.defvjp(_max_pool_forward, _max_pool_backward)

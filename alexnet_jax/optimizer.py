@@ -21,7 +21,7 @@ import optax
 from alexnet_jax.errors import UsageError
 
 Array = jax.Array
-Rate = Callable[[Array, Array], Array]  # (step, drops of the plateau rule so far) -> rate
+Rate = Callable[[Array, Array | int], Array]  # (step, drops of the plateau rule so far) -> rate
 
 
 @dataclasses.dataclass(frozen=True)

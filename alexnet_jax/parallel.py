@@ -77,7 +77,7 @@ def state_shardings(state, net: Net, mesh: Mesh):
 
     def of(path, leaf) -> NamedSharding:
         del leaf
-        names = [getattr(key, 'key', None) for key in path[-2:]]
+        names = [str(getattr(key, 'key', '')) for key in path[-2:]]
         known = len(names) == 2 and names[0] in specs
         return NamedSharding(mesh, specs[names[0]][names[1]] if known else P())
 

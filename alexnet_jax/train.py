@@ -14,16 +14,16 @@ import platform
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import struct
 from jax.sharding import Mesh
 
 from alexnet_jax import augment, data, diagnose, evaluate, model, parallel, prepare, records
@@ -31,7 +31,7 @@ from alexnet_jax import config as configuration
 from alexnet_jax import optimizer as optimizers
 from alexnet_jax.augment import Statistics
 from alexnet_jax.checkpoint import Checkpoints
-from alexnet_jax.config import Settings
+from alexnet_jax.config import Config, Settings
 from alexnet_jax.data import Dataset, TrainStream
 from alexnet_jax.errors import RunError, UsageError
 from alexnet_jax.records import say
@@ -41,7 +41,7 @@ Array = jax.Array
 # --------------------------------------------------------------------------------- the pure step
 
 
-class TrainState(flax.struct.PyTreeNode):
+class TrainState(struct.PyTreeNode):
     """All that training carries from step to step.
 
     drops: how often the plateau rule has divided the rate; set between epochs.
@@ -66,9 +66,7 @@ def make_optimizer(settings: Settings, images: int) -> optax.GradientTransformat
         total_steps=settings.total_steps(images),
         steps_per_epoch=settings.steps_per_epoch(images),
     )
-    return optimizers.sgd_2012(
-        rates, momentum=recipe.momentum, weight_decay=recipe.weight_decay
-    )
+    return optimizers.sgd_2012(rates, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
 
 
 def init_state(settings: Settings, optimizer: optax.GradientTransformation) -> TrainState:
@@ -106,12 +104,11 @@ def make_train_step(
     def train_step(state, batch, statistics):
         pixels, masks = inputs(settings, images, state.step, batch, statistics)
 
-        def mean_loss(params):
+        def loss_of(params):
             logits = forward(params, pixels, masks)
-            losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch['label'])
-            return jnp.mean(losses), logits
+            return model.mean_loss(logits, batch['label']), logits
 
-        (loss, logits), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
+        (loss, logits), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
         sound = state.sound & jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
         updates, opt_state = optimizer.update(
             grads, state.opt_state, state.params, drops=state.drops
@@ -182,7 +179,7 @@ class Job:
         }
 
 
-def open_job(config: Mapping[str, Any], settings: Settings, workdir: Path) -> Job:
+def open_job(config: Config, settings: Settings, workdir: Path) -> Job:
     """Get the data and build what the config describes; nothing is trained yet."""
     mesh = parallel.make_mesh(settings.mesh, settings.batch_size)
     names = settings.data
@@ -246,7 +243,7 @@ class History:
     secs: float = 0.0  # of training: evaluation and saving not counted
 
 
-def run(config: Mapping[str, Any], workdir: Path) -> str:
+def run(config: Config, workdir: Path) -> str:
     """Train a config to its end, or go on where its workdir stopped, and evaluate it.
 
     Returns:
@@ -285,9 +282,7 @@ def resume_or_start(job: Job, checkpoints: Checkpoints) -> tuple[TrainState, His
     if restored is not None:
         say(f'going on from step {restored.step} of {job.total_steps} in {job.workdir}')
         return restored.state['state'], History(**restored.extra['history'])
-    state = jax.jit(
-        lambda: init_state(job.settings, job.optimizer), out_shardings=job.shardings
-    )()
+    state = jax.jit(lambda: init_state(job.settings, job.optimizer), out_shardings=job.shardings)()
     preflight(job, state)
     return state, History()
 
@@ -389,7 +384,7 @@ def finish(job: Job, state: TrainState, history: History, book: records.Records)
     return (
         f'{job.settings.name}: test accuracy {1 - centre["top1_error"]:.4f} '
         f'({1 - ten["top1_error"]:.4f} over ten views) on {result["images"]} images after '
-        f'{job.total_steps} steps, {history.secs:.0f} s of training; all of it lies in {job.workdir}'
+        f'{job.total_steps} steps, {history.secs:.0f} s of training; it lies in {job.workdir}'
     )
 
 
@@ -477,7 +472,7 @@ def not_finite(job: Job, state: TrainState) -> RunError:
     )
     return RunError(
         f'step {step + 1}: the loss or a gradient is not finite, first in {where}; lower '
-        f'optimizer.weights.rate or the layer\'s init_std. Checkpoints are as they were.'
+        f"optimizer.weights.rate or the layer's init_std. Checkpoints are as they were."
     )
 
 
@@ -505,12 +500,12 @@ class Interrupt:
 
     def leave(self, step: int, job: Job) -> RunError:
         """How to go on, as an error that carries the shell's exit code of the signal."""
-        name = signal.Signals(self.signal).name
+        number = signal.Signals(self.signal or signal.SIGTERM)
         error = RunError(
-            f'{name}: saved at step {step} of {job.total_steps}; the same command with '
+            f'{number.name}: saved at step {step} of {job.total_steps}; the same command with '
             f'--workdir={job.workdir} goes on from there.'
         )
-        error.exit_code = 128 + self.signal
+        error.exit_code = 128 + number
         return error
 
 
@@ -530,7 +525,7 @@ MAY_DIFFER = (
 
 
 @contextlib.contextmanager
-def open_workdir(config: Mapping[str, Any], workdir: Path) -> Iterator[None]:
+def open_workdir(config: Config, workdir: Path) -> Generator[None]:
     """Make the folder, or see that it is this config's and nobody else's; note the environment.
 
     Raises:

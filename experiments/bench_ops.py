@@ -174,7 +174,7 @@ def measure(name, batch_size, rounds, contenders):
     for _ in range(rounds):
         for contender, step in steps.items():
             start = time.perf_counter()
-            states[contender], loss = jax.block_until_ready(step(states[contender], *batch))
+            states[contender], _ = jax.block_until_ready(step(states[contender], *batch))
             secs[contender].append(time.perf_counter() - start)
     return batch_size, secs, {contender: float(loss) for contender, loss in losses.items()}
 

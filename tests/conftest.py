@@ -11,11 +11,22 @@ jax.config.update('jax_numpy_rank_promotion', 'raise')
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
+# Compiled programs are kept between tests and test runs: most of a small run is compilation.
+CACHE = REPOSITORY / '.cache' / 'jax'
+jax.config.update('jax_compilation_cache_dir', str(CACHE))
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
+
 
 @pytest.fixture(scope='session')
 def repository() -> Path:
     """The folder that holds main.py."""
     return REPOSITORY
+
+
+@pytest.fixture(scope='session')
+def cache_dir() -> Path:
+    """The folder of compiled programs, for processes that tests start."""
+    return CACHE
 
 
 @pytest.fixture(scope='session')

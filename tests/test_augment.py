@@ -32,14 +32,15 @@ def recipe(**changes):
 
 
 def images_of(count, side, channels, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, (count, side, side, channels), np.uint8)
+    shape = (count, side, side, channels)
+    return jnp.asarray(np.random.default_rng(seed).integers(0, 256, shape, np.uint8))
 
 
 def statistics_of(side, channels, seed=1):
     rng = np.random.default_rng(seed)
     return Statistics(
-        mean_image=rng.uniform(50, 200, (side, side, channels)).astype(np.float32),
-        colour_basis=rng.normal(0, 40, (channels, channels)).astype(np.float32),
+        mean_image=jnp.asarray(rng.uniform(50, 200, (side, side, channels)), jnp.float32),
+        colour_basis=jnp.asarray(rng.normal(0, 40, (channels, channels)), jnp.float32),
     )
 
 
@@ -141,7 +142,7 @@ def test_the_same_bits_and_pixels_on_every_mesh(shape):
 
 def numpy_apply(images, draws, statistics, recipe, noise_on):
     """The reference, for images already at `image_px`: one image after the other, float64."""
-    px, mean = recipe.input_px, np.float64(statistics.mean_image)
+    px, mean = recipe.input_px, np.asarray(statistics.mean_image, np.float64)
     edge = (recipe.image_px - px) // 2
     if recipe.mean == 'image':
         mean = mean[edge : edge + px, edge : edge + px]
@@ -151,12 +152,12 @@ def numpy_apply(images, draws, statistics, recipe, noise_on):
         mean = 0.0
     result = []
     for image, (top, left), mirror, factors in zip(images, *map(np.asarray, draws), strict=True):
-        pixels = np.float64(image)[top : top + px, left : left + px]
+        pixels = np.asarray(image, np.float64)[top : top + px, left : left + px]
         if mirror:
             pixels = np.flip(pixels, axis=1)
         pixels = pixels - mean
         if noise_on and recipe.colour_noise:
-            components = np.float64(statistics.colour_basis).T
+            components = np.asarray(statistics.colour_basis, np.float64).T
             noise = sum(f * component for f, component in zip(factors, components, strict=True))
             pixels = (pixels + noise) / recipe.noise_divisor
         pixels = pixels * recipe.scale
@@ -196,7 +197,7 @@ def test_the_mean_does_not_move_with_the_crop():
     """Images that are the mean image itself: zero at the centre, and not when cropped elsewhere."""
     small = recipe(**SMALL | {'colour_noise': 0.0})
     mean = images_of(1, 16, 3)
-    statistics = Statistics(mean[0].astype(np.float32), np.eye(3, dtype=np.float32))
+    statistics = Statistics(mean[0].astype(jnp.float32), jnp.eye(3))
     centre = augment.apply(mean, augment.fixed(1, 3, small), statistics, small)
     corner = augment.apply(mean, augment.fixed(1, 3, small, view=1), statistics, small)
     assert not centre.any()
@@ -209,7 +210,7 @@ def test_noise_is_one_colour_an_image_along_the_components():
     statistics = statistics_of(16, 3)
     factors = np.eye(3, dtype=np.float32)
     draws = augment.fixed(3, 3, plain)._replace(noise=jnp.asarray(factors))
-    found = augment.apply(np.zeros((3, 16, 16, 3), np.uint8), draws, statistics, plain, True)
+    found = augment.apply(jnp.zeros((3, 16, 16, 3), jnp.uint8), draws, statistics, plain, True)
     for component in range(3):
         colour = statistics.colour_basis[:, component]
         np.testing.assert_allclose(found[component].reshape(-1, 3), np.tile(colour, (121, 1)))
@@ -250,6 +251,7 @@ def test_2012_sizes_put_the_centre_at_16_and_the_corners_at_0_and_32():
 
 def bilinear(image, side):
     """Enlarged by interpolation between pixel centres; beyond the outermost ones, their values."""
+    image = np.asarray(image, np.float64)
     scale = len(image) / side
     places = np.clip((np.arange(side) + 0.5) * scale - 0.5, 0, len(image) - 1)
     below = np.floor(places).astype(int)
@@ -273,14 +275,14 @@ def assert_same_pixels(found, expected):
 
 def test_enlarging_28_to_128_is_bilinear():
     images = images_of(3, 28, 1)
-    expected = [bilinear(np.float64(image), 128) for image in images]
+    expected = [bilinear(image, 128) for image in images]
     assert_same_pixels(resized(images, 128), expected)
 
 
 def test_shrinking_is_antialiased_as_pil_does_it():
     images = images_of(2, 64, 1)
     for found, image in zip(resized(images, 24), images, strict=True):
-        small = Image.fromarray(image[..., 0].astype(np.float32)).resize(
+        small = Image.fromarray(np.asarray(image[..., 0], np.float32)).resize(
             (24, 24), Image.Resampling.BILINEAR
         )
         assert_same_pixels(found[..., 0], np.asarray(small))
@@ -292,8 +294,8 @@ def test_the_mean_image_is_enlarged_with_the_images():
     images, statistics = images_of(2, 28, 1), statistics_of(28, 1)
     draws = Draws(jnp.array([[0, 16], [5, 3]]), jnp.array([True, False]), jnp.zeros((2, 1)))
     found = augment.apply(images, draws, statistics, large)
-    enlarged = np.stack([bilinear(np.float64(image), 128) for image in images])
-    mean = bilinear(np.float64(statistics.mean_image), 128)
+    enlarged = np.stack([bilinear(image, 128) for image in images])
+    mean = bilinear(statistics.mean_image, 128)
     expected = numpy_apply(
         enlarged, draws, statistics._replace(mean_image=mean), large, noise_on=False
     )

@@ -6,6 +6,7 @@ program's own configurations and of torchvision's table.
 """
 
 import dataclasses
+import functools
 import math
 import re
 
@@ -23,15 +24,12 @@ from alexnet_jax.errors import UsageError
 from alexnet_jax.model import AlexNet, Dropout, Layer, Net, geometry
 from configs import alexnet, alexnet_paper, smoke
 from tests.golden import cases
+from tests.golden.cases import net_of
 
 NO_PADDING = ((0, 0), (0, 0))
 # LLVM's optimisations off, which halves the compile time: for programs whose speed and last bits
 # do not matter, because another program compiled in the same way is the reference.
 QUICK_COMPILE = {'xla_backend_optimization_level': 0}
-
-
-def net_of(config) -> Net:
-    return configuration.unpack(config).net
 
 
 def full_net() -> Net:
@@ -59,13 +57,13 @@ def cut(net: Net, *names: str) -> Net:
 
 def activations(net: Net, params, images, masks=None) -> dict[str, np.ndarray]:
     """What every step of the net computes, by name."""
-
-    @jax.jit
-    def run(params, images, masks):
-        return AlexNet(net).apply({'params': params}, images, masks, mutable=['intermediates'])[1]
-
-    seen = run(params, images, masks)['intermediates']
+    seen = _activations(net, params, images, masks)['intermediates']
     return {name: np.asarray(value) for name, (value,) in seen.items()}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _activations(net, params, images, masks):
+    return AlexNet(net).apply({'params': params}, images, masks, mutable=['intermediates'])[1]
 
 
 def relative(actual, expected) -> float:
@@ -199,7 +197,7 @@ def test_224_with_an_overhang_of_3_is_a_valid_convolution_of_227():
 
 def test_the_steps_that_are_reported_are_the_steps_that_are_run():
     net = small_net()
-    case = cases.case(net, 1)
+    case = cases.case(net, 4)
     seen = activations(net, case.params, case.images)
     assert set(seen) == {name for layer in net.layers for name in model.steps(layer)}
     for stage in geometry(net):
@@ -325,7 +323,7 @@ def test_a_tower_is_seen_by_its_own_layers_only(net, changed, own, both):
     LRN is among what follows, and its windows would carry tower b's first maps into tower a's last.
     """
     net = net()
-    case = cases.case(net, 2)
+    case = cases.case(net, 4)
     before = activations(net, case.params, case.images)
     params = jax.tree.map(np.copy, case.params)
     kernel = params[changed]['kernel']
@@ -563,7 +561,7 @@ def test_the_training_step_is_compiled_once():
     shardings = parallel.state_shardings(jax.eval_shape(fresh, case.params), settings.net, mesh)
     state = jax.jit(fresh, out_shardings=shardings)(case.params)
     side = settings.preprocess.image_px
-    statistics = Statistics(np.zeros((side, side, 1), np.float32), np.eye(1, dtype=np.float32))
+    statistics = Statistics(jnp.zeros((side, side, 1)), jnp.eye(1))
     batch = {'image': np.zeros((4, side, side, 1), np.uint8), 'label': case.labels}
     batch = jax.device_put(batch, parallel.batch_sharding(mesh))
     traces, step = [], train.make_train_step(settings, mesh, optimizer, images=1024)

@@ -1,6 +1,7 @@
 """The 2012 update against six lines of float64 NumPy; its schedules against run 170's values."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +36,11 @@ PARAMETERS = [(layer, kind) for layer, kinds in TREE.items() for kind in kinds]
 
 def schedule(kind, rate, **changes):
     return Schedule(**alexnet.schedule(kind, rate, **changes))
+
+
+def shipped(scale):
+    config: Any = alexnet.get_config(scale)
+    return configuration.unpack(config).optimizer
 
 
 def tree_of(seed):
@@ -121,11 +127,13 @@ def test_weight_decay_pulls_on_weights_and_leaves_biases():
 def test_differs_from_optax_sgd_only_after_a_change_of_rate(changes):
     """optax.sgd multiplies by the rate outside the velocity, so old velocity is scaled as well."""
     rate = schedule('steps', 0.01, at_epochs=(1.0,) if changes else ())
+
+    def their_rate(step):
+        return jnp.where((step >= STEPS_PER_EPOCH) & bool(changes), 0.001, 0.01)
+
     theirs = optax.chain(
-        optax.add_decayed_weights(WEIGHT_DECAY, mask=lambda tree: kinds_of(tree)),
-        optax.sgd(
-            lambda step: jnp.where((step >= STEPS_PER_EPOCH) & bool(changes), 0.001, 0.01), MOMENTUM
-        ),
+        optax.add_decayed_weights(WEIGHT_DECAY, mask=kinds_of),
+        optax.sgd(their_rate, MOMENTUM),
     )
     gradients = [tree_of(seed) for seed in range(1, STEPS + 1)]
     ours = train(transform_of(rate, rate), tree_of(0), gradients)
@@ -160,7 +168,7 @@ def test_drops_of_the_plateau_rule_reach_the_update():
 
 def test_sharded_update_equals_the_whole_one():
     """On a (2, 2) mesh each device updates its share: same bits, and the state stays split."""
-    net = configuration.unpack(smoke.get_config()).net
+    net = cases.net_of(smoke.get_config())
     params = cases.case(net, 2).params
     gradients = jax.tree.map(np.sin, params)
     transform = transform_of(schedule('constant', 0.01), schedule('constant', 0.02))
@@ -202,17 +210,14 @@ def test_constant_never_changes():
 )
 def test_weights_of_run_170(percent, value):
     """Values of alexnet_2012.md, section 4, from the first step of each quarter to its last."""
-    config = alexnet.get_config('imagenet2012')
-    rate = rate_of(
-        configuration.unpack(config).optimizer.weights, total_steps=95_000, steps_per_epoch=1000
-    )
+    weights = shipped('imagenet2012').weights
+    rate = rate_of(weights, total_steps=95_000, steps_per_epoch=1000)
     for step in (percent * 950, percent * 950 + 23_749):
         assert at(rate, step) == pytest.approx(value, rel=2e-5)  # five digits are given
 
 
 def test_biases_of_run_170():
-    config = alexnet.get_config('imagenet2012')
-    biases = configuration.unpack(config).optimizer.biases
+    biases = shipped('imagenet2012').biases
     rate = rate_of(biases, total_steps=95_000, steps_per_epoch=1000)
     assert [at(rate, step) for step in (0, 47_499, 47_500, 94_999)] == pytest.approx(
         [0.02, 0.02, 0.002, 0.002]
@@ -229,7 +234,7 @@ def test_dexp_over_a_length_that_four_does_not_divide():
 
 def test_steps_of_run_145():
     """alexnet_2012.md, section 4: by hand at epochs 23, 51 and 78 of ILSVRC-2010."""
-    weights = configuration.unpack(alexnet.get_config('imagenet2010')).optimizer.weights
+    weights = shipped('imagenet2010').weights
     rate = rate_of(weights, total_steps=93_000, steps_per_epoch=1000)
     moments = (0, 22_999, 23_000, 50_999, 51_000, 77_999, 78_000, 92_999)
     values = (0.01, 0.01, 0.001, 0.001, 0.0001, 0.0001, 0.00001, 0.00001)

@@ -29,6 +29,7 @@ def tiny(data_dir, **changes):
     config.data.validation = 'train[256:384]'
     config.data.test = 'test[:128]'
     config.loop.tensorboard = False
+    config.loop.compilation_cache = 'none'  # conftest.py has set one for all tests
     config.loop.log_every_steps = 2
     config.mesh.data = 1
     config.update_from_flattened_dict({k.replace('__', '.'): v for k, v in changes.items()})
@@ -186,9 +187,7 @@ def test_a_step_that_is_not_finite_changes_nothing(data_dir, tmp_path):
     assert not after.sound
     assert int(after.step) == 0
     for name in ('params', 'opt_state'):
-        jax.tree.map(
-            np.testing.assert_array_equal, getattr(before, name), getattr(after, name)
-        )
+        jax.tree.map(np.testing.assert_array_equal, getattr(before, name), getattr(after, name))
 
 
 def test_a_workdir_in_use(reference, data_dir):
@@ -213,13 +212,14 @@ LONG = ('--config.epochs=8', '--config.loop.checkpoint_every_epochs=0.125')
 
 
 @pytest.fixture(scope='module')
-def start(repository, data_dir):
+def start(repository, data_dir, cache_dir):
     """Starts a real process; a checkpoint every other step, so that kills fall into saves too."""
 
     def call(workdir, *words):
         return subprocess.Popen(
             [sys.executable, 'main.py', '--config=configs/smoke.py', f'--workdir={workdir}',
-             f'--config.data.data_dir={data_dir}', '--config.mesh.data=1', *LONG, *words],
+             f'--config.data.data_dir={data_dir}', '--config.mesh.data=1',
+             f'--config.loop.compilation_cache={cache_dir}', *LONG, *words],
             cwd=repository, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
 

@@ -36,7 +36,12 @@ def small(recipe: str) -> Case:
     config = RECIPES[recipe]('quickstart')
     config.model.channels = 3
     alexnet.narrow(config.model, 2)  # quickstart has divided by four already
-    return case(configuration.unpack(config).net, BATCH_SIZE)
+    return case(net_of(config), BATCH_SIZE)
+
+
+def net_of(config) -> Net:
+    """The net of a ConfigDict."""
+    return configuration.unpack(config).net
 
 
 def case(net: Net, batch_size: int) -> Case:
