@@ -134,7 +134,7 @@ def _folder(name: str, data_dir: Path) -> Path:
         raise RunError(
             f'Data set {name} is not in {data_dir}: run `{prepare.command(name, data_dir)}`.'
         )
-    if name.startswith('imagenet'):
+    if name in ('imagenet2010', 'imagenet2012'):
         raise RunError(
             f'{name} is not in {data_dir}, and its official files are to be had on request only: '
             'prepare its images, all of one size, with TFDS as array_record there.'

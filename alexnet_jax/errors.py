@@ -25,6 +25,6 @@ def gist(error: BaseException) -> str:
     if 'No such file' in text:
         return 'there is no such config file; those of this program lie in configs/.'
     text = text.rpartition('Error: ')[2]  # ml_collections quotes a whole traceback,
-    text = text.replace('\\n', ': ').replace("\\'", '').strip('"').strip("'")  # or a quotation
+    text = text.replace('\\n', ': ').replace("\\'", '')  # or a quotation
     text = text.replace('invalid literal for int() with base 10', 'not a whole number')
     return text.replace('could not convert string to float', 'not a number')

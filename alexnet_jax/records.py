@@ -2,11 +2,16 @@
 
 import json
 import os
+import platform
+import re
+import subprocess
 import sys
 from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import jax
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -142,3 +147,48 @@ def _duration(secs: float) -> str:
     minutes, seconds = divmod(round(max(secs, 0)), 60)
     hours, minutes = divmod(minutes, 60)
     return f'{hours}:{minutes:02d}:{seconds:02d}' if hours else f'{minutes}:{seconds:02d}'
+
+
+# --------------------------------------------------------------------- what a figure needs beside it
+
+
+def environment() -> dict[str, Any]:
+    """Versions, devices and commit."""
+    packages = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
+    return {
+        'python': platform.python_version(),
+        **{name: metadata.version(name) for name in packages},
+        'platform': jax.default_backend(),
+        'device': device_name(),
+        'devices': jax.device_count(),
+        'processes': jax.process_count(),
+        'cpus': os.cpu_count(),
+        'commit': commit(),
+    }
+
+
+def device_name() -> str:
+    """The accelerator's name, or the processor's, where JAX says only 'cpu'."""
+    device = jax.devices()[0]
+    cpuinfo = Path('/proc/cpuinfo')
+    if device.platform != 'cpu' or not cpuinfo.exists():
+        return device.device_kind
+    found = re.search(r'model name\s*:\s*(.+)', cpuinfo.read_text())
+    return found.group(1) if found else platform.processor() or platform.machine()
+
+
+def commit() -> str:
+    """The code's version, with '+' behind it if tracked files were changed; or 'unknown'."""
+
+    def git(*words: str) -> str:
+        here = Path(__file__).parent
+        done = subprocess.run(
+            ['git', *words], cwd=here, capture_output=True, text=True, check=True, timeout=10
+        )
+        return done.stdout.strip()
+
+    try:
+        changed = git('status', '--porcelain', '--untracked-files=no')
+        return git('rev-parse', 'HEAD') + ('+' if changed else '')
+    except (OSError, subprocess.SubprocessError):
+        return 'unknown'

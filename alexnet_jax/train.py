@@ -10,12 +10,9 @@ import fcntl
 import json
 import math
 import os
-import platform
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -550,7 +547,7 @@ def open_workdir(config: Config, workdir: Path) -> Generator[None]:
             _same_config(json.loads(path.read_text()), json.loads(text), workdir)
         else:
             _write(path, text + '\n')
-        _write(workdir / 'environment.json', json.dumps(environment(), indent=2) + '\n')
+        _write(workdir / 'environment.json', json.dumps(records.environment(), indent=2) + '\n')
         yield
 
 
@@ -576,34 +573,3 @@ def _write(path: Path, text: str) -> None:
     scratch = path.with_name(path.name + '.tmp')
     scratch.write_text(text)
     os.replace(scratch, path)
-
-
-def environment() -> dict[str, Any]:
-    """Versions, devices and commit: what a figure needs beside it."""
-    packages = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
-    return {
-        'python': platform.python_version(),
-        **{name: metadata.version(name) for name in packages},
-        'devices': [device.device_kind for device in jax.devices()],
-        'platform': jax.default_backend(),
-        'processes': jax.process_count(),
-        'cpus': os.cpu_count(),
-        'commit': _commit(),
-    }
-
-
-def _commit() -> str:
-    """The code's version, with '+' behind it if the working tree was changed; or 'unknown'."""
-
-    def git(*words: str) -> str:
-        here = Path(__file__).parent
-        done = subprocess.run(
-            ['git', *words], cwd=here, capture_output=True, text=True, check=True, timeout=10
-        )
-        return done.stdout.strip()
-
-    try:
-        changed = git('status', '--porcelain', '--untracked-files=no')
-        return git('rev-parse', 'HEAD') + ('+' if changed else '')
-    except (OSError, subprocess.SubprocessError):
-        return 'unknown'

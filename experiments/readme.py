@@ -1,0 +1,78 @@
+"""Writes the README's figures from the logs in experiments/results/.
+
+python -m experiments.readme            # write them
+python -m experiments.readme --check    # exit code 1 if the README says something else
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+from alexnet_jax import records
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = Path(__file__).parent / 'results'
+
+
+def quickstart() -> str:
+    """What `make` reached where it was run: the log of each run that is kept."""
+    rows = [
+        '| device | seed | test accuracy | ten views | training | commit |',
+        '|---|---|---|---|---|---|',
+    ]
+    for folder in sorted((RESULTS / 'quickstart').glob('*')):
+        where = json.loads((folder / 'environment.json').read_text())
+        config = json.loads((folder / 'config.json').read_text())
+        (final,) = [row for row in records.read(folder) if row['kind'] == 'test']
+        rows.append(
+            f'| {where["cpus"]} x {where["device"]} | {config["seed"]} '
+            f'| {1 - final["centre"]["top1_error"]:.4f} | {1 - final["ten_views"]["top1_error"]:.4f} '
+            f'| {final["secs"]:.0f} s, {config["epochs"]:g} epochs | {where["commit"][:9]} |'
+        )
+    return '\n'.join(rows)
+
+
+def speed() -> str:
+    """Train steps with our operations and with the plain forms, as bench_ops measured them."""
+    rows = [
+        '| net | device | batch | ours, images/s | plain forms | ratio | rounds |',
+        '|---|---|---|---|---|---|---|',
+    ]
+    for path in sorted((RESULTS / 'throughput').glob('ops_*.json')):
+        for line in path.read_text().splitlines():
+            row = json.loads(line)
+            if 'plain' in row:
+                rows.append(
+                    f'| {row["net"]} | {row["device"]} | {row["batch_size"]} '
+                    f'| {row["ours"]["images_per_sec"]:.1f} | {row["plain"]["images_per_sec"]:.1f} '
+                    f'| {row["ratio"]:.2f} | {row["rounds"]} |'
+                )
+    return '\n'.join(rows)
+
+
+def filled(text: str) -> str:
+    """The README with its figures put in between their marks."""
+    for mark, figures in (('figures', quickstart()), ('speed', speed())):
+        pattern = rf'(<!-- {mark}: .*? -->\n).*?(<!-- end of {mark} -->)'
+        text, found = re.subn(
+            pattern, lambda m, f=figures: f'{m[1]}{f}\n{m[2]}', text, flags=re.DOTALL
+        )
+        if found != 1:
+            raise SystemExit(f'README.md needs one pair of marks for {mark}, and has {found}.')
+    return text
+
+
+def main() -> int:
+    """Write or check; see the head of this file."""
+    path = ROOT / 'README.md'
+    text = path.read_text()
+    new = filled(text)
+    if '--check' in sys.argv[1:]:
+        return int(new != text)
+    path.write_text(new)
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
