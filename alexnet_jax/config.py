@@ -243,8 +243,8 @@ def _layer(name: str, row: Mapping[str, Any]) -> Layer:
     _one_of(layer.init, tuple(model.INITIALIZERS), f'{path}.init')
     for word in layer.then:
         _one_of(word, model.FOLLOWS, f'{path}.then')
-    if layer.then.count('dropout') > 1:
-        raise UsageError(f"{path}.then has 'dropout' twice; once is enough.")
+    if len(set(layer.then)) < len(layer.then):
+        raise UsageError(f'{path}.then names a word twice, and each layer does a thing once.')
     for key in ('features', 'kernel_px', 'stride_px'):
         _at_least(getattr(layer, key), 1, f'{path}.{key}')
     for pad in (pad for pads in layer.padding_px for pad in pads):

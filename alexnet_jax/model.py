@@ -375,7 +375,7 @@ def init(key: Array, net: Net) -> dict[str, dict[str, Array]]:
     [inputs, features]; channels run tower by tower, so the tree knows nothing of meshes.
     """
     images = jnp.zeros((1, net.input_px, net.input_px, net.channels))
-    return AlexNet(net).init(key, images)['params']
+    return jax.jit(AlexNet(net).init)(key, images)['params']  # eagerly it takes seconds
 
 
 def mean_loss(logits: Array, labels: Array) -> Array:

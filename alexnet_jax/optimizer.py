@@ -146,7 +146,7 @@ class Late:
     layer: str  # 'none': no layer
     slow_epoch: float  # from here its rates are multiplied by ...
     slow_multiplier: float
-    freeze_epoch: float  # from here it does not learn
+    freeze_epoch: float  # from here its rates are 0: it coasts to a halt on its velocity
 
 
 def parameter_rates(

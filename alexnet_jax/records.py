@@ -149,7 +149,7 @@ def _duration(secs: float) -> str:
     return f'{hours}:{minutes:02d}:{seconds:02d}' if hours else f'{minutes}:{seconds:02d}'
 
 
-# --------------------------------------------------------------------- what a figure needs beside it
+# -------------------------------------------------------------------- what a figure needs beside it
 
 
 def environment() -> dict[str, Any]:

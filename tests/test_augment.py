@@ -1,11 +1,11 @@
 """Augmentation against plain NumPy in float64, image by image; its draws against what 2012 says."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 from PIL import Image
 
 from alexnet_jax import augment, parallel
@@ -29,6 +29,12 @@ SMALL = {'image_px': 16, 'input_px': 11}  # the slack, 5, is odd
 
 def recipe(**changes):
     return Preprocess(**(vars(PAPER) | changes))
+
+
+def mesh_of(shape, batch_size):
+    if jax.device_count() < math.prod(shape):
+        pytest.skip(f'{math.prod(shape)} devices are wanted; tests/conftest.py makes eight')
+    return parallel.make_mesh(MeshShape(*shape), batch_size)
 
 
 def images_of(count, side, channels, seed=0):
@@ -65,11 +71,14 @@ def test_offsets_are_uniform_in_0_to_32_both_ends_included(many):
 
 
 def test_draws_are_independent_of_each_other(many):
-    """Rows, columns, mirrors and the three noises of an image, and each with the next image's."""
+    """Rows, columns, mirrors and the three noises of an image, and each with the next image's;
+    and the three arrays number by number, as one key for two of them would show."""
     columns = np.column_stack([*many.offset.T, many.mirror, *many.noise.T])
-    table = np.corrcoef(np.column_stack([columns[:-1], columns[1:]]), rowvar=False)
-    apart = table[~np.eye(12, dtype=bool)]
-    assert np.abs(apart).max() < 5 / np.sqrt(16_384)
+    neighbours = np.column_stack([columns[:-1], columns[1:]])
+    numbers = np.column_stack([array.reshape(-1)[:16_384] for array in many])
+    for table in (neighbours, numbers):
+        correlation = np.corrcoef(table, rowvar=False) - np.eye(table.shape[1])
+        assert np.abs(correlation).max() < 5 / np.sqrt(16_384)
 
 
 def test_half_of_the_images_are_mirrored(many):
@@ -128,8 +137,7 @@ def test_the_same_bits_and_pixels_on_every_mesh(shape):
         return draws, augment.apply(images, draws, statistics, small, True)
 
     def on(shape):
-        mesh = parallel.make_mesh(MeshShape(*shape), batch_size=16)
-        placed = jax.device_put(images, NamedSharding(mesh, P('data')))
+        placed = jax.device_put(images, parallel.batch_sharding(mesh_of(shape, 16)))
         return prepare(jax.random.key(3), placed)
 
     (draws, pixels), (expected_draws, expected) = on(shape), on((1, 1))

@@ -115,7 +115,7 @@ WRONG = {
     'model.conv1.features': (13, '2 towers do not divide'),
     'model.conv2.then': (('relu', 'lnr'), "'lnr' is not one of relu"),
     'model.conv2.kernel_px': (50, 'a kernel of 50 px does not fit its input'),
-    'model.conv3.then': (('relu', 'pool', 'pool'), 'a pooling window of 3 px does not fit'),
+    'model.conv3.then': (('pool', 'relu'), 'conv5: a pooling window of 3 px does not fit'),
     'model.conv4.reads': ('both', "'both' is not one of own, all"),
     'model.conv4.padding_px': (((1, 1),), 'must hold 2 values'),
     'model.fc6.then': (('pool',), "'pool' needs maps"),

@@ -499,9 +499,15 @@ def test_logits_loss_and_gradients_are_pytorchs(recipe):
 # ---------------------------------------------------------------------------------------- meshes
 
 
+def mesh_of(shape, batch_size):
+    if jax.device_count() < math.prod(shape):
+        pytest.skip(f'{math.prod(shape)} devices are wanted; tests/conftest.py makes eight')
+    return parallel.make_mesh(MeshShape(*shape), batch_size)
+
+
 def on_mesh(net: Net, case: cases.Case, shape):
     """A training pass on a mesh of that shape; everything is brought back to the host."""
-    mesh = parallel.make_mesh(MeshShape(*shape), batch_size=len(case.images))
+    mesh = mesh_of(shape, len(case.images))
     params = jax.device_put(
         case.params, parallel.shardings(parallel.parameter_specs(net, mesh), mesh)
     )
@@ -546,7 +552,7 @@ def test_the_training_step_is_compiled_once():
     """Three steps on a (2, 2) mesh: the state must come back with its types and places."""
     settings = configuration.unpack(smoke.get_config())
     case = cases.case(settings.net, 4)
-    mesh = parallel.make_mesh(MeshShape(2, 2), batch_size=4)
+    mesh = mesh_of((2, 2), batch_size=4)
     optimizer = train.make_optimizer(settings, images=1024)
 
     def fresh(params):
@@ -586,15 +592,16 @@ def test_the_training_step_is_compiled_once():
 
 
 def test_bfloat16_compute_stays_near_float32():
-    """Eight bits a value are a rounding error of 2^-9, 0.2 %, at each of some twenty operations:
-    about a percent of the logits. Parameters, gradients and logits are float32 all the same."""
+    """Eight bits a value are a rounding error of up to 2^-9, 0.2 %, at each of some twenty
+    operations: below 1 % if they add up as random ones do, and 0.4 % is what is found. Parameters,
+    gradients and logits are float32 all the same."""
     net = small_net()
     half = dataclasses.replace(net, compute_dtype='bfloat16')
     case = cases.case(net, 4)
     inputs = (case.params, case.images, case.masks)
     exact, rough = activations(net, *inputs), activations(half, *inputs)
     assert all(value.dtype == jnp.bfloat16 for value in rough.values())
-    assert 1e-3 < relative(rough['fc8_linear'], exact['fc8_linear']) < 0.03
+    assert 1e-3 < relative(rough['fc8_linear'], exact['fc8_linear']) < 0.01
 
     def run(params, images, masks):
         return AlexNet(half).apply({'params': params}, images, masks)

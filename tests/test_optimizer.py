@@ -43,6 +43,12 @@ def shipped(scale):
     return configuration.unpack(config).optimizer
 
 
+def mesh_of(shape, batch_size):
+    if jax.device_count() < math.prod(shape):
+        pytest.skip(f'{math.prod(shape)} devices are wanted; tests/conftest.py makes eight')
+    return parallel.make_mesh(MeshShape(*shape), batch_size)
+
+
 def tree_of(seed):
     rng = np.random.default_rng(seed)
     draw = lambda shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
@@ -172,7 +178,7 @@ def test_sharded_update_equals_the_whole_one():
     params = cases.case(net, 2).params
     gradients = jax.tree.map(np.sin, params)
     transform = transform_of(schedule('constant', 0.01), schedule('constant', 0.02))
-    mesh = parallel.make_mesh(MeshShape(data=2, tower=2), batch_size=2)
+    mesh = mesh_of((2, 2), batch_size=2)
     split = parallel.shardings(parallel.parameter_specs(net, mesh), mesh)
     state_split = parallel.state_shardings(jax.eval_shape(transform.init, params), net, mesh)
 
