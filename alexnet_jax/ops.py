@@ -208,9 +208,9 @@ _normalise.defvjp(_normalise_forward, _normalise_backward)
 def _channel_sum(groups, x, before, size):
     """Sums over the `size` channels of the same group that start `before` channels earlier."""
     channels, width = x.shape[-1], x.shape[-1] // groups
-    if (
-        _on_cpu()
-    ):  # a product with a band matrix: its loops vectorise, those over 12 channels do not
+    if _on_cpu():
+        # A product with a band matrix: loops over a dozen channels do not vectorise. (A NaN
+        # spreads to all channels of its pixel this way.)
         reads, writes = np.ogrid[:channels, :channels]
         offset = reads - writes + before
         band = (offset >= 0) & (offset < size) & (reads // width == writes // width)
@@ -263,7 +263,8 @@ def max_pool(x, *, window=3, stride=2):
     if _on_cpu():
         return _max_pool(x, window, stride, x.shape[1:3])
     sizes, strides = (1, window, window, 1), (1, stride, stride, 1)
-    return lax.reduce_window(x, jnp.array(-jnp.inf, x.dtype), lax.max, sizes, strides, 'VALID')
+    lowest = np.array(-np.inf, x.dtype)  # a constant: JAX then knows the gradient
+    return lax.reduce_window(x, lowest, lax.max, sizes, strides, 'VALID')
 
 
 def avg_pool(x, *, window=3, stride=2):
@@ -279,19 +280,12 @@ def avg_pool(x, *, window=3, stride=2):
 
 def _taps(x, window, stride):
     """The window's pixels as strided views of x, each `[B, H', W', C]`, in row-major order."""
-    height, width = (_steps(n, window, stride) for n in x.shape[1:3])
-    last = (x.shape[0], stride * (height - 1) + 1, stride * (width - 1) + 1, x.shape[3])
+    tall, broad = ((n - window) // stride * stride + 1 for n in x.shape[1:3])
     return [
-        lax.slice(
-            x, (0, i, j, 0), (last[0], i + last[1], j + last[2], last[3]), (1, stride, stride, 1)
-        )
+        x[:, i : i + tall : stride, j : j + broad : stride]
         for i in range(window)
         for j in range(window)
     ]
-
-
-def _steps(length, window, stride):
-    return (length - window) // stride + 1
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))

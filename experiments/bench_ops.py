@@ -1,6 +1,6 @@
 """Train steps a second with our operations and with the plain XLA forms, in one alternating run.
 
-    python -m experiments.bench_ops [--net=full|quickstart] [--batch_size=64] [--rounds=5]
+    python -m experiments.bench_ops [--net=full|quickstart] [--rounds=5]
 
 A step is forward, backward and a plain SGD update of the two-tower net in float32, on images that
 lie on the device already. Prints a table and appends one JSON line a net to
@@ -21,7 +21,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from alexnet_jax import model, ops
+from alexnet_jax import config, model, ops
+from configs import alexnet
 
 RESULTS = Path(__file__).parent / 'results' / 'throughput'
 
@@ -88,49 +89,10 @@ def operations(replacements):
 
 # --- the nets --------------------------------------------------------------------------------
 
-
-def two_tower_net(input_px, channels, divisor, classes):
-    """The net of run 145 with its widths divided; the init keeps fan-in x std^2."""
-    wide = divisor**0.5
-
-    def layer(name, features, kernel_px, padding, reads, std, bias, then, stride_px=1):
-        kind = 'conv' if kernel_px else 'fc'
-        features = classes if name == 'fc8' else features // divisor
-        scaled = std if name == 'conv1' else std * wide
-        row = (kernel_px, stride_px, padding, reads, 'gaussian', scaled, bias, then)
-        return model.Layer(name, kind, features, *row)
-
-    def same(pixels):
-        return ((pixels, pixels), (pixels, pixels))
-
-    norms = ('relu', 'lrn', 'spatial_norm', 'pool')
-    layers = (
-        layer('conv1', 96, 11, ((0, 3), (0, 3)), 'all', 0.01, 0, ('lrn', 'pool', 'relu'), 4),
-        layer('conv2', 256, 5, same(2), 'own', 0.01, 1, norms),
-        layer('conv3', 384, 3, same(1), 'all', 0.03, 0, ('relu',)),
-        layer('conv4', 384, 3, same(1), 'own', 0.03, 1, ('relu',)),
-        layer('conv5', 256, 3, same(1), 'own', 0.03, 1, ('pool', 'relu')),
-        layer('fc6', 4096, 0, same(0), 'all', 0.01, 1, ('relu', 'dropout')),
-        layer('fc7', 4096, 0, same(0), 'all', 0.01, 1, ('relu', 'dropout')),
-        layer('fc8', 0, 0, same(0), 'all', 0.01, 0, ()),
-    )
-    return model.Net(
-        layers=layers,
-        towers=2,
-        input_px=input_px,
-        channels=channels,
-        lrn=model.Norm(size=5, k=2.0, alpha=1e-4 / 5, beta=0.75),
-        spatial_norm=model.Norm(size=5, k=1.0, alpha=0.001 / 25, beta=0.75),
-        pool=model.Pool(kind='max', window_px=3, stride_px=2),
-        dropout=model.Dropout(keep=0.5, kind='mask'),
-        compute_dtype='float32',
-    )
-
-
 NETS = {
-    # name: (net, batch size)
-    'full': (two_tower_net(224, 3, 1, 1000), 64),
-    'quickstart': (two_tower_net(112, 1, 4, 10), 128),
+    # name: (scale of configs/alexnet.py, batch size)
+    'full': ('imagenet2012', 64),
+    'quickstart': ('quickstart', 128),
 }
 
 
@@ -141,7 +103,7 @@ def compiled_step(net, replacements, params, images, labels, masks):
     """The train step of `net`, compiled with these operations: (params, ...) -> (params, loss)."""
 
     def loss(params, images, labels, masks):
-        logits = model.AlexNet(net).apply({'params': params}, images, masks)
+        logits = jnp.asarray(model.AlexNet(net).apply({'params': params}, images, masks))
         log_p = jax.nn.log_softmax(logits)
         return -jnp.mean(jnp.take_along_axis(log_p, labels[:, None], axis=1))
 
@@ -155,8 +117,12 @@ def compiled_step(net, replacements, params, images, labels, masks):
 
 
 def measure(name, batch_size, rounds, contenders):
-    """Seconds a step of each contender, `{name: [secs, ...]}`, taken in turn."""
-    net, default_batch_size = NETS[name]
+    """Wall and processor seconds a step of each contender, `{name: [secs, ...]}`, taken in turn.
+
+    Processor seconds are the figure to compare on a machine that others use at the same time.
+    """
+    scale, default_batch_size = NETS[name]
+    net = config.unpack(alexnet.get_config(scale)).net
     batch_size = batch_size or default_batch_size
     keys = jax.random.split(jax.random.key(0), 3)
     shape = (batch_size, net.input_px, net.input_px, net.channels)
@@ -164,22 +130,28 @@ def measure(name, batch_size, rounds, contenders):
     labels = jax.random.randint(keys[1], (batch_size,), 0, net.classes)
     batch = (images, labels, model.draw_masks(keys[2], net, batch_size))
     init = jax.jit(lambda key: model.init(key, net))
-    steps, states, losses, secs = {}, {}, {}, {}
+    steps, states, losses, secs, cpu_secs = {}, {}, {}, {}, {}
     for contender, replacements in contenders.items():
         states[contender] = init(keys[0])
         steps[contender] = compiled_step(net, replacements, states[contender], *batch)
         first = steps[contender](states[contender], *batch)
         states[contender], losses[contender] = jax.block_until_ready(first)
-        secs[contender] = []
+        secs[contender], cpu_secs[contender] = [], []
     for _ in range(rounds):
         for contender, step in steps.items():
-            start = time.perf_counter()
+            start, start_cpu = time.perf_counter(), time.process_time()
             states[contender], _ = jax.block_until_ready(step(states[contender], *batch))
             secs[contender].append(time.perf_counter() - start)
-    return batch_size, secs, {contender: float(loss) for contender, loss in losses.items()}
+            cpu_secs[contender].append(time.process_time() - start_cpu)
+    return (
+        batch_size,
+        secs,
+        cpu_secs,
+        {contender: float(loss) for contender, loss in losses.items()},
+    )
 
 
-def report(name, batch_size, secs, losses):
+def report(name, batch_size, secs, cpu_secs, losses):
     """Prints the table of one net and returns its record."""
     record = {
         'net': name,
@@ -197,14 +169,18 @@ def report(name, batch_size, secs, losses):
         record[contender] = {
             'step_secs': {'median': median, 'min': min(values), 'max': max(values)},
             'images_per_sec': batch_size / median,
+            'cpu_secs': statistics.median(cpu_secs[contender]),
         }
         spread = f'{1e3 * min(values):.0f} to {1e3 * max(values):.0f}'
         print(f'  {contender:6} {batch_size / median:8.1f} images/s', end='')
-        print(f'  {1e3 * median:8.0f} ms a step ({spread})')
+        print(f'  {1e3 * median:8.0f} ms a step ({spread})', end='')
+        print(f'  {1e3 * record[contender]["cpu_secs"]:8.0f} ms of processor time')
     if 'plain' in secs:
         pairs = zip(secs['plain'], secs['ours'], strict=True)
         record['ratio'] = statistics.median(plain / ours for plain, ours in pairs)
-        print(f'  ours is {record["ratio"]:.2f} times as fast')
+        record['cpu_ratio'] = record['plain']['cpu_secs'] / record['ours']['cpu_secs']
+        print(f'  ours is {record["ratio"]:.2f} times as fast', end='')
+        print(f' (processor time: {record["cpu_ratio"]:.2f})')
     return record
 
 

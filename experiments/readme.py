@@ -27,7 +27,8 @@ def quickstart() -> str:
         (final,) = [row for row in records.read(folder) if row['kind'] == 'test']
         rows.append(
             f'| {where["cpus"]} x {where["device"]} | {config["seed"]} '
-            f'| {1 - final["centre"]["top1_error"]:.4f} | {1 - final["ten_views"]["top1_error"]:.4f} '
+            f'| {1 - final["centre"]["top1_error"]:.4f} '
+            f'| {1 - final["ten_views"]["top1_error"]:.4f} '
             f'| {final["secs"]:.0f} s, {config["epochs"]:g} epochs | {where["commit"][:9]} |'
         )
     return '\n'.join(rows)
