@@ -70,7 +70,8 @@ def ring(argv: list[str]) -> int:
     except errors.AlexNetError as error:
         return complain(error)
     except OSError as error:
-        what = f'{error.strerror}: {error.filename}; see to it and start again.'
+        where = f' ({error.filename})' if error.filename else ''
+        what = f'{error.strerror}{where}; see to it, and the same command goes on.'
         return complain(errors.RunError(what))
     return 0
 

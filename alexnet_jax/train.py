@@ -206,7 +206,12 @@ def open_job(config: Config, settings: Settings, workdir: Path) -> Job:
         statistics=statistics,
         optimizer=optimizer,
         shardings=shardings,
-        train_step=jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)),
+        train_step=jax.jit(
+            step,
+            donate_argnums=0,
+            out_shardings=(shardings, None),
+            compiler_options=parallel.compiler_options(),
+        ),
         predict=evaluate.make_predict(settings, mesh),
     )
 

@@ -3,17 +3,15 @@
     python -m experiments.bench_ops [--net=full|quickstart] [--rounds=5]
 
 A step is forward, backward and a plain SGD update of the two-tower net in float32, on images that
-lie on the device already. Prints a table and appends one JSON line a net to
+lie on the device already. Prints a table and writes one JSON line a net to
 experiments/results/throughput/ops_<device>.json.
 """
 
 import argparse
 import contextlib
 import json
-import platform
 import re
 import statistics
-import subprocess
 import time
 from pathlib import Path
 
@@ -21,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from alexnet_jax import config, model, ops
+from alexnet_jax import config, model, ops, parallel, records
 from configs import alexnet
 
 RESULTS = Path(__file__).parent / 'results' / 'throughput'
@@ -100,12 +98,14 @@ NETS = {
 
 
 def compiled_step(net, replacements, params, images, labels, masks):
-    """The train step of `net`, compiled with these operations: (params, ...) -> (params, loss)."""
+    """The train step of `net`, compiled with these operations: (params, ...) -> (params, loss).
+
+    Ours is compiled as the trainer compiles it, the plain form as JAX does unasked.
+    """
 
     def loss(params, images, labels, masks):
         logits = jnp.asarray(model.AlexNet(net).apply({'params': params}, images, masks))
-        log_p = jax.nn.log_softmax(logits)
-        return -jnp.mean(jnp.take_along_axis(log_p, labels[:, None], axis=1))
+        return model.mean_loss(logits, labels)
 
     def step(params, images, labels, masks):
         value, gradient = jax.value_and_grad(loss)(params, images, labels, masks)
@@ -113,7 +113,7 @@ def compiled_step(net, replacements, params, images, labels, masks):
 
     with operations(replacements):
         lowered = jax.jit(step, donate_argnums=0).lower(params, images, labels, masks)
-    return lowered.compile()
+    return lowered.compile(None if replacements else parallel.compiler_options())
 
 
 def measure(name, batch_size, rounds, contenders):
@@ -157,11 +157,8 @@ def report(name, batch_size, secs, cpu_secs, losses):
         'net': name,
         'batch_size': batch_size,
         'rounds': len(secs['ours']),
-        'device': device_name(),
-        'jax': jax.__version__,
-        'jaxlib': jax.lib.__version__,
-        'commit': commit(),
         'first_loss': losses,
+        **records.environment(),
     }
     print(f'{name} net, batch {batch_size}, on {record["device"]}, jax {jax.__version__}')
     for contender, values in secs.items():
@@ -184,25 +181,6 @@ def report(name, batch_size, secs, cpu_secs, losses):
     return record
 
 
-def device_name():
-    """The accelerator's name, or the processor's: JAX says only 'cpu'."""
-    device = jax.devices()[0]
-    if device.platform != 'cpu':
-        return device.device_kind
-    with contextlib.suppress(OSError):
-        found = re.search(r'model name\s*:\s*(.+)', Path('/proc/cpuinfo').read_text())
-        if found:
-            return found.group(1)
-    return platform.processor() or platform.machine()
-
-
-def commit():
-    """The commit of the checkout, with '+' behind it if files were changed; None outside git."""
-    command = ['git', 'describe', '--always', '--dirty=+', '--abbrev=12']
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
-    return done.stdout.strip() or None
-
-
 def main():
     """Measures the nets asked for, prints the tables and keeps the records."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -212,12 +190,14 @@ def main():
     parser.add_argument('--ours_only', action='store_true', help='without the plain forms')
     flags = parser.parse_args()
     contenders = {'ours': {}} if flags.ours_only else {'ours': {}, 'plain': PLAIN}
-    for name in [flags.net] if flags.net else NETS:
-        record = report(name, *measure(name, flags.batch_size, flags.rounds, contenders))
-        slug = re.sub(r'\W+', '_', record['device']).strip('_').lower()
-        RESULTS.mkdir(parents=True, exist_ok=True)
-        with (RESULTS / f'ops_{slug}.json').open('a') as file:
-            file.write(json.dumps(record) + '\n')
+    rows = [
+        report(name, *measure(name, flags.batch_size, flags.rounds, contenders))
+        for name in ([flags.net] if flags.net else NETS)
+    ]
+    slug = re.sub(r'\W+', '_', rows[0]['device']).strip('_').lower()
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / f'ops_{slug}.json'
+    path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
 
 
 if __name__ == '__main__':

@@ -1,6 +1,9 @@
 """Eight virtual CPU devices, strict numerics, and the real data, for every test."""
 
 import os
+import shutil
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -37,3 +40,15 @@ def data_dir() -> Path:
     path = Path(os.environ.get('ALEXNET_DATA_DIR', REPOSITORY / 'data'))
     prepare.fashion_mnist(path)
     return path
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A real file system of 3 MB."""
+    disk = tmp_path / 'disk'
+    disk.mkdir()
+    command = ['mount', '-t', 'tmpfs', '-o', 'size=3m', 'none', str(disk)]
+    if os.geteuid() or shutil.which('mount') is None or subprocess.run(command).returncode:
+        pytest.skip('mounting a tmpfs needs root')
+    yield disk
+    subprocess.run(['umount', '-l', str(disk)], check=True)

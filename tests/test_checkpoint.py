@@ -386,18 +386,6 @@ def test_killed_at_any_moment_whatever_is_there_is_whole(tmp_path):
 # ------------------------------------------------------------------ disks
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A real file system of 3 MB."""
-    disk = tmp_path / 'disk'
-    disk.mkdir()
-    command = ['mount', '-t', 'tmpfs', '-o', 'size=3m', 'none', str(disk)]
-    if os.geteuid() or shutil.which('mount') is None or subprocess.run(command).returncode:
-        pytest.skip('mounting a tmpfs needs root')
-    yield disk
-    subprocess.run(['umount', '-l', str(disk)], check=True)
-
-
 def noise(n_bytes):
     return {'w': np.random.default_rng(0).integers(0, 256, n_bytes, np.uint8)}
 

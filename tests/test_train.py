@@ -281,6 +281,22 @@ def test_a_signal_saves_and_says_how_to_go_on(undisturbed, start, number):
     assert_same(outcome(undisturbed), outcome(workdir))
 
 
+def test_a_full_disk_ends_in_a_sentence_and_loses_nothing(undisturbed, start, small_disk):
+    subprocess.run(['mount', '-o', 'remount,size=7m', str(small_disk)], check=True)
+    workdir = small_disk / 'run'
+    process = start(workdir)
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 1, said
+    assert 'Traceback' not in said
+    assert 'No space left on device' in said.strip().splitlines()[-1]
+    subprocess.run(['mount', '-o', 'remount,size=64m', str(small_disk)], check=True)
+    process = start(workdir)
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    assert 'going on from step' in said
+    assert_same(outcome(undisturbed), outcome(workdir))
+
+
 def test_config_json_is_the_config(undisturbed):
     tree = json.loads((undisturbed / 'config.json').read_text())
     assert tree['epochs'] == 8.0
