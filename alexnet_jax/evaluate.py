@@ -174,7 +174,8 @@ def predictions(
             raise RunError(f'{workdir} holds no checkpoint; train first with --workdir={workdir}.')
         restored = checkpoints.restore(None, step)
     settings = configuration.unpack(restored.extra['config'])
-    expression = getattr(settings.data, split, split) if split != 'name' else split
+    named = split in ('train', 'validation', 'test')
+    expression = getattr(settings.data, split) if named else split
     folder = data_dir or settings.data.data_dir
     prepare.ensure(settings.data.name, folder)
     dataset = data.load(settings.data.name, folder, expression)

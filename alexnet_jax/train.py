@@ -6,13 +6,11 @@ derived from the step, so that a run that was killed and started again ends in t
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import math
-import os
 import signal
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,109 +18,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import struct
 from jax.sharding import Mesh
 
-from alexnet_jax import augment, data, diagnose, evaluate, model, parallel, prepare, records
+from alexnet_jax import augment, data, diagnose, evaluate, parallel, prepare, records
 from alexnet_jax import config as configuration
 from alexnet_jax import optimizer as optimizers
+from alexnet_jax import workdir as workdirs
 from alexnet_jax.augment import Statistics
 from alexnet_jax.checkpoint import Checkpoints
 from alexnet_jax.config import Config, Settings
 from alexnet_jax.data import Dataset, TrainStream
 from alexnet_jax.errors import RunError, UsageError
 from alexnet_jax.records import say
+from alexnet_jax.step import TrainState, init_state, inputs, make_optimizer, make_train_step
 
 Array = jax.Array
-
-# --------------------------------------------------------------------------------- the pure step
-
-
-class TrainState(struct.PyTreeNode):
-    """All that training carries from step to step.
-
-    drops: how often the plateau rule has divided the rate; set between epochs.
-    sound: false from the first step on whose loss or gradient was not finite. Such a step, and any
-        behind it, changes nothing, so that it can be looked into.
-    """
-
-    step: Array
-    params: Any
-    opt_state: Any
-    drops: Array
-    sound: Array
-
-
-def make_optimizer(settings: Settings, images: int) -> optax.GradientTransformationExtraArgs:
-    """The 2012 update, its schedules stretched over a run on `images` training images."""
-    recipe = settings.optimizer
-    rates = optimizers.parameter_rates(
-        recipe.weights,
-        recipe.biases,
-        recipe.late,
-        total_steps=settings.total_steps(images),
-        steps_per_epoch=settings.steps_per_epoch(images),
-    )
-    return optimizers.sgd_2012(rates, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
-
-
-def init_state(settings: Settings, optimizer: optax.GradientTransformation) -> TrainState:
-    """Step 0, a function of the seed."""
-    params = model.init(jax.random.fold_in(jax.random.key(settings.seed), 0), settings.net)
-    return TrainState(
-        step=jnp.zeros((), jnp.int32),
-        params=params,
-        opt_state=optimizer.init(params),
-        drops=jnp.zeros((), jnp.int32),
-        sound=jnp.ones((), bool),
-    )
-
-
-def inputs(
-    settings: Settings, images: int, step: Array, batch: Mapping[str, Array], statistics: Statistics
-) -> tuple[Array, dict[str, Array]]:
-    """What step `step` shows the net: pixels [B, H, W, C] and dropout masks, in the global view."""
-    stream = jax.random.fold_in(jax.random.key(settings.seed), 1)
-    crop_key, mask_key = jax.random.split(jax.random.fold_in(stream, step))
-    recipe = settings.preprocess
-    batch_size, *_, channels = batch['image'].shape
-    draws = augment.draw(crop_key, batch_size, channels, recipe)
-    noise_steps = math.ceil(settings.noise_until_epoch * settings.steps_per_epoch(images))
-    pixels = augment.apply(batch['image'], draws, statistics, recipe, step < noise_steps)
-    return pixels, model.draw_masks(mask_key, settings.net, batch_size)
-
-
-def make_train_step(
-    settings: Settings, mesh: Mesh, optimizer: optax.GradientTransformationExtraArgs, images: int
-) -> Callable[[TrainState, Mapping[str, Array], Statistics], tuple[TrainState, dict]]:
-    """The step: (state, batch, statistics) -> (next state, {metric: (sum, count)}); pure."""
-    forward = parallel.forward(settings.net, mesh)
-
-    def train_step(state, batch, statistics):
-        pixels, masks = inputs(settings, images, state.step, batch, statistics)
-
-        def loss_of(params):
-            logits = forward(params, pixels, masks)
-            return model.mean_loss(logits, batch['label']), logits
-
-        (loss, logits), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
-        sound = state.sound & jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
-        updates, opt_state = optimizer.update(
-            grads, state.opt_state, state.params, drops=state.drops
-        )
-        proposed = state.replace(
-            step=state.step + 1,
-            params=optax.apply_updates(state.params, updates),
-            opt_state=opt_state,
-        )
-        new = jax.tree.map(lambda a, b: jnp.where(sound, a, b), proposed, state)
-        count = batch['label'].size
-        wrong = jnp.sum(jnp.argmax(logits, axis=-1) != batch['label'])
-        metrics = {'loss': (loss * count, count), 'top1_error': (wrong, count)}
-        return new.replace(sound=sound), metrics
-
-    return train_step
-
 
 # ---------------------------------------------------------------------------------- what is open
 
@@ -256,8 +166,8 @@ def run(config: Config, workdir: Path) -> str:
         RunError: data or disk are not to be had, numbers are not finite, or a signal came.
     """
     settings = configuration.unpack(config)
-    with open_workdir(config, workdir):
-        use_compilation_cache(settings.loop.compilation_cache, workdir)
+    with workdirs.open_workdir(config, workdir):
+        workdirs.use_compilation_cache(settings.loop.compilation_cache, workdir)
         job = open_job(config, settings, workdir)
         with Checkpoints(workdir / 'checkpoints', report=say) as checkpoints:
             state, history = resume_or_start(job, checkpoints)
@@ -291,10 +201,7 @@ def resume_or_start(job: Job, checkpoints: Checkpoints) -> tuple[TrainState, His
 
 def preflight(job: Job, state: TrainState) -> None:
     """Say how the start looks, before it costs days; see diagnose.py."""
-    batch, recipe = job.batch(0), job.settings.preprocess
-    size, *_, channels = batch['image'].shape
-    draws = augment.fixed(size, channels, recipe)
-    pixels = augment.apply(batch['image'], draws, job.statistics, recipe)
+    batch, pixels = first_batch(job)
     found = diagnose.preflight(job.settings.net, state.params, pixels, batch['label'])
     say(
         f'pre-flight: the logits differ across images by {found.logit_std:.1e}, loss '
@@ -305,6 +212,14 @@ def preflight(job: Job, state: TrainState) -> None:
         raise RunError(problem)
     if problem:
         say(f'warning: {problem}')
+
+
+def first_batch(job: Job) -> tuple[dict[str, Array], Array]:
+    """The first training batch, and its centre crops as conv1 sees them."""
+    batch, recipe = job.batch(0), job.settings.preprocess
+    size, *_, channels = batch['image'].shape
+    draws = augment.fixed(size, channels, recipe)
+    return batch, augment.apply(batch['image'], draws, job.statistics, recipe)
 
 
 def train(
@@ -509,72 +424,3 @@ class Interrupt:
         )
         error.exit_code = 128 + number
         return error
-
-
-# ----------------------------------------------------------------------------------- the workdir
-
-# What a resumed run may change: where and how it works, but no number of it.
-MAY_DIFFER = (
-    'data.data_dir',
-    'loop.checkpoint_every_epochs',
-    'loop.compilation_cache',
-    'loop.on_dead_start',
-    'loop.prefetch_batches',
-    'loop.tensorboard',
-    'mesh.data',
-    'mesh.tower',
-)
-
-
-@contextlib.contextmanager
-def open_workdir(config: Config, workdir: Path) -> Generator[None]:
-    """Make the folder, or see that it is this config's and nobody else's; note the environment.
-
-    Raises:
-        UsageError: the folder holds a run of another config.
-        RunError: it cannot be written, or another process is at work in it.
-    """
-    text = configuration.as_json(config)
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        lock = (workdir / '.lock').open('w')
-    except OSError as error:
-        raise RunError(
-            f'cannot write to {workdir} ({error.strerror}); choose another --workdir.'
-        ) from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise RunError(f'another process is training in {workdir}; wait for it.') from error
-        path = workdir / 'config.json'
-        if path.exists():
-            _same_config(json.loads(path.read_text()), json.loads(text), workdir)
-        else:
-            _write(path, text + '\n')
-        _write(workdir / 'environment.json', json.dumps(records.environment(), indent=2) + '\n')
-        yield
-
-
-def use_compilation_cache(where: str, workdir: Path) -> None:
-    """Keep compiled programs on disk, so that the next start of the same config is quick."""
-    if where != 'none':
-        folder = workdir.absolute().parent / '.jax_cache' if where == 'beside' else Path(where)
-        jax.config.update('jax_compilation_cache_dir', str(folder))
-        jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
-
-
-def _same_config(old: dict, new: dict, workdir: Path) -> None:
-    keys = configuration.differences(old, new)
-    barred = [key for key in keys if key not in MAY_DIFFER]
-    if barred:
-        raise UsageError(
-            f'{workdir} holds a run of another config, different in {", ".join(barred)}; choose '
-            f'another --workdir, or the config it was started with (its config.json).'
-        )
-
-
-def _write(path: Path, text: str) -> None:
-    scratch = path.with_name(path.name + '.tmp')
-    scratch.write_text(text)
-    os.replace(scratch, path)

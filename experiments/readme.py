@@ -52,9 +52,27 @@ def speed() -> str:
     return '\n'.join(rows)
 
 
+def starts() -> str:
+    """The signal at the logits by recipe, as preflight measured it."""
+    rows = [
+        '| recipe | scale | init scaled by the fan-in | pixels | logits across images, std |',
+        '|---|---|---|---|---|',
+    ]
+    for line in (RESULTS / 'preflight.jsonl').read_text().splitlines():
+        row = json.loads(line)
+        pixels = '0-255' if row['factor'] == 1 else '0-1'
+        low, high = min(row['logit_std']), max(row['logit_std'])
+        scaled = 'no' if row['init_scaling'] == 'none' else 'yes'
+        rows.append(
+            f'| {row["recipe"]} | {row["scale"]} | {scaled} | {pixels} '
+            f'| {low:.1e} to {high:.1e}, {len(row["logit_std"])} seeds |'
+        )
+    return '\n'.join(rows)
+
+
 def filled(text: str) -> str:
     """The README with its figures put in between their marks."""
-    for mark, figures in (('figures', quickstart()), ('speed', speed())):
+    for mark, figures in (('figures', quickstart()), ('starts', starts()), ('speed', speed())):
         pattern = rf'(<!-- {mark}: .*? -->\n).*?(<!-- end of {mark} -->)'
         text, found = re.subn(
             pattern, lambda m, f=figures: f'{m[1]}{f}\n{m[2]}', text, flags=re.DOTALL

@@ -13,7 +13,8 @@ PACKAGE = ROOT / 'alexnet_jax'
 FLOORS = (
     ('train',),
     ('evaluate',),
-    ('describe', 'diagnose', 'checkpoint', 'records', 'parallel'),
+    ('workdir', 'step', 'describe', 'diagnose', 'checkpoint'),
+    ('records', 'parallel'),
     ('config', 'data'),
     ('prepare',),
     ('model', 'optimizer', 'augment'),

@@ -17,11 +17,12 @@ import optax
 import pytest
 
 from alexnet_jax import config as configuration
-from alexnet_jax import model, parallel, train
+from alexnet_jax import model, parallel
 from alexnet_jax.augment import Statistics
 from alexnet_jax.config import MeshShape
 from alexnet_jax.errors import UsageError
 from alexnet_jax.model import AlexNet, Dropout, Layer, Net, geometry
+from alexnet_jax.step import TrainState, make_optimizer, make_train_step
 from configs import alexnet, alexnet_paper, smoke
 from tests.golden import cases
 from tests.golden.cases import net_of
@@ -553,10 +554,10 @@ def test_the_training_step_is_compiled_once():
     settings = configuration.unpack(smoke.get_config())
     case = cases.case(settings.net, 4)
     mesh = mesh_of((2, 2), batch_size=4)
-    optimizer = train.make_optimizer(settings, images=1024)
+    optimizer = make_optimizer(settings, images=1024)
 
     def fresh(params):
-        return train.TrainState(
+        return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
             opt_state=optimizer.init(params),
@@ -570,7 +571,7 @@ def test_the_training_step_is_compiled_once():
     statistics = Statistics(jnp.zeros((side, side, 1)), jnp.eye(1))
     batch = {'image': np.zeros((4, side, side, 1), np.uint8), 'label': case.labels}
     batch = jax.device_put(batch, parallel.batch_sharding(mesh))
-    traces, step = [], train.make_train_step(settings, mesh, optimizer, images=1024)
+    traces, step = [], make_train_step(settings, mesh, optimizer, images=1024)
 
     def counted(*args):
         traces.append(args)

@@ -18,6 +18,8 @@ import pytest
 from alexnet_jax import checkpoint, model, records, train
 from alexnet_jax import config as configuration
 from alexnet_jax.errors import RunError, UsageError
+from alexnet_jax.step import init_state, inputs
+from alexnet_jax.workdir import open_workdir
 from configs import ablation_lrn, alexnet_paper, smoke
 
 
@@ -112,9 +114,7 @@ def test_the_step_compiles_once(data_dir, tmp_path):
     config = tiny(data_dir)
     settings = configuration.unpack(config)
     job = train.open_job(config, settings, tmp_path)
-    state = jax.jit(
-        lambda: train.init_state(settings, job.optimizer), out_shardings=job.shardings
-    )()
+    state = jax.jit(lambda: init_state(settings, job.optimizer), out_shardings=job.shardings)()
     for step in range(3):
         state, _ = job.train_step(state, job.batch(step), job.statistics)
     assert job.train_step._cache_size() == 1
@@ -166,9 +166,7 @@ def test_infinite_numbers_stop_the_run_and_are_located(data_dir, tmp_path):
 def test_the_first_layer_at_fault_is_named(data_dir, tmp_path):
     config = tiny(data_dir)
     job = train.open_job(config, configuration.unpack(config), tmp_path)
-    state = jax.jit(
-        lambda: train.init_state(job.settings, job.optimizer), out_shardings=job.shardings
-    )()
+    state = jax.jit(lambda: init_state(job.settings, job.optimizer), out_shardings=job.shardings)()
     params = dict(state.params)
     params['conv4'] = params['conv4'] | {'bias': params['conv4']['bias'].at[3].set(jnp.inf)}
     error = train.not_finite(job, state.replace(params=params))
@@ -178,7 +176,7 @@ def test_the_first_layer_at_fault_is_named(data_dir, tmp_path):
 def test_a_step_that_is_not_finite_changes_nothing(data_dir, tmp_path):
     config = tiny(data_dir)
     job = train.open_job(config, configuration.unpack(config), tmp_path)
-    state = train.init_state(job.settings, job.optimizer)
+    state = init_state(job.settings, job.optimizer)
     params = dict(state.params)
     params['fc8'] = params['fc8'] | {'bias': params['fc8']['bias'].at[0].set(jnp.nan)}
     broken = state.replace(params=params)
@@ -191,7 +189,7 @@ def test_a_step_that_is_not_finite_changes_nothing(data_dir, tmp_path):
 
 
 def test_a_workdir_in_use(reference, data_dir):
-    with train.open_workdir(tiny(data_dir), reference), pytest.raises(RunError, match='another'):
+    with open_workdir(tiny(data_dir), reference), pytest.raises(RunError, match='another'):
         train.run(tiny(data_dir), reference)
 
 
@@ -308,9 +306,9 @@ def test_draws_do_not_depend_on_the_batch_before(data_dir, tmp_path):
     config = tiny(data_dir)
     settings = configuration.unpack(config)
     job = train.open_job(config, settings, tmp_path)
-    first = train.inputs(settings, 256, jnp.int32(5), job.batch(5), job.statistics)
-    second = train.inputs(settings, 256, jnp.int32(5), job.batch(5), job.statistics)
-    other = train.inputs(settings, 256, jnp.int32(6), job.batch(6), job.statistics)
+    first = inputs(settings, 256, jnp.int32(5), job.batch(5), job.statistics)
+    second = inputs(settings, 256, jnp.int32(5), job.batch(5), job.statistics)
+    other = inputs(settings, 256, jnp.int32(6), job.batch(6), job.statistics)
     jax.tree.map(np.testing.assert_array_equal, first, second)
     assert model.geometry(settings.net)[-1].output == (10,)
     assert np.any(np.asarray(first[0]) != np.asarray(other[0]))

@@ -1,0 +1,109 @@
+"""The training step: pure, and a function of (config, seed, step) but for the batch it is given."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax.sharding import Mesh
+
+from alexnet_jax import augment, model, parallel
+from alexnet_jax import optimizer as optimizers
+from alexnet_jax.augment import Statistics
+from alexnet_jax.config import Settings
+
+Array = jax.Array
+
+
+class TrainState(struct.PyTreeNode):
+    """All that training carries from step to step.
+
+    drops: how often the plateau rule has divided the rate; set between epochs.
+    sound: false from the first step on whose loss or gradient was not finite. Such a step, and any
+        behind it, changes nothing, so that it can be looked into.
+    """
+
+    step: Array
+    params: Any
+    opt_state: Any
+    drops: Array
+    sound: Array
+
+
+def make_optimizer(settings: Settings, images: int) -> optax.GradientTransformationExtraArgs:
+    """The 2012 update, its schedules stretched over a run on `images` training images."""
+    recipe = settings.optimizer
+    rates = optimizers.parameter_rates(
+        recipe.weights,
+        recipe.biases,
+        recipe.late,
+        total_steps=settings.total_steps(images),
+        steps_per_epoch=settings.steps_per_epoch(images),
+    )
+    return optimizers.sgd_2012(rates, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
+
+
+def init_state(settings: Settings, optimizer: optax.GradientTransformation) -> TrainState:
+    """Step 0, a function of the seed."""
+    params = model.init(init_key(settings), settings.net)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=optimizer.init(params),
+        drops=jnp.zeros((), jnp.int32),
+        sound=jnp.ones((), bool),
+    )
+
+
+def init_key(settings: Settings) -> Array:
+    """The stream of the initial weights; stream 1 is the steps'."""
+    return jax.random.fold_in(jax.random.key(settings.seed), 0)
+
+
+def inputs(
+    settings: Settings, images: int, step: Array, batch: Mapping[str, Array], statistics: Statistics
+) -> tuple[Array, dict[str, Array]]:
+    """What step `step` shows the net: pixels [B, H, W, C] and dropout masks, in the global view."""
+    stream = jax.random.fold_in(jax.random.key(settings.seed), 1)
+    crop_key, mask_key = jax.random.split(jax.random.fold_in(stream, step))
+    recipe = settings.preprocess
+    batch_size, *_, channels = batch['image'].shape
+    draws = augment.draw(crop_key, batch_size, channels, recipe)
+    noise_steps = math.ceil(settings.noise_until_epoch * settings.steps_per_epoch(images))
+    pixels = augment.apply(batch['image'], draws, statistics, recipe, step < noise_steps)
+    return pixels, model.draw_masks(mask_key, settings.net, batch_size)
+
+
+def make_train_step(
+    settings: Settings, mesh: Mesh, optimizer: optax.GradientTransformationExtraArgs, images: int
+) -> Callable[[TrainState, Mapping[str, Array], Statistics], tuple[TrainState, dict]]:
+    """The step: (state, batch, statistics) -> (next state, {metric: (sum, count)}); pure."""
+    forward = parallel.forward(settings.net, mesh)
+
+    def train_step(state, batch, statistics):
+        pixels, masks = inputs(settings, images, state.step, batch, statistics)
+
+        def loss_of(params):
+            logits = forward(params, pixels, masks)
+            return model.mean_loss(logits, batch['label']), logits
+
+        (loss, logits), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+        sound = state.sound & jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
+        updates, opt_state = optimizer.update(
+            grads, state.opt_state, state.params, drops=state.drops
+        )
+        proposed = state.replace(
+            step=state.step + 1,
+            params=optax.apply_updates(state.params, updates),
+            opt_state=opt_state,
+        )
+        new = jax.tree.map(lambda a, b: jnp.where(sound, a, b), proposed, state)
+        count = batch['label'].size
+        wrong = jnp.sum(jnp.argmax(logits, axis=-1) != batch['label'])
+        metrics = {'loss': (loss * count, count), 'top1_error': (wrong, count)}
+        return new.replace(sound=sound), metrics
+
+    return train_step

@@ -1,0 +1,81 @@
+"""A run's folder: made or recognised, locked, and told what it holds."""
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Generator
+from pathlib import Path
+
+import jax
+
+from alexnet_jax import config as configuration
+from alexnet_jax import records
+from alexnet_jax.config import Config
+from alexnet_jax.errors import RunError, UsageError
+
+# What a resumed run may change: where and how it works, but no number of it.
+MAY_DIFFER = (
+    'data.data_dir',
+    'loop.checkpoint_every_epochs',
+    'loop.compilation_cache',
+    'loop.on_dead_start',
+    'loop.prefetch_batches',
+    'loop.tensorboard',
+    'mesh.data',
+    'mesh.tower',
+)
+
+
+@contextlib.contextmanager
+def open_workdir(config: Config, workdir: Path) -> Generator[None]:
+    """Make the folder, or see that it is this config's and nobody else's; note the environment.
+
+    Raises:
+        UsageError: the folder holds a run of another config.
+        RunError: it cannot be written, or another process is at work in it.
+    """
+    text = configuration.as_json(config)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        lock = (workdir / '.lock').open('w')
+    except OSError as error:
+        raise RunError(
+            f'cannot write to {workdir} ({error.strerror}); choose another --workdir.'
+        ) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise RunError(f'another process is training in {workdir}; wait for it.') from error
+        path = workdir / 'config.json'
+        if path.exists():
+            _same_config(json.loads(path.read_text()), json.loads(text), workdir)
+        else:
+            _write(path, text + '\n')
+        _write(workdir / 'environment.json', json.dumps(records.environment(), indent=2) + '\n')
+        yield
+
+
+def use_compilation_cache(where: str, workdir: Path) -> None:
+    """Keep compiled programs on disk, so that the next start of the same config is quick."""
+    if where != 'none':
+        folder = workdir.absolute().parent / '.jax_cache' if where == 'beside' else Path(where)
+        jax.config.update('jax_compilation_cache_dir', str(folder))
+        jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+
+
+def _same_config(old: dict, new: dict, workdir: Path) -> None:
+    keys = configuration.differences(old, new)
+    barred = [key for key in keys if key not in MAY_DIFFER]
+    if barred:
+        raise UsageError(
+            f'{workdir} holds a run of another config, different in {", ".join(barred)}; choose '
+            f'another --workdir, or the config it was started with (its config.json).'
+        )
+
+
+def _write(path: Path, text: str) -> None:
+    scratch = path.with_name(path.name + '.tmp')
+    scratch.write_text(text)
+    os.replace(scratch, path)

@@ -1,0 +1,60 @@
+"""How much of the image reaches the logits at initialisation, by recipe, width and init.
+
+    python -m experiments.preflight [--seeds=3]
+
+The standard deviation of the logits across 128 images of Fashion-MNIST, for the recipe as run and
+as written, at both of its scales, with and without the init scaled by the fan-in. Writes
+experiments/results/preflight.jsonl, one object a row.
+"""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+
+from alexnet_jax import config, diagnose, model, records, step, train
+from configs import alexnet, alexnet_paper
+
+RESULTS = Path(__file__).parent / 'results' / 'preflight.jsonl'
+RECIPES = {'as run': alexnet, 'as written': alexnet_paper}
+ROWS = (
+    # (recipe, scale, model.init_scaling, what the pixels are multiplied by)
+    ('as run', 'fashion_mnist', 'fan_in', 1.0),
+    ('as run', 'quickstart', 'fan_in', 1.0),
+    ('as run', 'quickstart', 'none', 1.0),
+    ('as written', 'fashion_mnist', 'fan_in', 1.0),
+    ('as written', 'quickstart', 'fan_in', 1.0),
+    ('as written', 'quickstart', 'none', 1.0),
+    ('as written', 'quickstart', 'none', 1 / 255),
+)
+
+
+def measure(recipe: str, scale: str, init_scaling: str, factor: float, seed: int) -> float:
+    """The logits' standard deviation of one start."""
+    chosen = RECIPES[recipe].get_config(scale)
+    chosen.seed, chosen.model.init_scaling, chosen.preprocess.scale = seed, init_scaling, factor
+    chosen.mesh.data = 1
+    settings = config.unpack(chosen)
+    job = train.open_job(chosen, settings, Path())
+    batch, pixels = train.first_batch(job)
+    params = model.init(step.init_key(settings), settings.net)
+    return diagnose.preflight(settings.net, params, pixels, batch['label']).logit_std
+
+
+def main() -> None:
+    """Measure every row, print it and keep it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--seeds', type=int, default=3)
+    seeds = range(parser.parse_args().seeds)
+    lines = []
+    for row in ROWS:
+        found = [measure(*row, seed=seed) for seed in seeds]
+        keys = ('recipe', 'scale', 'init_scaling', 'factor')
+        record = dict(zip(keys, row, strict=True)) | {'logit_std': found}
+        print(*row, f'median {statistics.median(found):.1e}', sep=' | ')
+        lines.append(json.dumps(record | records.environment()) + '\n')
+    RESULTS.write_text(''.join(lines))
+
+
+if __name__ == '__main__':
+    main()
