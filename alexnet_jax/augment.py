@@ -18,7 +18,10 @@ Array = jax.Array
 class Preprocess:
     """The recipe (paper, section 4.1; the source where it says more)."""
 
-    image_px: int  # side of the square from which crops are taken: 256 in 2012
+    resize_px: int  # side to which images are brought: 256 in 2012
+    image_px: (
+        int  # side of the square from which crops are taken, black round a smaller image: 256 too
+    )
     input_px: int  # side of a crop: 224 in 2012
     channels: int  # that the net reads: 3, or 1; grey images are repeated
     crop: bool  # random offsets in training; else the centre
@@ -97,14 +100,15 @@ def apply(
     """uint8 `images` [B, H, W, C] -> what conv1 sees, float32 [B, input_px, input_px, channels].
 
     Args:
-        images: stored at any resolution; brought to `image_px` by bilinear interpolation.
+        images: stored at any resolution; brought to `resize_px` by bilinear interpolation, and with
+            a black margin to `image_px`.
         draws: of the same batch.
         statistics: of the training split.
         recipe: what to do.
         noise_on: whether the colour noise, and with it the division, is on at this step.
     """
     px = recipe.input_px
-    pixels = crop(_resize(images.astype(jnp.float32), recipe.image_px), draws, px)
+    pixels = crop(_square(images.astype(jnp.float32), recipe), draws, px)
     pixels = pixels - _mean(statistics, recipe)[None]
     if recipe.colour_noise:
         noise = draws.noise @ statistics.colour_basis.T
@@ -133,12 +137,15 @@ def _mean(statistics: Statistics, recipe: Preprocess) -> Array:
         return jnp.mean(statistics.mean_image, axis=(0, 1), keepdims=True)
     edge = (recipe.image_px - recipe.input_px) // 2
     side = slice(edge, edge + recipe.input_px)
-    return _resize(statistics.mean_image[None], recipe.image_px)[0, side, side]
+    return _square(statistics.mean_image[None], recipe)[0, side, side]
 
 
-def _resize(images: Array, px: int) -> Array:
-    """Float [B, H, W, C] -> [B, px, px, C], bilinear and antialiased: two small matrix products."""
+def _square(images: Array, recipe: Preprocess) -> Array:
+    """Float [B, H, W, C] -> [B, image_px, image_px, C], resized (two small products) and framed."""
     batch, *sides, channels = images.shape
-    if tuple(sides) == (px, px):
-        return images
-    return jax.image.resize(images, (batch, px, px, channels), 'bilinear')
+    px = recipe.resize_px
+    if tuple(sides) != (px, px):
+        images = jax.image.resize(images, (batch, px, px, channels), 'bilinear')
+    before = (recipe.image_px - px) // 2
+    margin = (before, recipe.image_px - px - before)
+    return jnp.pad(images, ((0, 0), margin, margin, (0, 0))) if any(margin) else images

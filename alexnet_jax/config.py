@@ -281,6 +281,11 @@ def _check(settings: Settings) -> None:
             f'preprocess.image_px is {recipe.image_px}, smaller than the crop of model.input_px '
             f'({recipe.input_px}); enlarge it (2012: 256 and 224).'
         )
+    if recipe.image_px < recipe.resize_px:
+        raise UsageError(
+            f'preprocess.image_px is {recipe.image_px}, smaller than preprocess.resize_px '
+            f'({recipe.resize_px}); enlarge it.'
+        )
     _one_of(recipe.mean, ('image', 'channel', 'none'), 'preprocess.mean')
     _at_least(recipe.share, 1, 'preprocess.share')
     _at_least(recipe.colour_noise, 0.0, 'preprocess.colour_noise')

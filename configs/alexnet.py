@@ -42,8 +42,10 @@ def get_config(scale: str = 'quickstart') -> ConfigDict:
         config.model.channels = 1  # stored grey; 3 repeats the grey value
         config.model.fc8.features = 10
         config.model.init_scaling = 'fan_in'
+        # These images have no margin to lose: they get one, and crops shift them.
+        config.preprocess.resize_px = 224
     if scale == 'quickstart':
-        config.model.input_px = 112
+        config.model.input_px = config.preprocess.resize_px = 112
         config.preprocess.image_px = 128  # 8 / 7 of the crop, as 256 is of 224
         narrow(config.model, 4)
     return config
@@ -143,6 +145,7 @@ def preprocess(epochs) -> ConfigDict:
     """Crops, mirrors, mean image, colour noise [p 4.1]. No division by 255 or by a deviation."""
     return ConfigDict(
         dict(
+            resize_px=256,
             image_px=256,
             crop=True,
             mirror=True,

@@ -17,7 +17,7 @@ def get_config(scale: str = 'quickstart'):
     config.data.train = 'train[:1024]'
     config.data.validation = 'train[55000:55256]'
     config.data.test = 'test[:500]'
-    config.model.input_px = 64
+    config.model.input_px = config.preprocess.resize_px = 64
     config.preprocess.image_px = 72
     alexnet.narrow(config.model, 2)
     config.loop.log_every_steps = 4

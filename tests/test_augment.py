@@ -13,6 +13,7 @@ from alexnet_jax.augment import Draws, Preprocess, Statistics
 from alexnet_jax.config import MeshShape
 
 PAPER = Preprocess(
+    resize_px=256,
     image_px=256,
     input_px=224,
     channels=3,
@@ -24,7 +25,7 @@ PAPER = Preprocess(
     noise_divisor=1.1,
     scale=1.0,
 )
-SMALL = {'image_px': 16, 'input_px': 11}  # the slack, 5, is odd
+SMALL = {'resize_px': 16, 'image_px': 16, 'input_px': 11}  # the slack, 5, is odd
 
 
 def recipe(**changes):
@@ -272,7 +273,7 @@ def bilinear(image, side):
 def resized(images, side):
     """What `apply` makes of stored images when nothing else is to be done."""
     count, _, _, channels = images.shape
-    plain = recipe(image_px=side, input_px=side, channels=channels, mean='none')
+    plain = recipe(resize_px=side, image_px=side, input_px=side, channels=channels, mean='none')
     draws = augment.fixed(count, channels, plain)
     return np.asarray(augment.apply(images, draws, statistics_of(images.shape[1], channels), plain))
 
@@ -298,7 +299,7 @@ def test_shrinking_is_antialiased_as_pil_does_it():
 
 def test_the_mean_image_is_enlarged_with_the_images():
     """Stored at 28 px, crops of 112 from 128: what is subtracted is the enlarged mean's centre."""
-    large = recipe(image_px=128, input_px=112, channels=1, colour_noise=0.0)
+    large = recipe(resize_px=128, image_px=128, input_px=112, channels=1, colour_noise=0.0)
     images, statistics = images_of(2, 28, 1), statistics_of(28, 1)
     draws = Draws(jnp.array([[0, 16], [5, 3]]), jnp.array([True, False]), jnp.zeros((2, 1)))
     found = augment.apply(images, draws, statistics, large)
@@ -308,3 +309,29 @@ def test_the_mean_image_is_enlarged_with_the_images():
         enlarged, draws, statistics._replace(mean_image=mean), large, noise_on=False
     )
     assert_same_pixels(found, expected)
+
+
+def test_a_black_margin_round_a_small_image():
+    """Fashion-MNIST's way: resized to the crop's side, framed, and shifted by the crop."""
+    framed = recipe(resize_px=12, image_px=16, input_px=12, channels=1, mean='none', colour_noise=0)
+    images = np.random.default_rng(0).integers(1, 256, (3, 12, 12, 1), np.uint8)
+    statistics = Statistics(jnp.zeros((12, 12, 1)), jnp.eye(1))
+    draws = augment.Draws(
+        offset=jnp.array([[2, 2], [0, 4], [4, 1]]),
+        mirror=jnp.array([False, False, True]),
+        noise=jnp.zeros((3, 1)),
+    )
+    found = np.asarray(augment.apply(jnp.asarray(images), draws, statistics, framed))[..., 0]
+    frame = np.pad(images[..., 0], ((0, 0), (2, 2), (2, 2))).astype(np.float32)
+    np.testing.assert_array_equal(found[0], images[0, ..., 0])  # the centre view loses nothing
+    np.testing.assert_array_equal(found[1], frame[1, 0:12, 4:16])
+    np.testing.assert_array_equal(found[2], frame[2, 4:16, 1:13][:, ::-1])
+
+
+def test_the_mean_image_gets_the_margin_too():
+    framed = recipe(resize_px=12, image_px=16, input_px=14, channels=1, colour_noise=0)
+    mean = jnp.full((12, 12, 1), 7.0)
+    images = jnp.full((1, 12, 12, 1), 7, jnp.uint8)
+    statistics = Statistics(mean, jnp.eye(1))
+    found = augment.apply(images, augment.fixed(1, 1, framed), statistics, framed)
+    np.testing.assert_array_equal(found, 0)

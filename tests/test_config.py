@@ -127,6 +127,7 @@ WRONG = {
     'model.dropout.keep': (0.0, 'must lie in (0, 1]'),
     'model.compute_dtype': ('float16', 'not one of float32, bfloat16'),
     'preprocess.image_px': (32, 'smaller than the crop'),
+    'preprocess.resize_px': (80, 'smaller than preprocess.resize_px'),
     'preprocess.mean': ('None', "write 'none'"),
     'optimizer.weights.kind': ('cosine', 'not one of constant, steps, dexp, plateau'),
     'optimizer.weights.at_epochs': ((3.0, 2.0), 'must ascend'),
