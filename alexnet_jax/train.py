@@ -168,6 +168,7 @@ def run(config: Config, workdir: Path) -> str:
     settings = configuration.unpack(config)
     with workdirs.open_workdir(config, workdir):
         workdirs.use_compilation_cache(settings.loop.compilation_cache, workdir)
+        parallel.keep_freed_memory()
         job = open_job(config, settings, workdir)
         with Checkpoints(workdir / 'checkpoints', report=say) as checkpoints:
             state, history = resume_or_start(job, checkpoints)

@@ -18,7 +18,7 @@ def get_config(scale: str = 'quickstart'):
     config.data.validation = 'train[55000:55256]'
     config.data.test = 'test[:500]'
     config.model.input_px = config.preprocess.resize_px = 64
-    config.preprocess.image_px = 72
+    config.preprocess.image_px = 68
     alexnet.narrow(config.model, 2)
     config.loop.log_every_steps = 4
     config.loop.eval_batch_size = 128
