@@ -17,12 +17,14 @@ global array, whatever devices it lay on, and comes back on whatever sharding th
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
 import math
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
@@ -133,6 +135,7 @@ class Checkpoints:
             if self._writer is None:
                 self.directory.mkdir(parents=True, exist_ok=True)
                 self._sweep()
+                _hush_closed_loops()
                 self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
             # A folder that cannot be written to is met here; inside Orbax it leaves a mess.
             tempfile.TemporaryFile(dir=self.directory).close()
@@ -514,6 +517,22 @@ class _ManifestHandler(ocp.handlers.AsyncCheckpointHandler):
 class _ManifestSave(ocp.args.CheckpointArgs):
     manifest: dict[str, Any]
     leaves: dict[str, np.ndarray]
+
+
+@functools.cache
+def _hush_closed_loops() -> None:
+    """Keeps to ourselves what TensorStore's threads print when a save has failed and left them.
+
+    Its writes in flight find the event loop of that save closed, and each has a traceback printed;
+    the failure itself is raised by wait. Once a process is enough.
+    """
+    print_it = sys.unraisablehook
+
+    def hook(unraisable):
+        if str(unraisable.exc_value) != 'Event loop is closed':
+            print_it(unraisable)
+
+    sys.unraisablehook = hook
 
 
 def _sha256_line(body: bytes) -> bytes:
