@@ -241,15 +241,16 @@ def train(
             batch = log.wait_for(batches)
             state, metrics = job.train_step(state, batch, job.statistics)
             log.after(step, metrics, state)
-            due = step in evaluations or step in saves or interrupt.signal is not None
+            leaving = interrupt.signal is not None  # asked once: a signal may come at any line
+            due = step in evaluations or step in saves or leaving
             if due:
                 log.catch_up(state)
             error = None
             if step in evaluations:
                 state, error = epoch_end(job, state, history, book, log)
-            if step in saves or interrupt.signal is not None:
+            if step in saves or leaving:
                 save(job, checkpoints, state, history, error)
-            if interrupt.signal is not None and step < job.total_steps:
+            if leaving and step < job.total_steps:
                 checkpoints.wait()
                 raise interrupt.leave(step, job)
             if due:
