@@ -135,7 +135,7 @@ class Checkpoints:
             if self._writer is None:
                 self.directory.mkdir(parents=True, exist_ok=True)
                 self._sweep()
-                _hush_closed_loops()
+                _hush_failed_saves()
                 self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
             # A folder that cannot be written to is met here; inside Orbax it leaves a mess.
             tempfile.TemporaryFile(dir=self.directory).close()
@@ -520,11 +520,12 @@ class _ManifestSave(ocp.args.CheckpointArgs):
 
 
 @functools.cache
-def _hush_closed_loops() -> None:
-    """Keeps to ourselves what TensorStore's threads print when a save has failed and left them.
+def _hush_failed_saves() -> None:
+    """Keeps to ourselves the tracebacks that Orbax and TensorStore print beside a failed save.
 
-    Its writes in flight find the event loop of that save closed, and each has a traceback printed;
-    the failure itself is raised by wait. Once a process is enough.
+    Of writes that fail together Orbax awaits one, and asyncio prints the others; those in flight
+    find the event loop of that save closed. The failure itself is raised by wait. Once a process is
+    enough.
     """
     print_it = sys.unraisablehook
 
@@ -532,7 +533,12 @@ def _hush_closed_loops() -> None:
         if str(unraisable.exc_value) != 'Event loop is closed':
             print_it(unraisable)
 
+    def not_orbax(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        return not ('never retrieved' in text and 'orbax' in text)
+
     sys.unraisablehook = hook
+    logging.getLogger('asyncio').addFilter(not_orbax)
 
 
 def _sha256_line(body: bytes) -> bytes:
