@@ -3,13 +3,14 @@
 python main.py --config=configs/alexnet.py
 """
 
+import os
 import sys
 from pathlib import Path
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from alexnet_jax import errors
+from alexnet_jax import distributed, errors
 
 CONFIG = config_flags.DEFINE_config_file('config', None, 'A file of configs/; ":scale" may follow.')
 MODE = flags.DEFINE_enum('mode', 'train', ('train', 'evaluate', 'describe'), 'What to do.')
@@ -20,6 +21,9 @@ WORKDIR = flags.DEFINE_string(
     'several, with commas between, as an ensemble.',
 )
 STEP = flags.DEFINE_string('step', 'latest', 'The checkpoint to evaluate: latest, best, a number.')
+COORDINATOR = flags.DEFINE_string('coordinator_address', None, 'Of several processes: host:port.')
+PROCESSES = flags.DEFINE_integer('num_processes', None, 'How many; launchers say it themselves.')
+PROCESS = flags.DEFINE_integer('process_id', None, 'Which of them this is, from 0.')
 SPLIT = flags.DEFINE_string('split', 'test', 'To evaluate on: train, validation, test, or TFDS.')
 
 
@@ -61,19 +65,34 @@ def complain(error: errors.AlexNetError) -> int:
     return error.exit_code
 
 
+def guard(place: distributed.Place, argv: list[str]) -> int:
+    """One of several processes: see that all do the same, and to the end."""
+    config = CONFIG.value.to_dict() if CONFIG.value else {}
+    asked = {'config': config, 'mode': MODE.value, 'workdir': WORKDIR.value, 'argv': argv[1:]}
+    limits = config.get('processes') or {'join_timeout_secs': 300.0, 'peer_timeout_secs': 60.0}
+    return distributed.guard(place, asked, *limits.values())
+
+
 def ring(argv: list[str]) -> int:
     """`main`, with the errors that a person can act on said without a traceback."""
     if not flags.FLAGS['verbosity'].present:
         logging.set_verbosity(logging.WARNING)  # the libraries chatter
     try:
-        print(main(argv))
+        alone = MODE.value == 'describe' or distributed.child()
+        where = (COORDINATOR.value, PROCESSES.value, PROCESS.value)
+        if not alone and (place := distributed.find_place(os.environ, *where)):
+            return guard(place, argv)
+        with distributed.joined():
+            answer = main(argv)
+        if distributed.is_first():
+            print(answer)
     except errors.AlexNetError as error:
-        return complain(error)
+        return distributed.end(complain(error))
     except OSError as error:
         where = f' ({error.filename})' if error.filename else ''
         what = f'{error.strerror}{where}; see to it, and the same command goes on.'
-        return complain(errors.RunError(what))
-    return 0
+        return distributed.end(complain(errors.RunError(what)))
+    return distributed.end(0)
 
 
 if __name__ == '__main__':

@@ -37,6 +37,7 @@ import orbax.checkpoint as ocp
 from flax import traverse_util
 from jax.experimental import multihost_utils
 
+from alexnet_jax import distributed
 from alexnet_jax.errors import RunError, UsageError
 
 PyTree = Any
@@ -45,6 +46,7 @@ Step = int | str  # a number, 'latest' or 'best'
 _WHOLE = re.compile(r'(\d+)(?:-(\d+))?')
 _LEFTOVERS = ('*.orbax-checkpoint-tmp*', '*.deleted')
 _FORMAT = 1
+_NO_STEP = -1
 
 
 class Restored(NamedTuple):
@@ -265,7 +267,7 @@ class Checkpoints:
         number = self._resolve(step)
         path = {s: p for s, _, p in self._whole()}[number]
         try:
-            return _read(path, number, target)
+            return _placed(_read(path, number, target), target)
         except _Damaged as damage:
             others = ', '.join(str(s) for s in self.steps() if s != number)
             advice = f'use another step: {others}' if others else 'there is no other step here'
@@ -281,17 +283,32 @@ class Checkpoints:
                 workdir for a fresh one), or a sound one does not fit the target.
         """
         self.wait()
+        if distributed.is_first():
+            found = self._newest_sound(target)
+            step = found.step if found else _NO_STEP
+            if distributed.child() is None:
+                return found and _placed(found, target)
+        else:
+            found, step = None, _NO_STEP
+        step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
+        if step == _NO_STEP:
+            return None
+        # What is sound for one process may not be for another, on another host.
+        found = found or _read({s: p for s, _, p in self._whole()}[step], step, target)
+        return _placed(found, target)
+
+    def _newest_sound(self, target: PyTree | None) -> Restored | None:
         damaged: list[tuple[Path, _Damaged]] = []
         for step, _, path in reversed(self._whole()):
             try:
-                restored = _read(path, step, target)
+                found = _read(path, step, target)
             except _Damaged as damage:
                 damaged.append((path, damage))
                 continue
             for bad, damage in damaged:
                 aside = self._set_aside(bad)
                 self._report(f'{damage}; set aside as {aside.name}, going on from step {step}')
-            return restored
+            return found
         if not damaged:
             return None
         reasons = '; '.join(str(damage) for _, damage in damaged)
@@ -395,25 +412,33 @@ def _describe(array: np.ndarray) -> dict[str, Any]:
     return {'dtype': dtype, 'shape': shape, 'sha256': digest.hexdigest()}
 
 
-def _place(array: np.ndarray, like: Any) -> Any:
-    if isinstance(like, (jax.Array, jax.ShapeDtypeStruct)):
-        return jax.device_put(array, like.sharding)
-    return array if hasattr(like, 'dtype') else array.item()
-
-
 # ------------------------------------------------------------------ reading one
 
 
 def _read(path: Path, step: int, target: PyTree | None) -> Restored:
+    """Everything verified, as nested NumPy arrays; `target` is only looked at."""
     manifest = _read_manifest(path)
-    saved = manifest['leaves']
+    if target is not None:
+        _check_fits(path, manifest['leaves'], _named_leaves(target))
+    return Restored(step, _nested(_read_arrays(path, manifest['leaves'])), manifest['extra'])
+
+
+def _placed(found: Restored, target: PyTree | None) -> Restored:
     if target is None:
-        return Restored(step, _nested(_read_arrays(path, saved)), manifest['extra'])
-    _check_fits(path, saved, _named_leaves(target))
-    arrays = _read_arrays(path, saved)
+        return found
+    arrays = traverse_util.flatten_dict(found.state, sep='/')
     likes, structure = jax.tree.flatten(target)
-    placed = [_place(arrays[n], x) for n, x in zip(_named_leaves(target), likes, strict=True)]
-    return Restored(step, structure.unflatten(placed), manifest['extra'])
+    leaves = [_place(arrays[n], x) for n, x in zip(_named_leaves(target), likes, strict=True)]
+    return found._replace(state=structure.unflatten(leaves))
+
+
+def _place(array: np.ndarray, like: Any) -> Any:
+    if not isinstance(like, (jax.Array, jax.ShapeDtypeStruct)):
+        return array if hasattr(like, 'dtype') else array.item()
+    if like.sharding is None or like.sharding.is_fully_addressable:
+        return jax.device_put(array, like.sharding)
+    # Each process places what its own devices hold.
+    return jax.make_array_from_callback(array.shape, like.sharding, lambda index: array[index])
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -435,8 +460,11 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 def _read_arrays(path: Path, saved: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """All leaves as numpy arrays, each compared with what the manifest says of it."""
+    me = jax.process_index()  # a process reads for itself: others need not do so at the same time
+    alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
     arrays = {}
-    with contextlib.closing(ocp.Checkpointer(ocp.PyTreeCheckpointHandler())) as reader:
+    with contextlib.closing(ocp.Checkpointer(handler, multiprocessing_options=alone)) as reader:
         for name, expected in saved.items():
             try:
                 arrays[name] = _read_leaf(reader, path / 'state', name)

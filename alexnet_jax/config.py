@@ -53,12 +53,24 @@ class Loop:
     on_dead_start: str
 
 
+PLACEMENTS = ('towers', 'one_weird_trick')
+
+
 @dataclasses.dataclass(frozen=True)
 class MeshShape:
-    """Devices along each axis; data -1 takes all that are left."""
+    """Devices along each axis; data -1 takes all that are left. Placements: see parallel.py."""
 
     data: int
     tower: int
+    placement: str = 'towers'
+
+
+@dataclasses.dataclass(frozen=True)
+class Processes:
+    """How long processes wait for each other, see distributed.py."""
+
+    join_timeout_secs: float = 300.0
+    peer_timeout_secs: float = 60.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +89,7 @@ class Settings:
     optimizer: Optimizer
     loop: Loop
     mesh: MeshShape
+    processes: Processes = Processes()
 
     def total_steps(self, images: int) -> int:
         """Steps of the run; the last epoch is whole."""
@@ -141,14 +154,17 @@ def differences(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = '') ->
 def _build(cls, tree: Mapping[str, Any], path: str, **given):
     """Fill dataclass `cls` from `tree`, field by field, checking names and types on the way."""
     hints = typing.get_type_hints(cls)
-    wanted = {field.name for field in dataclasses.fields(cls)} - set(given)
+    fields = [field for field in dataclasses.fields(cls) if field.name not in given]
+    wanted = {field.name for field in fields}
+    # What came later than the first checkpoints has a default.
+    needed = {field.name for field in fields if field.default is dataclasses.MISSING}
     where = f'{path}.' if path else ''
     for key in sorted(set(tree) - wanted):
         raise UsageError(f'{where}{key} is not a key of this config; the keys are {_list(wanted)}.')
-    for key in sorted(wanted - set(tree)):
+    for key in sorted(needed - set(tree)):
         raise UsageError(f'{where}{key} is missing from this config; set it.')
     values = {}
-    for key in wanted:
+    for key in wanted & set(tree):
         if dataclasses.is_dataclass(hints[key]):
             values[key] = _build(hints[key], _section(tree, key, where), where + key)
         else:
@@ -263,6 +279,7 @@ def _check_net(net: Net) -> None:
         if norm.k <= 0:
             raise UsageError(f'model.{name}.k must be positive, and is {norm.k}.')
         _at_least(norm.alpha, 0.0, f'model.{name}.alpha')
+    _one_of(net.lrn_reads, ('own', 'all'), 'model.lrn_reads')
     _one_of(net.pool.kind, ('max', 'average'), 'model.pool.kind')
     _at_least(net.pool.window_px, 1, 'model.pool.window_px')
     _at_least(net.pool.stride_px, 1, 'model.pool.stride_px')
@@ -308,6 +325,8 @@ def _check(settings: Settings) -> None:
         if getattr(loop, key) <= 0:
             raise UsageError(f'loop.{key} must be positive, and is {getattr(loop, key)}.')
     _one_of(loop.on_dead_start, ('warn', 'error'), 'loop.on_dead_start')
+    for key in ('join_timeout_secs', 'peer_timeout_secs'):
+        _at_least(getattr(settings.processes, key), 1.0, f'processes.{key}')
     _check_mesh(settings)
 
 
@@ -330,6 +349,16 @@ def _check_mesh(settings: Settings) -> None:
             f'mesh.tower is {mesh.tower}, and the net has {towers} tower(s); '
             f'choose a divisor of {towers}.'
         )
+    _one_of(mesh.placement, PLACEMENTS, 'mesh.placement')
+    if mesh.placement == 'one_weird_trick':
+        if mesh.tower != 1:
+            raise UsageError('mesh.placement one_weird_trick has no tower axis; set mesh.tower=1.')
+        own = [x.name for x in settings.net.layers[:-1] if x.kind == 'fc' and x.reads == 'own']
+        if own and towers > 1:
+            raise UsageError(
+                f'mesh.placement one_weird_trick splits layers across towers, and {own[0]} reads '
+                f'its own only; set model.{own[0]}.reads=all, or mesh.placement=towers.'
+            )
 
 
 def _one_of(word: Any, words: tuple[str, ...], path: str) -> None:

@@ -3,6 +3,7 @@
 Errors are fractions in [0, 1]. Every image is counted once.
 """
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -10,26 +11,96 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
-from alexnet_jax import augment, checkpoint, data, parallel, prepare
+from alexnet_jax import augment, checkpoint, data, distributed, parallel, prepare
 from alexnet_jax import config as configuration
 from alexnet_jax.augment import Statistics
-from alexnet_jax.checkpoint import Step
-from alexnet_jax.config import Settings
+from alexnet_jax.checkpoint import Checkpoints, Step
+from alexnet_jax.config import MeshShape, Settings
 from alexnet_jax.data import Dataset
 from alexnet_jax.errors import RunError, UsageError
+from alexnet_jax.parallel import Layout
 from alexnet_jax.records import say
 
 VIEWS = {'centre': (0,), 'ten_views': tuple(range(10))}  # by the name used in results
 Predict = Callable[[Any, Statistics, jax.Array, int], jax.Array]
 
 
-def make_predict(settings: Settings, mesh: Mesh) -> Predict:
-    """(params, statistics, uint8 images [B, H, W, C], view 0..9) -> probabilities [B, classes]."""
-    forward = parallel.forward(settings.net, mesh)
+# ----------------------------------------------------------------------------- a checkpoint, opened
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Trained:
+    """What a checkpoint holds, ready for use on this machine."""
+
+    workdir: Path
+    step: int
+    settings: Settings
+    class_names: tuple[str, ...]
+    layout: Layout
+    params: Any  # on the layout's devices
+    statistics: Statistics
+
+    @property
+    def stored(self) -> tuple[int, int, int]:
+        """The data set's images as stored: (height, width, channels)."""
+        height, width, channels = self.statistics.mean_image.shape
+        return height, width, channels
+
+
+def restore(workdir: str | Path, step: Step = 'latest') -> Trained:
+    """Read and verify a checkpoint, and place it on the devices that are here.
+
+    It lies as it did in training where this machine has the devices for that, and on one device
+    where it has not.
+
+    Raises:
+        UsageError: no such step.
+        RunError: no checkpoint, or a damaged one.
+    """
+    workdir = Path(workdir)
+    if not Checkpoints(workdir / 'checkpoints').steps():
+        raise RunError(f'{workdir} holds no checkpoint; train first with --workdir={workdir}.')
+    step = int(step) if isinstance(step, str) and step.isdigit() else step
+    restored = checkpoint.read(workdir / 'checkpoints', step)
+    settings = configuration.unpack(restored.extra['config'])
+    layout, shardings = _placement(settings)
+    return Trained(
+        workdir=workdir,
+        step=restored.step,
+        settings=settings,
+        class_names=tuple(restored.extra['class_names']),
+        layout=layout,
+        params=parallel.place(restored.state['state']['params'], shardings),
+        statistics=Statistics(
+            **parallel.place(restored.state['statistics'], parallel.whole(layout))
+        ),
+    )
+
+
+def _placement(settings: Settings) -> tuple[Layout, Any]:
+    def place(shape: MeshShape, batch_size: int) -> tuple[Layout, Any]:
+        layout = parallel.lay_out(shape, batch_size)
+        return layout, parallel.shardings(parallel.parameter_specs(settings.net, layout), layout)
+
+    try:
+        return place(settings.mesh, settings.batch_size)
+    except UsageError:  # it was trained on a larger machine
+        if jax.process_count() > 1:
+            raise
+        return place(MeshShape(data=1, tower=1), 1)
+
+
+# ----------------------------------------------------------------------------- from nets to errors
+
+
+def make_predict(settings: Settings, layout: Layout) -> Predict:
+    """(params, statistics, uint8 images [B, H, W, C], view 0..9) -> probabilities [B, classes].
+
+    Images are split over 'data'; every device, and so every process, gets all probabilities.
+    """
+    forward = parallel.forward(settings.net, layout)
 
     def predict(params, statistics, images, view):
         batch, channels = images.shape[0], images.shape[-1]
@@ -37,7 +108,7 @@ def make_predict(settings: Settings, mesh: Mesh) -> Predict:
         pixels = augment.apply(images, draws, statistics, settings.preprocess)
         return jax.nn.softmax(forward(params, pixels, None))
 
-    return jax.jit(predict)
+    return jax.jit(predict, out_shardings=parallel.whole(layout))
 
 
 def probabilities(
@@ -46,23 +117,23 @@ def probabilities(
     statistics: Statistics,
     dataset: Dataset,
     *,
-    mesh: Mesh,
+    layout: Layout,
     batch_size: int,
     views: Sequence[int] = (0,),
 ) -> np.ndarray:
     """Class probabilities of every image, averaged over `views`: float32 [N, classes].
 
-    The average is over softmax probabilities, not logits (paper, section 4.1).
+    The average is over softmax probabilities, not logits (paper, section 4.1). Of several
+    processes each reads its own share of the images, and all get the whole result.
     """
-    replicas = mesh.shape['data']
-    batch_size = -(-batch_size // replicas) * replicas
-    sharding = parallel.batch_sharding(mesh)
+    batch_size = -(-batch_size // layout.replicas) * layout.replicas
+    rows = parallel.own_rows(layout, batch_size)
     parts = []
-    for batch in data.eval_batches(dataset, batch_size):
-        images = jax.device_put(batch['image'], sharding)
+    for batch in data.eval_batches(dataset, batch_size, rows):
+        images = parallel.place_batch(layout, {'image': batch['image']}, batch_size)['image']
         mean = sum(predict(params, statistics, images, view) for view in views) / len(views)
-        parts.append(np.asarray(mean)[batch['mask'] > 0])
-    return np.concatenate(parts)
+        parts.append(np.asarray(mean))
+    return np.concatenate(parts)[: len(dataset)]  # what is behind it is padding
 
 
 def scores(probability: np.ndarray, label: np.ndarray) -> dict[str, float]:
@@ -147,8 +218,6 @@ def run(
         UsageError: a step that is not there, a split that is not there, nets that do not fit.
         RunError: no checkpoint, a damaged one, or no data.
     """
-    if isinstance(step, str) and step.isdigit():
-        step = int(step)
     members, steps, class_names = [], [], ()
     for workdir in workdirs:
         arrays, found, class_names = predictions(workdir, step, split, data_dir)
@@ -169,33 +238,36 @@ def predictions(
     workdir: Path, step: Step, split: str, data_dir: str
 ) -> tuple[dict[str, np.ndarray], int, tuple[str, ...]]:
     """Restore, predict every image, save predictions_<split>.npz: (arrays, step, class names)."""
-    with checkpoint.Checkpoints(workdir / 'checkpoints') as checkpoints:
-        if not checkpoints.steps():
-            raise RunError(f'{workdir} holds no checkpoint; train first with --workdir={workdir}.')
-        restored = checkpoints.restore(None, step)
-    settings = configuration.unpack(restored.extra['config'])
-    named = split in ('train', 'validation', 'test')
-    expression = getattr(settings.data, split) if named else split
-    folder = data_dir or settings.data.data_dir
-    prepare.ensure(settings.data.name, folder)
-    dataset = data.load(settings.data.name, folder, expression)
-    mesh = parallel.make_mesh(settings.mesh, settings.batch_size)
-    params = jax.device_put(
-        restored.state['state']['params'],
-        parallel.shardings(parallel.parameter_specs(settings.net, mesh), mesh),
-    )
-    statistics = Statistics(**{k: jnp.asarray(v) for k, v in restored.state['statistics'].items()})
-    say(f'{workdir}: step {restored.step}, {len(dataset)} images of {expression}')
+    trained = restore(workdir, step)
+    dataset = open_split(trained.settings, split, data_dir)
+    say(f'{workdir}: step {trained.step}, {len(dataset)} images of {dataset.split}')
     _, arrays = report(
-        make_predict(settings, mesh),
-        params,
-        statistics,
+        make_predict(trained.settings, trained.layout),
+        trained.params,
+        trained.statistics,
         dataset,
-        mesh=mesh,
-        batch_size=settings.loop.eval_batch_size,
+        layout=trained.layout,
+        batch_size=trained.settings.loop.eval_batch_size,
     )
-    save_predictions(workdir / f'predictions_{_file_name(split)}.npz', arrays)
-    return arrays, restored.step, dataset.class_names
+    if distributed.is_first():
+        save_predictions(workdir / f'predictions_{_file_name(split)}.npz', arrays)
+    return arrays, trained.step, dataset.class_names
+
+
+def open_split(settings: Settings, split: str, data_dir: str = '') -> Dataset:
+    """A split of a run's data set: 'train', 'validation', 'test', or an expression of TFDS.
+
+    Raises:
+        UsageError: no such split.
+        RunError: no data.
+    """
+    names = settings.data
+    expression = getattr(names, split) if split in ('train', 'validation', 'test') else split
+    folder = data_dir or names.data_dir
+    if distributed.is_first():
+        prepare.ensure(names.name, folder)
+    distributed.wait_for_all('data')
+    return data.load(names.name, folder, expression)
 
 
 def _file_name(split: str) -> str:

@@ -93,6 +93,7 @@ class Net:
     pool: Pool
     dropout: Dropout
     compute_dtype: str
+    lrn_reads: str = 'own'  # its window stops at the tower's border, as in 2012; 'all': Caffe's
 
     @property
     def classes(self) -> int:
@@ -234,18 +235,20 @@ INITIALIZERS: dict[str, Callable[[Layer], nn.initializers.Initializer]] = {
 class Linear(nn.Module):
     """A layer's linear operation, with its parameters `kernel` and `bias`.
 
-    On a mesh whose tower axis is sharded the parameters are this device's share of the canonical
+    Where units are split over devices the parameters are this device's share of the canonical
     ones: the output axis is split, or, in the last layer, the input axis.
     """
 
     layer: Layer
     groups: int  # on this device
     shards: int = 1  # devices over which the output axis is split
-    sum_over: str | None = None  # the last layer: a mesh axis over which the input axis is split
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """`x` [B, H, W, C] -> [B, H', W', features], or [B, inputs] -> [B, features]."""
+    def __call__(self, x: Array, total: Callable[[Array], Array] | None = None) -> Array:
+        """`x` [B, H, W, C] -> [B, H', W', features], or [B, inputs] -> [B, features].
+
+        `total` adds up what devices make of their shares of the input axis.
+        """
         layer = self.layer
         features = layer.features // self.shards
         inputs = x.shape[-1] // self.groups
@@ -265,22 +268,46 @@ class Linear(nn.Module):
             own = x.reshape(len(x), self.groups, inputs)
             split = kernel.reshape(inputs, self.groups, features // self.groups)
             x = jnp.einsum('bti,itf->btf', own, split).reshape(len(x), features)
-        if self.sum_over is not None:
-            x = jax.lax.psum(x, self.sum_over)
+        if total is not None:
+            x = total(x)
         return x + jnp.expand_dims(bias, range(x.ndim - 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Inside `jax.shard_map`: the mesh axis over whose devices a layer's units are split."""
+
+    axis: str | None = None
+    shards: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """How convolutions and fully connected layers are spread; by default one device holds all.
+
+    whole_batch: fully connected layers see the images of all devices along their axis (Krizhevsky
+        2014, "One weird trick"), and not just those of this device.
+    """
+
+    conv: Split = Split()
+    fc: Split = Split()
+    whole_batch: bool = False
+
+    def of(self, layer: Layer) -> Split:
+        """A layer's own."""
+        return self.conv if layer.kind == 'conv' else self.fc
 
 
 class AlexNet(nn.Module):
     """The interpreter of a layer table.
 
-    Called as it stands it computes the whole net on one device. Inside `jax.shard_map`, with
-    `tower_axis` the name of a mesh axis over which `shards` devices hold the towers, the same code
-    computes this device's towers and communicates only where a layer reads all of them.
+    Called as it stands it computes the whole net on one device. Inside `jax.shard_map`, with a
+    `spread`, the same code computes this device's units and communicates only where a layer reads
+    units that lie elsewhere.
     """
 
     net: Net
-    tower_axis: str | None = None
-    shards: int = 1
+    spread: Spread = Spread()
 
     @nn.compact
     def __call__(self, images: Array, masks: Mapping[str, Array] | None = None) -> Array:
@@ -289,41 +316,42 @@ class AlexNet(nn.Module):
         Args:
             images: crops, mean subtracted.
             masks: in training, for every layer with 'dropout' behind it, which units are kept:
-                bool [B, units] (this device's units), see `draw_masks`. None means test time.
+                bool [B, units] (this device's), see `draw_masks`. None means test time.
 
         Every layer's output, and what each word of `then` makes of it, is sown into the collection
         'intermediates', under the names of `steps`.
         """
         net = self.net
-        local_towers = net.towers // self.shards
         x = images.astype(net.compute_dtype)
+        lies = Split()  # how the channels of x are split; the image is seen whole everywhere
         for layer in net.layers:
             first, last = layer is net.layers[0], layer is net.layers[-1]
-            own = layer.reads == 'own' and not (first or last)
+            own = layer.reads == 'own' and net.towers > 1 and not (first or last)
+            split = self.spread.of(layer)
+            sums = last and x.ndim == 2 and lies.shards > 1
             with jax.named_scope(layer.name):
-                if layer.reads == 'all' and not (first or last):
-                    x = self._gather(x)
+                if not (own or sums):
+                    x = _gather(x, lies, axis=-1)
+                towers = net.towers // split.shards if own else 1
                 if layer.kind == 'fc' and x.ndim == 4:
-                    x = _flatten(x, towers=local_towers if own else 1)
-                linear = Linear(
-                    layer,
-                    groups=local_towers if own else 1,
-                    shards=1 if last else self.shards,
-                    sum_over=self.tower_axis if last and self.shards > 1 else None,
-                    name=layer.name,
-                )
-                x = linear(x)
+                    x = _flatten(x, towers)
+                    if self.spread.whole_batch and not last:
+                        x = _gather(x, self.spread.fc, axis=0)
+                linear = Linear(layer, towers, shards=1 if last else split.shards, name=layer.name)
+                x = linear(x, self._sum if sums else None)
                 self.sow('intermediates', f'{layer.name}_linear', x)
                 for word in layer.then:
                     x = self._follow(word, x, layer, masks)
                     self.sow('intermediates', f'{layer.name}_{word}', x)
+            lies = split
         return x.astype(jnp.float32)
 
-    def _gather(self, x: Array) -> Array:
-        """This device's channels -> all channels, tower by tower (conv3, fc6, fc7 of the paper)."""
-        if self.shards == 1:
-            return x
-        return jax.lax.all_gather(x, self.tower_axis, axis=x.ndim - 1, tiled=True)
+    def _sum(self, x: Array) -> Array:
+        """Partial logits of each device's units -> the logits of this device's images."""
+        axis = self.spread.fc.axis
+        if self.spread.whole_batch:
+            return jax.lax.psum_scatter(x, axis, scatter_dimension=0, tiled=True)
+        return jax.lax.psum(x, axis)
 
     def _follow(
         self, word: str, x: Array, layer: Layer, masks: Mapping[str, Array] | None
@@ -332,8 +360,7 @@ class AlexNet(nn.Module):
         if word in ACTIVATIONS:
             return ACTIVATIONS[word](x)
         if word == 'lrn':
-            towers = net.towers // self.shards
-            return ops.lrn(x, groups=towers, **dataclasses.asdict(net.lrn))
+            return self._lrn(x)
         if word == 'spatial_norm':
             return ops.spatial_norm(x, **dataclasses.asdict(net.spatial_norm))
         if word == 'pool':
@@ -342,6 +369,17 @@ class AlexNet(nn.Module):
         if word == 'dropout':
             return drop(x, None if masks is None else masks[layer.name], net.dropout)
         raise UsageError(f"{layer.name}: '{word}' is not one of {', '.join(FOLLOWS)}.")
+
+    def _lrn(self, x: Array) -> Array:
+        net, split = self.net, self.spread.conv
+        how = dataclasses.asdict(net.lrn)
+        if net.lrn_reads == 'own':
+            return ops.lrn(x, groups=net.towers // split.shards, **how)
+        normed = ops.lrn(_gather(x, split, axis=-1), **how)
+        if split.shards == 1:
+            return normed
+        first = jax.lax.axis_index(split.axis) * x.shape[-1]
+        return jax.lax.dynamic_slice_in_dim(normed, first, x.shape[-1], axis=-1)
 
 
 def drop(x: Array, mask: Array | None, dropout: Dropout) -> Array:
@@ -381,6 +419,13 @@ def init(key: Array, net: Net) -> dict[str, dict[str, Array]]:
 def mean_loss(logits: Array, labels: Array) -> Array:
     """Mean softmax cross-entropy in nats; `logits` [B, classes], `labels` int [B]."""
     return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
+
+
+def _gather(x: Array, split: Split, axis: int) -> Array:
+    """The shares of all devices of `split`, one behind the other along an axis of `x`."""
+    if split.shards == 1:
+        return x
+    return jax.lax.all_gather(x, split.axis, axis=axis % x.ndim, tiled=True)
 
 
 def _flatten(x: Array, towers: int) -> Array:

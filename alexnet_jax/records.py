@@ -15,13 +15,16 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from alexnet_jax import distributed
+
 # Fields that tell time. All others repeat exactly when a run is repeated or resumed.
 TIMES = ('secs', 'images_per_sec', 'stall_secs')
 
 
 def say(line: str) -> None:
-    """A line for the person at the terminal; stdout is kept for results."""
-    print(line, file=sys.stderr, flush=True)
+    """A line for the person at the terminal, from process 0; stdout is kept for results."""
+    if distributed.is_first():
+        print(line, file=sys.stderr, flush=True)
 
 
 class Means:
@@ -46,6 +49,8 @@ class Means:
 class Records:
     """metrics.jsonl, one JSON object a line: {"kind": ..., "step": ..., values}; and TensorBoard.
 
+    Of several processes only the first writes.
+
     Args:
         workdir: where metrics.jsonl and tensorboard/ lie.
         resume_step: records of later steps are dropped: the resumed run writes them again.
@@ -54,16 +59,21 @@ class Records:
     """
 
     def __init__(self, workdir: Path, resume_step: int, tensorboard: bool):
-        self.path = workdir / 'metrics.jsonl'
+        self.path, self._file, self._board = workdir / 'metrics.jsonl', None, None
+        if not distributed.is_first():
+            return
         kept = [record for record in read(workdir) if record['step'] <= resume_step]
         scratch = self.path.with_suffix('.tmp')
         scratch.write_text(''.join(json.dumps(record) + '\n' for record in kept))
         os.replace(scratch, self.path)
         self._file = self.path.open('a')
-        self._board = _board(workdir / 'tensorboard', resume_step) if tensorboard else None
+        if tensorboard:
+            self._board = _board(workdir / 'tensorboard', resume_step)
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """Append a record; it is on its way to the disk when this returns."""
+        if self._file is None:
+            return
         self._file.write(json.dumps({'kind': kind, 'step': step, **values}) + '\n')
         self._file.flush()
         if self._board is not None:
@@ -73,7 +83,8 @@ class Records:
 
     def close(self) -> None:
         """Flush and close the files."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._board is not None:
             self._board.close()
 
@@ -103,7 +114,7 @@ class ProgressBar:
     """A bar with loss, images/s and time left; on anything but a terminal, plain lines."""
 
     def __init__(self, total_steps: int, step: int, console: Console | None = None):
-        self._console = console or Console(stderr=True)
+        self._console = console or Console(stderr=True)  # of several processes none has a terminal
         self._total = total_steps
         self._bar = None
         if self._console.is_terminal:

@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jax.sharding import Mesh
 
 from alexnet_jax import augment, model, parallel
 from alexnet_jax import optimizer as optimizers
 from alexnet_jax.augment import Statistics
 from alexnet_jax.config import Settings
+from alexnet_jax.parallel import Layout
 
 Array = jax.Array
 
@@ -78,10 +78,13 @@ def inputs(
 
 
 def make_train_step(
-    settings: Settings, mesh: Mesh, optimizer: optax.GradientTransformationExtraArgs, images: int
+    settings: Settings,
+    layout: Layout,
+    optimizer: optax.GradientTransformationExtraArgs,
+    images: int,
 ) -> Callable[[TrainState, Mapping[str, Array], Statistics], tuple[TrainState, dict]]:
     """The step: (state, batch, statistics) -> (next state, {metric: (sum, count)}); pure."""
-    forward = parallel.forward(settings.net, mesh)
+    forward = parallel.forward(settings.net, layout)
 
     def train_step(state, batch, statistics):
         pixels, masks = inputs(settings, images, state.step, batch, statistics)

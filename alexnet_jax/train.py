@@ -18,9 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
 
-from alexnet_jax import augment, data, diagnose, evaluate, parallel, prepare, records
+from alexnet_jax import augment, data, diagnose, distributed, evaluate, parallel, prepare, records
 from alexnet_jax import config as configuration
 from alexnet_jax import optimizer as optimizers
 from alexnet_jax import workdir as workdirs
@@ -29,6 +28,7 @@ from alexnet_jax.checkpoint import Checkpoints
 from alexnet_jax.config import Config, Settings
 from alexnet_jax.data import Dataset, TrainStream
 from alexnet_jax.errors import RunError, UsageError
+from alexnet_jax.parallel import Layout
 from alexnet_jax.records import say
 from alexnet_jax.step import TrainState, init_state, inputs, make_optimizer, make_train_step
 
@@ -44,7 +44,7 @@ class Job:
     settings: Settings
     config: dict[str, Any]
     workdir: Path
-    mesh: Mesh
+    layout: Layout
     train: Dataset
     validation: Dataset
     test: Dataset
@@ -74,42 +74,49 @@ class Job:
 
     def evaluation(self) -> dict[str, Any]:
         """How this job evaluates."""
-        return {'mesh': self.mesh, 'batch_size': self.settings.loop.eval_batch_size}
+        return {'layout': self.layout, 'batch_size': self.settings.loop.eval_batch_size}
 
     def batch(self, step: int) -> dict[str, Array]:
-        """The global batch of a step, on the devices."""
-        stream = TrainStream(self.train, self.settings.seed, self.settings.batch_size)
-        sharding = parallel.batch_sharding(self.mesh)
-        return {
-            name: jax.make_array_from_process_local_data(sharding, values)
-            for name, values in stream.batch(step).items()
-        }
+        """The global batch of a step, on the devices; a process reads its own rows only."""
+        size = self.settings.batch_size
+        rows = parallel.own_rows(self.layout, size)
+        return parallel.place_batch(self.layout, self.host_batch(step, rows), size)
+
+    def host_batch(self, step: int, rows: slice = slice(None)) -> dict[str, np.ndarray]:
+        """The batch of a step, or rows of it, as NumPy arrays."""
+        return TrainStream(self.train, self.settings.seed, self.settings.batch_size, rows).batch(
+            step
+        )
 
 
 def open_job(config: Config, settings: Settings, workdir: Path) -> Job:
     """Get the data and build what the config describes; nothing is trained yet."""
-    mesh = parallel.make_mesh(settings.mesh, settings.batch_size)
+    layout = parallel.lay_out(settings.mesh, settings.batch_size)
     names = settings.data
-    prepare.ensure(names.name, names.data_dir)
+    if distributed.is_first():
+        prepare.ensure(names.name, names.data_dir)
+    distributed.wait_for_all('data')
     train, validation, test = (
         data.load(names.name, names.data_dir, split)
         for split in (names.train, names.validation, names.test)
     )
     _check_data(settings, train)
     measured = data.statistics(train.images)
+    distributed.agree('the training data', f'{len(train)} {measured.mean_image.tobytes()!r}')
     statistics = Statistics(
         mean_image=jnp.asarray(measured.mean_image),
         colour_basis=jnp.asarray(measured.colour_vectors * measured.colour_std),
     )
+    statistics = parallel.place(statistics, parallel.whole(layout))
     optimizer = make_optimizer(settings, len(train))
     shapes = jax.eval_shape(lambda: init_state(settings, optimizer))
-    shardings = parallel.state_shardings(shapes, settings.net, mesh)
-    step = make_train_step(settings, mesh, optimizer, len(train))
+    shardings = parallel.state_shardings(shapes, settings.net, layout)
+    step = make_train_step(settings, layout, optimizer, len(train))
     return Job(
         settings=settings,
         config=json.loads(configuration.as_json(config)),
         workdir=workdir,
-        mesh=mesh,
+        layout=layout,
         train=train,
         validation=validation,
         test=test,
@@ -119,10 +126,10 @@ def open_job(config: Config, settings: Settings, workdir: Path) -> Job:
         train_step=jax.jit(
             step,
             donate_argnums=0,
-            out_shardings=(shardings, None),
+            out_shardings=(shardings, parallel.whole(layout)),
             compiler_options=parallel.compiler_options(),
         ),
-        predict=evaluate.make_predict(settings, mesh),
+        predict=evaluate.make_predict(settings, layout),
     )
 
 
@@ -202,8 +209,9 @@ def resume_or_start(job: Job, checkpoints: Checkpoints) -> tuple[TrainState, His
 
 def preflight(job: Job, state: TrainState) -> None:
     """Say how the start looks, before it costs days; see diagnose.py."""
-    batch, pixels = first_batch(job)
-    found = diagnose.preflight(job.settings.net, state.params, pixels, batch['label'])
+    labels, pixels = first_batch(job)
+    params = parallel.fetch(state.params, job.layout)
+    found = diagnose.preflight(job.settings.net, params, pixels, labels)
     say(
         f'pre-flight: the logits differ across images by {found.logit_std:.1e}, loss '
         f'{found.loss:.4f}, ln({job.settings.net.classes}) = {found.plateau:.4f}'
@@ -215,12 +223,13 @@ def preflight(job: Job, state: TrainState) -> None:
         say(f'warning: {problem}')
 
 
-def first_batch(job: Job) -> tuple[dict[str, Array], Array]:
-    """The first training batch, and its centre crops as conv1 sees them."""
-    batch, recipe = job.batch(0), job.settings.preprocess
+def first_batch(job: Job) -> tuple[Array, Array]:
+    """Labels [B] of the first training batch, and its centre crops as conv1 sees them."""
+    batch, recipe = jax.tree.map(jnp.asarray, job.host_batch(0)), job.settings.preprocess
     size, *_, channels = batch['image'].shape
     draws = augment.fixed(size, channels, recipe)
-    return batch, augment.apply(batch['image'], draws, job.statistics, recipe)
+    statistics = parallel.fetch(job.statistics, job.layout)
+    return batch['label'], augment.apply(batch['image'], draws, statistics, recipe)
 
 
 def train(
@@ -241,7 +250,7 @@ def train(
             batch = log.wait_for(batches)
             state, metrics = job.train_step(state, batch, job.statistics)
             log.after(step, metrics, state)
-            leaving = interrupt.signal is not None  # asked once: a signal may come at any line
+            leaving = interrupt.asks_to_leave(step)  # asked once: a signal may come at any line
             due = step in evaluations or step in saves or leaving
             if due:
                 log.catch_up(state)
@@ -274,7 +283,7 @@ def epoch_end(
     drops = optimizers.plateau_drops(
         history.errors, job.settings.optimizer.weights, job.settings.loop.evaluate_every_epochs
     )
-    replicated = jax.device_put(np.int32(drops), job.shardings.drops)
+    replicated = parallel.place(np.int32(drops), parallel.whole(job.layout))
     return state.replace(drops=replicated), scores['top1_error']
 
 
@@ -296,7 +305,8 @@ def finish(job: Job, state: TrainState, history: History, book: records.Records)
     result, arrays = evaluate.report(
         job.predict, state.params, job.statistics, job.test, **job.evaluation()
     )
-    evaluate.save_predictions(job.workdir / 'predictions_test.npz', arrays)
+    if distributed.is_first():
+        evaluate.save_predictions(job.workdir / 'predictions_test.npz', arrays)
     if not any(record['kind'] == 'test' for record in records.read(job.workdir)):
         book.write('test', job.total_steps, secs=history.secs, **result)
     centre, ten = result['centre'], result['ten_views']
@@ -381,14 +391,11 @@ class StepLog:
 
 def not_finite(job: Job, state: TrainState) -> RunError:
     """The step that went wrong can be repeated: `state` is as it was before it."""
-    step, replicated = int(state.step), parallel.whole(job.mesh)
-    batch = jax.device_get(job.batch(step))
-    pixels, masks = inputs(job.settings, len(job.train), state.step, batch, job.statistics)
-    params = jax.device_put(jax.device_get(state.params), replicated)
-    pixels, masks = jax.device_put(jax.device_get((pixels, masks)), replicated)
-    where = diagnose.first_not_finite(
-        job.settings.net, params, pixels, jnp.asarray(batch['label']), masks
-    )
+    params, statistics = parallel.fetch((state.params, job.statistics), job.layout)
+    step = int(state.step)
+    batch = jax.tree.map(jnp.asarray, job.host_batch(step))
+    pixels, masks = inputs(job.settings, len(job.train), jnp.int32(step), batch, statistics)
+    where = diagnose.first_not_finite(job.settings.net, params, pixels, batch['label'], masks)
     return RunError(
         f'step {step + 1}: the loss or a gradient is not finite, first in {where}; lower '
         f"optimizer.weights.rate or the layer's init_std. Checkpoints are as they were."
@@ -396,13 +403,18 @@ def not_finite(job: Job, state: TrainState) -> RunError:
 
 
 class Interrupt:
-    """SIGTERM and Ctrl-C ask the loop to finish its step, save and leave; a second Ctrl-C kills."""
+    """SIGTERM and Ctrl-C ask the loop to finish its step, save and leave; a second Ctrl-C kills.
+
+    Of several processes any may be asked, and all leave after the same step.
+    """
 
     def __init__(self):
         self.signal: int | None = None
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> 'Interrupt':
+        if distributed.child() is not None:  # JAX listens for SIGTERM itself
+            return self
         with contextlib.suppress(ValueError):  # handlers belong to the main thread
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._before[number] = signal.signal(number, self._note)
@@ -411,6 +423,12 @@ class Interrupt:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def asks_to_leave(self, step: int) -> bool:
+        """Whether to leave after this step."""
+        if distributed.child() is not None:
+            return distributed.asked_to_leave(step)
+        return self.signal is not None
 
     def _note(self, number: int, frame: Any) -> None:
         del frame

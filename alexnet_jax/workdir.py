@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 
 from alexnet_jax import config as configuration
-from alexnet_jax import records
+from alexnet_jax import distributed, records
 from alexnet_jax.config import Config
 from alexnet_jax.errors import RunError, UsageError
 
@@ -23,7 +23,10 @@ MAY_DIFFER = (
     'loop.prefetch_batches',
     'loop.tensorboard',
     'mesh.data',
+    'mesh.placement',
     'mesh.tower',
+    'processes.join_timeout_secs',
+    'processes.peer_timeout_secs',
 )
 
 
@@ -31,10 +34,24 @@ MAY_DIFFER = (
 def open_workdir(config: Config, workdir: Path) -> Generator[None]:
     """Make the folder, or see that it is this config's and nobody else's; note the environment.
 
+    Of several processes the first does it, and the others see that they find the same folder.
+
     Raises:
         UsageError: the folder holds a run of another config.
-        RunError: it cannot be written, or another process is at work in it.
+        RunError: it cannot be written, another run is at work in it, or processes do not share it.
     """
+    with _open(config, workdir) if distributed.is_first() else contextlib.nullcontext():
+        distributed.wait_for_all('workdir')
+        if not (workdir / 'config.json').exists():
+            raise RunError(
+                f'process 0 has made {workdir}, and it is not to be seen here; choose a --workdir '
+                f'that all processes share.'
+            )
+        yield
+
+
+@contextlib.contextmanager
+def _open(config: Config, workdir: Path) -> Generator[None]:
     text = configuration.as_json(config)
     try:
         workdir.mkdir(parents=True, exist_ok=True)

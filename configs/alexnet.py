@@ -35,7 +35,10 @@ def get_config(scale: str = 'quickstart') -> ConfigDict:
     config.preprocess = preprocess(config.get_ref('epochs'))
     config.optimizer = optimizer(config.get_ref('epochs'))
     config.loop = loop()
-    config.mesh = dict(data=-1, tower=1)  # -1: all devices that are left
+    # -1: all devices that are left; placement: 'towers' or 'one_weird_trick' (parallel.py)
+    config.mesh = dict(data=-1, tower=1, placement='towers')
+    # How long processes wait for those that have not come, and for those that fell silent.
+    config.processes = dict(join_timeout_secs=300.0, peer_timeout_secs=60.0)
     if scale == 'imagenet2010':
         by_hand(config)
     if scale in ('quickstart', 'fashion_mnist'):
@@ -82,6 +85,7 @@ def model() -> ConfigDict:
             fc8=fc(1000, 'all', 0.01, 0.0, 4096, ()),
             # alpha is divided by the window's size in the [source]; [p 3.3] has 1e-4.
             lrn=dict(size=5, k=2.0, alpha=1e-4 / 5, beta=0.75),
+            lrn_reads='own',  # [source]; Caffe's and PyTorch's windows run across: 'all'
             spatial_norm=dict(size=5, k=1.0, alpha=0.001 / 25, beta=0.75),  # [source]
             pool=dict(kind='max', window_px=3, stride_px=2),  # [p 3.4]
             # 'mask': units are zeroed in training and all are halved at test [p 4.2; source].

@@ -36,9 +36,9 @@ def measure(recipe: str, scale: str, init_scaling: str, factor: float, seed: int
     chosen.mesh.data = 1
     settings = config.unpack(chosen)
     job = train.open_job(chosen, settings, Path())
-    batch, pixels = train.first_batch(job)
+    labels, pixels = train.first_batch(job)
     params = model.init(step.init_key(settings), settings.net)
-    return diagnose.preflight(settings.net, params, pixels, batch['label']).logit_std
+    return diagnose.preflight(settings.net, params, pixels, labels).logit_std
 
 
 def main() -> None:

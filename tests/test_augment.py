@@ -32,10 +32,10 @@ def recipe(**changes):
     return Preprocess(**(vars(PAPER) | changes))
 
 
-def mesh_of(shape, batch_size):
+def layout_of(shape, batch_size):
     if jax.device_count() < math.prod(shape):
         pytest.skip(f'{math.prod(shape)} devices are wanted; tests/conftest.py makes eight')
-    return parallel.make_mesh(MeshShape(*shape), batch_size)
+    return parallel.lay_out(MeshShape(*shape), batch_size)
 
 
 def images_of(count, side, channels, seed=0):
@@ -138,7 +138,7 @@ def test_the_same_bits_and_pixels_on_every_mesh(shape):
         return draws, augment.apply(images, draws, statistics, small, True)
 
     def on(shape):
-        placed = jax.device_put(images, parallel.batch_sharding(mesh_of(shape, 16)))
+        placed = jax.device_put(images, parallel.batch_sharding(layout_of(shape, 16)))
         return prepare(jax.random.key(3), placed)
 
     (draws, pixels), (expected_draws, expected) = on(shape), on((1, 1))

@@ -64,19 +64,19 @@ def net(data_dir):
 @pytest.mark.parametrize(('batch_size', 'mesh'), [(64, (1, 1)), (150, (2, 1)), (33, (4, 2))])
 def test_every_image_is_counted_once(net, batch_size, mesh):
     settings, params, statistics, dataset = net
-    mesh = parallel.make_mesh(MeshShape(*mesh), 64)
-    predict = evaluate.make_predict(settings, mesh)
-    how = {'mesh': mesh, 'batch_size': batch_size}
+    layout = parallel.lay_out(MeshShape(*mesh), 64)
+    predict = evaluate.make_predict(settings, layout)
+    how = {'layout': layout, 'batch_size': batch_size}
     one = evaluate.probabilities(predict, params, statistics, dataset, **how)
     assert one.shape == (150, 10)
     np.testing.assert_allclose(one.sum(axis=1), 1, rtol=1e-5)
-    whole = parallel.make_mesh(MeshShape(1, 1), 64)
+    whole = parallel.lay_out(MeshShape(1, 1), 64)
     reference = evaluate.probabilities(
         evaluate.make_predict(settings, whole),
         params,
         statistics,
         dataset,
-        mesh=whole,
+        layout=whole,
         batch_size=150,
     )
     np.testing.assert_allclose(one, reference, rtol=1e-5)
@@ -84,9 +84,9 @@ def test_every_image_is_counted_once(net, batch_size, mesh):
 
 def test_ten_views_average_probabilities(net):
     settings, params, statistics, dataset = net
-    mesh = parallel.make_mesh(MeshShape(1, 1), 64)
-    predict = evaluate.make_predict(settings, mesh)
-    how = {'mesh': mesh, 'batch_size': 150}
+    layout = parallel.lay_out(MeshShape(1, 1), 64)
+    predict = evaluate.make_predict(settings, layout)
+    how = {'layout': layout, 'batch_size': 150}
     ten = evaluate.probabilities(predict, params, statistics, dataset, views=range(10), **how)
     each = [
         evaluate.probabilities(predict, params, statistics, dataset, views=(view,), **how)

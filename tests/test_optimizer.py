@@ -43,10 +43,10 @@ def shipped(scale):
     return configuration.unpack(config).optimizer
 
 
-def mesh_of(shape, batch_size):
+def layout_of(shape, batch_size):
     if jax.device_count() < math.prod(shape):
         pytest.skip(f'{math.prod(shape)} devices are wanted; tests/conftest.py makes eight')
-    return parallel.make_mesh(MeshShape(*shape), batch_size)
+    return parallel.lay_out(MeshShape(*shape), batch_size)
 
 
 def tree_of(seed):
@@ -178,9 +178,9 @@ def test_sharded_update_equals_the_whole_one():
     params = cases.case(net, 2).params
     gradients = jax.tree.map(np.sin, params)
     transform = transform_of(schedule('constant', 0.01), schedule('constant', 0.02))
-    mesh = mesh_of((2, 2), batch_size=2)
-    split = parallel.shardings(parallel.parameter_specs(net, mesh), mesh)
-    state_split = parallel.state_shardings(jax.eval_shape(transform.init, params), net, mesh)
+    layout = layout_of((2, 2), batch_size=2)
+    split = parallel.shardings(parallel.parameter_specs(net, layout), layout)
+    state_split = parallel.state_shardings(jax.eval_shape(transform.init, params), net, layout)
 
     def two_steps(params, gradients):
         state = transform.init(params)
