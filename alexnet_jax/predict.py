@@ -1,0 +1,369 @@
+"""Classify image files, or arrays, with a trained net, from its checkpoint alone.
+
+    python -m alexnet_jax.predict --workdir=W IMAGE...
+
+An image file is brought to the form in which the data set is stored (`as_stored`), and from there
+goes the way of an evaluated image: the same code, the same statistics, the same batches, and so the
+same bits. In Python:
+
+    classify = predict.load(workdir)
+    probability = classify(images)  # uint8 [B, H, W, C] -> float32 [B, classes]
+    print(classify.class_names[probability[0].argmax()])
+"""
+
+import argparse
+import dataclasses
+import functools
+import glob
+import io
+import json
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from alexnet_jax import data, evaluate
+from alexnet_jax.checkpoint import Step
+from alexnet_jax.data import Dataset
+from alexnet_jax.errors import AlexNetError, RunError, UsageError
+from alexnet_jax.evaluate import Trained
+from alexnet_jax.records import say
+
+# ---------------------------------------------------------------------------------------- images
+
+
+def find(words: Sequence[str]) -> Iterator[Path]:
+    """The files that a person means: files, folders (all that lies in them, sorted), globs.
+
+    What begins with a dot is left out of a folder. What is not there comes through as it is, so
+    that reading it says so.
+    """
+    for word in words:
+        found = [Path(word)]
+        if glob.has_magic(word) and not found[0].exists():
+            found = sorted(map(Path, glob.glob(word, recursive=True))) or found
+        for path in found:
+            yield from (_inside(path) or [path]) if path.is_dir() else [path]
+
+
+def _inside(folder: Path) -> list[Path]:
+    def shown(path: Path) -> bool:
+        return not any(part.startswith('.') for part in path.relative_to(folder).parts)
+
+    return sorted(path for path in folder.rglob('*') if shown(path) and path.is_file())
+
+
+def read(path: Path, shape: tuple[int, int, int]) -> np.ndarray:
+    """An image file as the data set would hold it: uint8, of `shape` (height, width, channels).
+
+    Of an animation the first frame, of several pages the first.
+
+    Raises:
+        RunError: it is not there, or no image.
+    """
+    try:
+        if path.is_dir():
+            raise RunError(f'{shown(path)} holds no file.')
+        with Image.open(io.BytesIO(path.read_bytes())) as picture:
+            return as_stored(picture, shape)
+    except AlexNetError:
+        raise
+    except UnidentifiedImageError:
+        raise RunError(f'{shown(path)} is no image.') from None
+    except Exception as error:  # of damaged files decoders raise whatever they stumble over
+        reason = getattr(error, 'strerror', None) or str(error) or type(error).__name__
+        raise RunError(f'{shown(path)} cannot be read as an image: {reason}.') from None
+
+
+def read_ahead(
+    paths: Sequence[Path], shape: tuple[int, int, int], block: int, faults: list[str]
+) -> Iterator[tuple[list[Path], np.ndarray]]:
+    """All images among `paths`, up to `block` at a time, while a thread reads the next ones.
+
+    Yields:
+        Their paths, and uint8 [b, height, width, channels]. A sentence about each file that is no
+        image is said, and appended to `faults`.
+    """
+
+    def one_block(number: int) -> tuple[list[Path], list[np.ndarray], list[str]]:
+        names, images, found = [], [], []
+        for path in paths[number * block : (number + 1) * block]:
+            try:
+                images.append(read(path, shape))
+                names.append(path)
+            except RunError as error:
+                found.append(str(error))
+        return names, images, found
+
+    for names, images, found in data.prefetch(one_block, 0, -(-len(paths) // block), depth=1):
+        for sentence in found:
+            say(sentence)
+        faults += found
+        if names:
+            yield names, np.stack(images)
+
+
+def as_stored(picture: Image.Image, shape: tuple[int, int, int]) -> np.ndarray:
+    """A picture in the data set's form: uint8 [height, width, channels] of `shape`.
+
+    Turned upright by its EXIF tag, alpha laid on black, 16 bits cut to their upper 8, colour made
+    grey (or grey repeated) as the data has it; then the largest centre part of the stored
+    proportions is resized, shorter side to shorter side, bicubic and antialiased. A picture of the
+    stored size and kind comes through unchanged.
+
+    Why black: it is what surrounds an image in this program (a crop that hangs over, a margin, a
+    convolution's padding), and what Fashion-MNIST's clothes lie on.
+
+    Raises:
+        ValueError: pixels whose range is not known (32 bits an entry).
+    """
+    height, width, channels = shape
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith('I'):
+        picture = _upper_bits(picture)
+    if picture.mode == 'F':
+        raise ValueError('its pixels are floating-point numbers of unknown range')
+    if picture.has_transparency_data:
+        picture = picture.convert('RGBA')
+        picture = Image.alpha_composite(Image.new('RGBA', picture.size, 'black'), picture)
+    picture = picture if picture.mode in ('L', 'RGB') else picture.convert('RGB')
+    picture = picture.convert('L' if channels == 1 else 'RGB')
+    picture = ImageOps.fit(picture, (width, height), Image.Resampling.BICUBIC)
+    return np.asarray(picture).reshape(shape)
+
+
+def _upper_bits(picture: Image.Image) -> Image.Image:
+    """Pillow keeps 16-bit grey as integers, and would clip them at 255."""
+    values = np.asarray(picture)
+    if values.size and not 0 <= values.min() <= values.max() < 2**16:
+        raise ValueError('its pixels are integers of more than 16 bits')
+    return Image.fromarray((values >> 8).astype(np.uint8))
+
+
+def shown(path: Path | str) -> str:
+    """A file's name for the terminal, whatever bytes it is made of."""
+    text = str(path).encode('utf-8', 'backslashreplace').decode()
+    return text if text.isprintable() else ascii(text)[1:-1]
+
+
+# ----------------------------------------------------------------------------------- the classifier
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Classifier:
+    """A function from images to probabilities; see `load`."""
+
+    trained: Trained
+    views: str  # a key of evaluate.VIEWS
+    batch_size: int
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """By class number."""
+        return self.trained.class_names
+
+    @functools.cached_property
+    def _predict(self) -> evaluate.Predict:
+        return evaluate.make_predict(self.trained.settings, self.trained.layout)
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """Class probabilities, float32 [B, classes], of uint8 `images` [B, H, W, C], any B.
+
+        Images of the stored size are taken as they are, others brought to it as files are; C is 1
+        (grey), 3 (RGB) or 4 (and alpha).
+
+        Raises:
+            UsageError: not uint8, or of another shape.
+        """
+        images = self._stored(np.asarray(images))
+        if not len(images):
+            return np.zeros((0, len(self.class_names)), np.float32)
+        labels = np.zeros(len(images), np.int32)  # not known, and not used
+        return evaluate.probabilities(
+            self._predict,
+            self.trained.params,
+            self.trained.statistics,
+            Dataset('images', 'all', images, labels, self.class_names),
+            layout=self.trained.layout,
+            batch_size=self.batch_size,
+            views=evaluate.VIEWS[self.views],
+        )
+
+    def _stored(self, images: np.ndarray) -> np.ndarray:
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3, 4):
+            raise UsageError(
+                f'images must be uint8 [B, H, W, C] with 1, 3 or 4 channels, and are '
+                f'{images.dtype} {list(images.shape)}.'
+            )
+        shape = self.trained.stored
+        if images.shape[1:] == shape:
+            return images
+        stored = np.empty((len(images), *shape), np.uint8)
+        for row, image in enumerate(images):
+            picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+            stored[row] = as_stored(picture, shape)
+        return stored
+
+
+def load(
+    workdir: str | Path,
+    step: Step = 'latest',
+    *,
+    views: str = 'centre',
+    batch_size: int | None = None,
+) -> Classifier:
+    """A function from uint8 images [B, H, W, C] to probabilities, compiled once.
+
+    Args:
+        workdir: of a run.
+        step: of its checkpoints: a number, 'latest' or 'best'.
+        views: 'centre', or 'ten_views' for the average over the ten of the paper.
+        batch_size: images computed at once; fewer are padded. By default the evaluation's, which
+            gives the very bits of predictions_<split>.npz; another one differs by rounding, and a
+            small one is quicker for single images on a CPU.
+
+    Raises:
+        UsageError: no such step, or views, or batch size.
+        RunError: no checkpoint, or a damaged one.
+    """
+    if views not in evaluate.VIEWS:
+        raise UsageError(f"views '{views}' is not one of {', '.join(evaluate.VIEWS)}.")
+    if batch_size is not None and batch_size < 1:
+        raise UsageError(f'batch_size must be at least 1, and is {batch_size}.')
+    trained = evaluate.restore(workdir, step)
+    return Classifier(trained, views, batch_size or trained.settings.loop.eval_batch_size)
+
+
+def top(probability: np.ndarray, count: int) -> list[int]:
+    """The `count` most probable classes of [classes], by number among equals."""
+    return np.argsort(-probability, kind='stable')[:count].tolist()
+
+
+# ---------------------------------------------------------------------------------- the command
+
+
+def run(
+    words: Sequence[str],
+    workdir: Path,
+    *,
+    step: Step = 'latest',
+    views: str = 'centre',
+    count: int = 5,
+    as_json: bool = False,
+    batch_size: int | None = None,
+) -> int:
+    """Print the `count` most probable classes of every image.
+
+    Returns:
+        How many files were no image; each is named on stderr.
+
+    Raises:
+        UsageError, RunError: as `load`.
+    """
+    if count < 1:
+        raise UsageError(f'--top must be at least 1, and is {count}.')
+    classify = load(workdir, step, views=views, batch_size=batch_size)
+    paths, faults = list(find(words)), list[str]()
+    say(f'{workdir}: step {classify.trained.step}, {len(paths)} file(s)')
+    width = max(len(shown(path)) for path in paths)
+    if not as_json:
+        print(f'{"image":<{width}}  probability  class')
+        print('-' * (width + 30))
+    blocks = read_ahead(paths, classify.trained.stored, classify.batch_size, faults)
+    for names, images in blocks:
+        for path, probability in zip(names, classify(images), strict=True):
+            ranked = [(label, float(probability[label])) for label in top(probability, count)]
+            if as_json:
+                print(_json_line(path, ranked, classify.class_names), flush=True)
+            else:
+                print(_rows(path, ranked, classify.class_names, width), flush=True)
+    return len(faults)
+
+
+def _rows(path: Path, ranked: Sequence[tuple[int, float]], names: Sequence[str], width: int) -> str:
+    cells = [shown(path)] + [''] * (len(ranked) - 1)
+    return '\n'.join(
+        f'{name:<{width}}  {probability:>11.2%}  {names[label]}'
+        for name, (label, probability) in zip(cells, ranked, strict=True)
+    )
+
+
+def _json_line(path: Path, ranked: Sequence[tuple[int, float]], names: Sequence[str]) -> str:
+    found = [{'class': names[label], 'label': label, 'probability': p} for label, p in ranked]
+    return json.dumps({'image': str(path), 'top': found})
+
+
+class Parser(argparse.ArgumentParser):
+    """One sentence about a wrong command line, and no usage page with it."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise it."""
+        raise UsageError(f'{message} (see {self.prog} --help).')
+
+
+def command(
+    name: str, parser: Callable[[], Parser], act: Callable[[Any], int], argv: Sequence[str] | None
+) -> int:
+    """Run a command to its exit code: 0 done; 1 not, or not all of it; 2 it makes no sense."""
+    try:
+        with warnings.catch_warnings():  # Pillow's, of odd files that it reads nevertheless
+            warnings.filterwarnings('ignore', module=r'PIL\.')
+            return 1 if act(parser().parse_args(argv)) else 0
+    except AlexNetError as error:
+        say(f'{name}: {error}')
+        return error.exit_code
+    except BrokenPipeError:  # who reads stdout has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog='python -m alexnet_jax.predict',
+        description='Classify images with a trained net.',
+        epilog='Exit code 1 if a file was no image; the others are classified all the same.',
+        allow_abbrev=False,
+    )
+    parser.add_argument('images', nargs='+', metavar='IMAGE', help='files, folders or globs')
+    parser.add_argument('--workdir', type=Path, required=True, help='of a run')
+    parser.add_argument('--step', default='latest', help='latest, best or a number')
+    parser.add_argument('--views', type=int, choices=(1, 10), default=1, help='to average over')
+    parser.add_argument('--top', type=int, default=5, metavar='K', help='classes to print')
+    parser.add_argument('--json', action='store_true', help='one object a line')
+    parser.add_argument(
+        '--batch_size',
+        type=int,
+        metavar='N',
+        help="images computed at once; the evaluation's by default, which gives its very bits; a "
+        'small one is quicker for single images on a CPU',
+    )
+    return parser
+
+
+def _act(args: argparse.Namespace) -> int:
+    return run(
+        args.images,
+        args.workdir,
+        step=args.step,
+        views='ten_views' if args.views == 10 else 'centre',
+        count=args.top,
+        as_json=args.json,
+        batch_size=args.batch_size,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Classify what the command line names; returns the exit code."""
+    return command('predict', _parser, _act, argv)
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,345 @@
+"""Activations on disk, and retrieval: exactly what NumPy finds in float64, ties and all."""
+
+import json
+import zipfile
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from pyarrow import parquet
+
+from alexnet_jax import data, evaluate, features, train
+from alexnet_jax.errors import RunError, UsageError
+from configs import smoke
+
+TEST, TRAIN = 40, 256
+
+
+@pytest.fixture(scope='module')
+def workdir(data_dir, tmp_path_factory):
+    """A smoke run, shrunk."""
+    config = smoke.get_config()
+    config.data.data_dir = str(data_dir)
+    config.data.train = f'train[:{TRAIN}]'
+    config.data.validation = 'train[256:320]'
+    config.data.test = f'test[:{TEST}]'
+    config.epochs = 1.0
+    config.loop.eval_batch_size = 16
+    config.loop.tensorboard = False
+    config.loop.compilation_cache = 'none'  # conftest.py has set one for all tests
+    workdir = tmp_path_factory.mktemp('runs') / 'smoke'
+    train.run(config, workdir)
+    return workdir
+
+
+@pytest.fixture(scope='module')
+def trained(workdir):
+    return evaluate.restore(workdir)
+
+
+@pytest.fixture(scope='module')
+def images(data_dir):
+    return data.load('fashion_mnist', data_dir, f'test[:{TEST}]').images
+
+
+# ------------------------------------------------------------------------------- activations
+
+
+def test_every_step_of_the_net_has_the_shape_that_is_said(trained, images):
+    known = features.shapes(trained.settings.net)
+    assert list(known)[:4] == ['conv1_linear', 'conv1_lrn', 'conv1_pool', 'conv1_relu']
+    for layer in ('conv1_linear', 'conv2_spatial_norm', 'fc6_relu'):
+        found = features.make_extract(trained, layer)(images[:3])
+        assert found.shape == (3, *known[layer])
+        assert found.dtype == np.float32
+
+
+def test_the_last_layer_is_what_the_evaluation_saw(trained, images, workdir):
+    logits = features.make_extract(trained, 'fc8_linear')(images)
+    with np.load(workdir / 'predictions_test.npz') as file:
+        np.testing.assert_allclose(jax.nn.softmax(logits), file['centre'], rtol=1e-5)
+
+
+def test_dropout_halves_at_test_time(trained, images):
+    before, after = (
+        features.make_extract(trained, layer)(images) for layer in ('fc7_relu', 'fc7_dropout')
+    )
+    assert before.min() == 0
+    np.testing.assert_array_equal(after, before * 0.5)
+
+
+def test_one_image_alone_has_the_same_features(trained, images):
+    extract = features.make_extract(trained, 'fc7_relu')
+    whole = extract(images)
+    assert len(np.unique(whole.round(3), axis=0)) == TEST  # images do differ
+    for i in (0, 17, TEST - 1):
+        np.testing.assert_array_equal(extract(images[i : i + 1])[0], whole[i])
+    assert extract(images[:0]).shape == (0, whole.shape[1])
+
+
+def test_a_layer_that_is_not_there(trained):
+    with pytest.raises(UsageError, match=r"no 'fc9_relu' in this net; there are conv1_linear, .*"):
+        features.make_extract(trained, 'fc9_relu')
+
+
+# ---------------------------------------------------------------------------------- on disk
+
+
+@pytest.mark.parametrize('layer', ['fc7_relu', 'conv2_pool'])
+def test_npz_and_parquet_hold_the_same(trained, images, tmp_path, layer):
+    of = features.of_split(trained, layer, 'test')
+    for ending in features.WRITERS:
+        features.write(of, tmp_path / f'f{ending}', block=16)
+    expected = features.make_extract(trained, layer)(images)
+    with np.load(tmp_path / 'f.npz', allow_pickle=False) as file:
+        np.testing.assert_array_equal(file['features'], expected)
+        np.testing.assert_array_equal(file['label'], of.label)
+        about = json.loads(str(file['about']))
+    assert about['layer'] == layer
+    assert about['split'] == f'test[:{TEST}]'
+    assert about['step'] == trained.step
+    assert about['class_names'][9] == 'Ankle boot'
+    table = parquet.read_table(tmp_path / 'f.parquet')
+    flat = np.array(table['features'].to_pylist(), np.float32)
+    np.testing.assert_array_equal(flat, expected.reshape(TEST, -1))
+    assert table['label'].to_pylist() == of.label.tolist()
+    assert table['row'].to_pylist() == list(range(TEST))
+    assert table['path'].null_count == TEST
+    kept = json.loads(table.schema.metadata[b'about'])
+    assert kept == about | {'shape': list(expected.shape[1:])}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['f.npz', 'f.parquet']
+
+
+def test_reading_maps_the_file(trained, images, tmp_path):
+    features.write(features.of_split(trained, 'fc7_relu', 'test'), tmp_path / 'f.npz', block=7)
+    found = features.read(tmp_path / 'f.npz')
+    assert isinstance(found.rows, np.memmap)
+    np.testing.assert_array_equal(found.rows, features.make_extract(trained, 'fc7_relu')(images))
+    assert found.image(3) == f'test[:{TEST}][3]'
+    assert found.class_name(0) == found.about['class_names'][found.label[0]]
+
+
+def test_features_of_files(trained, images, tmp_path):
+    for i in range(3):
+        Image.fromarray(images[i, ..., 0]).save(tmp_path / f'{i}.png')
+    (tmp_path / '1b.png').write_text('no image')
+    faults = []
+    of = features.of_files(trained, 'fc7_relu', [str(tmp_path)], faults)
+    features.write(of, tmp_path / 'f.npz', block=16)
+    found = features.read(tmp_path / 'f.npz')
+    assert [path.rpartition('/')[2] for path in found.path] == ['0.png', '1.png', '2.png']
+    assert found.label is None
+    assert found.class_name(0) is None
+    assert found.image(1) == f'{tmp_path}/1.png'
+    assert len(faults) == 1
+    assert '1b.png is no image' in faults[0]
+    np.testing.assert_array_equal(
+        found.rows, features.make_extract(trained, 'fc7_relu')(images[:3])
+    )
+
+
+def test_a_full_disk_leaves_nothing(trained, small_disk):
+    of = features.of_split(trained, 'conv1_linear', 'test[:400]')
+    assert 4 * np.prod(of.rows.shape) > 1.3 * 3 * 2**20  # too much, even when it is compressed
+    for ending in features.WRITERS:
+        with pytest.raises(RunError, match=r'cannot be written \(No space left on device\)'):
+            features.write(of, small_disk / f'f{ending}', block=16)
+        assert list(small_disk.iterdir()) == []
+
+
+def test_what_is_no_file_of_features(trained, tmp_path):
+    features.write(features.of_split(trained, 'fc7_relu', 'test'), tmp_path / 'f.npz', block=40)
+    body = (tmp_path / 'f.npz').read_bytes()
+    (tmp_path / 'cut.npz').write_bytes(body[: len(body) // 2])
+    (tmp_path / 'text.npz').write_text('no features')
+    np.savez(tmp_path / 'other.npz', a=np.zeros(3))
+    with zipfile.ZipFile(tmp_path / 'f.npz') as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(tmp_path / 'packed.npz', 'w', zipfile.ZIP_DEFLATED) as archive:
+        for name, part in parts.items():
+            archive.writestr(name, part)
+    for name in ('cut', 'text', 'other', 'packed', 'missing'):
+        with pytest.raises(RunError, match=rf'{name}\.npz (is no file of features|cannot be read)'):
+            features.read(tmp_path / f'{name}.npz')
+    with pytest.raises(UsageError, match=r'must end in \.npz or \.parquet'):
+        features.write(features.read(tmp_path / 'f.npz'), tmp_path / 'f.csv', block=8)
+
+
+# -------------------------------------------------------------------------------- retrieval
+
+
+def slow(queries, rows, k):
+    """Every distance, in float64; sorted, by index among equals."""
+    difference = rows[None].astype(np.float64) - queries[:, None].astype(np.float64)
+    squared = np.sum(difference**2, axis=-1)
+    index = np.argsort(squared, axis=1, kind='stable')[:, :k]
+    return index, np.sqrt(np.take_along_axis(squared, index, 1))
+
+
+def assert_exact(queries, rows, k, block):
+    found = features.nearest(queries, rows, k, block)
+    index, distance = slow(queries, rows, k)
+    np.testing.assert_array_equal(found.index, index)
+    np.testing.assert_array_equal(found.distance, distance)
+
+
+@pytest.mark.parametrize(('k', 'block'), [(1, 1), (6, 7), (6, 100), (60, 7), (60, 1000), (6, None)])
+def test_nearest_is_numpys_answer(k, block):
+    rng = np.random.default_rng(k)
+    rows = np.maximum(rng.standard_normal((400, 33)), 0).astype(np.float32)
+    queries = np.maximum(rng.standard_normal((5, 33)), 0).astype(np.float32)
+    assert_exact(queries, rows, k, block)
+
+
+def hard(name):
+    """Sets on which |q|^2 - 2 q.f + |f|^2 in float32 ranks wrongly: (queries, rows)."""
+    rng = np.random.default_rng(0)
+    noise = rng.standard_normal((300, 64)).astype(np.float32)
+    if name == 'far from the origin':  # |f| is 8,000, distances 0.01: cancellation to the last bit
+        rows = 1000 + 0.001 * noise
+    elif name == 'duplicates':
+        rows = np.repeat(noise[:30], 10, axis=0)
+        rng.shuffle(rows)
+    elif name == 'all the same':
+        rows = np.repeat(noise[:1], 300, axis=0)
+    elif name == 'zeros':
+        rows = np.zeros_like(noise)
+    elif name == 'tiny':  # all squares underflow
+        rows = 1e-25 * noise
+    elif name == 'small':  # some squares underflow
+        rows = 1e-19 * noise
+    elif name == 'one is huge':
+        rows = noise.copy()
+        rows[7] *= 1e15
+    else:  # whole numbers: many at the very same distance
+        rows = rng.integers(0, 2, (300, 64)).astype(np.float32)
+    return rows[:3].copy(), rows.astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    'name',
+    [
+        'far from the origin', 'duplicates', 'all the same', 'zeros', 'tiny', 'small',
+        'one is huge', 'whole numbers',
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize('block', [50, 300])
+def test_nearest_where_rounding_would_mislead(name, block):
+    queries, rows = hard(name)
+    found = features.nearest(queries, rows, 6, block)
+    assert np.all(found.distance[:, 0] == 0)  # each query is among the rows
+    assert_exact(queries, rows, 6, block)
+
+
+def test_float32_alone_would_have_been_wrong():
+    """That the test above tests something: the plain formula picks others."""
+    queries, rows = hard('far from the origin')
+    plain = (queries**2).sum(1)[:, None] - 2 * queries @ rows.T + (rows**2).sum(1)[None]
+    assert np.any(np.argsort(plain, axis=1, kind='stable')[:, :6] != slow(queries, rows, 6)[0])
+
+
+def test_nearest_of_maps_from_a_memory_map(tmp_path):
+    rng = np.random.default_rng(0)
+    np.save(tmp_path / 'a.npy', rng.standard_normal((90, 3, 3, 4)).astype(np.float32))
+    rows = np.load(tmp_path / 'a.npy', mmap_mode='r')
+    found = features.nearest(rows[5:8], rows, 4, block=16)
+    index, distance = slow(rows[5:8].reshape(3, -1), rows.reshape(90, -1), 4)
+    np.testing.assert_array_equal(found.index, index)
+    np.testing.assert_array_equal(found.distance, distance)
+
+
+def test_what_nearest_refuses():
+    rows = np.ones((10, 4), np.float32)
+    with pytest.raises(UsageError, match='5 features, the others 4'):
+        features.nearest(np.ones((2, 5)), rows, 3)
+    for k in (0, 11):
+        with pytest.raises(UsageError, match=r'1\.\.10'):
+            features.nearest(rows, rows, k)
+    for bad in (np.nan, np.inf, 1e30):
+        rows[9, 1] = bad
+        with pytest.raises(RunError, match='not finite, or too large'):
+            features.nearest(np.ones((2, 4)), rows, 3, block=4)
+        with pytest.raises(RunError, match='not finite, or too large'):
+            features.nearest(rows[9:], rows[:9], 3)
+
+
+# ------------------------------------------------------------------------------ the command
+
+
+def ring(capsys, *words):
+    code = features.main(list(words))
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_nearest_from_the_command_line(workdir, images, tmp_path, capsys):
+    """Among features written before, and among those computed on the way: the same answer."""
+    file = tmp_path / 'train.npz'
+    for i in range(2):
+        Image.fromarray(images[i, ..., 0]).save(tmp_path / f'{i}.png')
+    where = f'--workdir={workdir}'
+    assert ring(capsys, where, '--split=train', f'--output={file}')[:2] == (0, f'{file}\n')
+    ask = (where, '--nearest=3', '--json')
+    _, by_split, _ = ring(capsys, *ask, '--split=test[:2]', f'--among={file}')
+    _, by_files, _ = ring(capsys, *ask, f'{tmp_path}/?.png', '--among=train')
+    by_split, by_files = ([json.loads(x) for x in out.splitlines()] for out in (by_split, by_files))
+    known = features.read(file)
+    extract = features.make_extract(evaluate.restore(workdir), 'fc7_relu')
+    index, distance = slow(extract(images[:2]), np.asarray(known.rows), 3)
+    for row, (a, b) in enumerate(zip(by_split, by_files, strict=True)):
+        assert a['query'] == f'test[:2][{row}]'
+        assert b['query'] == f'{tmp_path}/{row}.png'
+        assert a['class'] in known.about['class_names']
+        assert b['class'] is None
+        assert a['neighbours'] == b['neighbours']
+        assert [n['row'] for n in a['neighbours']] == index[row].tolist()
+        assert [n['distance'] for n in a['neighbours']] == distance[row].tolist()
+        first = a['neighbours'][0]
+        assert first['image'] == f'train[:{TRAIN}][{first["row"]}]'
+        assert first['class'] == known.class_name(first['row'])
+
+
+def test_a_table_of_neighbours(workdir, capsys):
+    code, out, _ = ring(
+        capsys, f'--workdir={workdir}', '--nearest=2', '--split=train[:2]', '--layer=fc6_relu'
+    )
+    lines = out.splitlines()
+    assert code == 0
+    assert lines[0].split() == ['query', 'distance', 'neighbour']
+    assert len(lines) == 2 + 2 * 2
+    for i in range(2):  # an image of the training set is nearest to itself
+        assert lines[2 + 2 * i].split()[:3] == [f'train[:2][{i}]', '0', f'train[:{TRAIN}][{i}],']
+
+
+def test_features_of_another_net_are_refused(workdir, tmp_path, capsys):
+    file = tmp_path / 'f.npz'
+    where = f'--workdir={workdir}'
+    ring(capsys, where, '--split=train[:32]', '--layer=fc6_relu', f'--output={file}')
+    code, out, err = ring(capsys, where, '--split=test[:1]', '--nearest=1', f'--among={file}')
+    assert (code, out) == (2, '')
+    assert 'holds fc6_relu of smoke' in err
+
+
+@pytest.mark.parametrize(
+    ('words', 'code', 'said'),
+    [
+        (('--nearest=3',), 2, 'either IMAGE files or a --split'),
+        (('a.png', '--split=test', '--nearest=3'), 2, 'either IMAGE files or a --split'),
+        (('--split=test',), 2, '--output=FILE, to write features, or --nearest=K'),
+        (('--split=test', '--output=a.npz', '--nearest=3'), 2, 'or --nearest=K'),
+        (('--split=test', '--output=a.csv'), 2, 'must end in .npz or .parquet'),
+        (('--split=test', '--output=a.npz', '--layer=fc7'), 2, 'fc7_linear, fc7_relu'),
+        (('--split=tset', '--output=a.npz'), 2, "no split 'tset'"),
+        (('--split=test[:1]', '--nearest=257'), 2, '1..256'),
+        (('--split=test[:1]', '--output={t}/no/a.npz'), 1, 'No such file or directory'),
+        (('--split=test[:1]', '--nearest=1', '--among={t}/a.npz'), 1, 'a.npz cannot be read'),
+        (('nothing.png', '--nearest=3'), 1, 'no image among the files'),
+    ],
+)  # fmt: skip
+def test_one_sentence(workdir, tmp_path, capsys, words, code, said):
+    words = [word.replace('{t}', str(tmp_path)) for word in words]
+    found, out, err = ring(capsys, f'--workdir={workdir}', *words)
+    assert found == code, err
+    assert out == ''
+    assert said in err.splitlines()[-1]
