@@ -11,14 +11,18 @@ PACKAGE = ROOT / 'alexnet_jax'
 
 # From the top of the house to its foundations; a room imports rooms of lower floors only.
 FLOORS = (
-    ('train',),
-    ('evaluate',),
-    ('workdir', 'step', 'describe', 'diagnose', 'checkpoint'),
-    ('records', 'parallel'),
+    ('weights',),
+    ('train', 'features'),
+    ('predict',),
+    ('evaluate', 'describe'),
+    ('communication',),
+    ('workdir', 'step', 'diagnose', 'checkpoint'),
+    ('records', 'parallel', 'export'),
+    ('distributed',),
     ('config', 'data'),
     ('prepare',),
     ('model', 'optimizer', 'augment'),
-    ('ops',),
+    ('ops', 'weight_files'),
     ('errors',),
 )
 FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}
@@ -65,7 +69,8 @@ def test_only_checkpoint_knows_orbax():
 
 
 def test_main_is_a_doorbell():
-    assert len((ROOT / 'main.py').read_text().splitlines()) <= 80
+    """Flags, one call, one sentence when it ends badly; a guard where it is one of several."""
+    assert len((ROOT / 'main.py').read_text().splitlines()) <= 100
 
 
 def test_the_readme_draws_every_room():

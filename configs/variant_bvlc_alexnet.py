@@ -1,0 +1,53 @@
+"""Caffe's bvlc_alexnet: the replication of 2012 that most of the literature calls AlexNet.
+
+    python main.py --config=configs/variant_bvlc_alexnet.py:imagenet2012
+    python -m alexnet_jax.weights import bvlc_alexnet bvlc_alexnet.caffemodel --workdir=W
+
+The weights: http://dl.caffe.berkeleyvision.org/bvlc_alexnet.caffemodel, 244 MB, sha1
+9116a64c0fbe4459d18f4bb6b56d647b63920377, for unrestricted use. Expect of them on ILSVRC-2012 val,
+centre crop, as Caffe's model zoo states it: 57.1 % top-1 and 80.2 % top-5 accuracy, of images
+warped to 256 x 256 (not run here: neither file nor data were at hand).
+
+What differs from configs/alexnet.py, and what Caffe's train_val.prototxt has: ReLU, LRN, pool in
+conv1 and conv2, no spatial norm; LRN with k = 1, its window crossing from one group into the
+other; 227 px; bias 0.1; std 0.005 in fc6 and fc7; inverted dropout; no colour noise; rates divided
+by ten every 100,000 of 450,000 steps of 256 images. Its channels are BGR, its mean image's too: an
+import turns both round. Caffe's pooling rounds up, which at these sizes changes nothing.
+"""
+
+from configs import alexnet
+
+STEP, STEPS = 100_000, 450_000  # of the solver
+
+
+def get_config(scale: str = 'quickstart'):
+    """Caffe's net, preprocessing and solver, at one of alexnet.SCALES."""
+    config = alexnet.get_config(scale)
+    config.name = 'variant_bvlc_alexnet'
+    if scale.startswith('imagenet'):
+        config.batch_size, config.epochs = 256, 90.0
+    net(config.model)
+    config.preprocess.colour_noise, config.preprocess.noise_divisor = 0.0, 1.0
+    # 227 px give 55, 27, 13 and 6 positions without a remainder; 99 px give 23, 11, 5 and 2.
+    config.model.input_px = 99 if scale == 'quickstart' else 227
+    if not scale.startswith('imagenet'):
+        config.preprocess.resize_px = config.model.input_px
+        config.preprocess.image_px = config.model.input_px + (8 if scale == 'quickstart' else 16)
+    drops = tuple(config.epochs * STEP * i / STEPS for i in range(1, 5))
+    for rates in (config.optimizer.weights, config.optimizer.biases):
+        rates.update(alexnet.schedule('steps', rates.rate, at_epochs=drops))
+    config.optimizer.late.layer = 'none'
+    return config
+
+
+def net(model) -> None:
+    """Turn the table of 2012 into Caffe's; the widths are the same."""
+    model.lrn.k, model.lrn_reads = 1.0, 'all'
+    model.dropout.kind = 'inverted'
+    for name in model.layers:
+        layer = model[name]
+        layer.init_std = 0.005 if name in ('fc6', 'fc7') else 0.01
+        layer.bias = 0.1 if layer.bias else 0.0
+    model.conv1.padding_px = ((0, 0), (0, 0))
+    model.conv1.then = model.conv2.then = ('relu', 'lrn', 'pool')
+    model.conv5.then = ('relu', 'pool')

@@ -1,0 +1,60 @@
+"""torchvision's `alexnet`: the one-tower net of Krizhevsky (2014), as PyTorch users know it.
+
+    python main.py --config=configs/variant_torchvision.py:imagenet2012
+    python -m alexnet_jax.weights import torchvision alexnet-owt-7be5be79.pth --workdir=W
+
+The weights: alexnet-owt-7be5be79.pth, 244 MB, 61,100,840 parameters; where it lies, says
+`torchvision.models.AlexNet_Weights.IMAGENET1K_V1.url`. Expect of them on ILSVRC-2012 val, centre
+crop, as torchvision states it: 56.522 % top-1 and 79.066 % top-5 accuracy (not run here: neither
+file nor data were at hand).
+
+The net is torchvision's own: widths 64-192-384-256-256, padding 2 in conv1, no LRN, inverted
+dropout in front of fc6 and fc7 (behind conv5's pooling and behind fc6's ReLU), pixels divided by
+255, minus a mean and divided by a deviation a channel. That deviation is 0.229, 0.224, 0.225;
+here it is 0.226 for all, and imported weights have the rest multiplied into conv1.
+
+The training is that of torchvision's reference script (SGD, 0.01 divided by ten after 30 and 60
+of 90 epochs, decay 1e-4, batch 256), with two differences: its crops change size and proportions
+(RandomResizedCrop) and these do not, and its biases decay and start at random.
+"""
+
+from configs import alexnet
+
+WIDTHS = dict(conv1=64, conv2=192, conv3=384, conv4=256, conv5=256, fc6=4096, fc7=4096)
+
+
+def get_config(scale: str = 'quickstart'):
+    """Torchvision's net and preprocessing, at one of alexnet.SCALES."""
+    config = alexnet.get_config(scale)
+    config.name = 'variant_torchvision'
+    config.batch_size = 256 if scale.startswith('imagenet') else 128
+    if scale.startswith('imagenet'):
+        config.epochs = 90.0
+    net(config.model, divisor=4 if scale == 'quickstart' else 1)
+    preprocess = config.preprocess
+    preprocess.mean, preprocess.scale = 'channel', 1 / (255 * 0.226)
+    preprocess.colour_noise, preprocess.noise_divisor = 0.0, 1.0
+    # 'dexp' of 100 in two switches: divided by ten after one third and after two.
+    rate = config.optimizer.weights.rate
+    rates = alexnet.schedule('dexp', rate, factor=100.0, switches=2)
+    config.optimizer.weights.update(rates)
+    config.optimizer.biases.update(rates)
+    config.optimizer.weight_decay = 1e-4
+    config.optimizer.late.layer = 'none'
+    return config
+
+
+def net(model, divisor: int) -> None:
+    """Turn the table of 2012 into torchvision's, its hidden widths divided."""
+    model.towers = 1
+    model.dropout.kind = 'inverted'
+    for name in model.layers:
+        layer = model[name]
+        layer.reads, layer.init, layer.bias = 'all', 'fan_in_uniform', 0.0
+        if name in WIDTHS:
+            layer.features = WIDTHS[name] // divisor
+    model.conv1.padding_px = alexnet.SAME_5  # 2 on each side
+    model.conv1.then = model.conv2.then = ('relu', 'pool')
+    model.conv5.then = ('relu', 'pool', 'dropout')
+    model.fc6.then = ('relu', 'dropout')
+    model.fc7.then = ('relu',)

@@ -1,0 +1,722 @@
+"""Foreign weights give the foreign nets' logits, our files run without us, bad files do no harm.
+
+The nets of torchvision and Caffe are written out here a second time, in NumPy and channels first,
+from their definitions; the full-sized ones in PyTorch, where it is installed (`make test-torch`).
+"""
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from alexnet_jax import augment, checkpoint, export, model, weight_files, weights
+from alexnet_jax import config as configuration
+from alexnet_jax.augment import Statistics
+from alexnet_jax.errors import RunError, UsageError
+from alexnet_jax.model import AlexNet
+from configs import (
+    alexnet,
+    alexnet_paper,
+    variant_bvlc_alexnet,
+    variant_caffenet,
+    variant_torchvision,
+)
+from tests.golden import make_pth
+
+safetensors = pytest.importorskip('safetensors.numpy', reason="pip install -e '.[weights]'")
+
+CONFIGS = {
+    'torchvision': variant_torchvision,
+    'bvlc_alexnet': variant_bvlc_alexnet,
+    'caffenet': variant_caffenet,
+}
+# What is asked for, of the largest logit. Found: 1.2e-6 of it, and 5e-6 of exported probabilities.
+TOLERANCE = 1e-4
+
+
+# --------------------------------------------------------------------------- the nets, again
+
+
+def conv(x, weight, bias, stride, pad, groups=1):
+    """`x` [B, C, H, W], `weight` [out, in / groups, kh, kw]."""
+    x = np.pad(x, ((0, 0), (0, 0), (pad, pad), (pad, pad)))
+    parts = []
+    for own, kernel in zip(np.split(x, groups, 1), np.split(weight, groups), strict=True):
+        windows = np.lib.stride_tricks.sliding_window_view(own, kernel.shape[2:], (2, 3))
+        windows = windows[:, :, ::stride, ::stride]
+        parts.append(np.tensordot(windows, kernel, ((1, 4, 5), (1, 2, 3))).transpose(0, 3, 1, 2))
+    return np.concatenate(parts, 1) + bias[:, None, None]
+
+
+def max_pool(x, ceil):
+    """Window 3, stride 2; Caffe rounds the number of windows up, PyTorch down."""
+    side = x.shape[-1]
+    outputs = (side - 3 + (1 if ceil else 0)) // 2 + 1
+    spare = max(0, 2 * (outputs - 1) + 3 - side)
+    x = np.pad(x, ((0, 0), (0, 0), (0, spare), (0, spare)), constant_values=-np.inf)
+    windows = np.lib.stride_tricks.sliding_window_view(x, (3, 3), (2, 3))[:, :, ::2, ::2]
+    return windows[:, :, :outputs, :outputs].max((4, 5))
+
+
+def caffe_lrn(x):
+    """local_size 5, alpha 1e-4 over the size, beta 0.75, k 1, across all channels."""
+    squares = np.pad(x * x, ((0, 0), (2, 2), (0, 0), (0, 0)))
+    total = sum(squares[:, i : i + x.shape[1]] for i in range(5))
+    return x / (1 + 1e-4 / 5 * total) ** 0.75
+
+
+def relu(x):
+    return np.maximum(x, 0)
+
+
+def torchvision_logits(w, images):
+    """RGB uint8 crops [B, H, W, 3] -> logits, as torchvision's transforms and net do it."""
+    x = (images / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    x = x.transpose(0, 3, 1, 2)
+    for name, stride, pad in ((0, 4, 2), (3, 1, 2), (6, 1, 1), (8, 1, 1), (10, 1, 1)):
+        x = relu(conv(x, w[f'features.{name}.weight'], w[f'features.{name}.bias'], stride, pad))
+        if name in (0, 3, 10):
+            x = max_pool(x, ceil=False)
+    x = x.reshape(len(x), -1)
+    for name in (1, 4, 6):
+        x = x @ w[f'classifier.{name}.weight'].T + w[f'classifier.{name}.bias']
+        x = relu(x) if name < 6 else x
+    return x
+
+
+def caffe_logits(w, images, pool_first, mean=(104.007, 116.669, 122.679)):
+    """RGB uint8 crops [B, H, W, 3] -> logits, as Caffe's deploy.prototxt has it; `mean` is BGR."""
+    x = (images[..., ::-1] - np.asarray(mean)).transpose(0, 3, 1, 2)
+    for name, stride, pad, groups in (
+        ('conv1', 4, 0, 1),
+        ('conv2', 1, 2, 2),
+        ('conv3', 1, 1, 1),
+        ('conv4', 1, 1, 2),
+        ('conv5', 1, 1, 2),
+    ):
+        x = relu(conv(x, w[f'{name}/0'], w[f'{name}/1'], stride, pad, groups))
+        if name in ('conv1', 'conv2') and pool_first:
+            x = caffe_lrn(max_pool(x, ceil=True))
+        elif name in ('conv1', 'conv2'):
+            x = max_pool(caffe_lrn(x), ceil=True)
+    x = max_pool(x, ceil=True).reshape(len(x), -1)
+    for name in ('fc6', 'fc7', 'fc8'):
+        x = x @ w[f'{name}/0'].T + w[f'{name}/1']
+        x = relu(x) if name != 'fc8' else x
+    return x
+
+
+THEIRS = {
+    'torchvision': torchvision_logits,
+    'bvlc_alexnet': lambda w, images, **how: caffe_logits(w, images, False, **how),
+    'caffenet': lambda w, images, **how: caffe_logits(w, images, True, **how),
+}
+
+
+# ------------------------------------------------------------------------------ small ones
+
+
+def small(origin):
+    """The origin's net at a quarter of the widths, three channels, images with a margin of 4."""
+    config = CONFIGS[origin].get_config('quickstart')
+    config.model.channels = 3
+    config.preprocess.resize_px = config.preprocess.image_px
+    return config
+
+
+def foreign(origin, config, seed=0):
+    """Random weights by the origin's names, in its layout, that keep the signal's strength.
+
+    Caffe's conv1 reads pixels in 0-255 units, so its LRN meets values that it changes.
+    """
+    rng, arrays = np.random.default_rng(seed), {}
+    for stage in model.geometry(configuration.unpack(config).net):
+        name = stage.layer.name
+        shape = (stage.layer.features, int(np.prod(stage.input)))
+        if stage.layer.kind == 'conv':
+            shape = (stage.layer.features, stage.kernel[2], *stage.kernel[:2])
+        kernel = rng.normal(0, np.sqrt(2 / np.prod(shape[1:])), shape).astype(np.float32)
+        biases = rng.normal(0, 0.1, shape[0]).astype(np.float32)
+        parts = ('.weight', '.bias') if origin == 'torchvision' else ('/0', '/1')
+        their = weights.ORIGINS[origin].names[name]
+        arrays |= {their + parts[0]: kernel, their + parts[1]: biases}
+    return arrays
+
+
+def pictures(side, count=4, channels=3):
+    """uint8 [count, side, side, channels]."""
+    return np.random.default_rng(7).integers(0, 256, (count, side, side, channels), np.uint8)
+
+
+def our_logits(settings, params, statistics, images):
+    @jax.jit
+    def run(params, images):
+        draws = augment.fixed(len(images), images.shape[-1], settings.preprocess)
+        pixels = augment.apply(images, draws, statistics, settings.preprocess)
+        return AlexNet(settings.net).apply({'params': params}, pixels)
+
+    return np.asarray(run(params, images))
+
+
+@pytest.mark.parametrize('origin', CONFIGS)
+def test_logits_are_the_origins(origin):
+    settings = configuration.unpack(small(origin))
+    arrays = foreign(origin, small(origin))
+    edge = (settings.preprocess.image_px - settings.preprocess.input_px) // 2
+    images = pictures(settings.preprocess.image_px)
+    expected = THEIRS[origin](arrays, images[:, edge:-edge, edge:-edge])
+    params = weights.canonical(arrays, weights.ORIGINS[origin], settings)
+    statistics = weights.statistics_of(weights.ORIGINS[origin], settings.preprocess)
+    found = our_logits(settings, params, statistics, images)
+    assert np.std(expected, axis=0).min() > 0.01  # they depend on the image
+    np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
+
+
+def test_caffes_norm_crosses_the_groups(monkeypatch):
+    """Were its windows cut between the groups, as ours are between towers, it would show."""
+    arrays, images = foreign('bvlc_alexnet', small('bvlc_alexnet')), pictures(99)
+    right, whole = caffe_logits(arrays, images, False), caffe_lrn
+    halves = lambda x: np.concatenate([whole(half) for half in np.split(x, 2, 1)], 1)  # noqa: E731
+    monkeypatch.setattr(sys.modules[__name__], 'caffe_lrn', halves)
+    wrong = caffe_logits(arrays, images, False)
+    assert np.abs(right - wrong).max() > 10 * TOLERANCE * np.abs(right).max()
+
+
+def test_caffes_mean_image(tmp_path):
+    """A mean image as Caffe stores it, in both of its formats: BGR, channels first."""
+    config = small('bvlc_alexnet')
+    settings = configuration.unpack(config)
+    px = settings.preprocess.image_px
+    mean = np.random.default_rng(1).uniform(90, 130, (3, px, px)).astype(np.float32)
+    np.save(tmp_path / 'mean.npy', mean)
+    (tmp_path / 'mean.binaryproto').write_bytes(blob(mean[None], old=True))
+    arrays = foreign('bvlc_alexnet', config)
+    images = pictures(px)
+    centre = mean.transpose(1, 2, 0)[4:-4, 4:-4]
+    expected = caffe_logits(arrays, images[:, 4:-4, 4:-4], False, mean=centre)
+    origin = weights.ORIGINS['bvlc_alexnet']
+    params = weights.canonical(arrays, origin, settings)
+    for name in ('mean.npy', 'mean.binaryproto'):
+        image = weight_files.mean_image(tmp_path / name)
+        statistics = weights.statistics_of(origin, settings.preprocess, image)
+        found = our_logits(settings, params, statistics, images)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
+
+
+# ------------------------------------------------------------------------------- full-sized, torch
+
+
+@pytest.fixture(scope='module')
+def torch():
+    return pytest.importorskip('torch', reason='PyTorch is for `make test-torch` alone')
+
+
+def torchvision_net(torch):
+    """torchvision's alexnet: the same modules under the same names, so the same state dict."""
+    nn = torch.nn
+    features = nn.Sequential(
+        *(nn.Conv2d(3, 64, 11, 4, 2), nn.ReLU(), nn.MaxPool2d(3, 2)),
+        *(nn.Conv2d(64, 192, 5, padding=2), nn.ReLU(), nn.MaxPool2d(3, 2)),
+        *(nn.Conv2d(192, 384, 3, padding=1), nn.ReLU()),
+        *(nn.Conv2d(384, 256, 3, padding=1), nn.ReLU()),
+        *(nn.Conv2d(256, 256, 3, padding=1), nn.ReLU(), nn.MaxPool2d(3, 2)),
+    )
+    classifier = nn.Sequential(
+        *(nn.Dropout(), nn.Linear(256 * 6 * 6, 4096), nn.ReLU()),
+        *(nn.Dropout(), nn.Linear(4096, 4096), nn.ReLU()),
+        nn.Linear(4096, 1000),
+    )
+    parts = {'features': features, 'avgpool': nn.AdaptiveAvgPool2d(6), 'flatten': nn.Flatten()}
+    net = nn.Sequential()
+    for name, part in (*parts.items(), ('classifier', classifier)):
+        net.add_module(name, part)
+    return net.eval()
+
+
+def full(origin, arrays, images):
+    """Our logits of the full-sized net."""
+    settings = configuration.unpack(CONFIGS[origin].get_config('imagenet2012'))
+    params = weights.canonical(arrays, weights.ORIGINS[origin], settings)
+    statistics = weights.statistics_of(weights.ORIGINS[origin], settings.preprocess)
+    return our_logits(settings, params, statistics, images), params
+
+
+def test_torchvision_in_full(torch, tmp_path):
+    """From the file of a state dict, with torchvision's transforms in float."""
+    net = torchvision_net(torch)
+    arrays = foreign('torchvision', variant_torchvision.get_config('imagenet2012'))
+    net.load_state_dict({name: torch.tensor(array) for name, array in arrays.items()})
+    torch.save(net.state_dict(), tmp_path / 'alexnet.pth')
+    images = pictures(256, count=2)
+    pixels = torch.tensor(images[:, 16:240, 16:240]).permute(0, 3, 1, 2) / 255
+    mean, std = (
+        torch.tensor(v)[:, None, None] for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    )
+    with torch.inference_mode():
+        expected = net((pixels - mean) / std).numpy()
+    found, params = full('torchvision', weight_files.read(tmp_path / 'alexnet.pth'), images)
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 61_100_840
+    np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
+
+
+@pytest.mark.parametrize('origin', ['bvlc_alexnet', 'caffenet'])
+def test_caffe_in_full(torch, origin):
+    config = CONFIGS[origin].get_config('imagenet2012')
+    arrays = foreign(origin, config)
+    assert sum(array.size for array in arrays.values()) == 60_965_224
+    images = pictures(256, count=2)
+    functional = torch.nn.functional
+    w = {name: torch.tensor(array) for name, array in arrays.items()}
+    x = torch.tensor(images[:, 14:241, 14:241, ::-1].copy()).permute(0, 3, 1, 2).float()
+    x = x - torch.tensor([104.007, 116.669, 122.679])[:, None, None]
+    norm = lambda x: functional.local_response_norm(x, 5, 1e-4, 0.75, 1.0)  # noqa: E731
+    pool = lambda x: functional.max_pool2d(x, 3, 2, ceil_mode=True)  # noqa: E731
+    with torch.inference_mode():
+        for name, stride, pad, groups in (
+            *(('conv1', 4, 0, 1), ('conv2', 1, 2, 2), ('conv3', 1, 1, 1)),
+            *(('conv4', 1, 1, 2), ('conv5', 1, 1, 2)),
+        ):
+            x = functional.conv2d(x, w[f'{name}/0'], w[f'{name}/1'], stride, pad, 1, groups).relu()
+            if name in ('conv1', 'conv2'):
+                x = norm(pool(x)) if origin == 'caffenet' else pool(norm(x))
+        x = pool(x).flatten(1)
+        for name in ('fc6', 'fc7', 'fc8'):
+            x = functional.linear(x, w[f'{name}/0'], w[f'{name}/1'])
+            x = x.relu() if name != 'fc8' else x
+    found, _ = full(origin, arrays, images)
+    expected = x.numpy()
+    np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
+
+
+# ----------------------------------------------------------------------------------- the files
+
+
+def field(number, payload):
+    """A length-delimited field on protobuf's wire."""
+    return varint(number << 3 | 2) + varint(len(payload)) + payload
+
+
+def varint(value):
+    low = value & 127
+    return bytes([low]) if value < 128 else bytes([low | 128]) + varint(value >> 7)
+
+
+def blob(array, old):
+    """caffe.proto's BlobProto: num, channels, height, width 1 to 4; data 5; shape 7 {dim 1}."""
+    data = field(5, array.astype('<f4').tobytes())
+    if old:
+        shape = (1,) * (4 - array.ndim) + array.shape
+        return b''.join(varint(i << 3) + varint(n) for i, n in enumerate(shape, 1)) + data
+    return field(7, field(1, b''.join(map(varint, array.shape)))) + data
+
+
+def caffemodel(arrays, old):
+    """NetParameter: layers = 2 {name = 4, blobs = 6}, later layer = 100 {name = 1, blobs = 7}."""
+    number, name_number, blobs_number = (2, 4, 6) if old else (100, 1, 7)
+    net = field(1, b'AlexNet') + field(number, field(name_number, b'data'))
+    for name in sorted({key.split('/')[0] for key in arrays}):
+        blobs = b''.join(
+            field(blobs_number, blob(arrays[f'{name}/{i}'], old=old)) for i in range(2)
+        )
+        net += field(number, field(name_number, name.encode()) + blobs)
+    return net
+
+
+def write(path, arrays):
+    """A weight file of the format that its name says."""
+    if path.suffix == '.npz':
+        np.savez(path, **arrays)
+    elif path.suffix == '.safetensors':
+        safetensors.save_file(arrays, path)
+    elif path.suffix == '.caffemodel':
+        path.write_bytes(caffemodel(arrays, old='old' in path.name))
+    return path
+
+
+@pytest.mark.parametrize('name', ['a.npz', 'a.safetensors', 'a.caffemodel', 'old.caffemodel'])
+def test_a_file_gives_back_what_is_in_it(tmp_path, name):
+    arrays = foreign('caffenet', small('caffenet'))
+    found = weight_files.read(write(tmp_path / name, arrays))
+    assert found.keys() == arrays.keys()
+    for key, array in arrays.items():
+        assert found[key].squeeze().tolist() == array.squeeze().tolist(), key
+
+
+@pytest.mark.parametrize('with_torch', [True, False])
+def test_a_pth_file_with_and_without_torch(monkeypatch, with_torch):
+    if with_torch:
+        pytest.importorskip('torch', reason='PyTorch is for `make test-torch` alone')
+    else:
+        monkeypatch.setitem(sys.modules, 'torch', None)
+    found = weight_files.read(make_pth.FILE)
+    expected = make_pth.expected()
+    assert list(found) == list(expected)
+    for name, array in expected.items():
+        assert found[name].dtype == array.dtype
+        np.testing.assert_array_equal(found[name], array)
+
+
+# ----------------------------------------------------------------------------- the whole way
+
+
+@pytest.fixture(scope='module')
+def config_file(tmp_path_factory, data_dir):
+    """A config of torchvision's net that fits the real data at hand."""
+    path = tmp_path_factory.mktemp('config') / 'small.py'
+    path.write_text(
+        'from configs import variant_torchvision\n\n\n'
+        'def get_config(scale="quickstart"):\n'
+        '    config = variant_torchvision.get_config(scale)\n'
+        '    config.model.channels = 3\n'
+        f'    config.data.data_dir = {str(data_dir)!r}\n'
+        '    return config\n'
+    )
+    return path
+
+
+@pytest.fixture(scope='module')
+def imported(tmp_path_factory, config_file):
+    """(workdir, the weights that it was made of): made by the command."""
+    folder = tmp_path_factory.mktemp('imported')
+    config = weights.read_config(str(config_file))
+    arrays = foreign('torchvision', config)
+    file = write(folder / 'theirs.safetensors', arrays)
+    words = ['import', 'torchvision', file, '--workdir', folder / 'w', '--config', config_file]
+    assert weights.main([str(word) for word in words]) == 0
+    return folder / 'w', arrays
+
+
+@pytest.fixture(scope='module')
+def evaluated(imported, repository, cache_dir):
+    """(images, probabilities) by main.py --mode=evaluate of the first test images."""
+    workdir, _ = imported
+    command = [sys.executable, 'main.py', '--mode=evaluate', f'--workdir={workdir}']
+    environment = os.environ | {'JAX_COMPILATION_CACHE_DIR': str(cache_dir)}
+    done = subprocess.run(
+        [*command, '--split=test[:48]'],
+        cwd=repository,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)['images'] == 48
+    with np.load(workdir / 'predictions_test__48.npz') as file:
+        return file['centre']
+
+
+@pytest.fixture(scope='module')
+def test_images(data_dir):
+    from alexnet_jax import data
+
+    return np.asarray(data.load('fashion_mnist', data_dir, 'test[:48]').images)
+
+
+def test_an_imported_net_is_evaluated_by_the_main_program(imported, evaluated, test_images):
+    """Its probabilities are those of torchvision's net on the same pixels, 28 px made 112."""
+    _, arrays = imported
+    large = jax.image.resize(np.float32(test_images), (48, 112, 112, 1), 'bilinear')
+    logits = torchvision_logits(arrays, np.repeat(np.asarray(large), 3, axis=-1))
+    expected = np.asarray(jax.nn.softmax(logits))
+    np.testing.assert_allclose(evaluated, expected, rtol=0, atol=TOLERANCE)
+    assert np.ptp(expected, axis=0).max() > 0.01
+
+
+def test_what_an_import_leaves(imported):
+    workdir, _ = imported
+    restored = checkpoint.read(workdir / 'checkpoints')
+    assert restored.step == 0
+    assert json.loads((workdir / 'config.json').read_text()) == restored.extra['config']
+    assert restored.extra['class_names'] == [str(i) for i in range(10)]
+    assert restored.extra['imported']['file'] == 'theirs.safetensors'
+    names = weights.default_names(1000)
+    assert names[0] == 'n01440764'
+    assert list(names) == sorted(names)
+
+
+def test_a_workdir_with_a_checkpoint_is_left_alone(imported, config_file, capsys):
+    workdir, _ = imported
+    before = contents(workdir)
+    file = workdir.parent / 'theirs.safetensors'
+    words = ['import', 'torchvision', file, '--workdir', workdir, '--config', config_file]
+    assert weights.main([str(word) for word in words]) == 2
+    assert 'has checkpoints already' in capsys.readouterr().err
+    assert contents(workdir) == before
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob('*') if path.is_file()}
+
+
+RUN_STABLEHLO = """
+import sys
+sys.modules['alexnet_jax'] = sys.modules['flax'] = None
+import jax, numpy
+net = jax.export.deserialize(bytearray(open('net.stablehlo', 'rb').read()))
+images = numpy.load('images.npy')
+parts = [net.call(images[:5]), net.call(images[5:])]  # batches of any size
+numpy.save('found.npy', numpy.concatenate(parts))
+"""
+
+RUN_ONNX = """
+import sys
+sys.modules['alexnet_jax'] = sys.modules['jax'] = sys.modules['flax'] = None
+import numpy, onnxruntime
+net = onnxruntime.InferenceSession('net.onnx', providers=['CPUExecutionProvider'])
+images = numpy.load('images.npy')
+parts = [net.run(None, {'images': part})[0] for part in (images[:5], images[5:])]
+numpy.save('found.npy', numpy.concatenate(parts))
+"""
+
+
+@pytest.mark.parametrize(
+    ('name', 'needs', 'script'),
+    [('net.stablehlo', 'jax', RUN_STABLEHLO), ('net.onnx', 'onnxruntime', RUN_ONNX)],
+)
+def test_an_exported_net_runs_without_us(
+    imported, evaluated, test_images, tmp_path, name, needs, script
+):
+    """In a process that cannot import this code, with that format's own runtime."""
+    pytest.importorskip(needs)
+    workdir, _ = imported
+    assert weights.main(['export', str(tmp_path / name), f'--workdir={workdir}']) == 0
+    shape = (48, 112, 112, 1)
+    large = np.asarray(jax.image.resize(np.float32(test_images), shape, 'bilinear'))
+    stored = np.repeat(np.round(large).astype(np.uint8), 3, axis=-1)  # as an ImageNet is stored
+    np.save(tmp_path / 'images.npy', stored)
+    subprocess.run([sys.executable, '-c', script], cwd=tmp_path, check=True)
+    found = np.load(tmp_path / 'found.npy')
+    logits = torchvision_logits(imported[1], stored)
+    np.testing.assert_allclose(found, jax.nn.softmax(logits), rtol=0, atol=TOLERANCE)
+    # Rounded pixels are not quite those of the evaluation.
+    np.testing.assert_allclose(found, evaluated, rtol=0, atol=0.02)
+
+
+def test_our_own_file_comes_back_bit_for_bit(imported, tmp_path):
+    workdir, _ = imported
+    file = tmp_path / 'ours.safetensors'
+    assert weights.main(['export', str(file), f'--workdir={workdir}', '--step=0']) == 0
+    assert weights.main(['import', 'own', str(file), f'--workdir={tmp_path / "again"}']) == 0
+    ours, again = (checkpoint.read(w / 'checkpoints') for w in (workdir, tmp_path / 'again'))
+    assert jax.tree.all(jax.tree.map(np.array_equal, ours.state, again.state))
+    for key in ('config', 'class_names', 'history'):
+        assert ours.extra[key] == again.extra[key]
+
+
+def average_tanh_sigmoid(scale):
+    config = variant_torchvision.get_config(scale)
+    config.model.pool.kind = 'average'
+    config.model.conv3.then, config.model.fc6.then = ('tanh',), ('sigmoid', 'dropout')
+    return config
+
+
+@pytest.mark.parametrize(
+    ('get_config', 'gain'),
+    [(alexnet.get_config, 2), (alexnet_paper.get_config, 3), (average_tanh_sigmoid, 4)],
+)
+def test_both_exports_of_every_kind_of_net(get_config, gain):
+    """Towers, spatial norm, halved units, grey images: from 28 px, as the data is stored."""
+    onnxruntime = pytest.importorskip('onnxruntime')
+    settings = configuration.unpack(get_config('quickstart'))
+    params = jax.tree.map(lambda x: gain * x, model.init(jax.random.key(0), settings.net))
+    mean = 100 * jax.random.uniform(jax.random.key(1), (28, 28, 1))
+    parts = settings, params, Statistics(mean, jnp.zeros((1, 1)))
+    images = pictures(28, channels=1)
+    expected = np.asarray(jax.jit(export.classify(*parts))(images))
+    assert np.ptp(expected, axis=0).max() > 0.01
+    session = onnxruntime.InferenceSession(export.onnx(*parts), providers=['CPUExecutionProvider'])
+    [found] = session.run(None, {'images': images})
+    np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE)
+    again = jax.export.deserialize(bytearray(export.stablehlo(*parts))).call(images)
+    np.testing.assert_allclose(again, expected, rtol=0, atol=1e-6)
+
+
+def test_a_full_disk_leaves_no_half_of_a_file(imported, small_disk):
+    """3 MB, and a file of 6."""
+    workdir, _ = imported
+    assert weights.main(['export', str(small_disk / 'x.safetensors'), f'--workdir={workdir}']) == 1
+    assert list(small_disk.iterdir()) == []
+
+
+# -------------------------------------------------------------------------------- bad input
+
+
+class Trap:
+    """Makes a file when it is unpickled by somebody careless."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mknod, (str(self.path),)
+
+
+@pytest.mark.parametrize('with_torch', [True, False])
+def test_a_pickle_with_code_in_it_is_not_run(tmp_path, monkeypatch, capsys, with_torch):
+    if with_torch:
+        pytest.importorskip('torch', reason='PyTorch is for `make test-torch` alone')
+    else:
+        monkeypatch.setitem(sys.modules, 'torch', None)
+    with zipfile.ZipFile(tmp_path / 'bad.pth', 'w') as archive:
+        tree = {'features.0.weight': Trap(tmp_path / 'sprung')}
+        archive.writestr('bad/data.pkl', pickle.dumps(tree, protocol=2))
+        archive.writestr('bad/version', '3\n')
+        archive.writestr('bad/byteorder', 'little')
+    refused(['import', 'torchvision', 'bad.pth'], 1, 'code to run, posix.mknod', tmp_path, capsys)
+    assert not (tmp_path / 'sprung').exists()
+
+
+def test_an_object_in_an_npz_is_not_run(tmp_path, capsys):
+    arrays = foreign('caffenet', small('caffenet'))
+    trap = np.array([Trap(tmp_path / 'sprung')], object)
+    np.savez(tmp_path / 'bad.npz', **(arrays | {'conv3/0': trap}))
+    refused(['import', 'caffenet', 'bad.npz'], 1, 'code to run, in conv3/0', tmp_path, capsys)
+    assert not (tmp_path / 'sprung').exists()
+
+
+def refused(words, code, sentence, folder, capsys):
+    """The command ends with `code` and one line that holds `sentence`; nothing is written."""
+    (folder / 'net.py').write_text(
+        'import sys\n'
+        'from tests import test_weights\n'
+        f'get_config = lambda scale="quickstart": test_weights.small({words[1]!r})\n'
+    )
+    before = contents(folder)
+    words = [*words[:2], str(folder / words[2]), *words[3:]]
+    words += ['--workdir', str(folder / 'w'), '--config', str(folder / 'net.py')]
+    assert weights.main(words) == code
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert sentence in lines[0]
+    assert contents(folder) == before
+    assert not (folder / 'w').exists()
+
+
+@pytest.mark.parametrize('name', ['a.npz', 'a.safetensors', 'a.caffemodel', 'a.pth'])
+@pytest.mark.parametrize('part', [0.0, 0.5, 0.999])
+def test_a_truncated_file(tmp_path, capsys, monkeypatch, name, part):
+    monkeypatch.setitem(sys.modules, 'torch', None)
+    file = write(tmp_path / name, foreign('caffenet', small('caffenet')))
+    if name == 'a.pth':
+        shutil.copy(make_pth.FILE, file)
+    body = file.read_bytes()
+    file.write_bytes(body[: int(part * len(body))])
+    # Nothing at all is a Caffe net without a layer.
+    code = 2 if (name, part) == ('a.caffemodel', 0.0) else 1
+    refused(['import', 'caffenet', name], code, str(file), tmp_path, capsys)
+
+
+def test_a_truncated_file_with_torch(torch, tmp_path, capsys):
+    body = make_pth.FILE.read_bytes()
+    (tmp_path / 'a.pth').write_bytes(body[: len(body) // 2])
+    refused(['import', 'torchvision', 'a.pth'], 1, 'damaged', tmp_path, capsys)
+
+
+def change_shape(arrays):
+    arrays['conv3/0'] = arrays['conv3/0'][:, :, :2]
+
+
+def change_integer(arrays):
+    arrays['conv3/0'] = arrays['conv3/0'].astype(np.int32)
+
+
+def change_nan(arrays):
+    arrays['conv3/0'][0, 0, 0, 0] = np.nan
+
+
+def change_missing(arrays):
+    del arrays['conv3/0']
+
+
+def change_extra(arrays):
+    arrays['conv9/0'] = arrays['conv3/0']
+
+
+@pytest.mark.parametrize(
+    ('change', 'sentence'),
+    [
+        (change_shape, 'conv3/0 is [96, 64, 2, 3], and this net wants [96, 64, 3, 3]'),
+        (change_integer, 'conv3/0 holds what is no finite number'),
+        (change_nan, 'conv3/0 holds what is no finite number'),
+        (change_missing, 'has no conv3/0: it holds another net'),
+        (change_extra, 'has conv9/0, which this net has not'),
+    ],
+)
+def test_another_nets_tree(tmp_path, capsys, change, sentence):
+    arrays = foreign('caffenet', small('caffenet'))
+    change(arrays)
+    write(tmp_path / 'a.npz', arrays)
+    refused(['import', 'caffenet', 'a.npz'], 2, sentence, tmp_path, capsys)
+
+
+def test_another_frameworks_tree(tmp_path, capsys):
+    write(tmp_path / 'a.npz', foreign('caffenet', small('caffenet')))
+    sentence = 'has no features.0.weight: it holds another net (conv1/0, conv1/1, conv2/0, ...)'
+    refused(['import', 'torchvision', 'a.npz'], 2, sentence, tmp_path, capsys)
+
+
+@pytest.mark.parametrize(
+    ('words', 'code', 'sentence'),
+    [
+        (['import', 'caffenet', 'a.npz', '--workdir=w'], 1, 'a.npz is not there'),
+        (['import', 'caffenet', 'a.h5', '--workdir=w'], 2, 'the name must end in .pth'),
+        (['import', 'overfeat', 'a.npz', '--workdir=w'], 2, "invalid choice: 'overfeat'"),
+        (['import', 'own', 'a.npz', '--workdir=w'], 2, 'our own weights come as .safetensors'),
+        (
+            ['import', 'own', 'a.safetensors', '--workdir=w', '--mean=m.npy'],
+            2,
+            'carry their config',
+        ),
+        (['import', 'caffenet', 'a.npz', '--workdir=w', '--config=no.py'], 2, 'there is no no.py'),
+        (['export', 'a.tflite', '--workdir=w'], 2, 'the name must end in .safetensors'),
+        (['export', 'a.onnx', '--workdir=w'], 1, 'no checkpoint'),
+        (['export', 'a.onnx'], 2, '--workdir'),
+    ],
+)
+def test_other_nonsense(tmp_path, monkeypatch, capsys, repository, words, code, sentence):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'configs').symlink_to(repository / 'configs')
+    assert weights.main(words) == code
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert sentence in lines[0]
+    assert [path.name for path in tmp_path.iterdir()] == ['configs']
+
+
+def test_a_safetensors_file_of_somebody_else(tmp_path, capsys):
+    file = write(tmp_path / 'a.safetensors', {'x': np.zeros(3, np.float32)})
+    assert weights.main(['import', 'own', str(file), '--workdir', str(tmp_path / 'w')]) == 2
+    assert '`export` did not write it' in capsys.readouterr().err
+    assert not (tmp_path / 'w').exists()
+
+
+def test_a_pth_that_is_no_state_dict(torch, tmp_path):
+    torch.save({'state_dict': {}, 'epoch': 3}, tmp_path / 'a.pth')
+    with pytest.raises(RunError, match='state_dict is no array'):
+        weight_files.read(tmp_path / 'a.pth')
+
+
+def test_what_is_missing_is_said(monkeypatch, tmp_path):
+    write(tmp_path / 'a.safetensors', {'x': np.zeros(3, np.float32)})
+    monkeypatch.setitem(sys.modules, 'safetensors', None)
+    with pytest.raises(RunError, match=r'pip install .alexnet_jax\[weights\]'):
+        weight_files.read(tmp_path / 'a.safetensors')
+
+
+def test_a_net_that_onnx_cannot_hold():
+    made = alexnet.get_config('quickstart')
+    made.model.fc7.reads = 'own'
+    settings = configuration.unpack(made)
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), settings.net))
+    params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+    with pytest.raises(UsageError, match=r'fc7 reads its own tower only.*\.stablehlo'):
+        export.onnx(settings, params, Statistics(jnp.zeros((28, 28, 1)), jnp.zeros((1, 1))))
