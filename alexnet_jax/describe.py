@@ -1,23 +1,33 @@
-"""What a config describes, on one page: shapes, parameters, multiply-adds, memory."""
+"""What a config describes, on one page: shapes, parameters, operations, memory, communication."""
 
+import contextlib
 import math
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 
+from alexnet_jax import communication, parallel
 from alexnet_jax import config as configuration
-from alexnet_jax.config import Config, Settings
+from alexnet_jax.communication import Collective, Memory
+from alexnet_jax.config import Config, MeshShape, Settings
+from alexnet_jax.errors import UsageError
 from alexnet_jax.model import Net, Stage, geometry
+from alexnet_jax.parallel import Layout
 
 COLUMNS = (
     'layer', 'reads', 'input', 'kernel/stride/pad', 'output', 'init std', 'bias', 'parameters',
     'multiply-adds', 'then',
 )  # fmt: skip
 FLOAT32_BYTES = 4
+MOST_VIRTUAL_DEVICES = 512
 
 
 def run(config: Config) -> str:
     """The page for a config.
+
+    A mesh of several devices need not be there: `mesh.data=4 mesh.tower=2` is described on virtual
+    CPU devices, where nothing has asked for the real ones yet; `mesh.data=-1` means the real ones.
 
     Raises:
         UsageError: the config is impossible.
@@ -31,6 +41,7 @@ def run(config: Config) -> str:
         _totals(stages),
         _recipe(settings),
         _memory(settings, stages),
+        *_on_mesh(settings),
     ]
     return '\n\n'.join(parts)
 
@@ -125,7 +136,7 @@ def _recipe(settings: Settings) -> str:
     )
     return '\n'.join(
         [
-            norms,
+            f'{norms}; lrn reads {net.lrn_reads}',
             f'pool: {net.pool.kind} {net.pool.window_px}/{net.pool.stride_px}; dropout: '
             f'{net.dropout.kind}, keep {net.dropout.keep:g}; compute in {net.compute_dtype}',
             f'batch {settings.batch_size}, {settings.epochs:g} epochs, momentum '
@@ -145,3 +156,92 @@ def _memory(settings: Settings, stages: Sequence[Stage]) -> str:
 
 def _mib(size: int) -> str:
     return f'{size / 2**20:,.1f} MiB'
+
+
+# -------------------------------------------------------------------------------------- on a mesh
+
+
+def _on_mesh(settings: Settings) -> list[str]:
+    """Who sends what to whom, and what a device holds, read from the compiled step."""
+    _provide_devices(settings.mesh)
+    one = ['one device: nothing is communicated']
+    if settings.mesh.data == settings.mesh.tower == 1:
+        return one
+    layout = parallel.lay_out(settings.mesh, settings.batch_size)
+    if layout.mesh.size == 1:
+        return one
+    found = communication.read_step(settings, layout)
+    where = f'{_mesh(layout)}, placement {settings.mesh.placement}'
+    memory, beside = f'memory of a device on {where}, MiB', None
+    if any(split.shards > 1 for split in (layout.spread.conv, layout.spread.fc)):
+        unsplit = parallel.lay_out(MeshShape(layout.replicas, tower=1), settings.batch_size)
+        beside = communication.read_step(settings, unsplit).memory
+        memory += f'; unsplit: on {_mesh(unsplit)}, placement towers'
+    sent = _communication(found.collectives)
+    if settings.net.compute_dtype == 'bfloat16' and jax.default_backend() == 'cpu':
+        sent += '\na CPU widens bfloat16 to send it: elsewhere forward and backward are half'
+    return [
+        f'communication of a step on {where}\n\n{sent}',
+        f'{memory}\n\n{_held(found.memory, beside)}',
+    ]
+
+
+def _mesh(layout: Layout) -> str:
+    return ' x '.join(f'{axis} {size}' for axis, size in layout.mesh.shape.items())
+
+
+def _provide_devices(shape: MeshShape) -> None:
+    """Virtual CPU devices for a mesh of stated size, unless this process has its devices already.
+
+    Raises:
+        UsageError: so many that this machine would choke.
+    """
+    wanted = shape.data * shape.tower
+    if wanted > MOST_VIRTUAL_DEVICES:
+        raise UsageError(
+            f'a mesh of data {shape.data} x tower {shape.tower} is too big to be described: '
+            f'choose at most {MOST_VIRTUAL_DEVICES} devices.'
+        )
+    if wanted > 1:
+        with contextlib.suppress(RuntimeError):  # says that they are there already
+            jax.config.update('jax_num_cpu_devices', wanted)
+            jax.config.update('jax_platforms', 'cpu')
+
+
+def _communication(collectives: Sequence[Collective]) -> str:
+    """A row a layer, and in which direction; the sums of gradients, weights and biases together."""
+    head = ('layer', 'pass', 'kind', 'axis', 'devices', 'array, bytes', 'sent by a device, bytes')
+    rows = [
+        (
+            row.layer,
+            row.phase,
+            row.kind,
+            row.axis,
+            str(row.devices),
+            f'{row.array_bytes:,}',
+            f'{row.sent_bytes:,}',
+        )
+        for row in communication.by_layer(collectives)
+    ]
+    sent = communication.sent_bytes(collectives)
+    messages = len({row.instruction for row in collectives})
+    return (
+        f'{table([head, *rows])}\n\n{_mib(sent)} sent by each device in a step, if in rings; the '
+        f'compiler has merged {len(collectives)} arrays into {messages} messages'
+    )
+
+
+def _held(memory: Memory, beside: Memory | None) -> str:
+    """A row a layer, and the compiler's own figures; `beside`: with no layer split."""
+    memories = [memory] if beside is None else [memory, beside]
+    kinds = ('parameters', 'velocity', 'activations')
+    columns = [getattr(one, kind) for kind in kinds for one in memories]
+    heads = [head for kind in kinds for head in (kind, 'unsplit')[: len(memories)]]
+    rows = [(layer, *(f'{c[layer] / 2**20:,.2f}' for c in columns)) for layer in memory.parameters]
+    total = ('all', *(f'{sum(c.values()) / 2**20:,.2f}' for c in columns))
+    figures = ', '.join(
+        f'{kind} {" / ".join(_mib(getattr(one, kind)) for one in memories)}'
+        for kind in ('arguments', 'outputs', 'temporaries')
+    )
+    whose = 'by the compiler' if beside is None else 'by the compiler, here / unsplit'
+    return f'{table([("layer", *heads), *rows, total])}\n\n{whose}: {figures}'

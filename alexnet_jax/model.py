@@ -339,6 +339,8 @@ class AlexNet(nn.Module):
                         x = _gather(x, self.spread.fc, axis=0)
                 linear = Linear(layer, towers, shards=1 if last else split.shards, name=layer.name)
                 x = linear(x, self._sum if sums else None)
+                if last and lies.shards > 1 and not sums:  # the same on each device: make it known
+                    x = jax.lax.pmean(x, lies.axis)
                 self.sow('intermediates', f'{layer.name}_linear', x)
                 for word in layer.then:
                     x = self._follow(word, x, layer, masks)

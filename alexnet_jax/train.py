@@ -30,7 +30,7 @@ from alexnet_jax.data import Dataset, TrainStream
 from alexnet_jax.errors import RunError, UsageError
 from alexnet_jax.parallel import Layout
 from alexnet_jax.records import say
-from alexnet_jax.step import TrainState, init_state, inputs, make_optimizer, make_train_step
+from alexnet_jax.step import TrainState, init_state, inputs, jit_train_step, make_optimizer
 
 Array = jax.Array
 
@@ -109,9 +109,7 @@ def open_job(config: Config, settings: Settings, workdir: Path) -> Job:
     )
     statistics = parallel.place(statistics, parallel.whole(layout))
     optimizer = make_optimizer(settings, len(train))
-    shapes = jax.eval_shape(lambda: init_state(settings, optimizer))
-    shardings = parallel.state_shardings(shapes, settings.net, layout)
-    step = make_train_step(settings, layout, optimizer, len(train))
+    train_step, shardings = jit_train_step(settings, layout, optimizer, len(train))
     return Job(
         settings=settings,
         config=json.loads(configuration.as_json(config)),
@@ -123,12 +121,7 @@ def open_job(config: Config, settings: Settings, workdir: Path) -> Job:
         statistics=statistics,
         optimizer=optimizer,
         shardings=shardings,
-        train_step=jax.jit(
-            step,
-            donate_argnums=0,
-            out_shardings=(shardings, parallel.whole(layout)),
-            compiler_options=parallel.compiler_options(),
-        ),
+        train_step=train_step,
         predict=evaluate.make_predict(settings, layout),
     )
 

@@ -70,9 +70,38 @@ def starts() -> str:
     return '\n'.join(rows)
 
 
+def meshes() -> str:
+    """How far meshes and placements are from one device, as experiments.meshes measured it."""
+    rows = [
+        "| placement, data x tower | loss | gradients | parameters | loss curve, recipe's rates "
+        '| a hundredth of them |',
+        '|---|---|---|---|---|---|',
+    ]
+    keys = ('loss', 'gradients', 'parameters', 'curve_recipe', 'curve_hundredth')
+    for line in (RESULTS / 'meshes.jsonl').read_text().splitlines():
+        row = json.loads(line)
+        rows.append(f'| {row["row"]} | ' + ' | '.join(f'{row[key]:.1e}' for key in keys) + ' |')
+    return '\n'.join(rows)
+
+
+def communication() -> str:
+    """The second half of the page that describe prints for the paper's two GPUs."""
+    page = (RESULTS / 'describe_two_devices.txt').read_text()
+    table = page[page.index('layer        pass') : page.index('\n\nmemory of a device')]
+    return f'```\n{table}\n```'
+
+
 def filled(text: str) -> str:
     """The README with its figures put in between their marks."""
-    for mark, figures in (('figures', quickstart()), ('starts', starts()), ('speed', speed())):
+    tables = {
+        'figures': quickstart,
+        'starts': starts,
+        'communication': communication,
+        'meshes': meshes,
+        'speed': speed,
+    }
+    for mark, table in tables.items():
+        figures = table()
         pattern = rf'(<!-- {mark}: .*? -->\n).*?(<!-- end of {mark} -->)'
         text, found = re.subn(
             pattern, lambda m, f=figures: f'{m[1]}{f}\n{m[2]}', text, flags=re.DOTALL

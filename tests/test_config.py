@@ -134,6 +134,9 @@ WRONG = {
     'optimizer.late.layer': ('conv7', "'conv7' is not one of none, conv1"),
     'mesh.tower': (3, 'choose a divisor of 2'),
     'mesh.data': (0, 'must be positive'),
+    'mesh.placement': ('two_weird_tricks', 'not one of towers, one_weird_trick'),
+    'processes.peer_timeout_secs': (0.0, 'must be at least 1'),
+    'processes.join_timeout_secs': (-5.0, 'must be at least 1'),
     'loop.on_dead_start': ('panic', 'not one of warn, error'),
 }
 
@@ -152,6 +155,29 @@ def test_what_is_wrong_is_said_in_one_sentence(key):
     assert words in str(caught.value)
     assert '\n' not in str(caught.value)
     assert caught.value.exit_code == 2
+
+
+def test_towers_that_a_net_or_a_placement_does_not_have():
+    tree = json.loads(configuration.as_json(smoke.get_config()))
+    tree['mesh'] = {'data': -1, 'tower': 2, 'placement': 'one_weird_trick'}
+    with pytest.raises(UsageError, match=r'has no tower axis; set mesh\.tower=1'):
+        configuration.unpack(tree)
+    tree['mesh']['tower'], tree['model']['fc7']['reads'] = 1, 'own'
+    with pytest.raises(UsageError, match='fc7 reads its own only'):
+        configuration.unpack(tree)
+    tree['mesh'] = {'data': 1, 'tower': 2, 'placement': 'towers'}
+    tree['model']['towers'] = 1
+    with pytest.raises(UsageError, match='the net has 1 tower'):
+        configuration.unpack(tree)
+
+
+def test_configs_of_the_first_checkpoints_still_unpack():
+    tree = json.loads(configuration.as_json(smoke.get_config()))
+    del tree['processes'], tree['mesh']['placement'], tree['model']['lrn_reads']
+    settings = configuration.unpack(tree)
+    assert settings.processes.peer_timeout_secs == 60
+    assert settings.mesh.placement == 'towers'
+    assert settings.net.lrn_reads == 'own'
 
 
 @pytest.mark.parametrize('key', ['model', 'optimizer.weights', 'model.conv3.bias', 'epochs'])

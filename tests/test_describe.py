@@ -1,13 +1,31 @@
 """The page of `--mode=describe` against shared knowledge of the 2012 net (its paper and source)."""
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 
+import jax
 import pytest
 
 from alexnet_jax import config as configuration
 from alexnet_jax import describe
+from alexnet_jax.errors import UsageError
 from alexnet_jax.model import geometry
 from configs import ablation_lrn, alexnet, smoke
+
+
+@pytest.fixture(autouse=True)
+def devices():
+    """Those of the tests, there before `describe` could provide others."""
+    return jax.devices()
+
+
+def on(data: int, tower: int, config=None, placement: str = 'towers'):
+    """The config, the smallest one by default, on a mesh."""
+    config = config or smoke.get_config()
+    config.mesh.update(data=data, tower=tower, placement=placement)
+    return config
 
 
 def cells(page: str) -> dict[str, list[str]]:
@@ -17,7 +35,7 @@ def cells(page: str) -> dict[str, list[str]]:
 
 
 def test_the_net_of_2012():
-    page = describe.run(alexnet.get_config('imagenet2012'))
+    page = describe.run(on(1, 1, alexnet.get_config('imagenet2012')))
     assert '60,965,224 parameters, 659,272 neurons, 724.4 M multiply-adds' in page
     rows = cells(page)
     assert list(rows) == ['conv1', 'conv2', 'conv3', 'conv4', 'conv5', 'fc6', 'fc7', 'fc8']
@@ -34,7 +52,7 @@ def test_the_net_of_2012():
 
 
 def test_one_tower():
-    config = alexnet.get_config('imagenet2012')
+    config = on(1, 1, alexnet.get_config('imagenet2012'))
     config.model.towers = 1
     for name, features in zip(config.model.layers, (48, 128, 192, 192, 256), strict=False):
         config.model[name].features = features
@@ -45,7 +63,8 @@ def test_every_scale_and_ablation_needs_no_data(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # where there is no data
     for scale in alexnet.SCALES:
         assert 'lrn' not in ''.join(
-            row[-1] for row in cells(describe.run(ablation_lrn.get_config(scale))).values()
+            row[-1]
+            for row in cells(describe.run(on(1, 1, ablation_lrn.get_config(scale)))).values()
         )
     assert not list(tmp_path.iterdir())
 
@@ -67,3 +86,71 @@ def test_activations_follow_the_compute_dtype(dtype):
     settings = configuration.unpack(config)
     bytes_ = [describe.memory_bytes(s, geometry(s.net))['activations'] for s in (settings, base)]
     assert bytes_[0] * (1 if dtype == 'float32' else 2) == bytes_[1]
+
+
+# -------------------------------------------------------------------------------------- on a mesh
+
+
+def rows_behind(page: str, title: str) -> dict[tuple[str, ...], list[str]]:
+    """The rows of the table behind a title, by layer and, where there is one, pass."""
+    table = page.partition(title)[2].split('\n\n')[1].splitlines()[2:]
+    rows = [line.split() for line in table]
+    return {tuple(row[:2] if row[1].isalpha() else row[:1]): row for row in rows}
+
+
+def test_one_device_communicates_nothing():
+    assert describe.run(on(1, 1)).endswith('one device: nothing is communicated')
+
+
+def test_communication_and_memory_of_a_mesh():
+    if jax.device_count() < 8:
+        pytest.skip('eight devices are wanted; tests/conftest.py makes them')
+    page = describe.run(on(2, 2))
+    sent = rows_behind(page, 'communication of a step on data 2 x tower 2, placement towers')
+    # Half of 64 images, 3 x 3 x 32 float32 each; a device of two sends half of that.
+    assert sent['conv3', 'forward'][2:] == ['all-gather', 'tower', '2', '36,864', '18,432']
+    assert sent['fc7', 'gradient'][2:4] == ['all-reduce', 'data']
+    held = rows_behind(page, 'memory of a device on data 2 x tower 2, placement towers')
+    # (512 x 512 weights + 512 biases) x 4 bytes, in MiB: half of it, and all of it.
+    assert held['fc7',][1:5] == ['0.50', '1.00', '0.50', '1.00']
+    assert 'unsplit: on data 2 x tower 1' in page
+    assert 'by the compiler, here / unsplit: arguments' in page
+    assert 'bfloat16' not in page
+
+
+def test_plain_data_parallelism_splits_no_layer():
+    if jax.device_count() < 8:
+        pytest.skip('eight devices are wanted; tests/conftest.py makes them')
+    config = on(2, 1)
+    config.model.compute_dtype = 'bfloat16'
+    page = describe.run(config)
+    assert 'unsplit' not in page
+    assert ('conv3', 'forward') not in rows_behind(page, 'communication of a step')
+    assert 'a CPU widens bfloat16 to send it' in page
+
+
+def test_a_laptop_describes_the_mesh_that_it_has_not():
+    """In a process of its own, where one CPU device is all there is."""
+    flags = ('--config.mesh.data=4', '--config.mesh.placement=one_weird_trick', '--mode=describe')
+    done = subprocess.run(
+        [sys.executable, 'main.py', '--config=configs/smoke.py', *flags],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert 'communication of a step on data 4 x tower 1, placement one_weird_trick' in done.stdout
+
+
+@pytest.mark.parametrize(
+    ('data', 'tower', 'says'),
+    [
+        (1024, 1, 'choose at most 512 devices'),
+        (3, 1, 'a mesh of data 3 x tower 1 does not divide'),
+        (1, 3, 'mesh.tower is 3, and the net has 2 tower'),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_one_sentence(data, tower, says):
+    with pytest.raises(UsageError, match=says) as caught:
+        describe.run(on(data, tower))
+    assert '\n' not in str(caught.value)

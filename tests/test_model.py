@@ -554,6 +554,42 @@ def test_towers_without_cross_talk_on_two_devices():
     assert_same_pass(on_mesh(net, case, (1, 2)), on_mesh(net, case, (1, 1)))
 
 
+@pytest.mark.parametrize('shape', [(1, 2), (2, 2), (4, 1, TRICK)])
+def test_a_last_layer_that_reads_maps(shape):
+    """No device holds a share of flattened maps, so they are gathered and not summed."""
+    net = cut(small_net(), 'conv1', 'conv2', 'fc8')
+    case = cases.case(net, 4)
+    assert_same_pass(on_mesh(net, case, shape), on_mesh(net, case, (1, 1)))
+
+
+def test_lrn_across_towers_on_two_devices():
+    net = dataclasses.replace(small_net(), lrn_reads='all')
+    case = cases.case(net, 2)
+    expected = on_mesh(net, case, (1, 1))
+    assert_same_pass(on_mesh(net, case, (1, 2)), expected)
+    own = on_mesh(dataclasses.replace(net, lrn_reads='own'), case, (1, 1))
+    assert relative(own[0][1], expected[0][1]) > 1e-4
+
+
+@pytest.mark.parametrize(
+    ('shape', 'batch_size', 'says'),
+    [
+        ((3, 1), 6, 'data 3 x tower 1 does not divide the 8 device(s) here'),
+        ((16, 1), 16, 'data 16 x tower 1 does not divide'),
+        ((4, 2), 6, 'batch_size 6 does not divide over 4 devices'),
+    ],
+)
+def test_meshes_that_do_not_fit(shape, batch_size, says):
+    with pytest.raises(UsageError, match=re.escape(says)):
+        parallel.lay_out(MeshShape(*shape), batch_size)
+
+
+def test_units_that_do_not_divide():
+    net = change(small_net(), 'fc6', features=130)
+    with pytest.raises(UsageError, match='fc6: 4 devices do not divide its 130 units'):
+        parallel.forward(net, parallel.lay_out(MeshShape(4, 1, TRICK), 4))
+
+
 def test_the_training_step_is_compiled_once():
     """Three steps on a (2, 2) mesh: the state must come back with its types and places."""
     settings = configuration.unpack(smoke.get_config())

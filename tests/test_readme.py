@@ -16,5 +16,5 @@ def test_configs_and_modules_it_names_exist():
         assert (readme.ROOT / config).is_file(), config
     for module in re.findall(r'python -m ([\w.]+)', text):
         assert (readme.ROOT / (module.replace('.', '/') + '.py')).is_file(), module
-    for link in re.findall(r'\]\((\w[^)]*)\)', text):
+    for link in re.findall(r'\]\((?!https?:)(\w[^)]*)\)', text):
         assert (readme.ROOT / link).exists(), link
