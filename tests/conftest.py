@@ -42,6 +42,28 @@ def data_dir() -> Path:
     return path
 
 
+@pytest.fixture(scope='session')
+def smoke_run(data_dir, tmp_path_factory) -> Path:
+    """The workdir of a smoke run, shrunk; to be looked at, or copied, not changed.
+
+    256 images to train on, 64 to validate, 40 to test, in three batches, the last one not full.
+    """
+    from alexnet_jax import train
+    from configs import smoke
+
+    config = smoke.get_config()
+    config.data.data_dir = str(data_dir)
+    config.data.train, config.data.validation = 'train[:256]', 'train[256:320]'
+    config.data.test = 'test[:40]'
+    config.loop.log_every_steps = 1
+    config.loop.eval_batch_size = 16
+    config.loop.tensorboard = False
+    config.loop.compilation_cache = 'none'  # one is set above for all tests
+    workdir = tmp_path_factory.mktemp('runs') / 'smoke'
+    train.run(config, workdir)
+    return workdir
+
+
 @pytest.fixture
 def small_disk(tmp_path) -> Iterator[Path]:
     """A real file system of 3 MB."""

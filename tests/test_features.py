@@ -9,28 +9,15 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
-from alexnet_jax import data, evaluate, features, train
+from alexnet_jax import data, evaluate, features
 from alexnet_jax.errors import RunError, UsageError
-from configs import smoke
 
 TEST, TRAIN = 40, 256
 
 
 @pytest.fixture(scope='module')
-def workdir(data_dir, tmp_path_factory):
-    """A smoke run, shrunk."""
-    config = smoke.get_config()
-    config.data.data_dir = str(data_dir)
-    config.data.train = f'train[:{TRAIN}]'
-    config.data.validation = 'train[256:320]'
-    config.data.test = f'test[:{TEST}]'
-    config.epochs = 1.0
-    config.loop.eval_batch_size = 16
-    config.loop.tensorboard = False
-    config.loop.compilation_cache = 'none'  # conftest.py has set one for all tests
-    workdir = tmp_path_factory.mktemp('runs') / 'smoke'
-    train.run(config, workdir)
-    return workdir
+def workdir(smoke_run):
+    return smoke_run
 
 
 @pytest.fixture(scope='module')

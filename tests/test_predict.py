@@ -11,29 +11,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alexnet_jax import checkpoint, data, features, predict, train
+from alexnet_jax import checkpoint, data, features, predict
 from alexnet_jax.errors import RunError, UsageError
-from configs import smoke
 
 IMAGES = 40
 GREY, RGB = (28, 28, 1), (32, 32, 3)
 
 
 @pytest.fixture(scope='module')
-def trained(data_dir, tmp_path_factory):
-    """A smoke run, shrunk; evaluated in three batches, the last one not full."""
-    config = smoke.get_config()
-    config.data.data_dir = str(data_dir)
-    config.data.train = 'train[:256]'
-    config.data.validation = 'train[256:320]'
-    config.data.test = f'test[:{IMAGES}]'
-    config.epochs = 1.0
-    config.loop.eval_batch_size = 16
-    config.loop.tensorboard = False
-    config.loop.compilation_cache = 'none'  # conftest.py has set one for all tests
-    workdir = tmp_path_factory.mktemp('runs') / 'smoke'
-    train.run(config, workdir)
-    return workdir
+def trained(smoke_run):
+    return smoke_run
 
 
 @pytest.fixture(scope='module')
