@@ -9,7 +9,7 @@ CODE := alexnet_jax configs experiments tests main.py
 TYPED := alexnet_jax configs main.py
 DATA := data/fashion_mnist
 
-.PHONY: quickstart env data test lint types tests test-torch golden gpu clean
+.PHONY: quickstart env data test lint types tests test-torch test-cluster golden gpu clean
 
 quickstart: data
 	$(BIN)/python main.py --config=configs/alexnet.py
@@ -44,7 +44,12 @@ tests: data
 # The whole net against PyTorch. Elsewhere than on a CPU-only index this pulls gigabytes.
 test-torch: data
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,torch]'
-	$(BIN)/python -m pytest tests/test_torch.py
+	$(BIN)/python -m pytest tests/test_torch.py tests/test_weights.py
+
+# A real Slurm on this machine, and Open MPI: as root, on Debian; about eight minutes.
+test-cluster: data
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,cluster]'
+	$(BIN)/python -m pytest tests/cluster/test_slurm.py tests/cluster/test_kubernetes.py
 
 # The resolved configs as text: look at the difference before committing it.
 golden: env

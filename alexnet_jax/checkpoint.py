@@ -181,6 +181,8 @@ class Checkpoints:
             yield
         except Exception as problem:
             self._abandon()
+            if jax.process_count() > 1 and isinstance(problem, jax.errors.JaxRuntimeError):
+                raise  # a peer is gone: nothing is wrong with the disk
             raise RunError(
                 f'the checkpoint of step {step} could not be written to {self.directory} '
                 f'({_reason(problem)}); earlier ones are untouched: make room or make the folder '

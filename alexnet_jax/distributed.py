@@ -670,7 +670,7 @@ class Relay:
 
     NOISE = re.compile(
         r'.*\[Gloo\]|.*peer ranks|Additional GRPC error|:UNKNOWN:|'
-        r'[IWE]\d{4} .*(preemption_sync_manager|coordination_\w+|distributed_runtime)'
+        r'[IWE]\d{4} .*(preemption_\w+|coordination_\w+|distributed_runtime)'
     )
     CRASH = re.compile(r'F\d{4} \d\d:\d\d:\d\d|terminate called')
 

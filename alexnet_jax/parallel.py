@@ -72,10 +72,30 @@ def lay_out(shape: MeshShape, batch_size: int) -> Layout:
         axis_types=(AxisType.Auto, AxisType.Auto),
         devices=jax.devices()[: data * shape.tower],
     )
+    _introduce(mesh)
     if shape.placement == 'one_weird_trick':
         return Layout(mesh, Spread(fc=_split(mesh, 'data'), whole_batch=data > 1))
     towers = _split(mesh, 'tower')
     return Layout(mesh, Spread(conv=towers, fc=towers))
+
+
+def _introduce(mesh: Mesh) -> None:
+    """Have the devices of several processes meet now, in each of the groups that will talk.
+
+    Gloo gives a group 30 s for its first collective and any time for later ones; and one process
+    may find its compiled step in the cache while another compiles it for a minute.
+    """
+    if jax.process_count() == 1:
+        return
+    for axes in ('data', 'tower', ('data', 'tower')):
+        meet = jax.shard_map(
+            lambda x, axes=axes: jax.lax.psum(x, axes),
+            mesh=mesh,
+            in_specs=P(),
+            out_specs=P(),
+            check_vma=False,  # each device brings the same number
+        )
+        jax.block_until_ready(jax.jit(meet)(np.float32(1)))
 
 
 def _split(mesh: Mesh, axis: str) -> Split:

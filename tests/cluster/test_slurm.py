@@ -1,0 +1,228 @@
+"""A real Slurm of one node and experiments/cluster/slurm.sh: kills, preemption, usage errors.
+
+    make test-cluster
+
+Two tasks of four virtual CPU devices each train the smoke config on a mesh of data 4, tower 2, with
+a checkpoint every other step. However often they are disturbed, they end in the undisturbed run's
+bits. The same with Open MPI's mpirun.
+"""
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from alexnet_jax import distributed, records
+from tests.cluster import one_node
+from tests.test_train import assert_same, outcome
+
+LIMIT_SECS = 900  # for anything that is waited for: a busy machine of two cores takes its time
+ENDS = ('COMPLETED', 'FAILED', 'CANCELLED', 'TIMEOUT', 'NODE_FAIL', 'OUT_OF_MEMORY', 'BOOT_FAIL')
+
+
+@pytest.fixture(scope='module')
+def cluster(repository) -> Iterator[dict[str, str]]:
+    """The environment in which the commands of a private Slurm work."""
+    with one_node.slurm() as environment:
+        one_node.install({'mpirun': 'openmpi-bin', 'shellcheck': 'shellcheck'})
+        programs = f'{Path(sys.executable).parent}:{environment["PATH"]}'
+        yield environment | {'PATH': programs, 'JAX_NUM_CPU_DEVICES': '4'}
+
+
+class Job:
+    """A training run in the hands of Slurm."""
+
+    def __init__(self, cluster: dict[str, str], workdir: Path, words: list[str]):
+        self.cluster, self.workdir = cluster, workdir
+        self.log = workdir.with_suffix('.log')
+        options = ('--parsable', '--nodes=1', '--ntasks-per-node=2', f'--output={self.log}')
+        self.id = self.call('sbatch', *options, 'experiments/cluster/slurm.sh', *words)
+
+    def call(self, *command: str) -> str:
+        done = subprocess.run(command, env=self.cluster, capture_output=True, text=True)
+        assert done.returncode == 0, (command, done.stderr)
+        return done.stdout.strip()
+
+    def shown(self) -> dict[str, str]:
+        """What Slurm knows of the job."""
+        words = self.call('scontrol', 'show', 'job', '--oneliner', self.id).split()
+        return dict(word.split('=', 1) for word in words if '=' in word)
+
+    def said(self) -> str:
+        """The log, for the messages of assertions too."""
+        return self.log.read_text() if self.log.exists() else '(no log)'
+
+    def wait(self, condition: Callable[[], object], what: str) -> None:
+        deadline = time.monotonic() + LIMIT_SECS
+        while not condition():
+            assert self.shown()['JobState'] not in ENDS, f'ended before {what}:\n{self.said()}'
+            assert time.monotonic() < deadline, f'waited in vain for {what}:\n{self.said()}'
+            time.sleep(0.3)
+
+    def reach(self, step: int) -> None:
+        """Wait until `step` is logged."""
+        self.wait(lambda: self.steps() >= step, f'step {step}')
+
+    def steps(self) -> int:
+        return max((r['step'] for r in records.read(self.workdir)), default=0)
+
+    def come_back(self, restart: int) -> None:
+        """Wait until the job has gone through the queue and goes on."""
+        self.wait(lambda: self.said().count('going on from step') >= restart, f'restart {restart}')
+
+    def finish(self) -> dict[str, str]:
+        """Wait for the end."""
+        deadline = time.monotonic() + LIMIT_SECS
+        while (shown := self.shown())['JobState'] not in ENDS:
+            assert time.monotonic() < deadline, f'waited in vain for the end:\n{self.said()}'
+            time.sleep(0.5)
+        return shown
+
+
+def flags(workdir: Path, data_dir: Path, cache_dir: Path) -> list[str]:
+    """64 steps on a mesh of two processes."""
+    return [
+        '--config=configs/smoke.py', f'--workdir={workdir}',
+        f'--config.data.data_dir={data_dir}', f'--config.loop.compilation_cache={cache_dir}',
+        '--config.mesh.data=4', '--config.mesh.tower=2', '--config.epochs=4',
+        '--config.loop.checkpoint_every_epochs=0.125', '--config.loop.log_every_steps=2',
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope='module')
+def submit(cluster, repository, data_dir, cache_dir, tmp_path_factory):
+    """Starts a job: submit(name, *more_flags, **environment)."""
+    folder = tmp_path_factory.mktemp('jobs')
+
+    def call(name: str, *words: str, **environment: str) -> Job:
+        workdir = folder / name
+        with contextlib.chdir(repository):
+            return Job(
+                cluster | environment, workdir, [*flags(workdir, data_dir, cache_dir), *words]
+            )
+
+    return call
+
+
+@pytest.fixture(scope='module')
+def undisturbed(submit) -> Path:
+    job = submit('undisturbed')
+    shown = job.finish()
+    assert (shown['JobState'], shown['Restarts']) == ('COMPLETED', '0'), job.said()
+    assert 'going on from step' not in job.said()
+    return job.workdir
+
+
+def processes(workdir: Path) -> dict[tuple[str, int], int]:
+    """Ids of the run's processes: {('guard' or 'child', number): pid}."""
+    found = {}
+    for path in Path('/proc').glob('[0-9]*'):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            words = (path / 'cmdline').read_text().split('\0')
+            if 'main.py' not in words[1:2] or f'--workdir={workdir}' not in words:
+                continue
+            lines = (path / 'environ').read_text().split('\0')
+            environ = dict(line.split('=', 1) for line in lines if '=' in line)
+            role = 'child' if distributed.CHILD in environ else 'guard'
+            found[role, int(environ['SLURM_PROCID'])] = int(path.name)
+    return found
+
+
+def kill(job: Job, role: str, number: int) -> None:
+    found = processes(job.workdir)
+    assert set(found) == {(r, n) for r in ('guard', 'child') for n in (0, 1)}, job.said()
+    os.kill(found[role, number], signal.SIGKILL)
+
+
+def test_killed_tasks_are_started_again_and_end_in_the_same_bits(undisturbed, submit):
+    job = submit('killed')
+    job.reach(10)
+    kill(job, 'child', 1)
+    job.come_back(1)
+    job.reach(36)
+    kill(job, 'guard', 0)
+    shown = job.finish()
+    assert (shown['JobState'], shown['ExitCode']) == ('COMPLETED', '0:0'), job.said()
+    assert shown['Restarts'] == '2', job.said()
+    assert re.search(r'process 1 of 2 \(.*\) was ended by SIGKILL', job.said()), job.said()
+    assert re.search(r'process 0 of 2 \(.*\) is gone without a word', job.said()), job.said()
+    assert 'goes into the queue again, restart 2' in job.said()
+    steps = [int(step) for step in re.findall(r'going on from step (\d+) of 64', job.said())]
+    assert len(steps) == 2, job.said()
+    # Logged, not saved yet: a kill may take with it the save under way and the one before.
+    assert steps[0] >= 10 - 4, job.said()
+    assert steps[1] >= 36 - 4, job.said()
+    assert_same(outcome(undisturbed), outcome(job.workdir))
+
+
+def test_asked_to_leave_they_save_and_go_on_where_they_were(undisturbed, submit):
+    """Before the time limit, by preemption, by scancel: saved at the very step."""
+    rarely = '--config.loop.checkpoint_every_epochs=4.0'
+    job = submit('asked', rarely)
+    job.reach(6)
+    job.call('scancel', '--signal=TERM', job.id)  # what --signal=TERM@120 does: tasks alone get it
+    job.come_back(1)
+    job.reach(20)
+    job.call('scontrol', 'requeue', job.id)  # what preemption does: the script gets it too
+    job.come_back(2)
+    job.reach(36)
+    job.call('scancel', job.id)
+    shown = job.finish()
+    assert (shown['JobState'], shown['Restarts']) == ('CANCELLED', '2'), job.said()
+    job = submit('asked', rarely)  # by hand
+    shown = job.finish()
+    assert (shown['JobState'], shown['Restarts']) == ('COMPLETED', '0'), job.said()
+    saved = re.findall(r'^main.py: SIGTERM: saved at step (\d+) of 64', job.said(), re.MULTILINE)
+    went_on = re.findall(r'going on from step (\d+) of 64', job.said())
+    assert len(went_on) == 3, job.said()
+    assert went_on == saved, job.said()
+    assert job.said().count('goes into the queue again') == 1, job.said()
+    assert_same(outcome(undisturbed), outcome(job.workdir))
+
+
+def test_nonsense_is_not_started_again(submit):
+    job = submit('nonsense', '--config.mesh.tower=3')
+    shown = job.finish()
+    assert (shown['JobState'], shown['ExitCode']) == ('FAILED', '2:0'), job.said()
+    assert shown['Restarts'] == '0', job.said()
+    assert 'main.py: mesh.tower' in job.said()
+    assert 'not started again: what was asked makes no sense' in job.said()
+
+
+def test_started_again_so_often_and_no_more(submit):
+    job = submit('hopeless', '--workdir=/proc/nowhere', MOST_RESTARTS='1')
+    shown = job.finish()
+    assert (shown['JobState'], shown['ExitCode']) == ('FAILED', '1:0'), job.said()
+    assert shown['Restarts'] == '1', job.said()
+    assert 'choose another --workdir' in job.said()
+    assert job.said().strip().endswith('exit code 1, not started again after 1 restarts')
+
+
+def test_mpirun_ends_in_the_same_bits(undisturbed, cluster, repository, data_dir, cache_dir):
+    workdir = undisturbed.with_name('mpi')
+    done = subprocess.run(
+        ['mpirun', '-n', '2', '--allow-run-as-root', '--oversubscribe',
+         sys.executable, 'main.py', *flags(workdir, data_dir, cache_dir)],
+        cwd=repository, env=cluster, capture_output=True, text=True, timeout=LIMIT_SECS,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert 'test accuracy' in done.stdout
+    assert_same(outcome(undisturbed), outcome(workdir))
+
+
+def test_the_script_is_clean(cluster, repository):
+    script = repository / 'experiments/cluster/slurm.sh'
+    done = subprocess.run(['shellcheck', script], env=cluster, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_another_slurm_on_the_machine_is_left_alone(cluster):
+    with pytest.raises(one_node.SetupError, match='runs on this machine already'):
+        one_node.refuse_if_impossible()
