@@ -5,11 +5,11 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
-CODE := alexnet_jax configs experiments tests main.py
-TYPED := alexnet_jax configs main.py
+CODE := alexnet_jax configs examples experiments tests main.py
+TYPED := alexnet_jax configs examples main.py
 DATA := data/fashion_mnist
 
-.PHONY: quickstart env data test lint types tests test-torch test-cluster golden gpu clean
+.PHONY: quickstart env data test lint types tests test-torch test-browser test-cluster golden gpu clean
 
 quickstart: data
 	$(BIN)/python main.py --config=configs/alexnet.py
@@ -45,6 +45,11 @@ tests: data
 test-torch: data
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,torch]'
 	$(BIN)/python -m pytest tests/test_torch.py tests/test_weights.py
+
+# The report in a real headless Chromium, Debian's.
+test-browser: data
+	@command -v chromium > /dev/null || apt-get install --yes --no-install-recommends chromium
+	$(BIN)/python -m pytest tests/browser/test_report_in_chromium.py
 
 # A real Slurm on this machine, and Open MPI: as root, on Debian; about eight minutes.
 test-cluster: data

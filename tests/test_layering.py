@@ -11,8 +11,9 @@ PACKAGE = ROOT / 'alexnet_jax'
 
 # From the top of the house to its foundations; a room imports rooms of lower floors only.
 FLOORS = (
-    ('weights',),
-    ('train', 'features'),
+    ('weights', 'report'),
+    ('train', 'figures'),
+    ('features',),
     ('predict',),
     ('evaluate', 'describe'),
     ('communication',),

@@ -1,0 +1,518 @@
+"""What is drawn is what was found: the arrays are read back out of matplotlib's figures."""
+
+import dataclasses
+import io
+import itertools
+import json
+import shutil
+import sys
+import xml.etree.ElementTree as ElementTree
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from alexnet_jax import checkpoint, data, evaluate, features, figures, model
+from alexnet_jax import config as configuration
+from alexnet_jax.augment import Statistics
+from alexnet_jax.errors import UsageError
+from alexnet_jax.figures import Run
+from configs import alexnet
+
+pytest.importorskip('matplotlib', reason="pip install -e '.[figures]'")
+
+TEST = 40
+ALL = ('fig3', 'fig4_left', 'fig4_right', 'confusion', 'curves')
+
+
+@pytest.fixture(scope='module')
+def workdir(smoke_run):
+    return smoke_run
+
+
+@pytest.fixture
+def copy(workdir, tmp_path):
+    """The run again, to be damaged; without its checkpoints, which are large."""
+    shutil.copytree(workdir, tmp_path / 'copy', ignore=shutil.ignore_patterns('checkpoints'))
+    return tmp_path / 'copy'
+
+
+@pytest.fixture(scope='module')
+def run(workdir):
+    return Run(workdir)
+
+
+@pytest.fixture(scope='module')
+def test_images(data_dir):
+    return data.load('fashion_mnist', data_dir, f'test[:{TEST}]')
+
+
+def drawn(axes):
+    (image,) = axes.images
+    return np.asarray(image.get_array())
+
+
+def colours(rng, count, grey):
+    """Random filters [5, 5, 3, count] without any colour, or with nothing else."""
+    if grey:
+        return np.repeat(rng.normal(size=(5, 5, 1, count)), 3, axis=2)
+    kernels = rng.normal(size=(5, 5, 3, count))
+    return kernels - kernels.mean(axis=2, keepdims=True)
+
+
+# ---------------------------------------------------------------------------- tower specialisation
+
+
+def test_saturation_of_known_filters():
+    rng = np.random.default_rng(0)
+    red, cyan = (np.multiply.outer(np.ones((5, 5)), v)[..., None] for v in ([1, 0, 0], [0, 1, 1]))
+    zero = np.zeros((5, 5, 3, 1))
+    kernels = (colours(rng, 1, grey=True), colours(rng, 1, grey=False), red, cyan, zero)
+    found = figures.saturation(np.concatenate(kernels, axis=3))
+    # Of red, 1 of 1 is left 2/3: (2/3)^2 + 2 (1/3)^2; of cyan, 2 is left the same 2/3.
+    np.testing.assert_allclose(found, [0, 1, 2 / 3, 1 / 3, 0], atol=1e-12)
+
+
+def test_saturation_is_the_share_counted_slowly():
+    kernels = np.random.default_rng(1).normal(size=(3, 3, 3, 4)).astype(np.float32) + 0.3
+    for i, found in enumerate(figures.saturation(kernels)):
+        colour = total = 0.0
+        for row, column in itertools.product(range(3), range(3)):
+            weights = [float(w) for w in kernels[row, column, :, i]]
+            grey = sum(weights) / 3
+            colour += sum((w - grey) ** 2 for w in weights)
+            total += sum(w**2 for w in weights)
+        assert found == pytest.approx(colour / total)
+
+
+def test_independent_weights_have_two_thirds():
+    kernels = np.random.default_rng(2).normal(size=(11, 11, 3, 2000))
+    # One filter's deviation is about sqrt(4 / (9 * 121)) / sqrt(3) = 0.035; 2000 make 0.0008.
+    assert figures.saturation(kernels).mean() == pytest.approx(2 / 3, abs=0.004)
+
+
+def test_a_colour_blind_tower_and_a_colourful_one():
+    rng = np.random.default_rng(3)
+    kernels = np.concatenate([colours(rng, 4, grey=True), colours(rng, 4, grey=False)], axis=3)
+    found = figures.specialisation(kernels, towers=2)
+    assert found.towers == pytest.approx((0, 1), abs=1e-12)
+    assert found.gap == pytest.approx(1)
+    # Of the 70 ways to choose 4 of 8 filters 2 give that gap; 4 deviations of 10,000 draws.
+    assert found.chance == pytest.approx(2 / 70, abs=4 * np.sqrt(2 / 70 / 10_000))
+    assert 'gap 1.000' in str(found)
+
+
+def test_towers_that_do_the_same_have_no_gap():
+    own = colours(np.random.default_rng(4), 4, grey=False) + 0.5
+    found = figures.specialisation(np.concatenate([own, own], axis=3), towers=2)
+    assert found.gap == pytest.approx(0, abs=1e-12)
+    assert found.chance == 1
+
+
+def test_where_specialisation_has_no_meaning(run):
+    with pytest.raises(UsageError, match='grey images, of which colour saturation is not defined'):
+        figures.saturation(np.ones((3, 3, 1, 2)))
+    with pytest.raises(UsageError, match='one tower'):
+        figures.specialisation(np.ones((3, 3, 3, 2)), towers=1)
+    with pytest.raises(UsageError, match='grey images'):
+        figures.of_run(run)
+
+
+def test_grey_images_repeated_for_three_channels_teach_no_colour(run):
+    class Colourful(Run):
+        kernels = np.ones((3, 3, 3, 2))
+
+    with pytest.raises(UsageError, match='grey images'):
+        figures.of_run(Colourful(run.workdir))
+
+
+def test_the_towers_figure_shows_every_filter():
+    rng = np.random.default_rng(5)
+    kernels = np.concatenate([colours(rng, 4, grey=True), colours(rng, 4, grey=False)], axis=3)
+    (axes,) = figures.towers_figure(kernels, 2).axes
+    dots = [line.get_ydata() for line in axes.lines if line.get_marker() in 'os']
+    np.testing.assert_allclose(dots, [[0] * 4, [1] * 4], atol=1e-12)
+
+
+@pytest.fixture(scope='module')
+def colourful(tmp_path_factory):
+    """A checkpoint of a net for colour images, at its start; no run."""
+    config = alexnet.get_config('imagenet2012')
+    config.model.input_px = config.preprocess.resize_px = 64
+    config.preprocess.image_px = 68
+    alexnet.narrow(config.model, 16)
+    config.model.init_scaling = 'fan_in'
+    settings = configuration.unpack(config)
+    params = model.init(jax.random.key(0), settings.net)
+    mean = Statistics(np.zeros((64, 64, 3), np.float32), np.eye(3, dtype=np.float32))
+    workdir = tmp_path_factory.mktemp('colourful')
+    with checkpoint.Checkpoints(workdir / 'checkpoints') as checkpoints:
+        extra = {'config': json.loads(configuration.as_json(config)), 'class_names': ['a'] * 1000}
+        tree = {'state': {'params': params}, 'statistics': mean._asdict()}
+        checkpoints.save(0, tree, extra, error=None, wait=True)
+    return workdir, np.asarray(params['conv1']['kernel'])
+
+
+def test_the_towers_of_a_colour_net_by_the_command(colourful, tmp_path, capsys):
+    workdir, kernels = colourful
+    output = tmp_path / 'towers.svg'
+    assert figures.main(['towers', f'--workdir={workdir}', f'--output={output}']) == 0
+    found = figures.specialisation(kernels, 2)
+    assert capsys.readouterr().out == f'{found}\n{output}\n'
+    assert found.towers == pytest.approx((2 / 3, 2 / 3), abs=0.1)  # untrained, of 6 filters each
+    text = ''.join(ElementTree.parse(output).getroot().itertext())
+    assert f'gap {found.gap:.3f}, as large in {found.chance:.2%} of random divisions' in text
+
+
+# ------------------------------------------------------------------------------------------ filters
+
+
+@pytest.mark.parametrize(('channels', 'features'), [(3, 12), (1, 12), (3, 96)])
+def test_fig3_shows_each_filter_in_its_tower(channels, features):
+    kernels = np.random.default_rng(6).normal(size=(5, 5, channels, features))
+    kernels[..., 0] = 0
+    kernels[2, 2, 0, 0] = 3.0  # all else of this filter is grey
+    axes = figures.fig3(kernels, towers=2).axes
+    columns = 6 if features == 12 else 12
+    for i in range(features):
+        tower, number = divmod(i, features // 2)
+        row, column = divmod(number, columns)
+        own = drawn(axes[tower])[6 * row : 6 * row + 5, 6 * column : 6 * column + 5]
+        expected = 0.5 + 0.5 * kernels[..., i] / np.abs(kernels[..., i]).max()
+        np.testing.assert_allclose(own[..., :3], np.broadcast_to(expected, (5, 5, 3)), atol=1e-6)
+        assert np.all(own[..., 3] == 1)
+    assert drawn(axes[0])[2, 2, 0] == 1
+    assert drawn(axes[0])[0, 0, 0] == 0.5
+    assert np.all(drawn(axes[0])[:, 5] == 0)  # see-through between the filters
+
+
+def test_fig3_of_a_run_has_the_checkpoints_filters(run):
+    saved = checkpoint.read(run.workdir / 'checkpoints').state['state']['params']
+    np.testing.assert_array_equal(run.kernels, saved['conv1']['kernel'])
+    assert len(figures.make('fig3', [run]).axes) == 2
+
+
+# --------------------------------------------------------------------------------------- learning
+
+
+def test_curves_are_the_records(run):
+    loss, errors = figures.make('curves', [run]).axes
+    records = [
+        json.loads(line) for line in (run.workdir / 'metrics.jsonl').read_text().splitlines()
+    ]
+    training = [r for r in records if r['kind'] == 'train']
+    validation = [r for r in records if r['kind'] == 'validation']
+    assert len(training) == 8
+    assert loss.lines[0].get_xdata().tolist() == [r['epoch'] for r in training]
+    assert loss.lines[0].get_ydata().tolist() == [r['loss'] for r in training]
+    assert loss.lines[1].get_ydata().tolist() == [r['nll'] for r in validation]
+    shown = [line.get_ydata().tolist() for line in errors.lines]
+    assert shown[0] == [100 * r['top1_error'] for r in training]
+    assert shown[1] == [100 * r['top1_error'] for r in validation]
+    assert shown[2] == [100 * r['top5_error'] for r in validation]
+
+
+def test_fig1_compares_runs(run, copy):
+    tanh = json.loads((copy / 'config.json').read_text()) | {'name': 'tanh'}
+    (copy / 'config.json').write_text(json.dumps(tanh))
+    record = {'kind': 'train', 'step': 4, 'epoch': 1.0, 'loss': 1.0, 'top1_error': 0.75}
+    (copy / 'metrics.jsonl').write_text(json.dumps(record) + '\n' + '{"kind": "tr')
+    (axes,) = figures.make('fig1', [run, Run(copy)]).axes
+    names = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert names == ['smoke', 'tanh']
+    expected = [100 * r['top1_error'] for r in run.records if r['kind'] == 'train']
+    assert axes.lines[0].get_ydata().tolist() == expected
+    assert axes.lines[1].get_ydata().tolist() == [75.0]
+    assert axes.lines[2].get_ydata() == [25, 25]
+
+
+def test_fig1_names_runs_of_the_same_config_by_folder(run, copy):
+    (axes,) = figures.make('fig1', [run, Run(copy)]).axes
+    names = {line.get_label() for line in axes.lines}
+    assert {figures._short(str(w), 40) for w in (run.workdir, copy)} <= names
+
+
+def test_how_many_runs_a_figure_takes(run):
+    with pytest.raises(UsageError, match='two or more, --workdir=A,B'):
+        figures.make('fig1', [run])
+    with pytest.raises(UsageError, match='curves is drawn of one'):
+        figures.make('curves', [run, run])
+
+
+# ---------------------------------------------------------------------------------------- classes
+
+
+def test_the_confusion_matrix_counted_slowly():
+    rng = np.random.default_rng(7)
+    probability, label = rng.random((200, 5)), rng.integers(0, 4, 200)  # no image of class 4
+    expected = np.zeros((5, 5))
+    for row, own in zip(probability, label, strict=True):
+        expected[own, row.tolist().index(max(row))] += 1 / np.sum(label == own)
+    np.testing.assert_allclose(figures.confusion_matrix(probability, label), expected)
+    assert figures.confusion_matrix(probability, label).sum() == pytest.approx(4)
+
+
+def test_confusion_shows_the_matrix(run):
+    (axes,) = figures.make('confusion', [run]).axes
+    matrix = figures.confusion_matrix(run.predictions['centre'], run.predictions['label'])
+    np.testing.assert_allclose(drawn(axes)[..., 3] ** 2, matrix, atol=1e-6)
+    assert axes.get_xticklabels()[9].get_text() == 'Ankle boot'
+    written = {t.get_position(): t.get_text() for t in axes.texts}
+    assert written == {
+        (column, row): f'{100 * share:.0f}'
+        for (row, column), share in np.ndenumerate(matrix)
+        if share >= 0.005
+    }
+
+
+def test_many_classes_are_drawn_in_groups():
+    rng = np.random.default_rng(8)
+    label, taken = rng.integers(0, 205, 3000), rng.integers(0, 205, 3000)
+    (axes,) = figures.confusion(np.eye(205)[taken], label, [''] * 205).axes
+    found = drawn(axes)[..., 3] ** 2
+    assert found.shape == (69, 69)  # of three classes, and one of a single class
+    share = figures.confusion_matrix(np.eye(205)[taken], label)
+    assert found[2, 5] == pytest.approx(share[6:9, 15:18].sum() / 3)
+    assert found[68, 0] == pytest.approx(share[204:, :3].sum())
+    np.testing.assert_allclose(found.sum(axis=1), 1)
+    assert axes.images[0].get_extent() == [-0.5, 204.5, 204.5, -0.5]
+
+
+def test_fig4_left_shows_the_five_most_probable(run, test_images):
+    rows = (3, 0, 39)
+    axes = figures.make('fig4_left', [Run(run.workdir, rows=rows)]).axes
+    names = test_images.class_names
+    for row, picture, bars in zip(rows, axes[::2], axes[1::2], strict=False):
+        np.testing.assert_array_equal(drawn(picture), test_images.images[row][..., 0])
+        right, probability = test_images.labels[row], run.predictions['centre'][row]
+        assert picture.get_title(loc='left') == names[right]
+        ranked = sorted(range(10), key=lambda c, p=probability: (-p[c], c))[:5]
+        assert [bar.get_width() for bar in bars.patches] == probability[ranked].tolist()
+        for own, text, bar in zip(ranked, bars.texts, bars.patches, strict=True):
+            assert text.get_text().startswith(names[own])
+            assert (text.get_weight() == 'bold') == (own == right)
+            of_right = bar.get_facecolor()[0] > bar.get_facecolor()[2]  # more red than blue
+            assert of_right == (own == right)
+
+
+def test_fig4_right_shows_the_nearest_that_numpy_finds(run, test_images, data_dir):
+    axes = figures.make('fig4_right', [Run(run.workdir, rows=(0, 7))]).axes
+    extract = features.make_extract(run.trained, 'fc7_relu')
+    among = data.load('fashion_mnist', data_dir, 'train[:256]')
+    rows = extract(among.images).astype(np.float64)
+    for place, row in enumerate((0, 7)):
+        own = axes[8 * place : 8 * place + 8]
+        np.testing.assert_array_equal(drawn(own[0]), test_images.images[row][..., 0])
+        query = extract(test_images.images[row : row + 1])[0]
+        order = np.argsort(((rows - query) ** 2).sum(axis=1), kind='stable')[:6]
+        for found, axis in zip(order, own[2:], strict=True):
+            np.testing.assert_array_equal(drawn(axis), among.images[found][..., 0])
+            wrong = among.labels[found] != test_images.labels[row]
+            name = among.class_names[among.labels[found]]
+            assert axis.get_xlabel() == ('\n'.join(name.split()) if wrong else '')
+
+
+def test_the_step_before_dropout(run):
+    net = run.settings.net
+    assert figures.last_hidden(net) == 'fc7_relu'
+    bare = dataclasses.replace(net.layers[-2], then=('dropout',))
+    layers = (*net.layers[:-2], bare, net.layers[-1])
+    assert figures.last_hidden(dataclasses.replace(net, layers=layers)) == 'fc7_linear'
+
+
+# --------------------------------------------------------------------------------------- on disk
+
+
+@pytest.mark.parametrize('name', ALL)
+def test_every_figure_by_its_command(workdir, tmp_path, capsys, name):
+    for form in ('png', 'svg'):
+        output = tmp_path / f'{name}.{form}'
+        assert figures.main([name, f'--workdir={workdir}', f'--output={output}']) == 0
+        assert capsys.readouterr().out == f'{output}\n'
+    with Image.open(tmp_path / f'{name}.png') as picture:
+        picture.load()
+        assert picture.width == figures.WIDTH * figures.DPI
+        assert len(picture.convert('L').getcolors(256)) > 10  # something is on it
+    root = ElementTree.parse(tmp_path / f'{name}.svg').getroot()
+    assert root.tag == '{http://www.w3.org/2000/svg}svg'
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f'{name}.png', f'{name}.svg']
+
+
+def test_without_an_output_it_lies_in_the_workdir(copy, capsys):
+    assert figures.main(['curves', f'--workdir={copy}']) == 0
+    assert capsys.readouterr().out == f'{copy / "curves.png"}\n'
+    assert (copy / 'curves.png').stat().st_size > 10_000
+
+
+def test_the_same_figure_is_the_same_file(run):
+    for form in ('png', 'svg'):
+        first, second = (figures.render(figures.curves(run.records), form) for _ in range(2))
+        assert first == second
+
+
+def test_names_are_drawn_as_they_are():
+    names = ['$x^2$', '<b>&"', 'Ⲁ漢字', 'a\nb\x00\x1b', 'n' * 99]
+    probability = np.eye(5, dtype=np.float32)
+    images = np.zeros((5, 4, 4, 3), np.uint8)
+    drawings = (
+        figures.confusion(probability, np.arange(5), names),
+        figures.fig4_left(images, probability, np.arange(5), names),
+        figures.fig4_right(images[:1], images[None], np.array([0]), np.arange(5)[None], names),
+    )
+    for figure in drawings:
+        figures.render(figure, 'png')
+        body = io.BytesIO(figures.render(figure, 'svg'))
+        text = ''.join(ElementTree.parse(body).getroot().itertext())
+        assert all(short in text for short in ('$x^2$', '<b>&"', 'nnn…'))
+
+
+def test_a_matplotlibrc_changes_nothing(run):
+    import matplotlib
+
+    plain = figures.render(figures.curves(run.records), 'svg')
+    with matplotlib.rc_context({'font.size': 30, 'axes.facecolor': 'red', 'svg.fonttype': 'path'}):
+        assert figures.render(figures.curves(run.records), 'svg') == plain
+
+
+# ------------------------------------------------------------------------------------ ends badly
+
+
+def complaint(capsys, *words):
+    """Run the command to its end; (exit code, what it says, in one line)."""
+    code = figures.main([str(word) for word in words])
+    said = capsys.readouterr()
+    assert said.out == ''
+    (line,) = said.err.splitlines()
+    return code, line
+
+
+def files(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize('name', ['fig4_left', 'fig4_right', 'confusion'])
+def test_no_predictions(copy, capsys, name, monkeypatch, run):
+    (copy / 'predictions_test.npz').unlink()
+    monkeypatch.setattr(evaluate, 'restore', lambda *_: run.trained)
+    code, line = complaint(capsys, name, f'--workdir={copy}')
+    assert code == 1
+    assert 'no predictions_test.npz: make it with python main.py --mode=evaluate --w' in line
+    assert not list(copy.glob('*.png*'))
+
+
+@pytest.mark.parametrize('left', [0, 100, -200])
+def test_damaged_predictions(copy, capsys, left):
+    path = copy / 'predictions_test.npz'
+    path.write_bytes(path.read_bytes()[:left])
+    code, line = complaint(capsys, 'fig4_left', f'--workdir={copy}')
+    assert code == 1
+    assert 'predictions_test.npz is damaged' in line
+
+
+def test_predictions_of_other_images_or_classes(copy, capsys, run):
+    arrays = dict(run.predictions)
+    evaluate.save_predictions(
+        copy / 'predictions_test.npz', arrays | {'label': arrays['label'][::-1]}
+    )
+    assert (
+        'of other images than its test split'
+        in complaint(capsys, 'fig4_left', f'--workdir={copy}')[1]
+    )
+    fewer = {view: arrays[view][:, :7] for view in evaluate.VIEWS}
+    evaluate.save_predictions(copy / 'predictions_test.npz', arrays | fewer)
+    assert 'is not of 10 classes' in complaint(capsys, 'confusion', f'--workdir={copy}')[1]
+
+
+def test_no_metrics(copy, capsys):
+    (copy / 'metrics.jsonl').unlink()
+    code, line = complaint(capsys, 'curves', f'--workdir={copy}')
+    assert (code, line.count('train first')) == (1, 1)
+
+
+def test_metrics_that_are_none(copy, capsys):
+    for text in ('3\n', '{"a": 1}\n', b'\xff'):
+        (copy / 'metrics.jsonl').write_bytes(text if isinstance(text, bytes) else text.encode())
+        code, line = complaint(capsys, 'curves', f'--workdir={copy}')
+        assert code == 1
+        assert 'metrics.jsonl cannot be read' in line
+
+
+def test_half_a_run_has_curves(copy, capsys):
+    """Killed before its first evaluation, in the middle of a line."""
+    text = (copy / 'metrics.jsonl').read_text()
+    (copy / 'metrics.jsonl').write_text(text[: text.index('\n') + 40])
+    assert figures.main(['curves', f'--workdir={copy}']) == 0
+    _, errors = figures.curves(Run(copy).records).axes
+    assert len(errors.lines) == 1
+
+
+def test_no_run(tmp_path, capsys):
+    for folder in (tmp_path, tmp_path / 'nowhere'):
+        code, line = complaint(capsys, 'fig3', f'--workdir={folder}')
+        assert code == 1
+        assert 'holds no checkpoint; train first' in line
+        code, line = complaint(capsys, 'fig4_left', f'--workdir={folder}')
+        assert code == 1
+        assert 'holds no config.json' in line or 'holds no predictions_test.npz' in line
+    assert files(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ('words', 'sentence'),
+    [
+        (['fig5', '--workdir=W'], "invalid choice: 'fig5'"),
+        (['fig3'], 'required: --workdir'),
+        (['fig3', '--workdir=W', '--output=F.gif'], 'must end in .png or .svg'),
+        (['fig4_left', '--workdir=W', '--rows=1,x'], "'1,x' should be numbers, as in 0,7,19"),
+        (['fig4_left', '--workdir=W', '--rows=40'], 'there is no 40 among 40 images'),
+        (['fig4_left', '--workdir=W', '--rows=-1'], 'there is no -1 among 40 images'),
+        (['towers', '--workdir=W'], 'grey images, of which colour saturation is not defined'),
+        (['fig3', '--workdir=W', '--step=3'], 'no checkpoint of step 3'),
+    ],
+)
+def test_what_makes_no_sense(workdir, capsys, words, sentence):
+    code, line = complaint(capsys, *(word.replace('=W', f'={workdir}') for word in words))
+    assert code == 2
+    assert sentence in line
+
+
+def test_without_matplotlib(workdir, tmp_path, capsys, monkeypatch):
+    for name in list(sys.modules):
+        if name.split('.')[0] == 'matplotlib':
+            monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
+    for name in ALL:
+        code, line = complaint(capsys, name, f'--workdir={workdir}', f'--output={tmp_path}/f.png')
+        assert code == 1
+        assert line == "figures: figures need matplotlib: pip install 'alexnet_jax[figures]'."
+    assert files(tmp_path) == []
+
+
+def test_an_output_that_cannot_be_written(workdir, tmp_path, capsys):
+    (tmp_path / 'folder.png').mkdir()
+    for output in (tmp_path / 'nowhere' / 'f.png', tmp_path / 'folder.png'):
+        code, line = complaint(capsys, 'curves', f'--workdir={workdir}', f'--output={output}')
+        assert code == 1
+        assert f'{output} cannot be written' in line
+    assert files(tmp_path) == ['folder.png']
+    assert files(tmp_path / 'folder.png') == []
+
+
+def test_a_full_disk_keeps_the_old_figure(workdir, small_disk, capsys):
+    output = small_disk / 'curves.png'
+    output.write_bytes(b'the old one')
+    (small_disk / 'filler').write_bytes(bytes(shutil.disk_usage(small_disk).free - 8192))
+    code, line = complaint(capsys, 'curves', f'--workdir={workdir}', f'--output={output}')
+    assert code == 1
+    assert 'cannot be written (No space left on device)' in line
+    assert output.read_bytes() == b'the old one'
+    assert files(small_disk) == ['curves.png', 'filler']
+
+
+def test_every_figure_is_named_in_the_docstring():
+    listed = [
+        line.split('|')[1].strip()
+        for line in (figures.__doc__ or '').splitlines()[5:14]
+        if line.startswith('| ')
+    ]
+    assert sorted(listed) == sorted(('fig1', *figures.FIGURES))

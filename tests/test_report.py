@@ -1,0 +1,380 @@
+"""The report holds what the run found, in one well-formed file that asks for nothing else."""
+
+import base64
+import dataclasses
+import io
+import json
+import os
+import re
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from alexnet_jax import data, evaluate, figures, report
+from alexnet_jax.figures import Run
+
+pytest.importorskip('matplotlib', reason="pip install -e '.[figures]'")
+
+TEST = 40
+EVIL = '<script>alert("1")</script>&\'$x$'
+VOID = {'meta', 'img', 'br', 'link', 'input'}
+
+
+@pytest.fixture(scope='module')
+def workdir(smoke_run):
+    return smoke_run
+
+
+@pytest.fixture
+def copy(workdir, tmp_path):
+    """The run again, to be damaged."""
+    return shutil.copytree(workdir, tmp_path / 'copy')
+
+
+class Document(HTMLParser):
+    """A page as its tags and its text; every tag is closed by its own end."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.words = [], [], []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        names = [name for name, _ in attrs]
+        assert len(set(names)) == len(names), f'<{tag}> has an attribute twice: {names}'
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, text):
+        if not self.open or self.open[-1] not in ('style', 'script'):
+            self.words.append(text)
+
+    @property
+    def text(self):
+        return ' '.join(' '.join(self.words).split())
+
+    def values(self, *attributes):
+        return [own[name] for _, own in self.tags for name in attributes if name in own]
+
+
+@pytest.fixture(scope='module')
+def html(workdir, tmp_path_factory):
+    output = tmp_path_factory.mktemp('report') / 'r.html'
+    assert report.main([f'--workdir={workdir}', f'--output={output}']) == 0
+    assert [path.name for path in output.parent.iterdir()] == ['r.html']
+    return output.read_text()
+
+
+@pytest.fixture(scope='module')
+def document(html):
+    return Document(html)
+
+
+# ---------------------------------------------------------------------------------- one whole file
+
+
+def test_it_asks_for_no_other_file(html, document):
+    for link in document.values('src', 'href', 'xlink:href', 'srcset', 'data', 'poster', 'action'):
+        assert link.startswith(('data:image/png;base64,', '#')), link
+    for address in re.findall(r'url\(\s*[\'"]?(.)', html):
+        assert address == '#'
+    assert '@import' not in html
+    tags = {tag for tag, _ in document.tags}
+    assert not tags & {'script', 'link', 'iframe', 'object', 'embed', 'base', 'form'}
+    assert not [name for _, own in document.tags for name in own if name.startswith('on')]
+    (policy,) = [own['content'] for _, own in document.tags if 'http-equiv' in own]
+    assert policy.startswith("default-src 'none'; img-src data:;")
+
+
+def test_ids_are_one_each_and_lead_somewhere(html, document):
+    ids = document.values('id')
+    assert len(ids) > 50  # five drawings
+    assert len(set(ids)) == len(ids)
+    wanted = re.findall(r'(?:href="#|url\(#)([^")]*)', html)
+    assert wanted
+    assert set(wanted) <= set(ids)
+
+
+def test_every_picture_has_words_and_its_own_file(document):
+    drawings = [own for tag, own in document.tags if tag == 'svg']
+    assert len(drawings) == 5
+    assert all(own['aria-label'] and own['viewbox'] for own in drawings)
+    assert not any('width' in own for own in drawings)  # they fill what there is
+    images = [own for tag, own in document.tags if tag == 'img']
+    assert images
+    assert all(own['alt'] for own in images)
+
+
+def test_drawings_take_the_pages_ink(html):
+    assert html.count('currentColor') > 20
+    assert figures.INK not in html[html.index('<body') :]
+    assert '(prefers-color-scheme: dark)' in html
+    assert 'color-scheme: light dark' in html
+
+
+def test_it_reads_on_a_phone(document):
+    assert ('meta', {'name': 'viewport', 'content': 'width=device-width, initial-scale=1'}) in (
+        document.tags
+    )
+
+
+# -------------------------------------------------------------------------------- what it says
+
+
+def test_it_holds_the_figures_of_the_metrics(workdir, document):
+    found = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+    (test,) = [record for record in found if record['kind'] == 'test']
+    for view, name in (('centre', 'one view'), ('ten_views', 'ten views')):
+        own = test[view]
+        row = f'{name} {100 * own["top1_error"]:.2f} % {100 * own["top5_error"]:.2f} % '
+        assert row + f'{own["nll"]:.4f}' in document.text
+        assert f'test error, {name} {100 * own["top1_error"]:.2f} %' in document.text
+    validation = [record for record in found if record['kind'] == 'validation']
+    assert len(validation) == 2
+    for own in validation:
+        row = f'{own["epoch"]:.2f} {own["step"]} {100 * own["top1_error"]:.2f} % '
+        row += f'{100 * own["top5_error"]:.2f} % {own["nll"]:.4f}'
+        assert row in document.text
+    for name, share in test['class_accuracy'].items():
+        assert f'{name} {100 * (1 - share):.2f} %' in document.text
+    assert f'Errors on {TEST} test images; from predictions_test.npz.' in document.text
+
+
+def test_it_holds_config_and_environment(workdir, document):
+    for name in ('config.json', 'environment.json'):
+        for key, value in report.flat(json.loads((workdir / name).read_text())):
+            shown = f'{value:.6g}' if isinstance(value, float) else str(value)
+            assert f'{key} {shown}' in document.text
+    assert 'optimizer.weights.rate 0.02' in document.text
+
+
+def test_grey_images_have_no_saturation(document):
+    assert 'the net saw grey images, of which colour saturation is not defined.' in document.text
+
+
+def test_mistakes_counted_slowly():
+    rng = np.random.default_rng(0)
+    probability = rng.integers(1, 5, (100, 4)) / 10  # many equals
+    label = rng.integers(0, 4, 100)
+    wrong = []
+    for row, (own, right) in enumerate(zip(probability.tolist(), label.tolist(), strict=True)):
+        if own.index(max(own)) != right:
+            wrong.append((-max(own), row, right, own.index(max(own))))
+    for count in (0, 7, 200):
+        found = report.mistakes(probability, label, count)
+        expected = [(row, right, taken, -p) for p, row, right, taken in sorted(wrong)[:count]]
+        assert [dataclasses.astuple(one) for one in found] == expected
+    assert report.mistakes(np.eye(3), np.arange(3), 5) == []
+
+
+def test_the_mistakes_are_shown_with_their_images(workdir, document, data_dir):
+    test = data.load('fashion_mnist', data_dir, f'test[:{TEST}]')
+    with np.load(workdir / 'predictions_test.npz') as file:
+        found = report.mistakes(file['centre'], file['label'], report.MISTAKES)
+    images = [own for tag, own in document.tags if tag == 'img']
+    assert [own['alt'] for own in images] == [f'test image {one.row}' for one in found]
+    for own, one in zip(images, found, strict=True):
+        body = base64.b64decode(own['src'].removeprefix('data:image/png;base64,'))
+        with Image.open(io.BytesIO(body)) as picture:
+            np.testing.assert_array_equal(np.asarray(picture), test.images[one.row][..., 0])
+        names = test.class_names[one.taken_for], test.class_names[one.label]
+        caption = f'{names[0]} {100 * one.probability:.1f} % is {names[1]} image {one.row}'
+        assert caption in document.text
+
+
+def test_the_most_frequent_confusions_counted_slowly(workdir, document):
+    with np.load(workdir / 'predictions_test.npz') as file:
+        taken, label = file['centre'].argmax(axis=1).tolist(), file['label'].tolist()
+    pairs = [pair for pair in zip(label, taken, strict=True) if pair[0] != pair[1]]
+    share = {pair: pairs.count(pair) / label.count(pair[0]) for pair in pairs}
+    names = evaluate.restore(workdir).class_names
+    for own, other in sorted(share, key=lambda pair: (-share[pair], pair))[: report.CONFUSIONS]:
+        row = f'{names[own]} {names[other]} {100 * share[own, other]:.2f} %'
+        assert row in document.text
+
+
+def test_predictions_made_again_are_told_from_the_runs_end(copy):
+    run = Run(copy)
+    arrays = run.predictions
+    recorded = run.records[-1]['centre']['top1_error']
+    wrong = np.roll(arrays['centre'], 1, axis=1)
+    evaluate.save_predictions(copy / 'predictions_test.npz', arrays | {'centre': wrong})
+    text = Document(report._errors(Run(copy))).text
+    now = np.mean(wrong.argmax(axis=1) != arrays['label'])
+    assert now != recorded
+    assert f'one view {100 * now:.2f} %' in text
+    assert f'with {100 * recorded:.2f} % in one view' in text
+
+
+def test_names_are_shown_as_they_are(workdir, tmp_path):
+    """A class, a folder and a value of the config that would like to be HTML."""
+    folder = tmp_path / EVIL.replace('/', '∕')
+    shutil.copytree(workdir, folder)
+    config = json.loads((folder / 'config.json').read_text()) | {'name': EVIL}
+    (folder / 'config.json').write_text(json.dumps(config))
+    run = Run(folder)
+    names = (EVIL, *run.trained.class_names[1:])
+    for what in ('trained', 'test'):
+        evil = dataclasses.replace(getattr(run, what), class_names=names)
+        run.__dict__[what] = evil  # where a cached property keeps its value
+    html = report.page(run)
+    document = Document(html)
+    assert '<script' not in html
+    assert not {tag for tag, _ in document.tags} & {'script', 'x'}
+    assert document.text.count(EVIL) >= 4  # title, heading, config, class table
+    assert str(folder) in document.text
+
+
+# ------------------------------------------------------------------------------------ half a run
+
+
+def test_without_predictions_the_rest_is_there(copy):
+    (copy / 'predictions_test.npz').unlink()
+    document = Document(report.page(Run(copy)))
+    wanted = f'{copy} holds no predictions_test.npz: make it with python main.py --mode=evaluate'
+    assert document.text.count(wanted) == 4  # examples, neighbours, confusion, mistakes
+    assert [tag for tag, _ in document.tags].count('svg') == 2  # curves and filters
+    assert 'from metrics.jsonl' in document.text  # the run's end has the errors
+
+
+def test_killed_in_training_it_has_what_there_was(copy):
+    """No predictions, no end, and a line that breaks off."""
+    (copy / 'predictions_test.npz').unlink()
+    lines = (copy / 'metrics.jsonl').read_text().splitlines()
+    (copy / 'metrics.jsonl').write_text('\n'.join(lines[:3]) + '\n' + lines[3][:50])
+    (copy / 'environment.json').unlink()
+    document = Document(report.page(Run(copy)))
+    assert [tag for tag, _ in document.tags].count('svg') == 2
+    assert f'{copy} holds no environment.json' in document.text
+    assert 'test error' not in document.text
+
+
+def test_a_config_alone_is_a_report_of_sentences(workdir, tmp_path):
+    shutil.copy(workdir / 'config.json', tmp_path)
+    document = Document(report.page(Run(tmp_path)))
+    assert 'holds no record of training in a metrics.jsonl: train first.' in document.text
+    assert f'{tmp_path} holds no checkpoint; train first' in document.text
+    assert 'optimizer.weights.rate 0.02' in document.text
+
+
+# ------------------------------------------------------------------------------------ ends badly
+
+
+def complaint(capsys, *words):
+    """Run the command to its end; (exit code, what it says, in one line)."""
+    code = report.main([str(word) for word in words])
+    said = capsys.readouterr()
+    assert said.out == ''
+    (line,) = said.err.splitlines()
+    return code, line
+
+
+def test_no_run(tmp_path, capsys):
+    for folder in (tmp_path, tmp_path / 'nowhere'):
+        output = tmp_path / 'r.html'
+        code, line = complaint(capsys, f'--workdir={folder}', f'--output={output}')
+        assert code == 1
+        assert f'{folder} holds no config.json, so it is no whole run' in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_config_that_is_none(tmp_path, capsys):
+    for text in ('{', '{}', '[1]'):
+        (tmp_path / 'config.json').write_text(text)
+        assert complaint(capsys, f'--workdir={tmp_path}')[0] in (1, 2)
+    assert [path.name for path in tmp_path.iterdir()] == ['config.json']
+
+
+def test_without_matplotlib(workdir, tmp_path, capsys, monkeypatch):
+    for name in list(sys.modules):
+        if name.split('.')[0] == 'matplotlib':
+            monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
+    code, line = complaint(capsys, f'--workdir={workdir}', f'--output={tmp_path}/r.html')
+    assert code == 1
+    assert line == "report: figures need matplotlib: pip install 'alexnet_jax[figures]'."
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_that_cannot_be_written(workdir, tmp_path, capsys, small_disk):
+    words = f'--workdir={workdir}', '--among=train[:8]'
+    output = tmp_path / 'nowhere' / 'r.html'
+    assert 'is no folder' in complaint(capsys, *words, f'--output={output}')[1]
+    old = small_disk / 'r.html'
+    old.write_bytes(b'the old one')
+    (small_disk / 'filler').write_bytes(bytes(shutil.disk_usage(small_disk).free - 8192))
+    assert report.main([*words, f'--output={old}']) == 1
+    assert 'cannot be written (No space left on device)' in capsys.readouterr().err
+    assert old.read_bytes() == b'the old one'
+    assert sorted(path.name for path in small_disk.iterdir()) == ['filler', 'r.html']
+
+
+def test_killed_at_its_work_it_leaves_the_old_report(workdir, tmp_path, repository, cache_dir):
+    output = tmp_path / 'r.html'
+    output.write_text('the old one')
+    words = [sys.executable, '-m', 'alexnet_jax.report', f'--workdir={workdir}']
+    process = subprocess.Popen(
+        [*words, f'--output={output}'],
+        cwd=repository,
+        env=os.environ | {'JAX_COMPILATION_CACHE_DIR': str(cache_dir)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert 'fc7_relu of 256 images' in process.stderr.readline()  # in the middle of a figure
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stderr.close()
+    assert output.read_text() == 'the old one'
+    assert [path.name for path in tmp_path.iterdir()] == ['r.html']
+
+
+# -------------------------------------------------------------------------------------- the tour
+
+
+@pytest.fixture(scope='module')
+def tour(repository):
+    return runpy.run_path(str(repository / 'examples' / 'tour.py'))['main']
+
+
+def test_the_tour(tour, workdir, tmp_path, capsys):
+    output = tmp_path / 'tour'
+    assert tour([f'--workdir={workdir}', f'--output={output}']) == 0
+    said = capsys.readouterr().out
+    with np.load(workdir / 'predictions_test.npz') as file:
+        top = file['centre'][:8].max(axis=1)
+    images = sorted((output / 'images').iterdir())
+    for path, probability in zip(images, top, strict=True):
+        found = re.search(rf'{path.name}: [^,]* ([\d.]+)%,', said)
+        assert float(found[1]) == pytest.approx(100 * probability, abs=0.06)  # one digit is shown
+    assert len(re.findall(r'^train\[:1000\]\[\d\] \(', said, re.MULTILINE)) == 10
+    assert 'no towers: the net saw grey images' in said
+    assert 'differ by' in said
+    made = {path.name for path in output.iterdir()}
+    drawn = {f'{n}.{form}' for n in figures.FIGURES for form in ('png', 'svg') if n != 'towers'}
+    assert made == drawn | {'images', 'features.npz', 'report.html', 'net.stablehlo'}
+    Document((output / 'report.html').read_text())
+
+
+def test_a_tour_of_nothing(tour, tmp_path, capsys):
+    output = tmp_path / 'tour'
+    assert tour([f'--workdir={tmp_path}', f'--output={output}']) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f'tour: {tmp_path} holds no checkpoint; train first')
+    (tmp_path / 'file').touch()
+    assert tour([f'--workdir={tmp_path}', f'--output={tmp_path}/file']) == 1
+    assert 'choose another --output' in capsys.readouterr().err
