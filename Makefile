@@ -39,7 +39,7 @@ types: env
 	$(BIN)/ty check --python $(VENV) $(TYPED)
 
 tests: data
-	$(BIN)/python -m pytest -n 2 --dist=loadfile
+	$(BIN)/python -m pytest -n 2 --dist=loadfile --no-loadscope-reorder
 
 # The whole net against PyTorch. Elsewhere than on a CPU-only index this pulls gigabytes.
 test-torch: data

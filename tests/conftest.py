@@ -20,6 +20,15 @@ jax.config.update('jax_compilation_cache_dir', str(CACHE))
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
 
 
+# Files of few but long tests go first, so that the workers end together; see the Makefile.
+LONG = ('test_train.py', 'test_distributed.py', 'test_communication.py', 'test_describe.py')
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first; within a file the order stays."""
+    items.sort(key=lambda item: LONG.index(name) if (name := item.path.name) in LONG else len(LONG))
+
+
 @pytest.fixture(scope='session')
 def repository() -> Path:
     """The folder that holds main.py."""
