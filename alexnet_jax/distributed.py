@@ -198,12 +198,15 @@ def joined() -> Generator[None]:
     import jax
 
     peer_secs = int(known['peer_timeout_secs'])
+    port = known['jax_coordinator'].rpartition(':')[2]
     try:
         jax.distributed.initialize(
             known['jax_coordinator'],
             place.processes,
             place.process,
             cluster_detection_method='deactivate',  # all devices that this process sees are its own
+            # JAX's default needs IPv6.
+            coordinator_bind_address=None if socket.has_dualstack_ipv6() else f'0.0.0.0:{port}',
             initialization_timeout=int(known['join_timeout_secs']),
             heartbeat_timeout_seconds=2 * peer_secs + 10,  # the guards notice first
             shutdown_timeout_seconds=peer_secs,

@@ -141,8 +141,13 @@ import jax, numpy as np
 from alexnet_jax import parallel
 from alexnet_jax.config import MeshShape
 port, process = sys.argv[1:]
+head = f'127.0.0.1:{port}'
 jax.distributed.initialize(
-    f'127.0.0.1:{port}', 2, int(process), cluster_detection_method='deactivate'
+    head,
+    2,
+    int(process),
+    cluster_detection_method='deactivate',
+    coordinator_bind_address=head,
 )
 for shape in ((4, 1), (2, 2), (1, 4), (4, 1, 'one_weird_trick')):
     layout = parallel.lay_out(MeshShape(*shape), 64)
