@@ -65,12 +65,12 @@ def complain(error: errors.AlexNetError) -> int:
     return error.exit_code
 
 
-def guard(place: distributed.Place, argv: list[str]) -> int:
+def guard(place: distributed.Place) -> int:
     """One of several processes: see that all do the same, and to the end."""
     config = CONFIG.value.to_dict() if CONFIG.value else {}
-    asked = {'config': config, 'mode': MODE.value, 'workdir': WORKDIR.value, 'argv': argv[1:]}
-    limits = config.get('processes') or {'join_timeout_secs': 300.0, 'peer_timeout_secs': 60.0}
-    return distributed.guard(place, asked, *limits.values())
+    same = (MODE, WORKDIR, STEP, SPLIT)
+    asked = {'config': config, **{flag.name: flag.value for flag in same}}
+    return distributed.guard(place, asked, **config.get('processes', {}))
 
 
 def ring(argv: list[str]) -> int:
@@ -81,7 +81,7 @@ def ring(argv: list[str]) -> int:
         alone = MODE.value == 'describe' or distributed.child()
         where = (COORDINATOR.value, PROCESSES.value, PROCESS.value)
         if not alone and (place := distributed.find_place(os.environ, *where)):
-            return guard(place, argv)
+            return guard(place)
         with distributed.joined():
             answer = main(argv)
         if distributed.is_first():

@@ -37,7 +37,7 @@ import orbax.checkpoint as ocp
 from flax import traverse_util
 from jax.experimental import multihost_utils
 
-from alexnet_jax import distributed
+from alexnet_jax import distributed, parallel
 from alexnet_jax.errors import RunError, UsageError
 
 PyTree = Any
@@ -437,10 +437,7 @@ def _placed(found: Restored, target: PyTree | None) -> Restored:
 def _place(array: np.ndarray, like: Any) -> Any:
     if not isinstance(like, (jax.Array, jax.ShapeDtypeStruct)):
         return array if hasattr(like, 'dtype') else array.item()
-    if like.sharding is None or like.sharding.is_fully_addressable:
-        return jax.device_put(array, like.sharding)
-    # Each process places what its own devices hold.
-    return jax.make_array_from_callback(array.shape, like.sharding, lambda index: array[index])
+    return jax.device_put(array) if like.sharding is None else parallel.place(array, like.sharding)
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

@@ -299,14 +299,19 @@ class End:
     said_why: bool = False
 
 
-def guard(place: Place, asked: Mapping[str, Any], join_secs: float, peer_secs: float) -> int:
+def guard(
+    place: Place,
+    asked: Mapping[str, Any],
+    join_timeout_secs: float = 300.0,
+    peer_timeout_secs: float = 60.0,
+) -> int:
     """Run this command line as one of several processes, to its end or that of all.
 
     Args:
         place: of this process.
         asked: what it is to do, as JSON can hold it: the same for all.
-        join_secs: how long to wait for processes that have not come.
-        peer_secs: how long a process may give no sign of life.
+        join_timeout_secs: how long to wait for processes that have not come.
+        peer_timeout_secs: how long a process may give no sign of life.
 
     Returns:
         The exit code; the child has said what there is to say.
@@ -315,6 +320,7 @@ def guard(place: Place, asked: Mapping[str, Any], join_secs: float, peer_secs: f
         UsageError: the processes were asked to do different things.
         RunError: one did not come, or is gone; its exit code is that of the process at fault.
     """
+    join_secs, peer_secs = join_timeout_secs, peer_timeout_secs
     if not (join_secs > 0 and peer_secs > 0):
         raise UsageError('processes.join_timeout_secs and peer_timeout_secs must be positive.')
     with contextlib.ExitStack() as stack:

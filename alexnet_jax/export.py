@@ -12,12 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alexnet_jax import augment, model
+from alexnet_jax import augment, command, model
 from alexnet_jax.augment import Statistics
 from alexnet_jax.config import Settings
 from alexnet_jax.errors import UsageError
 from alexnet_jax.model import AlexNet, Stage
-from alexnet_jax.weight_files import library
 
 PLATFORMS = ('cpu', 'cuda', 'tpu')
 # The oldest that have all we need, so that old runtimes read the file too.
@@ -68,7 +67,7 @@ class _Graph:
     """Nodes and constants under construction; values are known by their names."""
 
     def __init__(self):
-        self.onnx: Any = library('onnx')
+        self.onnx: Any = command.library('onnx', 'weights')
         self.nodes, self.constants = [], []
 
     def node(self, kind: str, *inputs: str, output: str = '', **attributes: Any) -> str:

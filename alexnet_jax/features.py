@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from alexnet_jax import augment, data, evaluate, model, parallel, predict
+from alexnet_jax import augment, command, data, evaluate, files, model, parallel, predict
 from alexnet_jax.augment import Statistics
 from alexnet_jax.config import MeshShape, Settings
 from alexnet_jax.errors import RunError, UsageError
@@ -233,18 +233,14 @@ def write(features: Features, path: Path, block: int) -> None:
     """
     if path.suffix not in WRITERS:
         raise UsageError(f'--output={path} must end in {" or ".join(WRITERS)}.')
-    scratch = path.with_name(f'{path.name}.{os.getpid()}.tmp')
     try:
-        WRITERS[path.suffix](features, scratch, _blocks(features.rows, block))
-        os.replace(scratch, path)
+        with files.whole(path) as scratch:
+            WRITERS[path.suffix](features, scratch, _blocks(features.rows, block))
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else error  # pyarrow's own words are long
         raise RunError(
             f'{path} cannot be written ({reason}); make room, or choose another --output.'
         ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            scratch.unlink()
 
 
 def _blocks(rows: Rows, block: int) -> Generator[np.ndarray]:
@@ -552,8 +548,8 @@ def _as_json(
     }
 
 
-def _parser() -> predict.Parser:
-    parser = predict.Parser(
+def _parser() -> command.Parser:
+    parser = command.Parser(
         prog='python -m alexnet_jax.features',
         description="Write a layer's activations, or find the images nearest to an image.",
         epilog='Exit code 1 if a file was no image; the others are taken all the same.',
@@ -575,7 +571,7 @@ def _parser() -> predict.Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Do what the command line asks for; returns the exit code."""
-    return predict.command('features', _parser, run, argv)
+    return command.run('features', _parser, run, argv)
 
 
 if __name__ == '__main__':

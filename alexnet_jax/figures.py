@@ -19,10 +19,8 @@ that draw take arrays and return a matplotlib Figure; `Run` is what finds the ar
 import argparse
 import dataclasses
 import functools
-import importlib
 import io
 import json
-import os
 import sys
 import warnings
 import zipfile
@@ -33,8 +31,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from alexnet_jax import command, evaluate, features, files, predict, records
 from alexnet_jax import config as configuration
-from alexnet_jax import evaluate, features, predict, records
 from alexnet_jax.checkpoint import Step
 from alexnet_jax.config import Settings
 from alexnet_jax.data import Dataset
@@ -188,31 +186,21 @@ STYLE: dict[str, Any] = {
 }
 
 
-def library(name: str = 'matplotlib') -> Any:
-    """Of the extra 'figures', imported when it is wanted.
-
-    Raises:
-        RunError: it is not installed.
-    """
-    try:
-        return importlib.import_module(name)
-    except ImportError as problem:
-        raise RunError("figures need matplotlib: pip install 'alexnet_jax[figures]'.") from problem
-
-
 def _styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
     """Draw in our style, whatever this machine's matplotlibrc says."""
 
     @functools.wraps(draw)
     def inner(*args: Any, **kwargs: Any) -> Figure:
-        with library('matplotlib.style').context([STYLE], after_reset=True):
+        with command.library('matplotlib.style', 'figures').context([STYLE], after_reset=True):
             return draw(*args, **kwargs)
 
     return inner
 
 
 def _blank(height: float) -> Figure:
-    return library('matplotlib.figure').Figure(figsize=(WIDTH, height), layout='constrained')
+    return command.library('matplotlib.figure', 'figures').Figure(
+        figsize=(WIDTH, height), layout='constrained'
+    )
 
 
 def _show(axes: Any, image: np.ndarray) -> None:
@@ -464,7 +452,7 @@ def confusion(probability: np.ndarray, label: np.ndarray, names: Sequence[str]) 
     figure = _blank(WIDTH)
     axes = figure.subplots()
     cells = np.empty((*grouped.shape, 4))
-    cells[..., :3] = library('matplotlib.colors').to_rgb(BLUE)
+    cells[..., :3] = command.library('matplotlib.colors', 'figures').to_rgb(BLUE)
     cells[..., 3] = np.sqrt(grouped)
     edges = (-0.5, count - 0.5, count - 0.5, -0.5)
     axes.imshow(cells, interpolation='nearest', extent=edges)
@@ -648,7 +636,9 @@ def make(name: str, runs: Sequence[Run]) -> Figure:
         UsageError: too many runs, or too few.
         RunError: what it needs is not there, or matplotlib is not.
     """
-    library()  # so that nobody computes for a minute and is told then
+    command.library(
+        'matplotlib', 'figures'
+    )  # so that nobody computes for a minute and is told then
     if name != 'fig1':
         if len(runs) > 1:
             raise UsageError(f'{name} is drawn of one --workdir, and fig1 alone of several.')
@@ -670,7 +660,7 @@ def render(figure: Figure, form: str, *, transparent: bool = False) -> bytes:
     nothing = dict.fromkeys(('Date', 'Creator', 'Format', 'Type'))
     how = {'metadata': nothing} if form == 'svg' else {'metadata': {'Software': None}}
     with (
-        library('matplotlib.style').context([STYLE], after_reset=True),
+        command.library('matplotlib.style', 'figures').context([STYLE], after_reset=True),
         warnings.catch_warnings(),
     ):
         warnings.filterwarnings('ignore', 'Glyph')  # its font lacks a letter of a class's name
@@ -684,22 +674,13 @@ def write(path: Path, body: bytes) -> None:
     Raises:
         RunError: it cannot be written.
     """
-    scratch = path.with_name(f'{path.name}.{os.getpid()}.tmp')
     try:
-        scratch.write_bytes(body)
-        os.replace(scratch, path)
+        with files.whole(path) as scratch:
+            scratch.write_bytes(body)
     except OSError as error:
-        _remove(scratch)
         raise RunError(
             f'{path} cannot be written ({error.strerror}); choose another --output.'
         ) from error
-
-
-def _remove(path: Path) -> None:
-    try:
-        path.unlink()
-    except OSError:  # it is not there, and that is what was wanted
-        return
 
 
 # ---------------------------------------------------------------------------------- the command
@@ -733,8 +714,8 @@ def numbers(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"'{text}' should be numbers, as in 0,7,19") from None
 
 
-def _parser() -> predict.Parser:
-    parser = predict.Parser(
+def _parser() -> command.Parser:
+    parser = command.Parser(
         prog='python -m alexnet_jax.figures',
         description='Draw one of the figures of the paper, or of a few more, from a workdir.',
         allow_abbrev=False,
@@ -752,7 +733,7 @@ def _parser() -> predict.Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Do what the command line asks for; returns the exit code."""
-    return predict.command('figures', _parser, run, argv)
+    return command.run('figures', _parser, run, argv)
 
 
 if __name__ == '__main__':

@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
 from alexnet_jax.config import MeshShape
@@ -202,19 +202,20 @@ def place_batch(layout: Layout, batch: Mapping[str, np.ndarray], size: int) -> d
 def place(tree: Any, shardings: Any) -> Any:
     """NumPy arrays that all processes hold -> global arrays; a sharding, or a tree of them."""
 
-    def leaf(array, sharding: NamedSharding) -> Array:
+    def leaf(array, sharding: Sharding) -> Array:
         array = np.asarray(array)
         return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
-    if isinstance(shardings, NamedSharding):
+    if isinstance(shardings, Sharding):
         return jax.tree.map(lambda array: leaf(array, shardings), tree)
     return jax.tree.map(leaf, tree, shardings)
 
 
 def fetch(tree: Any, layout: Layout) -> Any:
     """Global arrays, however they are split, as NumPy's on the host of every process."""
-    everywhere = jax.tree.map(lambda _: whole(layout), tree)
-    return jax.device_get(jax.jit(lambda tree: tree, out_shardings=everywhere)(tree))
+    if jax.process_count() > 1:
+        tree = jax.jit(lambda tree: tree, out_shardings=whole(layout))(tree)
+    return jax.device_get(tree)
 
 
 def forward(net: Net, layout: Layout) -> Forward:

@@ -5,7 +5,6 @@ import os
 import platform
 import re
 import subprocess
-import sys
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -15,7 +14,7 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from alexnet_jax import distributed
+from alexnet_jax import command, distributed, files
 
 # Fields that tell time. All others repeat exactly when a run is repeated or resumed.
 TIMES = ('secs', 'images_per_sec', 'stall_secs')
@@ -24,7 +23,7 @@ TIMES = ('secs', 'images_per_sec', 'stall_secs')
 def say(line: str) -> None:
     """A line for the person at the terminal, from process 0; stdout is kept for results."""
     if distributed.is_first():
-        print(line, file=sys.stderr, flush=True)
+        command.say(line)
 
 
 class Means:
@@ -63,9 +62,8 @@ class Records:
         if not distributed.is_first():
             return
         kept = [record for record in read(workdir) if record['step'] <= resume_step]
-        scratch = self.path.with_suffix('.tmp')
-        scratch.write_text(''.join(json.dumps(record) + '\n' for record in kept))
-        os.replace(scratch, self.path)
+        with files.whole(self.path) as scratch:
+            scratch.write_text(''.join(json.dumps(record) + '\n' for record in kept))
         self._file = self.path.open('a')
         if tensorboard:
             self._board = _board(workdir / 'tensorboard', resume_step)

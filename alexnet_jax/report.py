@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from alexnet_jax import evaluate, figures, model, predict
+from alexnet_jax import command, evaluate, figures, model, predict
 from alexnet_jax.data import Dataset
 from alexnet_jax.errors import AlexNetError, RunError
 from alexnet_jax.figures import INK, Run
@@ -392,7 +392,7 @@ def page(run: Run) -> str:
         RunError: the folder holds no run, or matplotlib is not installed.
     """
     settings = run.settings
-    figures.library()
+    command.library('matplotlib', 'figures')
     title = f'{settings.name}, {settings.scale}, seed {settings.seed}'
     sections = ''.join(_section(run, name, parts) for name, parts in SECTIONS)
     return f"""<!DOCTYPE html>
@@ -454,8 +454,8 @@ def _act(args: argparse.Namespace) -> int:
     return 0
 
 
-def _parser() -> predict.Parser:
-    parser = predict.Parser(
+def _parser() -> command.Parser:
+    parser = command.Parser(
         prog='python -m alexnet_jax.report',
         description="A run's errors, figures and mistakes on one page that needs no network.",
         allow_abbrev=False,
@@ -471,7 +471,7 @@ def _parser() -> predict.Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write what the command line asks for; returns the exit code."""
-    return predict.command('report', _parser, _act, argv)
+    return command.run('report', _parser, _act, argv)
 
 
 if __name__ == '__main__':

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from alexnet_jax.command import library
 from alexnet_jax.errors import RunError, UsageError
 
 Arrays = dict[str, np.ndarray]
@@ -49,19 +50,6 @@ def read(path: Path) -> Arrays:
         raise
     except Exception as problem:  # damage shows as any of many, in each of the libraries
         raise _damaged(path, ' '.join(str(problem).split())[:120]) from problem
-
-
-def library(name: str) -> Any:
-    """A library of the extra 'weights', imported when it is wanted.
-
-    Raises:
-        RunError: it is not installed.
-    """
-    try:
-        return importlib.import_module(name)
-    except ImportError as problem:
-        what = f"{name} is not installed; pip install 'alexnet_jax[weights]', which brings it."
-        raise RunError(what) from problem
 
 
 def _damaged(path: Path, reason: str) -> RunError:
@@ -166,13 +154,13 @@ def _tensor(storage: np.ndarray, offset: int, size: Any, stride: Any, *_: Any) -
 
 
 def _read_safetensors(path: Path) -> Arrays:
-    with library('safetensors').safe_open(path, framework='np') as file:
+    with library('safetensors', 'weights').safe_open(path, framework='np') as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
 
 
 def metadata(path: Path) -> dict[str, str]:
     """What stands in the head of a .safetensors file."""
-    with library('safetensors').safe_open(path, framework='np') as file:
+    with library('safetensors', 'weights').safe_open(path, framework='np') as file:
         return file.metadata() or {}
 
 
@@ -254,7 +242,7 @@ def _blob(path: Path, name: str, blob: Any) -> np.ndarray:
 @functools.cache
 def _message(name: str) -> Any:
     """A class that protobuf makes of `SCHEMA`."""
-    descriptor = library('google.protobuf.descriptor_pb2')
+    descriptor = library('google.protobuf.descriptor_pb2', 'weights')
     types = dict(descriptor.FieldDescriptorProto.Type.items())
     file = descriptor.FileDescriptorProto(name='caffe.proto', package='caffe', syntax='proto2')
     for message, fields in SCHEMA.items():
@@ -265,10 +253,10 @@ def _message(name: str) -> Any:
             row.type = types.get(f'TYPE_{kind.upper()}', types['TYPE_MESSAGE'])
             if kind in SCHEMA:
                 row.type_name = f'.caffe.{kind}'
-    pool = library('google.protobuf.descriptor_pool').DescriptorPool()
+    pool = library('google.protobuf.descriptor_pool', 'weights').DescriptorPool()
     pool.Add(file)
     found = pool.FindMessageTypeByName(f'caffe.{name}')
-    return library('google.protobuf.message_factory').GetMessageClass(found)
+    return library('google.protobuf.message_factory', 'weights').GetMessageClass(found)
 
 
 READERS: dict[str, Callable[[Path], Arrays]] = {

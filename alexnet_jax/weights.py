@@ -21,24 +21,23 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
-import os
 import runpy
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alexnet_jax import checkpoint, export, model, step, train, weight_files
+from alexnet_jax import checkpoint, command, export, files, model, step, train, weight_files
 from alexnet_jax import config as configuration
 from alexnet_jax import workdir as workdirs
 from alexnet_jax.augment import Preprocess, Statistics
 from alexnet_jax.checkpoint import Checkpoints
 from alexnet_jax.config import Config, Settings
-from alexnet_jax.errors import AlexNetError, RunError, UsageError, gist
+from alexnet_jax.errors import RunError, UsageError, gist
 from alexnet_jax.model import Stage
 from alexnet_jax.records import say
 from alexnet_jax.weight_files import Arrays
@@ -335,12 +334,10 @@ def export_checkpoint(file: Path, workdir: Path, at: checkpoint.Step = 'latest')
         raise UsageError(f'{file}: the name must end in {", ".join(WRITERS)}.')
     restored = checkpoint.read(workdir / 'checkpoints', at)
     body = writer(restored)
-    scratch = file.with_name(file.name + '.tmp')
     try:
-        scratch.write_bytes(body)
-        os.replace(scratch, file)
+        with files.whole(file) as scratch:
+            scratch.write_bytes(body)
     except OSError as problem:
-        scratch.unlink(missing_ok=True)
         raise RunError(f'{file} cannot be written ({problem.strerror}).') from problem
     return f'step {restored.step} of {workdir} lies in {file}, {len(body):,} bytes'
 
@@ -352,7 +349,7 @@ def _to_safetensors(restored: checkpoint.Restored) -> bytes:
         for kind, value in row.items()
     } | {f'statistics/{key}': value for key, value in restored.state['statistics'].items()}
     head = {key: json.dumps(restored.extra[key]) for key in ('config', 'class_names')}
-    return weight_files.library('safetensors.numpy').save(arrays, head)
+    return command.library('safetensors.numpy', 'weights').save(arrays, head)
 
 
 def _portable(
@@ -391,13 +388,8 @@ def read_config(where: str) -> Config:
         raise UsageError(f'{where} gives no config: {gist(problem)}.') from problem
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f'{message} (see python -m alexnet_jax.weights --help).')
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+def _parser() -> command.Parser:
+    parser = command.Parser(
         prog='python -m alexnet_jax.weights', description=(__doc__ or '').split('\n')[0]
     )
     verbs = parser.add_subparsers(dest='verb', required=True, metavar='import|export')
@@ -415,7 +407,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run(args: argparse.Namespace) -> str:
+def act(args: argparse.Namespace) -> str:
     """Do what the command line says."""
     if args.verb == 'export':
         at = int(args.step) if args.step.isdigit() else args.step
@@ -434,15 +426,7 @@ def run(args: argparse.Namespace) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Do what the command line says, print one sentence; returns the exit code."""
-    try:
-        print(run(_parser().parse_args(argv)))
-    except AlexNetError as error:
-        say(f'weights: {error}')
-        return error.exit_code
-    except OSError as error:
-        say(f'weights: {error.strerror} ({error.filename}); see to it and run it again.')
-        return 1
-    return 0
+    return command.run('weights', _parser, lambda args: print(act(args)), argv)
 
 
 if __name__ == '__main__':

@@ -3,14 +3,13 @@
 import contextlib
 import fcntl
 import json
-import os
 from collections.abc import Generator
 from pathlib import Path
 
 import jax
 
 from alexnet_jax import config as configuration
-from alexnet_jax import distributed, records
+from alexnet_jax import distributed, files, records
 from alexnet_jax.config import Config
 from alexnet_jax.errors import RunError, UsageError
 
@@ -93,6 +92,5 @@ def _same_config(old: dict, new: dict, workdir: Path) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    scratch = path.with_name(path.name + '.tmp')
-    scratch.write_text(text)
-    os.replace(scratch, path)
+    with files.whole(path) as scratch:
+        scratch.write_text(text)

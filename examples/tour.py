@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from alexnet_jax import evaluate, features, figures, predict, report, weights
+from alexnet_jax import command, evaluate, features, figures, predict, report, weights
 from alexnet_jax.errors import AlexNetError, RunError
 from alexnet_jax.figures import Run
 
@@ -106,8 +106,8 @@ def tour(workdir: Path, output: Path, data_dir: str) -> None:
     print(output / 'report.html')
 
 
-def _parser() -> predict.Parser:
-    parser = predict.Parser(prog='python examples/tour.py', description='A tour of a checkpoint.')
+def _parser() -> command.Parser:
+    parser = command.Parser(prog='python examples/tour.py', description='A tour of a checkpoint.')
     parser.add_argument('--workdir', type=Path, required=True, help='of a run')
     parser.add_argument('--output', type=Path, default=Path('tour'), help='a folder')
     parser.add_argument('--data_dir', default='', help='where the data lies')
@@ -124,7 +124,7 @@ def _act(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Take the tour; returns the exit code."""
-    return predict.command('tour', _parser, _act, argv)
+    return command.run('tour', _parser, _act, argv)
 
 
 if __name__ == '__main__':

@@ -484,7 +484,7 @@ def test_without_matplotlib(workdir, tmp_path, capsys, monkeypatch):
     for name in ALL:
         code, line = complaint(capsys, name, f'--workdir={workdir}', f'--output={tmp_path}/f.png')
         assert code == 1
-        assert line == "figures: figures need matplotlib: pip install 'alexnet_jax[figures]'."
+        assert line == "figures: matplotlib is not installed: pip install 'alexnet_jax[figures]'."
     assert files(tmp_path) == []
 
 

@@ -307,7 +307,7 @@ def test_without_matplotlib(workdir, tmp_path, capsys, monkeypatch):
             monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
     code, line = complaint(capsys, f'--workdir={workdir}', f'--output={tmp_path}/r.html')
     assert code == 1
-    assert line == "report: figures need matplotlib: pip install 'alexnet_jax[figures]'."
+    assert line == "report: matplotlib is not installed: pip install 'alexnet_jax[figures]'."
     assert list(tmp_path.iterdir()) == []
 
 
