@@ -93,12 +93,18 @@ def _kernel_gradient(x, dy, shape, stride, padding):
     rows, columns = -(-kh // stride), -(-kw // stride)  # taps, counted in blocks of stride pixels
     x = _pad_to(x, padding, (height + rows - 1) * stride, (width + columns - 1) * stride)
     x = _space_to_depth(x, stride)
+    # Rows of pixels and channels together: XLA copies a tap as long runs, and does not compute the
+    # middle one, which the padding leaves as it was, anew from whatever made x (a max-pool).
+    channels = x.shape[-1]
+    x = x.reshape(*x.shape[:2], -1)
     # Two-dimensional operands: of an einsum over b, h and w XLA would first make a transposed copy.
     sample = (((0,), (0,)), ((), ()))
     flat = dy.reshape(-1, features)
     taps = [
         lax.dot_general(
-            x[:, i : i + height, j : j + width].reshape(flat.shape[0], -1), flat, sample
+            x[:, i : i + height, j * channels : (j + width) * channels].reshape(len(flat), -1),
+            flat,
+            sample,
         )
         for i in range(rows)
         for j in range(columns)
@@ -233,10 +239,12 @@ def _axis_sum(x, axis, before, size):
 
 
 def _power(scale, beta):
-    """`scale ** -beta`; for 3/4 by two roots, which vectorise where pow does not."""
+    """`scale ** -beta`; for 3/4 by two roots, which vectorise where pow does not.
+
+    Each root is read once: what is read twice XLA keeps in memory, in a pass of its own.
+    """
     if beta == 0.75:
-        root = lax.rsqrt(scale)
-        return root * jnp.sqrt(root)
+        return lax.rsqrt(scale * jnp.sqrt(scale))
     return scale**-beta
 
 

@@ -11,9 +11,7 @@ Two placements:
 One device is the mesh (1, 1). Parameters are the same global arrays everywhere.
 """
 
-import ctypes
 import dataclasses
-import platform
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -105,26 +103,12 @@ def _split(mesh: Mesh, axis: str) -> Split:
 def compiler_options() -> dict[str, str] | None:
     """XLA's options for a training step on this platform.
 
-    On a CPU the scheduler that saves memory: half the scratch space, and with it the time that
-    page faults on it take. `python -m experiments.bench_ops` measures the step with it.
+    On a CPU the scheduler that saves memory: half the scratch space, more of which stays
+    in caches.
     """
     if jax.default_backend() != 'cpu':
         return None
     return {'xla_cpu_scheduler_type': 'CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED'}
-
-
-def keep_freed_memory() -> None:
-    """On a CPU, have malloc keep what XLA frees: the next step asks for the same again.
-
-    Otherwise glibc hands the scratch space back to the system after every step, and page faults
-    fetch it anew: an eighth of a quickstart step. Call it before the first computation.
-    """
-    if jax.default_backend() == 'cpu' and platform.libc_ver()[0] == 'glibc':
-        arena_max, mmap_max, trim_threshold = -8, -4, -1  # names of malloc.h
-        malloc = ctypes.CDLL(None)
-        malloc.mallopt(arena_max, 1)
-        malloc.mallopt(mmap_max, 0)
-        malloc.mallopt(trim_threshold, 2**31 - 1)
 
 
 def parameter_specs(net: Net, layout: Layout) -> dict[str, dict[str, P]]:

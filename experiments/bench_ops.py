@@ -189,7 +189,6 @@ def main():
     parser.add_argument('--rounds', type=int, default=5)
     parser.add_argument('--ours_only', action='store_true', help='without the plain forms')
     flags = parser.parse_args()
-    parallel.keep_freed_memory()  # as the trainer does
     contenders = {'ours': {}} if flags.ours_only else {'ours': {}, 'plain': PLAIN}
     rows = [
         report(name, *measure(name, flags.batch_size, flags.rounds, contenders))

@@ -24,7 +24,7 @@ FLOORS = (
     ('prepare',),
     ('model', 'optimizer', 'augment'),
     ('ops', 'weight_files'),
-    ('command', 'files'),
+    ('command', 'files', 'memory'),
     ('errors',),
 )
 FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}
