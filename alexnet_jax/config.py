@@ -18,24 +18,34 @@ from alexnet_jax.model import Layer, Net
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """`train`, `validation` and `test` are split expressions of TFDS."""
+    """`train`, `validation` and `test` are split expressions of TFDS.
+
+    workers: processes that read a data set too large for memory; -1: one a core; 0: none.
+    resident_gib: up to which size a decoded split is held in memory; see data.load.
+    """
 
     name: str
     data_dir: str
     train: str
     validation: str
     test: str
+    workers: int = -1
+    resident_gib: float = 4.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-    """The constants of optimizer.py's head, and the schedules of the two kinds of parameters."""
+    """The constants of optimizer.py's head, and the schedules of the two kinds of parameters.
+
+    multipliers: of both rates of a layer, by its name: 0 freezes it, and who is not named has 1.
+    """
 
     momentum: float
     weight_decay: float
     weights: optimizer.Schedule
     biases: optimizer.Schedule
     late: optimizer.Late
+    multipliers: tuple[tuple[str, float], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,11 +68,16 @@ PLACEMENTS = ('towers', 'one_weird_trick')
 
 @dataclasses.dataclass(frozen=True)
 class MeshShape:
-    """Devices along each axis; data -1 takes all that are left. Placements: see parallel.py."""
+    """Devices along each axis; data -1 takes all that are left. Placements: see parallel.py.
+
+    cpu_devices: as how many devices a CPU is to appear, where JAX has not looked yet; 0: as one, or
+        as the environment has it. Operations too small to share keep one core each busy.
+    """
 
     data: int
     tower: int
     placement: str = 'towers'
+    cpu_devices: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +90,11 @@ class Processes:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """A whole config as plain values."""
+    """A whole config as plain values.
+
+    init_from: 'none', or the checkpoint whose weights the run begins with, 'WORKDIR[:step]'.
+    init_statistics: whether the mean image and the colours are the 'source's or the 'data's.
+    """
 
     name: str
     scale: str
@@ -90,6 +109,8 @@ class Settings:
     loop: Loop
     mesh: MeshShape
     processes: Processes = Processes()
+    init_from: str = 'none'
+    init_statistics: str = 'source'
 
     def total_steps(self, images: int) -> int:
         """Steps of the run; the last epoch is whole."""
@@ -134,6 +155,14 @@ def as_json(config: Config) -> str:
     """A resolved config as text: sorted keys, tuples as lists, one field a line."""
     tree = config.to_dict() if hasattr(config, 'to_dict') else config
     return json.dumps(tree, indent=2, sort_keys=True)
+
+
+def with_classes(config: Config, classes: int) -> Config:
+    """The config, its last layer as wide as the data has classes where it says 0."""
+    tree = json.loads(as_json(config))
+    last = tree['model'][tree['model']['layers'][-1]]
+    last['features'] = last['features'] or classes
+    return tree
 
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = '') -> list[str]:
@@ -183,6 +212,8 @@ def _value(value: Any, kind: Any, path: str) -> Any:
     """`value` as `kind` (int, float, bool, str, or a tuple of these), or one sentence why not."""
     if typing.get_origin(kind) is tuple:
         inner = typing.get_args(kind)
+        if isinstance(value, Mapping):  # a group of keys that are not known beforehand
+            value = sorted(value.items())
         if not isinstance(value, (list, tuple)):
             raise UsageError(f'{path} must be a tuple, and is {value!r}.')
         kinds = [inner[0]] * len(value) if inner[-1] is Ellipsis else list(inner)
@@ -225,6 +256,8 @@ def _net(tree: dict[str, Any]) -> Net:
     rest = {key: value for key, value in tree.items() if key not in rows}
     reference = {name: _value(rows[name].get('fan_in_2012'), int, _fan(name)) for name in names}
     net = _build(Net, rest, 'model', layers=tuple(_layer(name, rows[name]) for name in names))
+    for layer in net.layers[:-1]:  # the last one's 0 is 'as many as the data has classes'
+        _at_least(layer.features, 1, f'model.{layer.name}.features')
     _check_net(net)
     stages = model.geometry(net)
     if scaling == 'none':
@@ -261,8 +294,8 @@ def _layer(name: str, row: Mapping[str, Any]) -> Layer:
         _one_of(word, model.FOLLOWS, f'{path}.then')
     if len(set(layer.then)) < len(layer.then):
         raise UsageError(f'{path}.then names a word twice, and each layer does a thing once.')
-    for key in ('features', 'kernel_px', 'stride_px'):
-        _at_least(getattr(layer, key), 1, f'{path}.{key}')
+    for key, least in (('features', 0), ('kernel_px', 1), ('stride_px', 1)):
+        _at_least(getattr(layer, key), least, f'{path}.{key}')
     for pad in (pad for pads in layer.padding_px for pad in pads):
         _at_least(pad, 0, f'{path}.padding_px')
     _at_least(layer.init_std, 0.0, f'{path}.init_std')
@@ -283,6 +316,13 @@ def _check_net(net: Net) -> None:
     _one_of(net.pool.kind, ('max', 'average'), 'model.pool.kind')
     _at_least(net.pool.window_px, 1, 'model.pool.window_px')
     _at_least(net.pool.stride_px, 1, 'model.pool.stride_px')
+    _one_of(net.pool.rounding, ('down', 'up'), 'model.pool.rounding')
+    if net.pool.rounding == 'up' and (
+        net.pool.kind != 'max' or net.pool.stride_px > net.pool.window_px
+    ):
+        raise UsageError(
+            "model.pool.rounding 'up' is for maxima whose windows leave no gap; set it to 'down'."
+        )
     _one_of(net.dropout.kind, ('mask', 'inverted'), 'model.dropout.kind')
     if not 0 < net.dropout.keep <= 1:
         raise UsageError(f'model.dropout.keep must lie in (0, 1], and is {net.dropout.keep}.')
@@ -313,11 +353,14 @@ def _check(settings: Settings) -> None:
             _check_schedule(schedule, f'optimizer.{name}')
     if not 0 <= settings.optimizer.momentum < 1:
         raise UsageError('optimizer.momentum must lie in [0, 1).')
-    _one_of(
-        settings.optimizer.late.layer,
-        ('none', *(layer.name for layer in settings.net.layers)),
-        'optimizer.late.layer',
-    )
+    names = tuple(layer.name for layer in settings.net.layers)
+    _one_of(settings.optimizer.late.layer, ('none', *names), 'optimizer.late.layer')
+    for name, multiplier in settings.optimizer.multipliers:
+        _one_of(name, names, 'optimizer.multipliers')
+        _at_least(multiplier, 0.0, f'optimizer.multipliers.{name}')
+    _one_of(settings.init_statistics, ('source', 'data'), 'init_statistics')
+    _at_least(settings.data.workers, -1, 'data.workers')
+    _at_least(settings.data.resident_gib, 0.0, 'data.resident_gib')
     loop = settings.loop
     for key in ('log_every_steps', 'eval_batch_size', 'prefetch_batches'):
         _at_least(getattr(loop, key), 1, f'loop.{key}')

@@ -167,7 +167,8 @@ def _follow(graph: _Graph, x: str, word: str, net: model.Net) -> str:
     if word == 'pool':
         kind = 'MaxPool' if net.pool.kind == 'max' else 'AveragePool'
         window, strides = [net.pool.window_px] * 2, [net.pool.stride_px] * 2
-        return graph.node(kind, x, kernel_shape=window, strides=strides)
+        over: dict[str, Any] = {'ceil_mode': 1} if net.pool.rounding == 'up' else {}
+        return graph.node(kind, x, kernel_shape=window, strides=strides, **over)
     if word == 'lrn':
         return _lrn(graph, x, net)
     if word == 'spatial_norm':

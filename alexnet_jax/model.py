@@ -61,11 +61,20 @@ class Norm:
 
 @dataclasses.dataclass(frozen=True)
 class Pool:
-    """Max or average over a window; overlapping when stride < window (paper, section 3.4)."""
+    """Max or average over a window; overlapping when stride < window (paper, section 3.4).
+
+    `rounding`: windows that hang over the right or bottom edge are left out ('down'), or are there
+    and see what lies inside ('up', maxima only), as in cuda-convnet and Caffe.
+    """
 
     kind: str  # 'max' or 'average'
     window_px: int
     stride_px: int
+    rounding: str = 'down'
+
+    def overhang_px(self, side: int) -> int:
+        """By how much the last window hangs over the edge of a map of `side` px."""
+        return (self.window_px - side) % self.stride_px if self.rounding == 'up' else 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,7 +204,8 @@ def _after(word: str, shape: Shape, layer: Layer, pool: Pool) -> Shape:
             f'{layer.name}: a pooling window of {pool.window_px} px does not fit maps of '
             f'{shape[0]} x {shape[1]} px; enlarge the input or pool less often.'
         )
-    height, width = ((side - pool.window_px) // pool.stride_px + 1 for side in shape[:2])
+    sides = (side + pool.overhang_px(side) for side in shape[:2])
+    height, width = ((side - pool.window_px) // pool.stride_px + 1 for side in sides)
     return (height, width, shape[2])
 
 
@@ -367,6 +377,7 @@ class AlexNet(nn.Module):
             return ops.spatial_norm(x, **dataclasses.asdict(net.spatial_norm))
         if word == 'pool':
             pool = ops.max_pool if net.pool.kind == 'max' else ops.avg_pool
+            x = _hang_over(x, net.pool)
             return pool(x, window=net.pool.window_px, stride=net.pool.stride_px)
         if word == 'dropout':
             return drop(x, None if masks is None else masks[layer.name], net.dropout)
@@ -428,6 +439,15 @@ def _gather(x: Array, split: Split, axis: int) -> Array:
     if split.shards == 1:
         return x
     return jax.lax.all_gather(x, split.axis, axis=axis % x.ndim, tiled=True)
+
+
+def _hang_over(x: Array, pool: Pool) -> Array:
+    """Maps with a border that is no maximum, where windows hang over the edge."""
+    bottom, right = (pool.overhang_px(side) for side in x.shape[1:3])
+    if not (bottom or right):
+        return x
+    border = ((0, 0), (0, bottom), (0, right), (0, 0))
+    return jnp.pad(x, border, constant_values=-jnp.inf)  # mode 'edge' is 20 times slower
 
 
 def _flatten(x: Array, towers: int) -> Array:

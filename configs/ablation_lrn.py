@@ -4,9 +4,19 @@
 
 The paper: LRN "reduces our top-1 and top-5 error rates by 1.4 % and 1.2 %" (3.3). The source: run
 148, 42.03 / 19.36 % against run 145's 40.66 / 18.21 % on ILSVRC-2012 val, ten views, one seed each.
+The paper has CIFAR-10 too: a four-layer net at 13 % test error without and 11 % with it.
 """
 
-from configs import alexnet
+from configs import Claim, alexnet
+
+CLAIM = Claim(
+    row='no normalisation',
+    source='paper 3.3; runs 148, 145',
+    data='ILSVRC-2012 val',
+    top1=1.4,
+    top5=1.2,
+    words='the spatial norm is taken away too',
+)
 
 
 def get_config(scale: str = 'quickstart'):

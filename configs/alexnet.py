@@ -36,7 +36,7 @@ def get_config(scale: str = 'quickstart') -> ConfigDict:
     config.optimizer = optimizer(config.get_ref('epochs'))
     config.loop = loop()
     # -1: all devices that are left; placement: 'towers' or 'one_weird_trick' (parallel.py)
-    config.mesh = dict(data=-1, tower=1, placement='towers')
+    config.mesh = dict(data=-1, tower=1, placement='towers', cpu_devices=0)
     # How long processes wait for those that have not come, and for those that fell silent.
     config.processes = dict(join_timeout_secs=300.0, peer_timeout_secs=60.0)
     if scale == 'imagenet2010':
@@ -51,6 +51,8 @@ def get_config(scale: str = 'quickstart') -> ConfigDict:
         # A run of a few epochs has no time for run 170's 250-fold fall.
         config.optimizer.weights.factor = 20.0
     if scale == 'quickstart':
+        # Its operations are too small to share: as two devices, two cores are a third faster.
+        config.mesh.cpu_devices = 2
         config.model.input_px = config.preprocess.resize_px = 112
         config.preprocess.image_px = 120
         # Fewer inputs a unit and few epochs, so larger steps.
@@ -87,7 +89,9 @@ def model() -> ConfigDict:
             lrn=dict(size=5, k=2.0, alpha=1e-4 / 5, beta=0.75),
             lrn_reads='own',  # [source]; Caffe's and PyTorch's windows run across: 'all'
             spatial_norm=dict(size=5, k=1.0, alpha=0.001 / 25, beta=0.75),  # [source]
-            pool=dict(kind='max', window_px=3, stride_px=2),  # [p 3.4]
+            # [p 3.4]; a window that hangs over the edge is left out: rounding 'down', or 'up' as in
+            # cuda-convnet and Caffe. At the sizes of 2012 none does.
+            pool=dict(kind='max', window_px=3, stride_px=2, rounding='down'),
             # 'mask': units are zeroed in training and all are halved at test [p 4.2; source].
             dropout=dict(keep=0.5, kind='mask'),
             # 'fan_in': each std times sqrt(fan_in_2012 / fan_in), so that a narrowed net passes on
@@ -103,7 +107,12 @@ SAME_5 = ((2, 2), (2, 2))
 
 
 def conv(features, kernel_px, stride_px, padding_px, reads, init_std, bias, fan_in_2012, then):
-    """A convolution's row; `init_std` of an untruncated Gaussian, `fan_in_2012` as in run 145."""
+    """A convolution's row; `init_std` of an untruncated Gaussian.
+
+    `fan_in_2012`: inputs of a unit at full size, for which `init_std` is meant. A config that
+    changes what a layer reads at full size sets it, so that the narrowed net begins as the full one
+    does.
+    """
     return dict(
         kind='conv',
         features=features,
@@ -139,15 +148,29 @@ def narrow(model: ConfigDict, divisor: int) -> None:
         model[name].features //= divisor
 
 
+def activate(model: ConfigDict, word: str) -> None:
+    """Another nonlinearity in the place of every ReLU, without the biases that only a ReLU wants.
+
+    "[...] providing the ReLUs with positive inputs" [p 5].
+    """
+    for name in model.layers:
+        layer = model[name]
+        layer.then = tuple(word if old == 'relu' else old for old in layer.then)
+        layer.bias = 0.0
+
+
 def data(scale: str) -> ConfigDict:
     """Which data, and TFDS's expression for each split; test is touched only to report."""
+    # Decoded splits up to so many GiB are held in memory; larger ones are read by worker processes,
+    # -1: one a core.
+    how = dict(data_dir='data', workers=-1, resident_gib=4.0)
     if scale in ('quickstart', 'fashion_mnist'):
         splits = dict(train='train[:55000]', validation='train[55000:]', test='test')
-        return ConfigDict(dict(name='fashion_mnist', data_dir='data', **splits))
+        return ConfigDict(dict(name='fashion_mnist', **how, **splits))
     # ILSVRC-2012's test labels are not public: its val plays both parts, as in 2012.
     last = 'validation' if scale == 'imagenet2012' else 'test'
     splits = dict(train='train', validation='validation', test=last)
-    return ConfigDict(dict(name=scale, data_dir='data', **splits))
+    return ConfigDict(dict(name=scale, **how, **splits))
 
 
 def preprocess(epochs) -> ConfigDict:

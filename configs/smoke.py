@@ -7,6 +7,8 @@ Says whether the program runs from end to end on this machine; its accuracy mean
 
 from configs import alexnet
 
+SCALES = ('quickstart',)
+
 
 def get_config(scale: str = 'quickstart'):
     """The base recipe, shrunk; only the scale 'quickstart' makes sense."""

@@ -225,6 +225,20 @@ def test_noise_is_one_colour_an_image_along_the_components():
         np.testing.assert_allclose(found[component].reshape(-1, 3), np.tile(colour, (121, 1)))
 
 
+def test_noise_on_grey_images_is_in_brightness():
+    """One component, the grey value: each image is lifted as a whole, margin and all."""
+    plain = recipe(**SMALL | {'mean': 'none', 'noise_divisor': 1.0, 'channels': 1})
+    statistics = Statistics(jnp.zeros((16, 16, 1)), jnp.full((1, 1), 90.0))
+    images = images_of(2, 16, 1)
+    draws = augment.fixed(2, 1, plain)
+    lifted = draws._replace(noise=jnp.array([[0.1], [-0.2]]))
+    before = augment.apply(images, draws, statistics, plain, True)
+    after = augment.apply(images, lifted, statistics, plain, True)
+    difference = np.asarray(after - before)
+    np.testing.assert_allclose(difference[0], np.full_like(difference[0], 9.0), atol=1e-4)
+    np.testing.assert_allclose(difference[1], np.full_like(difference[1], -18.0), atol=1e-4)
+
+
 # --------------------------------------------------------------------------------------- ten views
 
 

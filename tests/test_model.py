@@ -23,7 +23,7 @@ from alexnet_jax.config import MeshShape
 from alexnet_jax.errors import UsageError
 from alexnet_jax.model import AlexNet, Dropout, Layer, Net, geometry
 from alexnet_jax.step import TrainState, make_optimizer, make_train_step
-from configs import alexnet, alexnet_paper, smoke
+from configs import ablation_one_tower, alexnet, alexnet_paper, smoke
 from tests.golden import cases
 from tests.golden.cases import net_of
 
@@ -136,11 +136,7 @@ def test_parameter_tree_is_the_one_the_geometry_counts():
 
 def one_tower():
     """Run 145-half: one tower's convolutions, conv5 and the fully connected layers not halved."""
-    config = alexnet.get_config('imagenet2012')
-    config.model.towers = 1
-    for number, features in enumerate((48, 128, 192, 192, 256), 1):
-        config.model[f'conv{number}'].features = features
-    return net_of(config)
+    return net_of(ablation_one_tower.get_config('imagenet2012'))
 
 
 def torchvision():
@@ -454,6 +450,49 @@ def test_pooling_of_either_kind(kind, function):
     np.testing.assert_allclose(
         seen['conv_pool'], function(blocks, axis=(2, 4)), rtol=1e-5, atol=1e-6
     )
+
+
+@pytest.mark.parametrize(
+    ('window', 'stride', 'side', 'wide'),
+    [(2, 2, 55, 28), (2, 2, 26, 13), (2, 2, 11, 6), (3, 2, 55, 27), (3, 2, 8, 4), (3, 3, 7, 3)],
+)
+def test_windows_that_hang_over_the_edge_see_what_lies_inside(window, stride, side, wide):
+    """Rounding up, as in cuda-convnet: the maximum, and its gradient, of what is not padding."""
+    pool = model.Pool(kind='max', window_px=window, stride_px=stride, rounding='up')
+    net = dataclasses.replace(change(tiny(pool=pool), 'conv', then=('pool',)), input_px=side)
+    assert geometry(net)[0].result == (wide, wide, 4)
+    case = cases.case(net, 2)
+    seen = activations(net, case.params, case.images)
+    maps = seen['conv_linear']
+    expected = np.empty((2, wide, wide, 4), np.float32)
+    for y, x in np.ndindex(wide, wide):
+        rows, columns = (slice(stride * i, stride * i + window) for i in (y, x))
+        expected[:, y, x] = maps[:, rows, columns].max(axis=(1, 2))
+    np.testing.assert_array_equal(seen['conv_pool'], expected)
+
+
+def test_the_gradient_of_a_window_over_the_edge_goes_to_its_maximum():
+    """Against XLA's own pooling with a border of -inf, which no gradient can reach."""
+    pool = model.Pool(kind='max', window_px=2, stride_px=2, rounding='up')
+    layer = dataclasses.replace(
+        tiny().layers[0], then=('pool',), kernel_px=1, padding_px=NO_PADDING
+    )
+    net = dataclasses.replace(tiny(pool=pool), layers=(layer,), input_px=5)
+    case = cases.case(net, 2)
+
+    def ours(images):
+        return jnp.sum(AlexNet(net).apply({'params': case.params}, images) ** 2)
+
+    def plain(images):
+        maps = jnp.einsum('bhwi,io->bhwo', images, case.params['conv']['kernel'][0, 0])
+        maps = maps + jnp.expand_dims(case.params['conv']['bias'], (0, 1, 2))
+        border = jnp.pad(maps, ((0, 0), (0, 1), (0, 1), (0, 0)), constant_values=-jnp.inf)
+        blocks = border.reshape(2, 3, 2, 3, 2, 4)
+        return jnp.sum(jnp.max(blocks, axis=(2, 4)) ** 2)
+
+    found, expected = jax.jit(jax.grad(ours))(case.images), jax.jit(jax.grad(plain))(case.images)
+    assert np.any(expected[:, -1])
+    assert relative(found, expected) < 1e-6
 
 
 def test_words_are_carried_out_in_order():

@@ -23,6 +23,7 @@ from alexnet_jax.augment import Statistics
 from alexnet_jax.errors import RunError, UsageError
 from alexnet_jax.model import AlexNet
 from configs import (
+    ablation_overlap,
     alexnet,
     alexnet_paper,
     variant_bvlc_alexnet,
@@ -521,7 +522,12 @@ def average_tanh_sigmoid(scale):
 
 @pytest.mark.parametrize(
     ('get_config', 'gain'),
-    [(alexnet.get_config, 2), (alexnet_paper.get_config, 3), (average_tanh_sigmoid, 4)],
+    [
+        (alexnet.get_config, 2),
+        (alexnet_paper.get_config, 3),
+        (average_tanh_sigmoid, 4),
+        (ablation_overlap.get_config, 3),
+    ],
 )
 def test_both_exports_of_every_kind_of_net(get_config, gain):
     """Towers, spatial norm, halved units, grey images: from 28 px, as the data is stored."""

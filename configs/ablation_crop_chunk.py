@@ -1,0 +1,27 @@
+"""Ablation: 32 images in a row share one crop and one mirror, as in the 2012 program.
+
+    python main.py --config=configs/ablation_crop_chunk.py
+
+The paper does not say so: it has "random 224 x 224 patches (and their horizontal reflections)"
+(4.1). The base gives every image its own, so here the *ablation* is what was run in 2012: four
+crops a batch instead of 128. The colour noise is each image's own in both.
+"""
+
+from configs import Claim, alexnet
+
+CLAIM = Claim(
+    row='32 images share a crop',
+    source='the program',
+    data='none',
+    top1=None,
+    top5=None,
+    words='not compared in 2012',
+)
+
+
+def get_config(scale: str = 'quickstart'):
+    """Base, crops and mirrors shared by 32."""
+    config = alexnet.get_config(scale)
+    config.name = 'ablation_crop_chunk'
+    config.preprocess.share = 32
+    return config

@@ -1,0 +1,37 @@
+"""Ablation: one tower, half the maps in conv1 to conv4 (run 145-half).
+
+    python main.py --config=configs/ablation_one_tower.py
+
+The paper: two towers reduce the errors "by 1.7 % and 1.2 %, respectively, as compared with a net
+with half as many kernels in each convolutional layer trained on one GPU" (3.2), whose last
+convolution and fully connected layers are not halved, as most parameters lie there (footnote 2).
+The source: run 145-half, 39.17 / 18.23 % against run 145's 37.47 / 17.00 % on ILSVRC-2010 test, ten
+views, one seed each.
+
+48-128-192-192-256-4096-4096-1000, 59,798,312 parameters; at quickstart a quarter of the widths.
+This is width as much as towers: a layer of the base that reads its own tower reads as many maps as
+here.
+"""
+
+from configs import Claim, alexnet
+
+CLAIM = Claim(
+    row='one tower, half the maps',
+    source='paper 3.2; runs 145-half, 145',
+    data='ILSVRC-2010 test',
+    top1=1.7,
+    top5=1.2,
+    words='',
+)
+
+
+def get_config(scale: str = 'quickstart'):
+    """Base, one tower, conv1 to conv4 halved."""
+    config = alexnet.get_config(scale)
+    config.name = 'ablation_one_tower'
+    model = config.model
+    model.towers = 1
+    for name in ('conv1', 'conv2', 'conv3', 'conv4'):
+        model[name].features //= 2
+    model.conv3.fan_in_2012 = 3 * 3 * 128
+    return config

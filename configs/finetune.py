@@ -1,0 +1,58 @@
+"""Fine-tuning: a trained net on other images and other classes.
+
+    python -m alexnet_jax.prepare folder --source=my_images --name=flowers
+    python main.py --config=configs/finetune.py --config.data.name=flowers \\
+        --config.init_from=workdirs/alexnet-imagenet2012-0 --workdir=workdirs/flowers
+
+The net is the one that `init_from` (WORKDIR, or WORKDIR:step) was trained as, 2012's if nothing
+else is said; scale and config of another one follow the colon:
+
+    --config=configs/finetune.py:imagenet2012,variant_torchvision      # of `weights import` too
+    --config=configs/finetune.py:quickstart
+
+All of its layers are taken over, but the last where the number of classes differs: that starts
+afresh, as wide as the data has classes (`model.fc8.features=0`). The mean image is the source's
+too, as its layers have learned to see images minus that one; init_statistics=data measures the new
+images. A started run needs its source no more.
+
+Rates a layer: `--config.optimizer.multipliers.conv1=0` freezes conv1.
+
+The recipe is Caffe's for fine-tuning CaffeNet on Flickr Style (its examples/
+finetune_flickr_style): rates of a tenth of those from scratch, divided by ten after each fifth of
+the run, ten times as high in the new last layer. There it was 100,000 steps of 50 images; ten
+epochs are a guess. Expect: not run here on ImageNet's weights, which were not at hand.
+"""
+
+import importlib
+
+from configs import alexnet
+
+SCALES = alexnet.SCALES
+
+
+def get_config(scale: str = 'imagenet2012'):
+    """Of the net at a scale: 'SCALE', or 'SCALE,CONFIG' with the name of a file of configs/."""
+    scale, _, base = scale.partition(',')
+    config = importlib.import_module(f'configs.{base or "alexnet"}').get_config(scale)
+    config.name = 'finetune'
+    config.init_from = ''  # WORKDIR[:step]
+    config.init_statistics = 'source'
+    config.epochs = 10.0
+    config.data = dict(
+        name='none',
+        data_dir='data',
+        train='train',
+        validation='validation',
+        test='test',
+        workers=-1,
+        resident_gib=4.0,
+    )
+    layers = config.model.layers
+    config.model[layers[-1]].features = 0  # as many as the data has classes
+    optimizer = config.optimizer
+    for kind in ('weights', 'biases'):
+        rate = optimizer[kind].rate / 10
+        optimizer[kind] = alexnet.schedule('dexp', rate, factor=1e4, switches=4)
+    optimizer.late.layer = 'none'
+    optimizer.multipliers = dict.fromkeys(layers, 1.0) | {layers[-1]: 10.0}
+    return config

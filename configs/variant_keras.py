@@ -1,0 +1,35 @@
+"""The Keras tutorial's AlexNet: one tower, uniform init, no LRN.
+
+    python main.py --config=configs/variant_keras.py
+    python main.py --config=configs/variant_keras.py:imagenet2012 --mode=describe
+
+Reported there: nothing. 62,378,344 parameters with 1000 classes, 58,691,044 with the 100 of the
+text.
+
+Differs from 2012 in: one tower, no LRN, ReLU before every pooling, 227 px unpadded (the text prints
+277, where 227 is meant: its fc6 would read 7 x 7 maps), inverted dropout, weights uniform in +-0.05
+(Keras' 'uniform') in every layer, biases of 0, plain SGD at Keras' default of 0.01.
+
+Not said there, and chosen here: pixels in 0-1 (in 0-255 such weights give logits in the hundreds);
+batches, epochs and splits of the base; as many classes as the data has. A narrowed net scales
++-0.05 with the fan-in.
+"""
+
+import math
+
+from configs import _tutorial, alexnet
+
+REPORTED = None
+LIMIT = 0.05
+
+
+def get_config(scale: str = 'quickstart'):
+    """Keras' net, at one of alexnet.SCALES."""
+    config = _tutorial.get_config(scale, 'variant_keras', full_px=227)
+    config.data.update(alexnet.data(scale))
+    model = config.model
+    model.conv1.padding_px = ((0, 0), (0, 0))
+    model.init_scaling = 'none' if scale.startswith('imagenet') else 'fan_in'
+    for name in model.layers:
+        model[name].update(init='uniform', init_std=LIMIT / math.sqrt(3))
+    return config

@@ -1,0 +1,42 @@
+"""LeNet as the tutorials' yardstick for AlexNet: ReLU and maxima, 28 px.
+
+    python main.py --config=configs/variant_lenet.py
+
+Reported there: "about the same" as AlexNet after five epochs. 170,988 parameters.
+
+conv(20, 5) and conv(50, 3), unpadded, each with ReLU and max-pooling 2/2; fc 128 with ReLU; fc 10.
+The training is Gluon's (variant_gluon.py), and so are Xavier's init and pixels in 0-1, of which the
+text says nothing. Quickstart and fashion_mnist are the same net; the latter trains on all 60,000
+images.
+"""
+
+from configs import _tutorial, alexnet
+
+REPORTED = None
+SCALES = ('quickstart', 'fashion_mnist')
+
+
+def get_config(scale: str = 'quickstart'):
+    """LeNet, at one of SCALES."""
+    if scale not in SCALES:
+        raise ValueError(f"scale '{scale}' is not one of {', '.join(SCALES)}: LeNet sees 28 px")
+    config = _tutorial.get_config(scale, 'variant_lenet')
+    config.epochs = 5.0
+    model = config.model
+    for name in model.layers:
+        del model[name]
+    model.layers = ('conv1', 'conv2', 'fc3', 'fc4')
+    model.conv1 = _conv(20, 5, 25)
+    model.conv2 = _conv(50, 3, 9 * 20)
+    model.fc3 = alexnet.fc(128, 'all', 0.0, 0.0, 5 * 5 * 50, ('relu',)) | dict(init='xavier')
+    model.fc4 = alexnet.fc(10, 'all', 0.0, 0.0, 128, ()) | dict(init='xavier')
+    model.pool.window_px = 2
+    model.input_px = 28
+    _tutorial.images(config.preprocess, 28)
+    return config
+
+
+def _conv(features: int, kernel_px: int, fan_in: int) -> dict:
+    unpadded = ((0, 0), (0, 0))
+    row = alexnet.conv(features, kernel_px, 1, unpadded, 'all', 0.0, 0.0, fan_in, ('relu', 'pool'))
+    return row | dict(init='xavier')
