@@ -1,8 +1,10 @@
 """What a config describes, on one page: shapes, parameters, operations, memory, communication."""
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +23,8 @@ COLUMNS = (
 )  # fmt: skip
 FLOAT32_BYTES = 4
 MOST_VIRTUAL_DEVICES = 512
+DEVICE_GB = (16, 24, 80)  # of memory, as they are sold; 10^9 bytes, the cautious reading
+COMPILED_BATCHES = (512, 2048)  # images a device; with few, the update needs more than the net
 
 
 def run(config: Config) -> str:
@@ -28,11 +32,23 @@ def run(config: Config) -> str:
 
     A mesh of several devices need not be there: `mesh.data=4 mesh.tower=2` is described on virtual
     CPU devices, where nothing has asked for the real ones yet; `mesh.data=-1` means the real ones.
+    What only the compiler knows (memory, messages) takes some seconds.
 
     Raises:
         UsageError: the config is impossible.
     """
     settings = configuration.unpack(config)
+    if not settings.net.classes:
+        raise UsageError(
+            'the last layer is as wide as the data has classes; set its features to describe the '
+            'net, as in --config.model.fc8.features=10.'
+        )
+    _provide_devices(settings.mesh)
+    return '\n\n'.join([page(settings), _compiled_memory(settings), *_on_mesh(settings)])
+
+
+def page(settings: Settings) -> str:
+    """What follows from the config alone: nothing is compiled."""
     net, stages = settings.net, geometry(settings.net)
     parts = [
         f'{settings.name}, scale {settings.scale}: {net.towers} tower(s), crops of '
@@ -41,7 +57,6 @@ def run(config: Config) -> str:
         _totals(stages),
         _recipe(settings),
         _memory(settings, stages),
-        *_on_mesh(settings),
     ]
     return '\n\n'.join(parts)
 
@@ -134,10 +149,11 @@ def _recipe(settings: Settings) -> str:
         f'{name}: size {norm.size}, k {norm.k:g}, alpha {norm.alpha:g}, beta {norm.beta:g}'
         for name, norm in (('lrn', net.lrn), ('spatial_norm', net.spatial_norm))
     )
+    edge = ', windows over the edge too' if net.pool.rounding == 'up' else ''
     return '\n'.join(
         [
             f'{norms}; lrn reads {net.lrn_reads}',
-            f'pool: {net.pool.kind} {net.pool.window_px}/{net.pool.stride_px}; dropout: '
+            f'pool: {net.pool.kind} {net.pool.window_px}/{net.pool.stride_px}{edge}; dropout: '
             f'{net.dropout.kind}, keep {net.dropout.keep:g}; compute in {net.compute_dtype}',
             f'batch {settings.batch_size}, {settings.epochs:g} epochs, momentum '
             f'{recipe.momentum:g}, weight decay {recipe.weight_decay:g}; rates: weights '
@@ -158,12 +174,62 @@ def _mib(size: int) -> str:
     return f'{size / 2**20:,.1f} MiB'
 
 
+# ------------------------------------------------------------------------- as the compiler has it
+
+
+@dataclasses.dataclass(frozen=True)
+class Peak:
+    """What one device holds at most in a training step on so many images, and what one more adds.
+
+    Not quite a line: with the shapes changes what fits between what in the scratch space, some 2 %.
+    """
+
+    images: int
+    bytes: int
+    per_image: int
+
+    def at(self, images: int) -> int:
+        """Bytes."""
+        return self.bytes + (images - self.images) * self.per_image
+
+    def largest_batch(self, capacity: int) -> int:
+        """Images of one device that fit into so many bytes with nothing else; 0: not even one."""
+        return max(0, self.images + (capacity - self.bytes) // self.per_image)
+
+
+def compiled_peak(settings: Settings, layout: Layout) -> Peak:
+    """From the training step, compiled at two batch sizes."""
+    few, many = COMPILED_BATCHES
+    small, large = (compiled_bytes(settings, layout, images) for images in (few, many))
+    return Peak(images=few, bytes=small, per_image=(large - small) // (many - few))
+
+
+def compiled_bytes(settings: Settings, layout: Layout, images: int) -> int:
+    """What one device holds at most with so many images: state, batch and scratch space."""
+    settings = dataclasses.replace(settings, batch_size=images * layout.replicas)
+    found: Any = communication.compile_step(settings, layout).memory_analysis()
+    kept = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+    return kept + found.temp_size_in_bytes
+
+
+def _compiled_memory(settings: Settings) -> str:
+    layout = parallel.lay_out(settings.mesh, settings.batch_size)
+    peak, replicas = compiled_peak(settings, layout), layout.replicas
+    fits = ', '.join(f'{gb} GB: {peak.largest_batch(gb * 10**9) * replicas:,}' for gb in DEVICE_GB)
+    device = jax.default_backend()
+    where = 'the device' if layout.mesh.size == 1 else f'each of {layout.mesh.size} devices'
+    return (
+        f'by the compiler for this {device}, {where}: {_mib(peak.bytes)} with {peak.images} '
+        f'images, {_mib(peak.per_image)} with each more; '
+        f'largest batch, nothing else in memory: {fits}'
+    )
+
+
 # -------------------------------------------------------------------------------------- on a mesh
 
 
 def _on_mesh(settings: Settings) -> list[str]:
     """Who sends what to whom, and what a device holds, read from the compiled step."""
-    _provide_devices(settings.mesh)
     one = ['one device: nothing is communicated']
     if settings.mesh.data == settings.mesh.tower == 1:
         return one

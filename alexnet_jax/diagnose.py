@@ -48,13 +48,22 @@ class Preflight:
 
 def preflight(net: Net, params: Any, pixels: Array, labels: Array) -> Preflight:
     """Measure a start on some images: `pixels` [B, H, W, C] as conv1 sees them, `labels` [B]."""
-    seen = _activations(net, params, pixels, None)
-    logits = seen[model.steps(net.layers[-1])[-1]]
+
+    @jax.jit
+    def measure(params, pixels, labels):
+        seen = _activations(net, params, pixels, None)
+        last = {layer.name: seen[model.steps(layer)[-1]] for layer in net.layers}
+        logits = last[net.layers[-1].name]
+        signal = {name: _across_images(values) for name, values in last.items()}
+        return model.mean_loss(logits, labels), signal
+
+    loss, signal = jax.device_get(measure(params, pixels, labels))
+    signal = {layer.name: float(signal[layer.name]) for layer in net.layers}  # jit sorts its keys
     return Preflight(
-        logit_std=_across_images(logits),
-        loss=float(model.mean_loss(logits, labels)),
+        logit_std=signal[net.layers[-1].name],
+        loss=float(loss),
         plateau=math.log(net.classes),
-        signal={layer.name: _across_images(seen[model.steps(layer)[-1]]) for layer in net.layers},
+        signal=signal,
     )
 
 
@@ -74,8 +83,9 @@ def dead_start(found: Preflight, min_logit_std: float) -> str | None:
 
 def first_not_finite(net: Net, params: Any, pixels: Array, labels: Array, masks: Any) -> str:
     """Where a step goes wrong, in one phrase: the first operation, forward and then backward."""
-    for name, values in _activations(net, params, pixels, masks).items():
-        if not np.all(np.isfinite(values)):
+    seen = jax.jit(_activations, static_argnums=0)(net, params, pixels, masks)
+    for name in (name for layer in net.layers for name in model.steps(layer)):
+        if not np.all(np.isfinite(seen[name])):
             return f'the activations of {name}'
     grads = jax.jit(jax.grad(_loss), static_argnums=1)(params, net, pixels, labels, masks)
     for layer in reversed(net.layers):
@@ -92,18 +102,10 @@ def _loss(params, net, pixels, labels, masks):
 
 
 def _activations(net: Net, params: Any, pixels: Array, masks: Any) -> dict[str, Array]:
-    """Everything the net computes on the way, in order."""
-
-    @jax.jit
-    def run(params, pixels, masks):
-        _, variables = AlexNet(net).apply(
-            {'params': params}, pixels, masks, mutable=['intermediates']
-        )
-        return {name: value[0] for name, value in variables['intermediates'].items()}
-
-    seen = run(params, pixels, masks)
-    return {name: seen[name] for layer in net.layers for name in model.steps(layer)}
+    """Everything the net computes on the way, by the names of `model.steps`."""
+    _, variables = AlexNet(net).apply({'params': params}, pixels, masks, mutable=['intermediates'])
+    return {name: value[0] for name, value in variables['intermediates'].items()}
 
 
-def _across_images(values: Array) -> float:
-    return float(jnp.sqrt(jnp.mean(jnp.var(values.astype(jnp.float32), axis=0))))
+def _across_images(values: Array) -> Array:
+    return jnp.sqrt(jnp.mean(jnp.var(values.astype(jnp.float32), axis=0)))

@@ -150,20 +150,39 @@ class Late:
 
 
 def parameter_rates(
-    weights: Schedule, biases: Schedule, late: Late, *, total_steps: int, steps_per_epoch: float
+    weights: Schedule,
+    biases: Schedule,
+    late: Late,
+    multipliers: Sequence[tuple[str, float]] = (),
+    *,
+    total_steps: int,
+    steps_per_epoch: float,
 ) -> Callable[[tuple[str, str]], Rate]:
-    """The rate of each parameter, named (layer, 'kernel' or 'bias'), `late` included."""
+    """The rate of each parameter, named (layer, 'kernel' or 'bias'), `late` included.
+
+    `multipliers` (layer, factor) are for fine-tuning: both rates of the layer are multiplied, and
+    with 0 it is frozen, weight decay included.
+    """
     durations = {'total_steps': total_steps, 'steps_per_epoch': steps_per_epoch}
     by_kind = {'kernel': rate_of(weights, **durations), 'bias': rate_of(biases, **durations)}
     slow = math.ceil(late.slow_epoch * steps_per_epoch)
     freeze = math.ceil(late.freeze_epoch * steps_per_epoch)
 
+    factors = dict(multipliers)
+
+    def multiplied(layer: str, kind: str) -> Rate:
+        factor = factors.get(layer, 1.0)
+        if factor == 1:
+            return by_kind[kind]
+        return lambda step, drops: by_kind[kind](step, drops) * factor
+
     def rates(path: tuple[str, str]) -> Rate:
         layer, kind = path
+        rate = multiplied(layer, kind)
         if layer != late.layer:
-            return by_kind[kind]
+            return rate
         return lambda step, drops: (
-            by_kind[kind](step, drops)
+            rate(step, drops)
             * jnp.where(step >= slow, late.slow_multiplier, 1.0)
             * jnp.where(step >= freeze, 0.0, 1.0)
         )

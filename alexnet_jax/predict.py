@@ -2,9 +2,9 @@
 
     python -m alexnet_jax.predict --workdir=W IMAGE...
 
-An image file is brought to the form in which the data set is stored (`as_stored`), and from there
-goes the way of an evaluated image: the same code, the same statistics, the same batches, and so the
-same bits. In Python:
+An image file is brought to the form in which the data set is stored (`pictures.decode`), and from
+there goes the way of an evaluated image: the same code, the same statistics, the same batches, and
+so the same bits. In Python:
 
     classify = predict.load(workdir)
     probability = classify(images)  # uint8 [B, H, W, C] -> float32 [B, classes]
@@ -15,23 +15,18 @@ import argparse
 import dataclasses
 import functools
 import glob
-import io
 import json
-import os
-import signal
 import sys
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
-from alexnet_jax import data, evaluate
+from alexnet_jax import command, data, evaluate, pictures
 from alexnet_jax.checkpoint import Step
 from alexnet_jax.data import Dataset
-from alexnet_jax.errors import AlexNetError, RunError, UsageError
+from alexnet_jax.errors import RunError, UsageError
 from alexnet_jax.evaluate import Trained
 from alexnet_jax.records import say
 
@@ -70,14 +65,11 @@ def read(path: Path, shape: tuple[int, int, int]) -> np.ndarray:
     try:
         if path.is_dir():
             raise RunError(f'{shown(path)} holds no file.')
-        with Image.open(io.BytesIO(path.read_bytes())) as picture:
-            return as_stored(picture, shape)
-    except AlexNetError:
-        raise
-    except UnidentifiedImageError:
-        raise RunError(f'{shown(path)} is no image.') from None
-    except Exception as error:  # of damaged files decoders raise whatever they stumble over
-        reason = getattr(error, 'strerror', None) or str(error) or type(error).__name__
+        return pictures.decode(path.read_bytes(), shape)
+    except pictures.BadImage as error:
+        raise RunError(f'{shown(path)} {error}.') from None
+    except OSError as error:
+        reason = error.strerror or error
         raise RunError(f'{shown(path)} cannot be read as an image: {reason}.') from None
 
 
@@ -107,43 +99,6 @@ def read_ahead(
         faults += found
         if names:
             yield names, np.stack(images)
-
-
-def as_stored(picture: Image.Image, shape: tuple[int, int, int]) -> np.ndarray:
-    """A picture in the data set's form: uint8 [height, width, channels] of `shape`.
-
-    Turned upright by its EXIF tag, alpha laid on black, 16 bits cut to their upper 8, colour made
-    grey (or grey repeated) as the data has it; then the largest centre part of the stored
-    proportions is resized, shorter side to shorter side, bicubic and antialiased. A picture of the
-    stored size and kind comes through unchanged.
-
-    Why black: it is what surrounds an image in this program (a crop that hangs over, a margin, a
-    convolution's padding), and what Fashion-MNIST's clothes lie on.
-
-    Raises:
-        ValueError: pixels whose range is not known (32 bits an entry).
-    """
-    height, width, channels = shape
-    picture = ImageOps.exif_transpose(picture)
-    if picture.mode.startswith('I'):
-        picture = _upper_bits(picture)
-    if picture.mode == 'F':
-        raise ValueError('its pixels are floating-point numbers of unknown range')
-    if picture.has_transparency_data:
-        picture = picture.convert('RGBA')
-        picture = Image.alpha_composite(Image.new('RGBA', picture.size, 'black'), picture)
-    picture = picture if picture.mode in ('L', 'RGB') else picture.convert('RGB')
-    picture = picture.convert('L' if channels == 1 else 'RGB')
-    picture = ImageOps.fit(picture, (width, height), Image.Resampling.BICUBIC)
-    return np.asarray(picture).reshape(shape)
-
-
-def _upper_bits(picture: Image.Image) -> Image.Image:
-    """Pillow keeps 16-bit grey as integers, and would clip them at 255."""
-    values = np.asarray(picture)
-    if values.size and not 0 <= values.min() <= values.max() < 2**16:
-        raise ValueError('its pixels are integers of more than 16 bits')
-    return Image.fromarray((values >> 8).astype(np.uint8))
 
 
 def shown(path: Path | str) -> str:
@@ -207,7 +162,7 @@ class Classifier:
         stored = np.empty((len(images), *shape), np.uint8)
         for row, image in enumerate(images):
             picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
-            stored[row] = as_stored(picture, shape)
+            stored[row] = pictures.stored(picture, shape)
         return stored
 
 
@@ -299,34 +254,8 @@ def _json_line(path: Path, ranked: Sequence[tuple[int, float]], names: Sequence[
     return json.dumps({'image': str(path), 'top': found})
 
 
-class Parser(argparse.ArgumentParser):
-    """One sentence about a wrong command line, and no usage page with it."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise it."""
-        raise UsageError(f'{message} (see {self.prog} --help).')
-
-
-def command(
-    name: str, parser: Callable[[], Parser], act: Callable[[Any], int], argv: Sequence[str] | None
-) -> int:
-    """Run a command to its exit code: 0 done; 1 not, or not all of it; 2 it makes no sense."""
-    try:
-        with warnings.catch_warnings():  # Pillow's, of odd files that it reads nevertheless
-            warnings.filterwarnings('ignore', module=r'PIL\.')
-            return 1 if act(parser().parse_args(argv)) else 0
-    except AlexNetError as error:
-        say(f'{name}: {error}')
-        return error.exit_code
-    except BrokenPipeError:  # who reads stdout has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
-
-
-def _parser() -> Parser:
-    parser = Parser(
+def _parser() -> command.Parser:
+    parser = command.Parser(
         prog='python -m alexnet_jax.predict',
         description='Classify images with a trained net.',
         epilog='Exit code 1 if a file was no image; the others are classified all the same.',
@@ -362,7 +291,7 @@ def _act(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Classify what the command line names; returns the exit code."""
-    return command('predict', _parser, _act, argv)
+    return command.run('predict', _parser, _act, argv)
 
 
 if __name__ == '__main__':

@@ -40,6 +40,7 @@ def make_optimizer(settings: Settings, images: int) -> optax.GradientTransformat
         recipe.weights,
         recipe.biases,
         recipe.late,
+        recipe.multipliers,
         total_steps=settings.total_steps(images),
         steps_per_epoch=settings.steps_per_epoch(images),
     )
@@ -129,6 +130,7 @@ def jit_train_step(
         make_train_step(settings, layout, optimizer, images),
         donate_argnums=0,
         out_shardings=(shardings, parallel.whole(layout)),
-        compiler_options={**(parallel.compiler_options() or {}), **compiler_options} or None,
+        compiler_options={**(parallel.compiler_options(settings.net) or {}), **compiler_options}
+        or None,
     )
     return step, shardings

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from alexnet_jax import augment, data, diagnose, distributed, evaluate, parallel, prepare, records
+from alexnet_jax import augment, data, diagnose, distributed, evaluate, parallel, records, transfer
 from alexnet_jax import config as configuration
 from alexnet_jax import optimizer as optimizers
 from alexnet_jax import workdir as workdirs
@@ -33,6 +33,7 @@ from alexnet_jax.records import say
 from alexnet_jax.step import TrainState, init_state, inputs, jit_train_step, make_optimizer
 
 Array = jax.Array
+STALL = 0.05  # the share of its time that the loop may stand still before it says so
 
 # ---------------------------------------------------------------------------------- what is open
 
@@ -92,22 +93,9 @@ class Job:
 def open_job(config: Config, settings: Settings, workdir: Path) -> Job:
     """Get the data and build what the config describes; nothing is trained yet."""
     layout = parallel.lay_out(settings.mesh, settings.batch_size)
-    names = settings.data
-    if distributed.is_first():
-        prepare.ensure(names.name, names.data_dir)
-    distributed.wait_for_all('data')
-    train, validation, test = (
-        data.load(names.name, names.data_dir, split)
-        for split in (names.train, names.validation, names.test)
-    )
+    train, validation, test = evaluate.open_splits(settings, ('train', 'validation', 'test'))
     _check_data(settings, train)
-    measured = data.statistics(train.images)
-    distributed.agree('the training data', f'{len(train)} {measured.mean_image.tobytes()!r}')
-    statistics = Statistics(
-        mean_image=jnp.asarray(measured.mean_image),
-        colour_basis=jnp.asarray(measured.colour_vectors * measured.colour_std),
-    )
-    statistics = parallel.place(statistics, parallel.whole(layout))
+    statistics = parallel.place(_statistics(settings, train, workdir), parallel.whole(layout))
     optimizer = make_optimizer(settings, len(train))
     train_step, shardings = jit_train_step(settings, layout, optimizer, len(train))
     return Job(
@@ -124,6 +112,24 @@ def open_job(config: Config, settings: Settings, workdir: Path) -> Job:
         train_step=train_step,
         predict=evaluate.make_predict(settings, layout),
     )
+
+
+def _statistics(settings: Settings, train: Dataset, workdir: Path) -> Statistics:
+    """Of the training images; or those by which the net to start from has seen its own."""
+    if settings.init_from != 'none' and settings.init_statistics == 'source':
+        found = transfer.statistics(settings.init_from, workdir)
+    else:
+        measured = data.statistics_of(train)
+        basis = measured.colour_vectors * measured.colour_std
+        found = Statistics(jnp.asarray(measured.mean_image), jnp.asarray(basis))
+    distributed.agree('the training data', f'{len(train)} {np.asarray(found[0]).tobytes()!r}')
+    channels = train.images.shape[-1]
+    if found.mean_image.shape[-1] != channels:
+        raise UsageError(
+            f'{settings.init_from} has seen images of {found.mean_image.shape[-1]} channel(s), and '
+            f'{train.name} has {channels}; set init_statistics=data.'
+        )
+    return found
 
 
 def _check_data(settings: Settings, train: Dataset) -> None:
@@ -166,9 +172,11 @@ def run(config: Config, workdir: Path) -> str:
         RunError: data or disk are not to be had, numbers are not finite, or a signal came.
     """
     settings = configuration.unpack(config)
+    if not settings.net.classes:
+        config = configuration.with_classes(config, len(evaluate.class_names(settings)))
+        settings = configuration.unpack(config)
     with workdirs.open_workdir(config, workdir):
         workdirs.use_compilation_cache(settings.loop.compilation_cache, workdir)
-        parallel.keep_freed_memory()
         job = open_job(config, settings, workdir)
         with Checkpoints(workdir / 'checkpoints', report=say) as checkpoints:
             state, history = resume_or_start(job, checkpoints)
@@ -196,8 +204,21 @@ def resume_or_start(job: Job, checkpoints: Checkpoints) -> tuple[TrainState, His
         say(f'going on from step {restored.step} of {job.total_steps} in {job.workdir}')
         return restored.state['state'], History(**restored.extra['history'])
     state = jax.jit(lambda: init_state(job.settings, job.optimizer), out_shardings=job.shardings)()
+    if job.settings.init_from != 'none':
+        state = begin_with(job, state)
     preflight(job, state)
     return state, History()
+
+
+def begin_with(job: Job, state: TrainState) -> TrainState:
+    """The state of step 0 with the weights of another run's net; see transfer.py."""
+    where = job.settings.init_from
+    restored = transfer.read(where)
+    transfer.compare(job.config, restored, where)
+    fresh = parallel.fetch(state.params, job.layout)
+    layers = [layer.name for layer in job.settings.net.layers]
+    params = transfer.parameters(fresh, restored, layers, where)
+    return state.replace(params=parallel.place(params, job.shardings.params))
 
 
 def preflight(job: Job, state: TrainState) -> None:
@@ -220,9 +241,14 @@ def first_batch(job: Job) -> tuple[Array, Array]:
     """Labels [B] of the first training batch, and its centre crops as conv1 sees them."""
     batch, recipe = jax.tree.map(jnp.asarray, job.host_batch(0)), job.settings.preprocess
     size, *_, channels = batch['image'].shape
-    draws = augment.fixed(size, channels, recipe)
     statistics = parallel.fetch(job.statistics, job.layout)
-    return batch['label'], augment.apply(batch['image'], draws, statistics, recipe)
+
+    @jax.jit
+    def crops(images, statistics):
+        draws = augment.fixed(size, channels, recipe)
+        return augment.apply(images, draws, statistics, recipe)
+
+    return batch['label'], crops(batch['image'], statistics)
 
 
 def train(
@@ -237,7 +263,8 @@ def train(
     evaluations = job.moments(loop.evaluate_every_epochs)
     saves = job.moments(loop.checkpoint_every_epochs)
     log = StepLog(job, history, book, start)
-    batches = data.prefetch(job.batch, start, job.total_steps, loop.prefetch_batches)
+    # Two threads: while one puts a batch on the devices, the next is read.
+    batches = data.prefetch(job.batch, start, job.total_steps, loop.prefetch_batches, threads=2)
     with contextlib.closing(batches), contextlib.closing(log), Interrupt() as interrupt:
         for step in range(start + 1, job.total_steps + 1):
             batch = log.wait_for(batches)
@@ -323,6 +350,7 @@ class StepLog:
         self.pending: tuple[int, dict] | None = None
         self.since, self.stalled, self.logged_secs = time.perf_counter(), 0.0, history.secs
         self.steps = 0
+        self.windows, self.said_limit = 0, False
 
     def wait_for(self, batches: Iterator) -> Any:
         """The next batch, and how long the loop stood still for it."""
@@ -375,7 +403,21 @@ class StepLog:
         self.book.write('train', step, epoch=epoch, **means, **timing)
         left = (self.job.total_steps - step) * self.job.settings.batch_size / pace
         self.bar.log(step, means['loss'], pace, left)
+        self._judge_input(secs)
         self.steps, self.stalled, self.logged_secs = 0, 0.0, self.history.secs
+
+    def _judge_input(self, secs: float) -> None:
+        """Say once if the loop stands still for want of images, and how many cores would do."""
+        self.windows += 1
+        share = self.stalled / max(secs, 1e-9)
+        if self.said_limit or self.windows == 1 or share <= STALL:  # the first has the start in it
+            return
+        size = self.job.settings.batch_size
+        rows = len(range(size)[parallel.own_rows(self.job.layout, size)])
+        wanted = self.steps * rows / max(secs - self.stalled, 1e-9)
+        if why := data.shortage(self.job.train, wanted):
+            self.said_limit = True
+            self.bar.line(f'the input is the limit, {share:.0%} of the time: {why}')
 
     def close(self) -> None:
         """Leave the terminal as it was."""

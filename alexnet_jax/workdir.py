@@ -16,11 +16,14 @@ from alexnet_jax.errors import RunError, UsageError
 # What a resumed run may change: where and how it works, but no number of it.
 MAY_DIFFER = (
     'data.data_dir',
+    'data.resident_gib',
+    'data.workers',
     'loop.checkpoint_every_epochs',
     'loop.compilation_cache',
     'loop.on_dead_start',
     'loop.prefetch_batches',
     'loop.tensorboard',
+    'mesh.cpu_devices',
     'mesh.data',
     'mesh.placement',
     'mesh.tower',
@@ -78,7 +81,8 @@ def use_compilation_cache(where: str, workdir: Path) -> None:
     if where != 'none':
         folder = workdir.absolute().parent / '.jax_cache' if where == 'beside' else Path(where)
         jax.config.update('jax_compilation_cache_dir', str(folder))
-        jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+        jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
+        jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
 
 
 def _same_config(old: dict, new: dict, workdir: Path) -> None:

@@ -1,6 +1,7 @@
 """The page of `--mode=describe` against shared knowledge of the 2012 net (its paper and source)."""
 
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import jax
 import pytest
 
 from alexnet_jax import config as configuration
-from alexnet_jax import describe
+from alexnet_jax import describe, parallel
 from alexnet_jax.errors import UsageError
 from alexnet_jax.model import geometry
 from configs import ablation_lrn, alexnet, smoke
@@ -34,8 +35,13 @@ def cells(page: str) -> dict[str, list[str]]:
     return {line.split()[0]: [c.strip() for c in line.split('  ') if c.strip()] for line in lines}
 
 
+def described(config) -> str:
+    """The page, as far as nothing has to be compiled for it."""
+    return describe.page(configuration.unpack(config))
+
+
 def test_the_net_of_2012():
-    page = describe.run(on(1, 1, alexnet.get_config('imagenet2012')))
+    page = described(alexnet.get_config('imagenet2012'))
     assert '60,965,224 parameters, 659,272 neurons, 724.4 M multiply-adds' in page
     rows = cells(page)
     assert list(rows) == ['conv1', 'conv2', 'conv3', 'conv4', 'conv5', 'fc6', 'fc7', 'fc8']
@@ -56,16 +62,15 @@ def test_one_tower():
     config.model.towers = 1
     for name, features in zip(config.model.layers, (48, 128, 192, 192, 256), strict=False):
         config.model[name].features = features
-    assert '59,798,312 parameters' in describe.run(config)
+    assert '59,798,312 parameters' in described(config)
 
 
 def test_every_scale_and_ablation_needs_no_data(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # where there is no data
     for scale in alexnet.SCALES:
-        assert 'lrn' not in ''.join(
-            row[-1]
-            for row in cells(describe.run(on(1, 1, ablation_lrn.get_config(scale)))).values()
-        )
+        rows = cells(described(ablation_lrn.get_config(scale)))
+        assert 'lrn' not in ''.join(row[-1] for row in rows.values())
+    describe.run(on(1, 1))
     assert not list(tmp_path.iterdir())
 
 
@@ -86,6 +91,37 @@ def test_activations_follow_the_compute_dtype(dtype):
     settings = configuration.unpack(config)
     bytes_ = [describe.memory_bytes(s, geometry(s.net))['activations'] for s in (settings, base)]
     assert bytes_[0] * (1 if dtype == 'float32' else 2) == bytes_[1]
+
+
+def test_the_largest_batch_by_hand():
+    peak = describe.Peak(images=512, bytes=10**9, per_image=10**6)
+    assert peak.largest_batch(16 * 10**9) == 15_512
+    assert peak.largest_batch(16 * 10**9 - 1) == 15_511
+    assert peak.largest_batch(10**8) == 0
+    assert peak.at(peak.largest_batch(16 * 10**9)) == 16 * 10**9
+
+
+def test_memory_of_the_compiled_step_is_linear_in_the_batch():
+    settings = configuration.unpack(on(1, 1))
+    layout = parallel.lay_out(settings.mesh, settings.batch_size)
+    peak = describe.compiled_peak(settings, layout)
+    found = describe.compiled_bytes(settings, layout, 1024)
+    assert peak.at(1024) == pytest.approx(found, rel=0.02)  # see Peak; found: 0.7 %
+    # What must be there: parameters, velocity, stored images; and at most every result twice, and
+    # the images thrice in float32.
+    held = describe.memory_bytes(settings, geometry(settings.net))
+    stored = settings.preprocess.resize_px**2
+    assert found > held['parameters'] + held['velocity'] + 1024 * stored
+    activations = held['activations'] // settings.batch_size
+    assert stored < peak.per_image < 2 * activations + 3 * 4 * stored
+
+
+def test_the_page_says_what_fits():
+    page = describe.run(on(1, 1))
+    found = re.search(r'largest batch, .*: 16 GB: ([\d,]+), 24 GB: ([\d,]+), 80 GB: ([\d,]+)', page)
+    assert found
+    few, more, most = (int(number.replace(',', '')) for number in found.groups())
+    assert 1000 < few < more < most
 
 
 # -------------------------------------------------------------------------------------- on a mesh

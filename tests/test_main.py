@@ -77,7 +77,8 @@ def test_no_data_and_no_way_to_get_it(ring, tmp_path):
         f'--config.data.data_dir={tmp_path}',
         data=False,
     )
-    one_sentence(done, 1, f'imagenet2012 is not in {tmp_path}', 'TFDS')
+    way = 'alexnet_jax.prepare imagenet2012 --source=FOLDER'
+    one_sentence(done, 1, f'imagenet2012 is not in {tmp_path}', way)
 
 
 def test_a_workdir_that_cannot_be_written(ring, tmp_path):

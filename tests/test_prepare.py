@@ -1,260 +1,60 @@
-"""Every way to the raw files, and every way in which preparing can end badly, on the real data."""
+"""The command: what it is told, what it makes of it, and one sentence where it cannot."""
 
-import functools
-import gzip
-import http.server
+import json
 import os
 import shutil
-import signal
-import struct
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from tensorflow_datasets.core import hashing
-from tensorflow_datasets.image_classification import mnist
+from PIL import Image
 
 from alexnet_jax import data, prepare
 from alexnet_jax.errors import RunError, UsageError
+from experiments import official_tars
 
-OFFICIAL = {'train': 60_000, 'test': 10_000}
 REPOSITORY = Path(prepare.__file__).parents[1]  # where `-m alexnet_jax.prepare` is found
-COMMAND = [sys.executable, '-m', 'alexnet_jax.prepare', 'fashion_mnist']
-
-
-def ignore(line):
-    """Take a line of progress and do nothing with it."""
 
 
 @pytest.fixture(scope='module')
-def raw_dir(data_dir, tmp_path_factory):
-    """The four raw .gz files, made anew from the prepared data by undoing TFDS's shuffle."""
-    folder = tmp_path_factory.mktemp('raw')
-    for split, (image_file, label_file) in prepare.FASHION_MNIST.items():
-        dataset = data.load('fashion_mnist', data_dir, split)
-        order = sorted(range(len(dataset)), key=hashing.Hasher(split).hash_key)
-        images, labels = np.empty_like(dataset.images), np.empty(len(dataset), np.uint8)
-        images[order], labels[order] = dataset.images, dataset.labels
-        for file, values in ((image_file, images), (label_file, labels)):
-            magic = 0x800 + len(file.shape)
-            header = struct.pack(f'>{1 + len(file.shape)}I', magic, *file.shape)
-            content = gzip.compress(header + values.tobytes(), compresslevel=1)
-            (folder / f'{file.name}.gz').write_bytes(content)
-    return folder
+def pets(tmp_path_factory):
+    """Twenty pictures of two classes."""
+    root, rng = tmp_path_factory.mktemp('source') / 'My pets', np.random.default_rng(0)
+    for label in ('cat', 'dog'):
+        (root / label).mkdir(parents=True)
+        for i in range(10):
+            image = Image.fromarray(rng.integers(0, 256, (30, 40, 3), np.uint8))
+            (root / label / f'{i}.jpg').write_bytes(official_tars.jpeg(image))
+    return root
 
 
-@pytest.fixture(scope='module')
-def raw(raw_dir):
-    return prepare.read_raw(raw_dir)
+def test_ones_own_pictures_from_folder_to_dataset(pets, tmp_path, capsys):
+    words = ['folder', f'--source={pets}', f'--data_dir={tmp_path}', '--px=32', '--workers=1',
+             '--storage=raw', '--validation=0.2', '--test=0']  # fmt: skip
+    assert prepare.main(words) == 0
+    folder = tmp_path / 'my_pets/1.0.0'
+    assert capsys.readouterr().out.splitlines() == [str(folder)]
+    dataset = data.load('my_pets', tmp_path, 'train')
+    assert dataset.class_names == ('cat', 'dog')
+    assert len(dataset) == 16
+    assert dataset.images[np.arange(2)].shape == (2, 32, 32, 3)
+    assert prepare.main(words) == 0  # it is there
 
 
-@pytest.fixture(scope='module')
-def few(raw):
-    """The first 300 images of each split."""
-    return {split: (images[:300], labels[:300]) for split, (images, labels) in raw.items()}
-
-
-# ---- what is made ---------------------------------------------------------------------------
-
-
-def test_tfds_reads_it_as_the_official_data_set(data_dir):
-    builder = tfds.builder_from_directory(data_dir / 'fashion_mnist/3.0.1')
-    info = builder.info
-    assert (info.name, str(info.version)) == ('fashion_mnist', '3.0.1')
-    assert {name: split.num_examples for name, split in info.splits.items()} == OFFICIAL
-    assert info.features['image'].shape == (28, 28, 1)
-    assert info.features['image'].np_dtype == np.uint8
-    official = mnist.FashionMNIST(data_dir=data_dir)
-    assert info.features['label'].names == official.info.features['label'].names
-    assert info.description == official.info.description
-
-
-def test_a_prepared_set_is_left_alone(data_dir):
-    def stamps():
-        return {path: path.stat().st_mtime_ns for path in (data_dir / 'fashion_mnist').rglob('*')}
-
-    before = stamps()
-    assert prepare.fashion_mnist(data_dir) == data_dir / 'fashion_mnist/3.0.1'
-    assert stamps() == before
-
-
-def test_killed_in_the_middle_then_two_at_once_make_one_whole_set(raw_dir, data_dir, tmp_path):
-    words = [*COMMAND, f'--data_dir={tmp_path}', f'--source={raw_dir}']
-    with subprocess.Popen(words, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True) as victim:
-        for line in victim.stderr or ():
-            if 'train, image 20,000' in line:
-                victim.send_signal(signal.SIGKILL)
-    assert victim.returncode == -signal.SIGKILL
-    assert (tmp_path / '.prepare-fashion_mnist').is_dir()  # what it left
-    with pytest.raises(RunError, match='run `python -m'):
-        data.load('fashion_mnist', tmp_path, 'train')
-
-    pair = [
-        subprocess.Popen(
-            words, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        for _ in range(2)
-    ]
-    ends = [process.communicate(timeout=300) for process in pair]
-    assert [process.returncode for process in pair] == [0, 0]
-    folder = tmp_path / 'fashion_mnist/3.0.1'
-    assert [out.strip() for out, _ in ends] == [str(folder)] * 2
-    assert sum('another process is preparing it' in said for _, said in ends) == 1
-    assert {path.name for path in tmp_path.iterdir()} == {
-        'fashion_mnist',
-        '.prepare-fashion_mnist.lock',
-    }
-    for split in OFFICIAL:  # decoded: a protobuf map is written in no fixed order
-        made, official = (data.load('fashion_mnist', d, split) for d in (tmp_path, data_dir))
-        assert np.array_equal(made.images, official.images)
-        assert np.array_equal(made.labels, official.labels)
-
-
-# ---- ways to the raw files ------------------------------------------------------------------
-
-
-def test_a_damaged_way_is_passed_over_for_the_next(raw_dir, raw, tmp_path, monkeypatch):
-    """data_dir/raw is incomplete; a share folder, as Debian's package makes it, is whole."""
-    (tmp_path / 'data/raw').mkdir(parents=True)
-    share = tmp_path / 'share/datasets'
-    share.mkdir(parents=True)
-    (share / 'fashion-mnist').symlink_to(raw_dir)
-    monkeypatch.setenv('XDG_DATA_DIRS', str(tmp_path / 'share'))
-    said = []
-    found = prepare._find_fashion_mnist(tmp_path / 'data', None, tmp_path / 'room', said.append)
-    for split in raw:
-        for ours, theirs in zip(found[split], raw[split], strict=True):
-            assert np.array_equal(ours, theirs)
-    assert 'train-images-idx3-ubyte.gz is missing' in said[0]
-    assert "from Debian's package" in said[1]
-
-
-@pytest.mark.skipif(not shutil.which('dpkg-deb'), reason='packages are made by dpkg-deb')
-def test_apt_with_old_lists_renews_them_in_a_folder_of_its_own(raw_dir, raw, tmp_path, monkeypatch):
-    """A stand-in for apt-get that has no package until it updated lists it was told to keep."""
-    share = tmp_path / 'package/usr/share/datasets'
-    share.mkdir(parents=True)
-    shutil.copytree(raw_dir, share / 'fashion-mnist')
-    control = tmp_path / 'package/DEBIAN/control'
-    control.parent.mkdir()
-    control.write_text(
-        'Package: dataset-fashion-mnist\nVersion: 1\nArchitecture: all\n'
-        'Maintainer: Nobody <nobody@example.org>\nDescription: stand-in\n'
-    )
-    build = ['dpkg-deb', '-Znone', '-b', str(tmp_path / 'package'), str(tmp_path / 'one.deb')]
-    subprocess.run(build, check=True, capture_output=True)
-    stand_in = tmp_path / 'bin/apt-get'
-    stand_in.parent.mkdir()
-    stand_in.write_text(
-        '#!/bin/sh\n'
-        'for word; do case $word in Dir::State=*) state=${word#*=};; esac; done\n'
-        'case "$*" in\n'
-        '*update) touch "$state/lists/updated";;\n'
-        f'*) test -e "$state/lists/updated" && cp {tmp_path}/one.deb . || exit 100;;\n'
-        'esac\n'
-    )
-    stand_in.chmod(0o755)
-    monkeypatch.setenv('PATH', f'{stand_in.parent}:{os.environ["PATH"]}')
-    found = prepare.read_raw(prepare._fetch_by_apt(tmp_path / 'room'))
-    assert np.array_equal(found['train'][0], raw['train'][0])
-
-
-def test_tfds_downloads_from_a_server(raw_dir, raw, tmp_path, monkeypatch):
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, format, *args):
-            """Say nothing."""
-
-    handler = functools.partial(Quiet, directory=str(raw_dir))
-    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        url = f'http://127.0.0.1:{server.server_address[1]}/'
-        monkeypatch.setattr(mnist.FashionMNIST, 'URL', url)
-        monkeypatch.setenv('NO_PROXY', '127.0.0.1')
-        try:
-            found = prepare.read_raw(prepare._fetch_by_tfds(tmp_path))
-        finally:
-            server.shutdown()
-            thread.join()
-    assert np.array_equal(found['test'][1], raw['test'][1])
-
-
-def test_no_way_at_all_names_the_ways(tmp_path, monkeypatch):
-    monkeypatch.setenv('PATH', str(tmp_path))
-    monkeypatch.setenv('NO_PROXY', '127.0.0.1')
-    monkeypatch.setattr(prepare, '_share_folders', list)
-    monkeypatch.setattr(mnist.FashionMNIST, 'URL', 'http://127.0.0.1:9/')  # nobody listens
-    with pytest.raises(RunError, match=r'internet, install .*dataset-fashion-mnist, or put'):
-        prepare.fashion_mnist(tmp_path, report=ignore)
-    assert [path.name for path in tmp_path.iterdir()] == ['.prepare-fashion_mnist.lock']
-
-
-# ---- bad input ------------------------------------------------------------------------------
-
-
-def flip(content):
-    middle = len(content) // 2
-    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
-
-
-@pytest.mark.parametrize('name', ['train-images-idx3-ubyte.gz', 't10k-labels-idx1-ubyte.gz'])
-@pytest.mark.parametrize(
-    ('damage', 'sentence'),
-    [
-        (flip, 'cannot be read|is damaged'),
-        (lambda content: content[:-100], 'cannot be read'),
-        (lambda content: gzip.compress(flip(gzip.decompress(content)), 1), 'is damaged'),
-        (lambda content: b'<html>moved</html>', 'cannot be read'),
-    ],
-)
-def test_a_damaged_raw_file_is_named(raw_dir, tmp_path, name, damage, sentence):
-    for path in raw_dir.iterdir():
-        (tmp_path / path.name).symlink_to(path)
-    (tmp_path / name).unlink()
-    with pytest.raises(RunError, match=f'{name} is missing'):
-        prepare.read_raw(tmp_path)
-    (tmp_path / name).write_bytes(damage((raw_dir / name).read_bytes()))
-    with pytest.raises(RunError, match=f'{name} ({sentence})') as error:
-        prepare.read_raw(tmp_path)
-    assert '\n' not in str(error.value)
-
-
-def test_a_set_that_is_not_whole_is_refused(few, tmp_path):
-    folder = prepare.write_fashion_mnist(few, tmp_path, ignore)
-    with pytest.raises(RunError, match=r'not the official ones\): remove that folder and run'):
-        prepare.fashion_mnist(tmp_path)
-    prepare.check_whole(folder, {'train': 300, 'test': 300})
-    path = folder / 'fashion_mnist-test.array_record-00000-of-00001'
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(RunError, match='is damaged'):
-        prepare.check_whole(folder, {'train': 300, 'test': 300})
-    path.unlink()
-    with pytest.raises(RunError, match='is missing'):
-        prepare.check_whole(folder, {'train': 300, 'test': 300})
-
-
-def test_a_full_disk_is_one_sentence_and_leaves_nothing(raw_dir, tmp_path):
-    """A limit on file sizes stands in for the full disk; 300 images stand in for all."""
+def test_a_worker_needs_neither_jax_nor_tfds(pets, tmp_path):
+    """Both take seconds to import, and memory for every core."""
     script = (
-        'import resource, sys; from alexnet_jax import prepare\n'
-        'few = {k: (x[:300], y[:300]) for k, (x, y) in prepare.read_raw('
-        f'prepare.Path({str(raw_dir)!r})).items()}}\n'
-        'prepare.read_raw = lambda folder: few\n'
-        'resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n'
-        f'words = ["fashion_mnist", "--data_dir={tmp_path}", "--source={tmp_path}"]\n'
-        'sys.exit(prepare.main(words))\n'
+        'import sys; from alexnet_jax import prepare\n'
+        'known = {name.partition(".")[0] for name in sys.modules}\n'
+        'sys.exit(str(known & {"jax", "flax", "tensorflow_datasets", "tensorflow", "scipy"}))\n'
     )
     done = subprocess.run(
         [sys.executable, '-c', script], cwd=REPOSITORY, capture_output=True, text=True
     )
-    assert done.returncode == 1
-    assert 'File too large' in done.stderr.splitlines()[-1]
-    assert 'give it space' in done.stderr.splitlines()[-1]
-    assert [path.name for path in tmp_path.iterdir()] == ['.prepare-fashion_mnist.lock']
+    assert done.stderr.strip() == 'set()'
 
 
 @pytest.mark.parametrize(
@@ -262,21 +62,141 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(raw_dir, tmp_path):
     [
         ([], 2, 'DATASET'),
         (['fashion'], 2, "invalid choice: 'fashion'"),
-        (['fashion_mnist', '--source=not/there'], 2, '--source=not/there is no folder'),
-        (['fashion_mnist', '--data_dir={file}/data'], 1, 'Cannot prepare data in'),
-        (['fashion_mnist', '--data_dir={tmp}', '--source={tmp}'], 1, 'idx3-ubyte.gz is missing'),
+        (['imagenet2012'], 2, 'required: --source'),
+        (['imagenet2012', '--source={tmp}/none'], 2, 'is no folder'),
+        (['imagenet2012', '--source={tmp}'], 1, 'ILSVRC2012_img_train.tar is missing'),
+        (['imagenet2010', '--source={tmp}'], 1, 'ILSVRC2010_images_train.tar is missing'),
+        (['folder', '--source={tmp}/none'], 2, 'is no folder'),
+        (['folder', '--source={tmp}'], 2, '0 class'),
+        (['folder', '--source={pets}', '--name=A b'], 2, '--name'),
+        (['folder', '--source={pets}', '--storage=gif'], 2, "invalid choice: 'gif'"),
+        (['folder', '--source={pets}', '--quality=101'], 2, '--quality must be 1 to 100'),
+        (['folder', '--source={pets}', '--px=0'], 2, '--px must be'),
+        (['folder', '--source={pets}', '--workers=0'], 2, '--workers must be'),
+        (['folder', '--source={pets}', '--skip_corrupt=-1'], 2, '--skip_corrupt must be'),
+        (['folder', '--source={pets}', '--val=0.1'], 2, 'unrecognized arguments: --val=0.1'),
+        (['folder', '--source={pets}', '--data_dir={file}/data'], 1, 'Cannot prepare data in'),
+        (['tfds'], 2, 'required: --name'),
+        (['tfds', '--name=cifar10', '--tfds_dir={tmp}'], 1, "pip install 'alexnet_jax[tf]'"),
     ],
 )
-def test_the_command_ends_badly_in_one_sentence(words, code, sentence, tmp_path, capsys):
+def test_it_ends_badly_in_one_sentence(words, code, sentence, pets, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'tensorflow', None)  # as if it were not installed
+    monkeypatch.setattr(prepare.importlib.util, 'find_spec', lambda name: None)
+    monkeypatch.chdir(tmp_path)
     file = tmp_path / 'file'
     file.touch()
-    assert prepare.main([word.format(file=file, tmp=tmp_path) for word in words]) == code
+    given = [word.format(file=file, tmp=tmp_path, pets=pets) for word in words]
+    assert prepare.main(given) == code
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
-    assert lines[0].startswith('error: ')
+    assert lines[0].startswith('prepare: ')
     assert sentence in lines[0]
 
 
-def test_a_source_that_is_no_folder_is_refused_even_by_the_function(tmp_path):
-    with pytest.raises(UsageError, match='is no folder'):
-        prepare.fashion_mnist(tmp_path, source=Path(__file__))
+def test_a_damaged_set_says_how_to_make_it_again(pets, tmp_path):
+    words = ['folder', f'--source={pets}', f'--data_dir={tmp_path}', '--px=16', '--workers=1']
+    assert prepare.main(words) == 0
+    folder = tmp_path / 'my_pets/1.0.0'
+    next(folder.glob('*train*')).unlink()
+    with pytest.raises(RunError, match=r'`python -m alexnet_jax.prepare folder --name=my_pets '):
+        prepare.shards(folder)
+    (tmp_path / 'imagenet2012/1.0.0').mkdir(parents=True)
+    with pytest.raises(RunError, match=r'alexnet_jax.prepare imagenet2012 --source=FOLDER'):
+        prepare.shards(tmp_path / 'imagenet2012/1.0.0')
+
+
+# ---- what TFDS has --------------------------------------------------------------------------
+
+
+def by_tfds(data_dir, file_format='array_record', name='shapes', **more):
+    """A data set made by TFDS's own code, images of different sizes."""
+    features = {'image': tfds.features.Image(), 'label': tfds.features.ClassLabel(names=['a', 'b'])}
+    features |= more
+
+    class Shapes(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        VERSION = tfds.core.Version('2.1.0')
+
+        def _info(self):
+            return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(features))
+
+        def _split_generators(self, dl_manager):
+            return {'train': self._generate_examples()}
+
+        def _generate_examples(self):
+            import io
+
+            for i in range(6):
+                buffer = io.BytesIO()
+                Image.new('RGB', (20 + i, 30), (i, 0, 0)).save(buffer, 'png')
+                buffer.seek(0)
+                yield i, {'image': buffer, 'label': i % 2, **dict.fromkeys(more, 'x')}
+
+    Shapes.name = name
+    Shapes.pkg_dir_path = data_dir
+    tfds.disable_progress_bar()
+    builder = Shapes(data_dir=data_dir, file_format=file_format)
+    builder.download_and_prepare()
+    return Path(builder.data_dir)
+
+
+@pytest.fixture(scope='module')
+def tfds_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('tfds')
+    by_tfds(folder)
+    return folder
+
+
+def test_what_tfds_has_prepared_is_used_where_it_lies(tfds_dir, tmp_path, capsys):
+    words = ['tfds', '--name=shapes', f'--tfds_dir={tfds_dir}', f'--data_dir={tmp_path}']
+    for _ in range(2):
+        assert prepare.main(words) == 0
+        assert capsys.readouterr().out.strip() == str(tmp_path / 'shapes/2.1.0')
+    link = tmp_path / 'shapes/2.1.0'
+    assert link.is_symlink()
+    assert link.resolve() == tfds_dir / 'shapes/2.1.0'
+    assert prepare.shards(link)['train'][0] == 6
+    assert sum(path.stat().st_size for path in tmp_path.rglob('*') if not path.is_symlink()) < 9999
+    words[2:] = [f'--data_dir={tfds_dir}']  # where it lies already nothing is linked
+    assert prepare.main(words) == 0
+    assert capsys.readouterr().out.strip() == str(tfds_dir / 'shapes/2.1.0')
+
+
+def test_the_newest_version_and_a_config(tfds_dir, tmp_path):
+    for place in ('shapes/10.0.0', 'shapes/small/3.0.0', 'shapes/9.9.9'):
+        shutil.copytree(tfds_dir / 'shapes/2.1.0', tmp_path / 'from' / place)
+    to = tmp_path / 'to'
+    assert prepare.from_tfds('shapes', to, tmp_path / 'from').name == '10.0.0'
+    assert prepare.from_tfds('shapes/small', to, tmp_path / 'from').name == '3.0.0'
+
+
+def test_what_is_no_set_of_labelled_images(tmp_path):
+    folder = by_tfds(tmp_path)
+    features = json.loads((folder / 'features.json').read_text())
+    del features['featuresDict']['features']['label']
+    (folder / 'features.json').write_text(json.dumps(features))
+    with pytest.raises(UsageError, match='is no set of labelled images'):
+        prepare.from_tfds('shapes', tmp_path, tmp_path)
+
+
+def test_another_format_needs_tensorflow(tfds_dir, tmp_path, monkeypatch):
+    shutil.copytree(tfds_dir / 'shapes', tmp_path / 'shapes')
+    info = tmp_path / 'shapes/2.1.0/dataset_info.json'
+    info.write_text(info.read_text().replace('array_record', 'tfrecord'))
+    monkeypatch.setattr(prepare.importlib.util, 'find_spec', lambda name: None)
+    with pytest.raises(RunError, match='lies as array_record neither in'):
+        prepare.from_tfds('shapes', tmp_path / 'data', tmp_path)
+    assert not (tmp_path / 'data').exists()
+
+
+def test_with_tensorflow_what_tfds_says_is_passed_on(tmp_path, monkeypatch):
+    """A module of that name stands in for TensorFlow: TFDS is asked, and fails."""
+    monkeypatch.setattr(prepare.importlib.util, 'find_spec', lambda name: name)
+    with pytest.raises(UsageError, match="TFDS knows no data set 'no_such_set'"):
+        prepare.from_tfds('no_such_set', tmp_path / 'data', tmp_path)
+
+
+def test_the_folder_of_tfds_is_asked_for_in_its_own_way(monkeypatch):
+    monkeypatch.setenv('TFDS_DATA_DIR', os.sep + 'elsewhere')
+    args = prepare._parser().parse_args(['tfds', '--name=x'])
+    assert args.tfds_dir == Path('/elsewhere')

@@ -1,0 +1,284 @@
+"""Fashion-MNIST: every way to the raw files, every way in which it can end badly, on real data."""
+
+import functools
+import gzip
+import http.server
+import os
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from tensorflow_datasets.core import hashing
+from tensorflow_datasets.image_classification import mnist
+
+from alexnet_jax import data, fashion_mnist, prepare
+from alexnet_jax.errors import RunError, UsageError
+
+OFFICIAL = {'train': 60_000, 'test': 10_000}
+REPOSITORY = Path(prepare.__file__).parents[1]  # where `-m alexnet_jax.prepare` is found
+COMMAND = [sys.executable, '-m', 'alexnet_jax.prepare', 'fashion_mnist']
+
+
+def ignore(line):
+    """Take a line of progress and do nothing with it."""
+
+
+@pytest.fixture(scope='module')
+def raw_dir(data_dir, tmp_path_factory):
+    """The four raw .gz files, made anew from the prepared data by undoing TFDS's shuffle."""
+    folder = tmp_path_factory.mktemp('raw')
+    for split, (image_file, label_file) in prepare.FASHION_MNIST.items():
+        dataset = data.load('fashion_mnist', data_dir, split)
+        order = sorted(range(len(dataset)), key=hashing.Hasher(split).hash_key)
+        images, labels = np.empty_like(dataset.images), np.empty(len(dataset), np.uint8)
+        images[order], labels[order] = dataset.images, dataset.labels
+        for file, values in ((image_file, images), (label_file, labels)):
+            magic = 0x800 + len(file.shape)
+            header = struct.pack(f'>{1 + len(file.shape)}I', magic, *file.shape)
+            content = gzip.compress(header + values.tobytes(), compresslevel=1)
+            (folder / f'{file.name}.gz').write_bytes(content)
+    return folder
+
+
+@pytest.fixture(scope='module')
+def raw(raw_dir):
+    return prepare.read_raw(raw_dir)
+
+
+@pytest.fixture(scope='module')
+def few(raw):
+    """The first 300 images of each split."""
+    return {split: (images[:300], labels[:300]) for split, (images, labels) in raw.items()}
+
+
+# ---- what is made ---------------------------------------------------------------------------
+
+
+def test_tfds_reads_it_as_the_official_data_set(data_dir):
+    builder = tfds.builder_from_directory(data_dir / 'fashion_mnist/3.0.1')
+    info = builder.info
+    assert (info.name, str(info.version)) == ('fashion_mnist', '3.0.1')
+    assert {name: split.num_examples for name, split in info.splits.items()} == OFFICIAL
+    assert info.features['image'].shape == (28, 28, 1)
+    assert info.features['image'].np_dtype == np.uint8
+    official = mnist.FashionMNIST(data_dir=data_dir)
+    assert info.features['label'].names == official.info.features['label'].names
+    assert info.description == official.info.description
+
+
+def test_a_prepared_set_is_left_alone(data_dir):
+    def stamps():
+        return {path: path.stat().st_mtime_ns for path in (data_dir / 'fashion_mnist').rglob('*')}
+
+    before = stamps()
+    assert prepare.fashion_mnist(data_dir) == data_dir / 'fashion_mnist/3.0.1'
+    assert stamps() == before
+
+
+def test_killed_in_the_middle_then_two_at_once_make_one_whole_set(raw_dir, data_dir, tmp_path):
+    words = [*COMMAND, f'--data_dir={tmp_path}', f'--source={raw_dir}']
+    with subprocess.Popen(words, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True) as victim:
+        for line in victim.stderr or ():
+            if 'train, image 20,000' in line:
+                victim.send_signal(signal.SIGKILL)
+    assert victim.returncode == -signal.SIGKILL
+    assert (tmp_path / '.prepare-fashion_mnist').is_dir()  # what it left
+    with pytest.raises(RunError, match='run `python -m'):
+        data.load('fashion_mnist', tmp_path, 'train')
+
+    pair = [
+        subprocess.Popen(
+            words, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
+    ends = [process.communicate(timeout=300) for process in pair]
+    assert [process.returncode for process in pair] == [0, 0]
+    folder = tmp_path / 'fashion_mnist/3.0.1'
+    assert [out.strip() for out, _ in ends] == [str(folder)] * 2
+    assert sum('another process is preparing it' in said for _, said in ends) == 1
+    assert {path.name for path in tmp_path.iterdir()} == {
+        'fashion_mnist',
+        '.prepare-fashion_mnist.lock',
+    }
+    for split in OFFICIAL:  # decoded: a protobuf map is written in no fixed order
+        made, official = (data.load('fashion_mnist', d, split) for d in (tmp_path, data_dir))
+        assert np.array_equal(made.images, official.images)
+        assert np.array_equal(made.labels, official.labels)
+
+
+# ---- ways to the raw files ------------------------------------------------------------------
+
+
+def test_a_damaged_way_is_passed_over_for_the_next(raw_dir, raw, tmp_path, monkeypatch):
+    """data_dir/raw is incomplete; a share folder, as Debian's package makes it, is whole."""
+    (tmp_path / 'data/raw').mkdir(parents=True)
+    share = tmp_path / 'share/datasets'
+    share.mkdir(parents=True)
+    (share / 'fashion-mnist').symlink_to(raw_dir)
+    monkeypatch.setenv('XDG_DATA_DIRS', str(tmp_path / 'share'))
+    said = []
+    found = fashion_mnist._find_fashion_mnist(
+        tmp_path / 'data', None, tmp_path / 'room', said.append
+    )
+    for split in raw:
+        for ours, theirs in zip(found[split], raw[split], strict=True):
+            assert np.array_equal(ours, theirs)
+    assert 'train-images-idx3-ubyte.gz is missing' in said[0]
+    assert "from Debian's package" in said[1]
+
+
+@pytest.mark.skipif(not shutil.which('dpkg-deb'), reason='packages are made by dpkg-deb')
+def test_apt_with_old_lists_renews_them_in_a_folder_of_its_own(raw_dir, raw, tmp_path, monkeypatch):
+    """A stand-in for apt-get that has no package until it updated lists it was told to keep."""
+    share = tmp_path / 'package/usr/share/datasets'
+    share.mkdir(parents=True)
+    shutil.copytree(raw_dir, share / 'fashion-mnist')
+    control = tmp_path / 'package/DEBIAN/control'
+    control.parent.mkdir()
+    control.write_text(
+        'Package: dataset-fashion-mnist\nVersion: 1\nArchitecture: all\n'
+        'Maintainer: Nobody <nobody@example.org>\nDescription: stand-in\n'
+    )
+    build = ['dpkg-deb', '-Znone', '-b', str(tmp_path / 'package'), str(tmp_path / 'one.deb')]
+    subprocess.run(build, check=True, capture_output=True)
+    stand_in = tmp_path / 'bin/apt-get'
+    stand_in.parent.mkdir()
+    stand_in.write_text(
+        '#!/bin/sh\n'
+        'for word; do case $word in Dir::State=*) state=${word#*=};; esac; done\n'
+        'case "$*" in\n'
+        '*update) touch "$state/lists/updated";;\n'
+        f'*) test -e "$state/lists/updated" && cp {tmp_path}/one.deb . || exit 100;;\n'
+        'esac\n'
+    )
+    stand_in.chmod(0o755)
+    monkeypatch.setenv('PATH', f'{stand_in.parent}:{os.environ["PATH"]}')
+    found = prepare.read_raw(fashion_mnist._fetch_by_apt(tmp_path / 'room'))
+    assert np.array_equal(found['train'][0], raw['train'][0])
+
+
+def test_tfds_downloads_from_a_server(raw_dir, raw, tmp_path, monkeypatch):
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, format, *args):
+            """Say nothing."""
+
+    handler = functools.partial(Quiet, directory=str(raw_dir))
+    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        url = f'http://127.0.0.1:{server.server_address[1]}/'
+        monkeypatch.setattr(mnist.FashionMNIST, 'URL', url)
+        monkeypatch.setenv('NO_PROXY', '127.0.0.1')
+        try:
+            found = prepare.read_raw(fashion_mnist._fetch_by_tfds(tmp_path))
+        finally:
+            server.shutdown()
+            thread.join()
+    assert np.array_equal(found['test'][1], raw['test'][1])
+
+
+def test_no_way_at_all_names_the_ways(tmp_path, monkeypatch):
+    monkeypatch.setenv('PATH', str(tmp_path))
+    monkeypatch.setenv('NO_PROXY', '127.0.0.1')
+    monkeypatch.setattr(fashion_mnist, '_share_folders', list)
+    monkeypatch.setattr(mnist.FashionMNIST, 'URL', 'http://127.0.0.1:9/')  # nobody listens
+    with pytest.raises(RunError, match=r'internet, install .*dataset-fashion-mnist, or put'):
+        prepare.fashion_mnist(tmp_path, report=ignore)
+    assert [path.name for path in tmp_path.iterdir()] == ['.prepare-fashion_mnist.lock']
+
+
+# ---- bad input ------------------------------------------------------------------------------
+
+
+def flip(content):
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+@pytest.mark.parametrize('name', ['train-images-idx3-ubyte.gz', 't10k-labels-idx1-ubyte.gz'])
+@pytest.mark.parametrize(
+    ('damage', 'sentence'),
+    [
+        (flip, 'cannot be read|is damaged'),
+        (lambda content: content[:-100], 'cannot be read'),
+        (lambda content: gzip.compress(flip(gzip.decompress(content)), 1), 'is damaged'),
+        (lambda content: b'<html>moved</html>', 'cannot be read'),
+    ],
+)
+def test_a_damaged_raw_file_is_named(raw_dir, tmp_path, name, damage, sentence):
+    for path in raw_dir.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    (tmp_path / name).unlink()
+    with pytest.raises(RunError, match=f'{name} is missing'):
+        prepare.read_raw(tmp_path)
+    (tmp_path / name).write_bytes(damage((raw_dir / name).read_bytes()))
+    with pytest.raises(RunError, match=f'{name} ({sentence})') as error:
+        prepare.read_raw(tmp_path)
+    assert '\n' not in str(error.value)
+
+
+def test_a_set_that_is_not_whole_is_refused(few, tmp_path):
+    folder = prepare.write_fashion_mnist(few, tmp_path, ignore)
+    with pytest.raises(RunError, match=r'not the official ones\): remove that folder and run'):
+        prepare.fashion_mnist(tmp_path)
+    prepare.check_whole(folder, {'train': 300, 'test': 300})
+    path = folder / 'fashion_mnist-test.array_record-00000-of-00001'
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(RunError, match='is damaged'):
+        prepare.check_whole(folder, {'train': 300, 'test': 300})
+    path.unlink()
+    with pytest.raises(RunError, match='is missing'):
+        prepare.check_whole(folder, {'train': 300, 'test': 300})
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(raw_dir, tmp_path):
+    """A limit on file sizes stands in for the full disk; 300 images stand in for all."""
+    script = (
+        'import resource, sys; from alexnet_jax import fashion_mnist, prepare\n'
+        'few = {k: (x[:300], y[:300]) for k, (x, y) in prepare.read_raw('
+        f'prepare.Path({str(raw_dir)!r})).items()}}\n'
+        'fashion_mnist.read_raw = lambda folder: few\n'
+        'resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n'
+        f'words = ["fashion_mnist", "--data_dir={tmp_path}", "--source={tmp_path}"]\n'
+        'sys.exit(prepare.main(words))\n'
+    )
+    done = subprocess.run(
+        [sys.executable, '-c', script], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert 'File too large' in done.stderr.splitlines()[-1]
+    assert 'give it space' in done.stderr.splitlines()[-1]
+    assert [path.name for path in tmp_path.iterdir()] == ['.prepare-fashion_mnist.lock']
+
+
+@pytest.mark.parametrize(
+    ('words', 'code', 'sentence'),
+    [
+        ([], 2, 'DATASET'),
+        (['fashion'], 2, "invalid choice: 'fashion'"),
+        (['fashion_mnist', '--source=not/there'], 2, '--source=not/there is no folder'),
+        (['fashion_mnist', '--data_dir={file}/data'], 1, 'Cannot prepare data in'),
+        (['fashion_mnist', '--data_dir={tmp}', '--source={tmp}'], 1, 'idx3-ubyte.gz is missing'),
+    ],
+)
+def test_the_command_ends_badly_in_one_sentence(words, code, sentence, tmp_path, capsys):
+    file = tmp_path / 'file'
+    file.touch()
+    assert prepare.main([word.format(file=file, tmp=tmp_path) for word in words]) == code
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith('prepare: ')
+    assert sentence in lines[0]
+
+
+def test_a_source_that_is_no_folder_is_refused_even_by_the_function(tmp_path):
+    with pytest.raises(UsageError, match='is no folder'):
+        prepare.fashion_mnist(tmp_path, source=Path(__file__))

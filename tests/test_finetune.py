@@ -1,0 +1,213 @@
+"""A run that begins with another run's net: what is taken over, what begins afresh, what stays."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from alexnet_jax import checkpoint, data, evaluate, prepare, train, transfer
+from alexnet_jax import config as configuration
+from alexnet_jax.errors import RunError, UsageError
+from alexnet_jax.optimizer import Late, Schedule, parameter_rates
+from configs import alexnet, finetune, smoke
+
+
+@pytest.fixture(scope='module')
+def seven(data_dir, tmp_path_factory):
+    """A data set of Fashion-MNIST's first seven classes, as somebody's own images."""
+    raw = {}
+    for split in ('train', 'test'):
+        part = data.load('fashion_mnist', data_dir, f'{split}[:400]')
+        chosen = part.labels < 7
+        raw[split] = (part.images[chosen][..., 0], part.labels[chosen])
+    folder = tmp_path_factory.mktemp('seven')
+    prepare.write_fashion_mnist(raw, folder, report=lambda line: None)
+    (folder / 'fashion_mnist').rename(folder / 'seven')
+    names = folder / 'seven/3.0.1/label.labels.txt'
+    names.write_text('\n'.join(names.read_text().splitlines()[:7]) + '\n')
+    return folder
+
+
+def tuned(source, folder, **changes):
+    """configs/finetune.py's recipe on the net of the smoke config."""
+    recipe, config = finetune.get_config('quickstart'), smoke.get_config()
+    for key in ('init_from', 'init_statistics', 'optimizer', 'data', 'name'):
+        config[key] = recipe[key]
+    config.model.fc8.features = 0
+    config.init_from = str(source)
+    config.epochs = 1.0
+    config.data.name, config.data.data_dir = 'seven', str(folder)
+    config.data.train, config.data.validation = 'train[:192]', 'train[192:]'
+    config.data.test = 'test[:40]'
+    config.loop.update(
+        log_every_steps=1, checkpoint_every_epochs=0.5, eval_batch_size=16, tensorboard=False
+    )
+    config.loop.compilation_cache = 'none'
+    config.update_from_flattened_dict({k.replace('__', '.'): v for k, v in changes.items()})
+    return config
+
+
+@pytest.fixture(scope='module')
+def run(smoke_run, seven, tmp_path_factory):
+    """A fine-tuned workdir: conv1 frozen, three steps; its source is gone."""
+    folder = tmp_path_factory.mktemp('finetune')
+    source = shutil.copytree(smoke_run, folder / 'source')
+    config = tuned(source, seven, optimizer__multipliers__conv1=0.0)
+    train.run(config, folder / 'run')
+    shutil.rmtree(source)
+    return folder / 'run', config
+
+
+def test_the_net_is_taken_over_and_the_last_layer_is_as_wide_as_the_data(run, smoke_run):
+    workdir, _ = run
+    theirs = checkpoint.read(smoke_run / 'checkpoints').state
+    ours = checkpoint.read(workdir / 'checkpoints')
+    params, before = ours.state['state']['params'], theirs['state']['params']
+    assert params['fc8']['kernel'].shape == (before['fc8']['kernel'].shape[0], 7)
+    assert json.loads((workdir / 'config.json').read_text())['model']['fc8']['features'] == 7
+    assert ours.extra['class_names'][6] == 'Shirt'
+    for kind in ('kernel', 'bias'):  # multiplier 0: no step, no decay
+        np.testing.assert_array_equal(params['conv1'][kind], before['conv1'][kind])
+        moved = np.abs(params['fc7'][kind] - before['fc7'][kind])
+        assert 0 < moved.max() < 0.1  # three steps from where it was
+    for name, array in theirs['statistics'].items():
+        np.testing.assert_array_equal(ours.state['statistics'][name], array)
+    with np.load(workdir / 'predictions_test.npz') as file:
+        assert file['ten_views'].shape == (40, 7)
+
+
+def test_a_run_goes_on_without_its_source(run, tmp_path):
+    """Its last checkpoint taken away, it goes on from the one before and ends in the same bits."""
+    finished, config = run
+    workdir = shutil.copytree(finished, tmp_path / 'run')
+    final = checkpoint.read(finished / 'checkpoints').state
+    steps = checkpoint.Checkpoints(workdir / 'checkpoints').steps()
+    assert steps == [2, 3]
+    shutil.rmtree(workdir / 'checkpoints/3')
+    train.run(config, workdir)
+    restored = checkpoint.read(workdir / 'checkpoints', 3).state
+    jax.tree.map(np.testing.assert_array_equal, restored, final)
+
+
+def test_statistics_of_the_data_instead(run, smoke_run, seven, tmp_path):
+    config = tuned(smoke_run, seven, init_statistics='data', epochs=0.5)
+    train.run(config, tmp_path / 'run')
+    images = data.load('seven', seven, 'train[:192]').images
+    mean = evaluate.restore(tmp_path / 'run').statistics.mean_image
+    np.testing.assert_allclose(mean, images.mean(axis=0), rtol=1e-5)
+    assert not (tmp_path / 'run/source_statistics.npz').exists()
+
+
+def test_as_many_classes_keep_the_last_layer(smoke_run, data_dir, capsys):
+    config = tuned(smoke_run, data_dir, data__name='fashion_mnist', model__fc8__features=10)
+    restored = transfer.read(f'{smoke_run}:8')
+    theirs = restored.state['state']['params']
+    fresh = jax.tree.map(np.zeros_like, theirs)
+    names = list(config.model.layers)
+    kept = transfer.parameters(fresh, restored, names, 'there')
+    np.testing.assert_array_equal(kept['fc8']['kernel'], theirs['fc8']['kernel'])
+    assert 'afresh' not in capsys.readouterr().err
+    fresh['fc8'] = {'kernel': np.zeros((3, 5), np.float32), 'bias': np.zeros(5, np.float32)}
+    assert transfer.parameters(fresh, restored, names, 'there')['fc8'] is fresh['fc8']
+    assert 'starting from step 8 of there, fc8 afresh' in capsys.readouterr().err
+
+
+def test_another_net_is_refused_and_its_layers_are_named(smoke_run, seven, tmp_path):
+    config = tuned(smoke_run, seven, model__conv2__features=48, model__fc6__features=128)
+    with pytest.raises(UsageError, match='conv2, conv3, fc6, fc7 have other shapes there') as error:
+        train.run(config, tmp_path / 'w')
+    assert 'only fc8 may; choose the config of that net' in str(error.value)
+    config = tuned(smoke_run, seven, optimizer__multipliers={})
+    config.model.layers = tuple(x for x in config.model.layers if x != 'conv4')
+    with pytest.raises(UsageError, match=r'its layers are .*conv4.*, and those of this net'):
+        train.run(config, tmp_path / 'v')
+
+
+def test_the_same_weights_in_another_net_are_told(smoke_run, seven, capsys):
+    config = tuned(smoke_run, seven)
+    restored = transfer.read(str(smoke_run))
+    tree = json.loads(configuration.as_json(config))
+    transfer.compare(tree, restored, 'W')
+    assert capsys.readouterr().err == ''  # what differs is about beginnings and training
+    tree['model']['conv1']['then'] = ['relu', 'lrn', 'pool']
+    tree['preprocess']['scale'] = 0.5
+    transfer.compare(tree, restored, 'W')
+    assert capsys.readouterr().err.strip() == (
+        'warning: W was trained with other values of model.conv1.then, preprocess.scale'
+    )
+
+
+@pytest.mark.parametrize(
+    ('init_from', 'error', 'says'),
+    [
+        ('', UsageError, r'set --config\.init_from=WORKDIR'),
+        ('/nowhere', RunError, r'init_from=/nowhere: /nowhere holds no checkpoint'),
+        ('{smoke}:7', UsageError, '7'),
+    ],
+)
+def test_sources_that_are_not_there(smoke_run, seven, tmp_path, init_from, error, says):
+    config = tuned(init_from.format(smoke=smoke_run), seven)
+    with pytest.raises(error, match=says):
+        train.run(config, tmp_path / 'w')
+
+
+def test_images_of_other_channels_need_statistics_of_their_own(smoke_run, seven, tmp_path):
+    workdir = tmp_path / 'w'
+    workdir.mkdir()
+    with (workdir / 'source_statistics.npz').open('wb') as file:
+        np.savez(file, mean_image=np.zeros((8, 8, 3), np.float32), colour_basis=np.eye(3))
+    with pytest.raises(UsageError, match=r'3 channel\(s\), and seven has 1; set init_statistics'):
+        train.run(tuned(smoke_run, seven), workdir)
+
+
+def test_rates_a_layer():
+    rate = Schedule(**alexnet.schedule('steps', 0.01, at_epochs=(1.0,)))
+    bias = Schedule(**alexnet.schedule('constant', 0.02))
+    late = Late(layer='conv1', slow_epoch=1.0, slow_multiplier=0.5, freeze_epoch=9.0)
+    multipliers = (('conv1', 3.0), ('conv2', 0.0), ('fc8', 10.0))
+    rates = parameter_rates(rate, bias, late, multipliers, total_steps=20, steps_per_epoch=10)
+
+    def at(layer, kind, step):
+        return float(rates((layer, kind))(jnp.int32(step), 0))
+
+    assert [at('fc7', 'kernel', s) for s in (0, 10)] == pytest.approx([0.01, 0.001])
+    assert [at('fc8', 'kernel', s) for s in (0, 10)] == pytest.approx([0.1, 0.01])
+    assert at('fc8', 'bias', 0) == pytest.approx(0.2)
+    assert at('conv2', 'kernel', 0) == at('conv2', 'bias', 10) == 0
+    assert [at('conv1', 'kernel', s) for s in (0, 10)] == pytest.approx([0.03, 0.0015])
+
+
+def test_multipliers_are_checked():
+    config = finetune.get_config()
+    settings = configuration.unpack(config)
+    assert dict(settings.optimizer.multipliers)['fc8'] == 10
+    assert settings.net.classes == 0
+    config.optimizer.multipliers.fc8 = -1.0
+    with pytest.raises(UsageError, match=r'optimizer\.multipliers\.fc8 must be at least 0'):
+        configuration.unpack(config)
+    config.optimizer.multipliers = {'fc9': 1.0}
+    with pytest.raises(UsageError, match=r"optimizer\.multipliers: 'fc9' is not one of"):
+        configuration.unpack(config)
+    config = finetune.get_config()
+    config.model.fc7.features = 0
+    with pytest.raises(UsageError, match=r'model\.fc7\.features must be at least 1'):
+        configuration.unpack(config)
+
+
+@pytest.mark.parametrize('base', ['imagenet2012,variant_torchvision', 'imagenet2010', 'quickstart'])
+def test_the_recipe_is_for_any_of_our_nets(base):
+    settings = configuration.unpack(finetune.get_config(base))
+    assert settings.optimizer.weights.rate < 0.005
+    assert settings.net.classes == 0
+
+
+def test_a_config_from_before_fine_tuning_still_loads(smoke_run):
+    tree = json.loads((smoke_run / 'config.json').read_text())
+    assert not {'init_from', 'init_statistics'} & set(tree)
+    settings = configuration.unpack(tree)
+    assert settings.init_from == 'none'
+    assert settings.optimizer.multipliers == ()
+    assert settings.data.workers == -1

@@ -1,0 +1,121 @@
+"""Anyone's own pictures: which folders are classes and splits, and what does not fit together."""
+
+import pytest
+
+from alexnet_jax import folders
+from alexnet_jax.errors import UsageError
+
+
+def ignore(line):
+    """Take a line and do nothing with it."""
+
+
+def put(root, *names):
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(name)
+    return root
+
+
+def found(source):
+    """{split: {name: label}}."""
+    splits = {}
+    for split, member in source.members(ignore):
+        assert (source.folder / member.file).stat().st_size == member.size
+        assert member.offset == 0
+        splits.setdefault(split, {})[member.name] = member.label
+    return splits
+
+
+def test_splits_that_are_folders(tmp_path):
+    put(tmp_path, 'train/dog/1.jpg', 'train/cat/deep/2.PNG', 'train/cat/3.webp', 'val/cat/4.jpeg',
+        'Test/dog/5.jpg', 'train/cat/notes.txt', 'train/.git/6.jpg', 'train/cat/.7.jpg',
+        'notes.md')  # fmt: skip
+    source = folders.source(tmp_path, 'pets')
+    assert source.name == 'pets'
+    assert source.class_names == ('cat', 'dog')
+    assert found(source) == {
+        'train': {'train/cat/3.webp': 0, 'train/cat/deep/2.PNG': 0, 'train/dog/1.jpg': 1},
+        'validation': {'val/cat/4.jpeg': 0},
+        'test': {'Test/dog/5.jpg': 1},
+    }
+
+
+def many(root, per_class):
+    for label, count in per_class.items():
+        put(root, *(f'{label}/{i}.jpg' for i in range(count)))
+    return root
+
+
+@pytest.mark.parametrize('inside', ['', 'train'])
+def test_one_split_is_divided_class_by_class(tmp_path, inside):
+    many(tmp_path / inside, {'a': 100, 'b': 20})
+    splits = found(folders.source(tmp_path, 'x', validation=0.1, test=0.25))
+    counts = {
+        split: [list(labels.values()).count(label) for label in (0, 1)]
+        for split, labels in splits.items()
+    }
+    assert counts == {'train': [65, 13], 'validation': [10, 2], 'test': [25, 5]}
+    assert len(set().union(*splits.values())) == 120
+
+
+def test_a_picture_stays_in_its_split_when_others_come(tmp_path):
+    """Nearly all do: where the border runs moves by as much as the class grows."""
+    many(tmp_path, {'a': 200, 'b': 200})
+    before = found(folders.source(tmp_path, 'x'))
+    many(tmp_path, {'a': 210, 'b': 210})
+    after = found(folders.source(tmp_path, 'x'))
+    stayed = sum(len(before[split].keys() & after[split].keys()) for split in before)
+    assert stayed >= 380
+
+
+def test_no_share_no_split(tmp_path):
+    many(tmp_path, {'a': 5, 'b': 5})
+    assert found(folders.source(tmp_path, 'x', validation=0.2, test=0)).keys() == {
+        'train',
+        'validation',
+    }
+
+
+@pytest.mark.parametrize(
+    ('folder', 'name', 'made'),
+    [('My Pets', None, 'my_pets'), ('2024-pets', 'pets', 'pets'), ('été', None, 't')],
+)
+def test_names(tmp_path, folder, name, made):
+    if folder == 'été':
+        with pytest.raises(UsageError, match='--name'):
+            folders.source(many(tmp_path / '2024', {'a': 5, 'b': 5}))
+        return
+    assert folders.source(many(tmp_path / folder, {'a': 5, 'b': 5}), name).name == made
+
+
+@pytest.mark.parametrize('name', ['fashion_mnist', 'imagenet2012', 'Two Words', '9', 'a/b', '..'])
+def test_names_that_cannot_be(tmp_path, name):
+    with pytest.raises(UsageError, match='--name'):
+        folders.source(many(tmp_path, {'a': 5, 'b': 5}), name)
+
+
+@pytest.mark.parametrize(
+    ('names', 'options', 'said'),
+    [
+        ((), {}, '0 class'),
+        (('a/1.jpg',), {}, '1 class'),
+        (('a/1.jpg', 'b/note.txt'), {}, 'holds no picture'),
+        (('train/a/1.jpg', 'train/b/1.jpg', 'val/c/1.jpg'), {}, "class 'c', which train has not"),
+        (('train/a/1.jpg', 'val/a/1.jpg', 'valid/a/1.jpg'), {}, 'two folders for the split'),
+        (('train/a/1.jpg', 'b/1.jpg'), {}, "'b', which is no split"),
+        (('a/1.jpg', 'b/1.jpg'), {'test': 0.6}, 'too few pictures'),
+        (('a/1.jpg', 'b/1.jpg'), {'test': -0.1}, 'are shares'),
+        (('a/1.jpg', 'b/1.jpg'), {'test': 0.5, 'validation': 0.5}, 'are shares'),
+        (('a\n/1.jpg', 'b/1.jpg'), {}, 'is no name for a class'),
+    ],
+)
+def test_folders_that_do_not_fit_together(tmp_path, names, options, said):
+    with pytest.raises(UsageError, match=said) as caught:
+        folders.source(put(tmp_path, *names), 'x', **options)
+    assert '\n' not in str(caught.value)
+
+
+def test_no_folder(tmp_path):
+    with pytest.raises(UsageError, match='is no folder'):
+        folders.source(tmp_path / 'nothing')

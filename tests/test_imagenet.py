@@ -1,0 +1,276 @@
+"""Official archives, made small: labels from names alone, and whatever is not whole is refused."""
+
+import dataclasses
+import gzip
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from alexnet_jax import archives, imagenet
+from alexnet_jax.errors import RunError, UsageError
+from alexnet_jax.imagenet import ILSVRC_2010, ILSVRC_2012
+from experiments import official_tars
+from experiments.official_tars import tar_bytes, write_devkit, write_tar
+
+WNIDS = ('n03', 'n01', 'n02')  # by the kit's numbers 1, 2, 3; sorted they are labels 2, 0, 1
+TRAIN = {'n01': 2, 'n02': 1, 'n03': 3}
+VALIDATION = (3, 1, 1, 2)  # the kit's numbers of picture 1, 2, 3, 4
+TEST = (2, 2, 3)
+
+
+def ignore(line):
+    """Take a line and do nothing with it."""
+
+
+def content(name):
+    """A picture that nothing else shows."""
+    colour = tuple(np.random.default_rng(list(name.encode())).integers(0, 256, 3).tolist())
+    return official_tars.jpeg(Image.new('RGB', (9, 7), colour))
+
+
+def train(wnids=TRAIN, count=TRAIN):
+    return [
+        (f'{w}.tar', tar_bytes((f'{w}_{i}.JPEG', content(f'{w}_{i}')) for i in range(count[w])))
+        for w in wnids
+    ]
+
+
+def numbered(year, part, numbers, prefix=''):
+    names = (f'ILSVRC{year}_{part}_{i:08d}.JPEG' for i in numbers)
+    return [(prefix + name, content(name)) for name in names]
+
+
+def synsets():
+    return [(wnid, f'{wnid}, words', TRAIN[wnid]) for wnid in WNIDS]
+
+
+def small(challenge):
+    """`challenge` with three classes; no archive has a known sum."""
+    counts = {'train': 6, 'validation': 4, 'test': 3}
+    parts = {
+        split: dataclasses.replace(archive, images=counts[split], size=None, md5=None)
+        for split, archive in challenge.archives.items()
+    }
+    return dataclasses.replace(challenge, archives=parts, devkit_md5=None, classes=3)
+
+
+SMALL_2012, SMALL_2010 = small(ILSVRC_2012), small(ILSVRC_2010)
+
+
+@pytest.fixture
+def year_2012(tmp_path):
+    write_tar(tmp_path / 'ILSVRC2012_img_train.tar', train())
+    write_tar(tmp_path / 'ILSVRC2012_img_val.tar', numbered(2012, 'val', (4, 2, 1, 3)))
+    truths = {'ILSVRC2012_validation_ground_truth.txt': list(VALIDATION)}
+    write_devkit(tmp_path / 'ILSVRC2012_devkit_t12.tar.gz', 2012, synsets(), truths)
+    return tmp_path
+
+
+@pytest.fixture
+def year_2010(tmp_path):
+    write_tar(tmp_path / 'ILSVRC2010_images_train.tar', train(count=TRAIN))
+    val = numbered(2010, 'val', (2, 1, 4, 3), 'val/')
+    write_tar(tmp_path / 'ILSVRC2010_images_val.tar', val)
+    write_tar(tmp_path / 'ILSVRC2010_images_test.tar', numbered(2010, 'test', (3, 1, 2), 'test/'))
+    truths = {'ILSVRC2010_validation_ground_truth.txt': list(VALIDATION)}
+    write_devkit(tmp_path / 'ILSVRC2010_devkit-1.0.tar.gz', 2010, synsets(), truths)
+    lines = ''.join(f'{number}\n' for number in TEST)
+    (tmp_path / 'ILSVRC2010_test_ground_truth.txt').write_text(lines)
+    return tmp_path
+
+
+def listed(challenge, folder):
+    """{(split, name): (label, contents)} of all pictures."""
+    source = imagenet.source(challenge, folder)
+    return {
+        (split, m.name): (m.label, archives.read(folder / m.file, m.offset, m.size))
+        for split, m in source.members(ignore)
+    }
+
+
+LABEL = {3: 1, 1: 2, 2: 0}  # of the kit's numbers, by hand
+
+
+def expected(year, splits):
+    found = {}
+    for label, wnid in enumerate(('n01', 'n02', 'n03')):
+        for i in range(TRAIN[wnid]):
+            found['train', f'{wnid}_{i}.JPEG'] = label, content(f'{wnid}_{i}')
+    for split, part, truth in splits:
+        for i, number in enumerate(truth, start=1):
+            name = f'ILSVRC{year}_{part}_{i:08d}.JPEG'
+            found[split, name] = LABEL[number], content(name)
+    return found
+
+
+def test_2012(year_2012):
+    assert listed(SMALL_2012, year_2012) == expected(2012, [('validation', 'val', VALIDATION)])
+    source = imagenet.source(SMALL_2012, year_2012)
+    assert source.name == 'imagenet2012'
+    assert source.class_names == ('n01', 'n02', 'n03')
+    assert source.words == ('n01, words', 'n02, words', 'n03, words')
+
+
+def test_2010_with_its_corrections_and_a_gzipped_picture(year_2010):
+    splits = [('validation', 'val', VALIDATION), ('test', 'test', TEST)]
+    said = []
+    list(imagenet.source(SMALL_2010, year_2010).members(said.append))
+    assert 'patch_images.tar is not there' in said[0]
+    known = expected(2010, splits)
+    assert listed(SMALL_2010, year_2010) == known
+
+    patched, zipped = ('validation', 'ILSVRC2010_val_00000002.JPEG'), ('train', 'n03_1.JPEG')
+    write_tar(year_2010 / 'patch_images.tar', [(f'patch_images/val/{patched[1]}', b'mended')])
+    classes = train()
+    classes[2] = (
+        'n03.tar',
+        tar_bytes(
+            (f'n03_{i}.JPEG', gzip.compress(content(f'n03_{i}')) if i == 1 else content(f'n03_{i}'))
+            for i in range(3)
+        ),
+    )
+    write_tar(year_2010 / 'ILSVRC2010_images_train.tar', classes)
+    assert known[zipped][1] == content('n03_1')
+    assert listed(SMALL_2010, year_2010) == known | {patched: (known[patched][0], b'mended')}
+
+
+def test_the_real_lists_of_tfds():
+    """Without a development kit; facts that hold for the real ILSVRC-2012."""
+    classes = imagenet.tfds_lists()
+    assert len(classes.wnids) == 1000
+    assert list(classes.wnids) == sorted(classes.wnids)
+    assert (classes.wnids[0], classes.wnids[281]) == ('n01440764', 'n02123045')  # tench, tabby
+    truth = np.bincount(classes.truths['validation'], minlength=1000)
+    assert (truth == 50).all()
+    # ILSVRC2012_val_00000001.JPEG is a sea snake, n01751748, as everybody's lists say.
+    assert classes.wnids[classes.truths['validation'][0]] == 'n01751748'
+
+
+def test_without_a_devkit_2012_takes_the_lists_of_tfds(year_2012):
+    (year_2012 / 'ILSVRC2012_devkit_t12.tar.gz').unlink()
+    source = imagenet.source(SMALL_2012, year_2012)
+    assert len(source.class_names) == 1000
+    assert source.words == ()
+    with pytest.raises(RunError, match='is no picture of a class of imagenet2012'):
+        list(source.members(ignore))
+
+
+# ---- what is not whole ----------------------------------------------------------------------
+
+
+def refused(challenge, folder, said):
+    with pytest.raises(RunError, match=said) as caught:
+        list(imagenet.source(challenge, folder).members(ignore))
+    assert '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ('numbers', 'said'),
+    [
+        ((4, 2, 1), r'3 of 4 pictures: 1 are missing, number 3 the first of them'),
+        ((4, 2, 2, 1, 3), 'twice'),
+        ((4, 2, 1, 5), 'is no validation picture'),
+        ((0, 1, 2, 3), 'is no validation picture'),
+        ((), '0 of 4 pictures'),
+    ],
+)
+def test_validation_pictures_that_do_not_match(year_2012, numbers, said):
+    write_tar(year_2012 / 'ILSVRC2012_img_val.tar', numbered(2012, 'val', numbers))
+    refused(SMALL_2012, year_2012, said)
+
+
+@pytest.mark.parametrize(
+    ('classes', 'said'),
+    [
+        (train(wnids=('n01', 'n03')), 'holds 0 pictures of class n02, not 1, and 5 of 6 in all'),
+        (train(count=TRAIN | {'n03': 2}), 'holds 2 pictures of class n03, not 3'),
+        (train(wnids=('n01', 'n02', 'n03', 'n01')), "'n01.tar' twice"),
+        ([('n04.tar', tar_bytes([('n04_1.JPEG', b'')]))], 'is no picture of a class'),
+        ([('n01.tar', tar_bytes([('n02_1.JPEG', b'')]))], 'is no picture of a class'),
+        ([('n01_1.JPEG', b'')], 'is no picture of a class'),
+        ([('n01.tar', tar_bytes([('n01_1.JPEG', b'')] * 2))], "'n01_1.JPEG' twice"),
+    ],
+)
+def test_training_pictures_that_do_not_match(year_2012, classes, said):
+    write_tar(year_2012 / 'ILSVRC2012_img_train.tar', classes)
+    refused(SMALL_2012, year_2012, said)
+
+
+def test_the_real_challenge_wants_the_real_files(year_2012, tmp_path):
+    with pytest.raises(RunError, match=r'is a partial download \([\d,]+ of 147,897,477,120 bytes'):
+        imagenet.source(ILSVRC_2012, year_2012)
+    with pytest.raises(RunError, match=r'ILSVRC2010_images_train.tar is missing'):
+        imagenet.source(ILSVRC_2010, year_2012)
+    with pytest.raises(UsageError, match='is no folder'):
+        imagenet.source(ILSVRC_2010, tmp_path / 'nothing')
+    train_archive = dataclasses.replace(SMALL_2012.archives['train'], size=100)
+    larger = SMALL_2012.archives | {'train': train_archive}
+    with pytest.raises(RunError, match='bytes, not 100'):
+        imagenet.source(dataclasses.replace(SMALL_2012, archives=larger), year_2012)
+
+
+def test_another_md5_is_refused(year_2012):
+    built = official_tars.as_built(SMALL_2012, year_2012, {'train': 6, 'validation': 4})
+    assert len(list(imagenet.source(built, year_2012).members(ignore))) == 10
+    path = year_2012 / 'ILSVRC2012_img_val.tar'
+    path.write_bytes(path.read_bytes()[:-1] + b'\1')  # the padding: no picture differs
+    refused(built, year_2012, 'is not the official file')
+
+
+def damaged_kit(folder, synsets=None, truth=VALIDATION, **options):
+    kit = folder / 'ILSVRC2012_devkit_t12.tar.gz'
+    truths = {'ILSVRC2012_validation_ground_truth.txt': list(truth)}
+    write_devkit(kit, 2012, synsets or globals()['synsets'](), truths)
+    return kit
+
+
+def test_development_kits_that_cannot_be(year_2012):
+    def said(challenge=SMALL_2012):
+        with pytest.raises(RunError, match='is not the official file') as caught:
+            imagenet.source(challenge, year_2012)
+        return str(caught.value)
+
+    damaged_kit(year_2012, truth=(3, 1, 1))
+    assert '3 labels, not 4' in said()
+    damaged_kit(year_2012, truth=(3, 1, 1, 9))
+    assert 'holds 9, which is no class' in said()
+    damaged_kit(year_2012, synsets=synsets()[:2])
+    assert 'lists 2 classes, not 3' in said()
+    kit = damaged_kit(year_2012)
+    assert 'its md5 is' in said(dataclasses.replace(SMALL_2012, devkit_md5='0' * 32))
+    kit.write_bytes(kit.read_bytes()[:300])
+    assert 'is not the official file' in said()
+    kit.write_text('<html>')
+    assert 'is not the official file' in said()
+
+
+def test_a_missing_truth_is_named(year_2010):
+    (year_2010 / 'ILSVRC2010_test_ground_truth.txt').unlink()
+    with pytest.raises(RunError, match=r'ILSVRC2010_test_ground_truth.txt is missing'):
+        imagenet.source(SMALL_2010, year_2010)
+    (year_2010 / 'ILSVRC2010_devkit-1.0.tar.gz').unlink()
+    with pytest.raises(RunError, match=r'devkit-1.0.tar.gz is missing'):
+        imagenet.source(SMALL_2010, year_2010)
+
+
+def test_built_archives_can_be_read_back(tmp_path, monkeypatch):
+    """The experiment's own archives, at a fraction of their size, in the real layout."""
+    monkeypatch.setattr(
+        official_tars, 'ILSVRC_2012',
+        dataclasses.replace(ILSVRC_2012, classes=1000, archives={
+            'train': ILSVRC_2012.archives['train'],
+            'validation': ILSVRC_2012.archives['validation'],
+        }),
+    )  # fmt: skip
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 400, 3), np.uint8))
+    monkeypatch.setattr(official_tars, 'crops', lambda photos, n, *_, **__: [b'x'] * n)
+    monkeypatch.setattr(official_tars, 'odd_ones', lambda photo: {'CMYK': b'y'})
+    official_tars.build([photo], tmp_path, 2012, per_class=1)
+    assert json.loads((tmp_path / 'counts.json').read_text())['images']['train'] == 1000
+    source = imagenet.source(official_tars.built(tmp_path), tmp_path)
+    labels = {m.name: m.label for s, m in source.members(ignore) if s == 'validation'}
+    truth = imagenet.tfds_lists().truths['validation']
+    assert [labels[f'ILSVRC2012_val_{i + 1:08d}.JPEG'] for i in range(50_000)] == truth
+    assert source.class_names == imagenet.tfds_lists().wnids

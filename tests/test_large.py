@@ -1,0 +1,515 @@
+"""Data sets that stay in their files: what is read, by whom, and what happens when that fails.
+
+Real array_record files, as TFDS writes them; real reader processes, that are killed and left alone.
+"""
+
+import contextlib
+import gc
+import io
+import logging
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from alexnet_jax import data, pictures, records, stored, train
+from alexnet_jax import statistics as statistics_room
+from alexnet_jax.data import LargeDataset
+from alexnet_jax.errors import RunError, UsageError
+from alexnet_jax.readers import Readers
+from configs import smoke
+from tests.test_distributed import Crew
+from tests.test_train import assert_same, outcome
+
+SIZES = {'train': 300, 'test': 70}
+PX = 16
+
+
+def encode(image, form):
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, form)
+    return buffer.getvalue()
+
+
+def drawn(number, split, height=PX, width=PX):
+    """A smooth picture, another for each number."""
+    rng = np.random.default_rng([number, len(split)])
+    small = Image.fromarray(rng.integers(0, 256, (4, 4, 3), np.uint8))
+    return np.asarray(small.resize((width, height), Image.Resampling.BICUBIC))
+
+
+def any_size(number):
+    """Sides of 20 to 300 px."""
+    return (20 + number * 37 % 280, 20 + number * 53 % 280)
+
+
+def write(folder, form):
+    """A data set of labelled pictures whose records hold 'pixels', 'picture' or 'any size'."""
+    features = {
+        'pixels': tfds.features.Tensor(shape=(PX, PX, 3), dtype=np.uint8, encoding='bytes'),
+        'picture': tfds.features.Image(shape=(PX, PX, 3), encoding_format='jpeg'),
+        'any size': tfds.features.Image(encoding_format='jpeg'),
+    }
+
+    class Drawn(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        VERSION = tfds.core.Version('1.0.0')
+
+        def _info(self):
+            label = tfds.features.ClassLabel(names=['n0', 'n1', 'n2', 'n3', 'n4'])
+            name = tfds.features.Text()
+            kinds = {'image': features[form], 'label': label, 'file_name': name}
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(kinds))
+
+        def _split_generators(self, dl_manager):
+            return {split: self._generate_examples(split, n) for split, n in SIZES.items()}
+
+        def _generate_examples(self, split, n):
+            for i in range(n):
+                image = drawn(i, split, *(any_size(i) if form == 'any size' else ()))
+                if form != 'pixels':
+                    image = io.BytesIO(encode(image, 'png' if i % 7 == 0 else 'jpeg'))
+                yield i, {'image': image, 'label': i % 5, 'file_name': f'{i}.JPEG'}
+
+    tfds.disable_progress_bar()
+    with contextlib.redirect_stdout(io.StringIO()):
+        config = tfds.download.DownloadConfig(num_shards=3)
+        builder = Drawn(data_dir=folder, file_format='array_record')
+        builder.download_and_prepare(download_config=config)
+    return folder
+
+
+@pytest.fixture(scope='module')
+def sets(tmp_path_factory):
+    """{form: data_dir}."""
+    forms = ('pixels', 'picture', 'any size')
+    return {form: write(tmp_path_factory.mktemp('sets'), form) for form in forms}
+
+
+@pytest.fixture
+def copy(sets, tmp_path):
+    """A copy of the JPEGs to damage."""
+    return shutil.copytree(sets['picture'], tmp_path / 'data')
+
+
+def large(folder, split='train', workers=0):
+    return data.load('drawn', folder, split, workers=workers, resident_gib=0.0)
+
+
+@pytest.fixture
+def pool(monkeypatch):
+    """Two reader processes of the test's own."""
+    with contextlib.closing(Readers(2)) as pool:
+        monkeypatch.setattr(data, 'readers', lambda count: pool)
+        yield pool
+
+
+def gone(pid):
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline and Path(f'/proc/{pid}').exists():
+        time.sleep(0.02)
+    return not Path(f'/proc/{pid}').exists()
+
+
+# ---- contents -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('split', ['train', 'test', 'train[50:120]+test[-7:]', 'train[98:102]'])
+@pytest.mark.parametrize('form', ['pixels', 'picture', 'any size'])
+def test_what_is_read_is_what_tfds_reads(sets, pool, form, split):
+    builder = tfds.builder_from_directory(sets[form] / 'drawn/1.0.0')
+    assert all(len(info.shard_lengths) == 3 for info in builder.info.splits.values())
+    skip = None if form == 'pixels' else {'image': tfds.decode.SkipDecoding()}
+    examples = list(builder.as_data_source(split, decoders=skip))
+    dataset = large(sets[form], split)
+    assert isinstance(dataset, LargeDataset)
+    assert len(dataset) == len(examples)
+    shape = (PX, PX, 3) if form != 'any size' else (256, 256, 3)
+    assert dataset.images.shape == (len(examples), *shape)
+    for image, label, example in zip(dataset.images[:], dataset.labels, examples, strict=True):
+        if form == 'pixels':
+            np.testing.assert_array_equal(image, example['image'])
+        else:
+            np.testing.assert_array_equal(image, pictures.decode(example['image'], shape))
+        assert label == example['label']
+
+
+@pytest.mark.parametrize('form', ['pixels', 'picture', 'any size'])
+def test_small_and_large_are_the_same(sets, form, tmp_path):
+    folder = shutil.copytree(sets[form], tmp_path / 'data')
+    small, big = data.load('drawn', folder, 'train[7:]'), large(folder, 'train[7:]')
+    assert isinstance(small.images, np.ndarray)
+    assert not isinstance(big.images, np.ndarray)
+    np.testing.assert_array_equal(small.images, big.images[:])
+    np.testing.assert_array_equal(small.labels, big.labels)
+    assert big.labels.dtype == small.labels.dtype
+
+
+def test_a_record_is_parsed_as_protobuf_does():
+    """Values of both encodings of a list of integers, a negative label, features in any order."""
+    from tensorflow_datasets.proto import tf_example_generated_pb2 as proto
+
+    rng = np.random.default_rng(0)
+    for label in (0, 1, 127, 128, 999, 2**31 - 1, -1):
+        example = proto.Example()
+        image = rng.bytes(rng.integers(1, 100_000))
+        example.features.feature['image'].bytes_list.value.append(image)
+        example.features.feature['label'].int64_list.value.append(label)
+        example.features.feature['weights'].float_list.value.extend([1.0, 2.0])
+        example.features.feature['file_name'].bytes_list.value.append(b'image')
+        found = stored.image_and_label(example.SerializeToString())
+        assert (bytes(found[0]), found[1]) == (image, label)
+    unpacked = b'\x0a\x1d\x0a\x0e\x0a\x05label\x12\x05\x1a\x03\x08\xac\x02'
+    unpacked = (
+        unpacked[:0] + bytes.fromhex('0a22') + bytes.fromhex('0a0e0a056c6162656c12051a0308ac02')
+    )
+    unpacked += bytes.fromhex('0a100a05696d61676512070a050a03616263')
+    assert stored.image_and_label(unpacked) == (memoryview(b'abc'), 300)
+
+
+@pytest.mark.parametrize('record', [b'', b'\x0a', b'\x0a\x05abc', b'\x00\x01', b'\xff' * 20])
+def test_what_is_no_record_is_refused(record):
+    with pytest.raises((ValueError, IndexError)):
+        stored.image_and_label(record)
+
+
+def test_images_are_had_by_number_slice_and_array(sets):
+    dataset = large(sets['pixels'])
+    everything = dataset.images[:]
+    numbers = np.array([[3, 299], [0, 3]])
+    np.testing.assert_array_equal(dataset.images[numbers], everything[numbers])
+    np.testing.assert_array_equal(dataset.images[-1], everything[-1])
+    np.testing.assert_array_equal(dataset.images[[2, -3]], everything[[2, -3]])
+    np.testing.assert_array_equal(dataset.images[290:5:-90], everything[290:5:-90])
+    mask = np.arange(300) % 50 == 7
+    np.testing.assert_array_equal(dataset.images[mask], everything[mask])
+    assert dataset.images[5:5].shape == (0, PX, PX, 3)
+    with pytest.raises(IndexError, match='there are 300 images'):
+        dataset.images[300]
+    for wrong in ((..., 0), 1.5, 'train'):
+        with pytest.raises((UsageError, ValueError)):
+            dataset.images[wrong]
+    with pytest.raises(UsageError, match='too large for memory'):
+        np.asarray(dataset.images)
+
+
+# ---- batches --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_batches_are_those_of_a_set_in_memory(sets, pool, tmp_path, workers):
+    folder = shutil.copytree(sets['picture'], tmp_path / 'data')
+    small, big = data.load('drawn', folder, 'train'), large(folder)
+    if not workers:
+        big.images.readers = Readers(0)
+    for rows in (slice(None), slice(0, 32), slice(32, 64)):
+        ours, theirs = (data.TrainStream(d, 3, 64, rows) for d in (big, small))
+        for step in (0, 4, 10**6):  # 4: the batch that spans the first two epochs
+            batch, expected = ours.batch(step), theirs.batch(step)
+            assert batch.keys() == expected.keys()
+            for key in batch:
+                assert batch[key].dtype == expected[key].dtype
+                np.testing.assert_array_equal(batch[key], expected[key])
+        for batch, expected in zip(
+            data.eval_batches(big, 64, rows), data.eval_batches(small, 64, rows), strict=True
+        ):
+            for key in expected:
+                np.testing.assert_array_equal(batch[key], expected[key])
+
+
+def test_threads_may_read_at_once(sets, pool):
+    dataset = large(sets['pixels'])
+    everything = Readers(0).take(dataset.images.source, np.arange(300))[0]
+    orders = [np.random.default_rng(i).permutation(300)[:100] for i in range(40)]
+    found = data.prefetch(lambda i: dataset.take(orders[i]), 0, 40, depth=8, threads=8)
+    for order, (images, labels) in zip(orders, found, strict=True):
+        np.testing.assert_array_equal(images, everything[order])
+        assert len(labels) == 100
+
+
+def test_memory_is_lent_until_nobody_looks_at_it(sets, pool):
+    """Also a view keeps it; what is dropped is used again."""
+    dataset = large(sets['pixels'])
+    everything = Readers(0).take(dataset.images.source, np.arange(300))[0]
+    kept = dataset.take(np.arange(60))[0][40:50, 2]
+    for start in (60, 120, 180, 240):
+        images, _ = dataset.take(np.arange(start, start + 60))
+        np.testing.assert_array_equal(images, everything[start : start + 60])
+    np.testing.assert_array_equal(kept, everything[40:50, 2])
+    assert len(pool._memory._slots) <= 3
+    del kept, images
+    gc.collect()
+    slots = len(pool._memory._slots)
+    for _ in range(5):
+        dataset.take(np.arange(60))
+    assert len(pool._memory._slots) == slots
+
+
+# ---- the processes --------------------------------------------------------------------------
+
+
+def test_readers_know_neither_jax_nor_tfds(sets, pool):
+    large(sets['picture']).take(np.arange(100))
+    assert len(pool.pids) == 2
+    for pid in pool.pids:
+        maps = Path(f'/proc/{pid}/maps').read_text()
+        assert 'array_record' in maps
+        assert 'jaxlib' not in maps
+        assert 'tensorflow' not in maps
+        # 128 MB: Python, NumPy, Pillow and array_record are 60.
+        status = Path(f'/proc/{pid}/status').read_text()
+        assert int(re.search(r'RssAnon:\s+(\d+)', status)[1]) < 128 << 10
+
+
+def test_no_image_is_no_error(sets, pool):
+    images, labels = large(sets['picture']).take(np.arange(0))
+    assert images.shape == (0, PX, PX, 3)
+    assert len(labels) == 0
+
+
+def test_a_killed_reader_is_noticed(sets, pool):
+    dataset = large(sets['picture'])
+    dataset.take(np.arange(100))
+    os.kill(pool.pids[1], signal.SIGKILL)
+    with pytest.raises(RunError, match='was ended by SIGKILL; the same command goes on') as error:
+        [dataset.take(np.arange(100)) for _ in range(10)]  # the other one may take a whole batch
+    assert '\n' not in str(error.value)
+
+
+def test_readers_leave_signals_to_who_asks_them(sets, pool):
+    dataset = large(sets['picture'])
+    expected = dataset.take(np.arange(100))[0].copy()
+    for pid in pool.pids:
+        os.kill(pid, signal.SIGTERM)
+        os.kill(pid, signal.SIGINT)
+    np.testing.assert_array_equal(dataset.take(np.arange(100))[0], expected)
+    pids = pool.pids
+    assert len(pids) == 2
+    pool.close()
+    assert all(gone(pid) for pid in pids)
+
+
+@pytest.mark.parametrize('how', [signal.SIGKILL, None])
+def test_readers_end_with_who_asks_them(sets, repository, how):
+    script = (
+        'import sys, time, numpy as np\n'
+        'from alexnet_jax import data\n'
+        f'd = data.load("drawn", {str(sets["picture"])!r}, "train", workers=2, resident_gib=0.0)\n'
+        'd.take(np.arange(300)); print(*d.images.readers.pids, flush=True)\n'
+        f'time.sleep({60 if how else 0})\n'
+    )
+    process = subprocess.Popen(
+        [sys.executable, '-c', script], cwd=repository, stdout=subprocess.PIPE, text=True
+    )
+    pids = [int(word) for word in process.stdout.readline().split()]
+    assert len(pids) == 2
+    if how:
+        process.send_signal(how)
+    process.wait(timeout=60)
+    process.stdout.close()
+    assert all(gone(pid) for pid in pids)
+
+
+def test_a_user_s_script_is_not_run_again(sets, tmp_path, repository):
+    """As it would be by multiprocessing's spawn, where it has no `if __name__ == '__main__'`."""
+    script = tmp_path / 'script.py'
+    script.write_text(
+        'from alexnet_jax import data\nprint("begins", flush=True)\n'
+        f'd = data.load("drawn", {str(sets["picture"])!r}, "train", workers=2, resident_gib=0.0)\n'
+        'print(d.images[:100].shape)\n'
+    )
+    environment = os.environ | {'PYTHONPATH': str(repository)}
+    said = subprocess.check_output([sys.executable, str(script)], text=True, env=environment)
+    assert said.splitlines() == ['begins', '(100, 16, 16, 3)']
+
+
+# ---- damage ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_a_damaged_record_is_named(copy, pool, workers):
+    path = next((copy / 'drawn/1.0.0').glob('*train*-00001-of-*'))
+    content = bytearray(path.read_bytes())
+    for offset in range(len(content) // 3, len(content) // 2, 40):
+        content[offset] ^= 0xFF
+    path.write_bytes(content)
+    dataset = large(copy)
+    if not workers:
+        dataset.images.readers = Readers(0)
+    with pytest.raises(
+        RunError, match=r'is damaged \(drawn-train\S+-00001-of-\d+, record \d+: '
+    ) as e:
+        dataset.images[:]
+    assert '\n' not in str(e.value)
+    assert dataset.images[:90].shape[0] == 90  # what is sound can be read as before
+
+
+def test_descriptions_of_other_data_are_refused(copy):
+    path = copy / 'drawn/1.0.0/features.json'
+    good = path.read_text()
+    for before, after, says in (
+        ('uint8', 'float32', 'and not uint8'),
+        ('"image": {', '"picture": {', 'the description of its images'),
+        (good, '{"featuresDict"', 'the description of its images'),
+    ):
+        assert before in good
+        path.write_text(good.replace(before, after))
+        with pytest.raises(RunError, match=says):
+            large(copy)
+
+
+# ---- labels, names, statistics --------------------------------------------------------------
+
+
+def test_labels_are_read_once_and_again_when_the_records_change(copy, monkeypatch):
+    expected = large(copy).labels
+    read = []
+    monkeypatch.setattr(stored.Source, 'labels', lambda self: read.append(1) or 1 / 0)
+    np.testing.assert_array_equal(large(copy).labels, expected)
+    assert not read
+    path = next((copy / 'drawn/1.0.0').glob('*train*-00001-of-*'))
+    os.utime(path, (1, 1))
+    with pytest.raises(ZeroDivisionError):
+        _ = large(copy).labels
+
+
+def test_statistics_of_a_large_set(copy, pool, caplog):
+    dataset = large(copy)
+    with caplog.at_level(logging.WARNING):
+        result = data.statistics_of(dataset)
+        again = data.statistics_of(large(copy))
+    assert len(caplog.records) == 1  # the second time they are there
+    images = dataset.images[:].astype(np.float64)
+    np.testing.assert_allclose(result.mean_image, images.mean(axis=0), rtol=1e-6)
+    covariance = np.cov(images.reshape(-1, 3).T, bias=True)
+    vectors = result.colour_vectors.astype(np.float64)
+    np.testing.assert_allclose(
+        vectors @ np.diag(result.colour_std.astype(np.float64) ** 2) @ vectors.T,
+        covariance,
+        atol=1e-6 * covariance.max(),
+    )
+    for name in vars(result):
+        np.testing.assert_array_equal(getattr(again, name), getattr(result, name))
+
+
+def test_statistics_that_lie_beside_the_records_are_taken(copy):
+    own = data.statistics_of(large(copy, 'train[:]'))
+    mine = data.Statistics(own.mean_image + 1, own.colour_std, own.colour_vectors)
+    beside = copy / 'drawn/1.0.0/statistics.npz'
+    statistics_room.save(beside, mine, SIZES['train'])
+    np.testing.assert_array_equal(data.statistics_of(large(copy)).mean_image, mine.mean_image)
+    part = data.statistics_of(large(copy, 'train[:299]')).mean_image  # not of that part
+    assert np.abs(part - own.mean_image).max() < 0.9
+    statistics_room.save(beside, mine, SIZES['train'] - 1)  # of another preparation
+    np.testing.assert_array_equal(data.statistics_of(large(copy)).mean_image, own.mean_image)
+
+
+def test_words_beside_the_names(copy):
+    assert large(copy).class_names == ('n0', 'n1', 'n2', 'n3', 'n4')
+    words = copy / 'drawn/1.0.0/label.words.txt'
+    words.write_text('tench, Tinca tinca\ncrane\ncock\ncrane\nostrich\n')
+    names = ('tench, Tinca tinca', 'crane (n1)', 'cock', 'crane (n3)', 'ostrich')
+    assert large(copy).class_names == names
+    assert data.class_names('drawn', copy) == names
+    words.write_text('tench\n')
+    with pytest.raises(RunError, match='1 words for 5 classes'):
+        large(copy)
+
+
+def test_what_we_prepared_goes_before_a_newer_version(copy):
+    shutil.copytree(copy / 'drawn/1.0.0', copy / 'drawn/5.1.0')
+    assert large(copy).images.folder.name == '5.1.0'
+    (copy / 'drawn/1.0.0/preparation.json').write_text('{}')
+    assert large(copy).images.folder.name == '1.0.0'
+
+
+# ---- runs -----------------------------------------------------------------------------------
+
+
+def as_smoke_run(data_dir, **changes):
+    """The config of the fixture smoke_run, with the data in its files."""
+    config = smoke.get_config()
+    config.data.data_dir = str(data_dir)
+    config.data.train, config.data.validation = 'train[:256]', 'train[256:320]'
+    config.data.test = 'test[:40]'
+    config.loop.log_every_steps = 1
+    config.loop.eval_batch_size = 16
+    config.loop.tensorboard = False
+    config.loop.compilation_cache = 'none'
+    config.data.workers, config.data.resident_gib = 2, 0.0
+    config.update_from_flattened_dict({k.replace('__', '.'): v for k, v in changes.items()})
+    return config
+
+
+def test_a_run_on_a_large_set_is_the_run_in_memory(
+    smoke_run, data_dir, tmp_path, capsys, monkeypatch
+):
+    """To the bit; and it says once that the input is the limit, where it is."""
+    monkeypatch.setattr(train, 'STALL', -1.0)
+    workdir = tmp_path / 'large'
+    train.run(as_smoke_run(data_dir), workdir)
+    assert_same(outcome(smoke_run), outcome(workdir))
+    said = re.findall(r'the input is the limit.*', capsys.readouterr().err)
+    assert len(said) == 1
+    assert re.search(r'2 reader\(s\) read [\d,]+ images/s each, and the step takes', said[0])
+
+
+@pytest.mark.parametrize(
+    ('wanted', 'says'),
+    [(40_000.0, '8 cores would do (data.workers)'), (9_000.0, 'they are enough if nothing else')],
+)
+def test_how_many_cores_would_do(sets, wanted, says, monkeypatch):
+    dataset = large(sets['picture'])
+    assert isinstance(dataset, LargeDataset)
+    dataset.images.readers = Readers(2)
+    dataset.images.readers._note(10_000, secs=2.0)
+    assert says in data.shortage(dataset, wanted)
+    small = data.load('drawn', sets['picture'], 'test')
+    assert data.shortage(small, wanted) is None
+
+
+@pytest.fixture
+def command(repository, data_dir, cache_dir, tmp_path):
+    """The same as a command line."""
+    config = as_smoke_run(data_dir, loop__compilation_cache=str(cache_dir), mesh__data=8)
+    path = tmp_path / 'large.py'
+    path.write_text(
+        'import json\nfrom ml_collections import ConfigDict\n'
+        f'def get_config():\n    return ConfigDict(json.loads({config.to_json()!r}))\n'
+    )
+    return [sys.executable, str(repository / 'main.py'), f'--config={path}']
+
+
+def test_a_stopped_run_goes_on_and_leaves_no_reader(smoke_run, command, tmp_path):
+    crew = Crew(command, tmp_path, 1, devices=8)
+    crew.wait_for_step(2)
+    tasks = Path(f'/proc/{crew.guards[0].pid}/task').glob('*/children')
+    children = {child for task in tasks for child in task.read_text().split()}
+    assert len(children) == 2
+    crew.guards[0].send_signal(signal.SIGTERM)
+    assert crew.wait() == {0: 143}, crew.said(0)
+    assert all(gone(child) for child in children)
+    assert 'Traceback' not in crew.said(0)
+    again = Crew(command, tmp_path, 1, devices=8)
+    assert again.wait() == {0: 0}, again.said(0)
+    assert 'going on from step' in again.said(0)
+    assert_same(outcome(smoke_run), outcome(tmp_path / 'run'))
+
+
+def test_two_processes_read_a_share_each(smoke_run, command, tmp_path):
+    crew = Crew([*command, '--config.mesh.data=2', '--config.epochs=1.0'], tmp_path, 2, devices=2)
+    assert crew.wait() == {0: 0, 1: 0}, crew.said(0) + crew.said(1)
+    first, expected = (records.read(folder)[0] for folder in (tmp_path / 'run', smoke_run))
+    assert first['step'] == 1
+    # The first step's loss is of all 64 images; sums are taken in another order, rounded to 1e-7.
+    assert first['loss'] == pytest.approx(expected['loss'], rel=1e-5)
+    labels = [outcome(folder)[3]['label'] for folder in (tmp_path / 'run', smoke_run)]
+    np.testing.assert_array_equal(*labels)

@@ -1,0 +1,139 @@
+"""Pictures of every kind in the form of 2012; what cannot or should not be decoded; JPEGs."""
+
+import io
+import struct
+import subprocess
+import sys
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from alexnet_jax import pictures, predict
+from experiments import official_tars
+
+
+def photo(width=96, height=64, seed=0):
+    """Smooth colours without symmetry."""
+    rng = np.random.default_rng(seed)
+    small = Image.fromarray(rng.integers(0, 256, (4, 6, 3), np.uint8))
+    return small.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def png(picture):
+    buffer = io.BytesIO()
+    picture.save(buffer, 'png')
+    return buffer.getvalue()
+
+
+def reference(picture, px):
+    """The words of section 2, as directly as Pillow has them: resize the whole, then crop."""
+    ratio = px / min(picture.size)
+    size = [round(edge * ratio) for edge in picture.size]
+    whole = picture.resize(size, Image.Resampling.BICUBIC)
+    left, top = ((edge - px) // 2 for edge in size)
+    return np.asarray(whole.crop((left, top, left + px, top + px))).astype(int)
+
+
+@pytest.mark.parametrize('size', [(96, 64), (64, 96), (64, 64), (32, 32), (320, 256)])
+def test_the_shorter_side_is_resized_and_the_centre_kept(size):
+    picture = photo(*size)
+    found = pictures.picture(png(picture), 32)
+    assert found.shape == (32, 32, 3)
+    assert found.dtype == np.uint8
+    np.testing.assert_array_equal(found, reference(picture, 32))
+
+
+def test_a_ratio_that_leaves_a_fraction_of_a_pixel():
+    """97 x 62: the largest centre square begins at 17.5."""
+    square = photo(97, 62).resize((32, 32), Image.Resampling.BICUBIC, box=(17.5, 0, 79.5, 62))
+    np.testing.assert_array_equal(pictures.picture(png(photo(97, 62)), 32), np.asarray(square))
+
+
+def test_every_odd_one_is_read_as_the_plain_one():
+    """What official_tars puts into archives: all show the same photograph."""
+    picture = photo(400, 300)
+    plain = pictures.picture(official_tars.jpeg(picture), 64).astype(int)
+    odd = official_tars.odd_ones(picture)
+    for kind in ('PNG', 'progressive', 'more bytes than it needs', 'large'):
+        assert np.abs(pictures.picture(odd[kind], 64) - plain).mean() < 3, kind
+    # Pillow's way from RGB to CMYK and back is not exact.
+    assert np.abs(pictures.picture(odd['CMYK'], 64) - plain).mean() < 6
+    turned = np.asarray(ImageOps.fit(picture, (64, 64), Image.Resampling.BICUBIC)).astype(int)
+    assert np.abs(pictures.picture(odd['EXIF'], 64) - np.rot90(turned, -1)).mean() < 3
+    grey = pictures.picture(odd['grey'], 64)
+    assert (grey == grey[..., :1]).all()
+    for kind in ('narrow', 'flat', 'tiny'):
+        assert pictures.picture(odd[kind], 64).shape == (64, 64, 3), kind
+
+
+def test_predict_reads_files_the_same_way(tmp_path):
+    for kind, content in official_tars.odd_ones(photo(300, 200)).items():
+        (tmp_path / 'a.jpg').write_bytes(content)
+        np.testing.assert_array_equal(
+            predict.read(tmp_path / 'a.jpg', (64, 64, 3)), pictures.picture(content, 64), kind
+        )
+
+
+def test_the_stored_size_comes_through_unchanged():
+    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    np.testing.assert_array_equal(pictures.picture(png(Image.fromarray(image)), 64), image)
+    encoded = pictures.jpeg(image, 90)
+    with Image.open(io.BytesIO(encoded)) as picture:
+        assert picture.format == 'JPEG'
+        np.testing.assert_array_equal(pictures.picture(encoded, 64), np.asarray(picture))
+
+
+@pytest.mark.filterwarnings('ignore:Corrupt EXIF data')  # as the commands do
+def test_a_damaged_exif_tag_is_no_damaged_picture():
+    encoded = official_tars.jpeg(photo(), exif=b'Exif\0\0' + b'II*\0\xff\xff\xff\xff')
+    np.testing.assert_array_equal(
+        pictures.picture(encoded, 32), pictures.picture(official_tars.jpeg(photo()), 32)
+    )
+
+
+def bomb(side):
+    """A PNG that claims side x side grey pixels: a few bytes."""
+
+    def chunk(kind, content):
+        crc = zlib.crc32(kind + content)
+        return struct.pack('>I', len(content)) + kind + content + struct.pack('>I', crc)
+
+    header = struct.pack('>IIBBBBB', side, side, 8, 0, 0, 0, 0)
+    parts = chunk(b'IHDR', header), chunk(b'IDAT', zlib.compress(b'')), chunk(b'IEND', b'')
+    return b'\x89PNG\r\n\x1a\n' + b''.join(parts)
+
+
+@pytest.mark.parametrize('side', [9_500, 20_000])
+def test_a_bomb_is_refused_before_it_goes_off(side):
+    with pytest.raises(pictures.BadImage, match='decompression bomb'):
+        pictures.picture(bomb(side), 256)
+
+
+def test_a_bomb_is_refused_where_warnings_are_none():
+    script = (
+        'import sys; from tests import test_pictures as t\n'
+        'try: t.pictures.picture(t.bomb(9_500), 256)\n'
+        'except t.pictures.BadImage as error: sys.exit(f"{error}")\n'
+    )
+    done = subprocess.run(
+        [sys.executable, '-W', 'ignore', '-c', script], capture_output=True, text=True
+    )
+    assert '9,500 x 9,500 pixels' in done.stderr
+
+
+@pytest.mark.parametrize(
+    ('content', 'said'),
+    [
+        (b'', 'is no image'),
+        (b'<html>moved</html>', 'is no image'),
+        (official_tars.jpeg(photo())[:600], 'cannot be read as an image: '),
+        (png(photo())[:-200], 'cannot be read as an image: '),
+        (bomb(100), 'cannot be read as an image: '),
+    ],
+)
+def test_what_is_no_picture(content, said):
+    with pytest.raises(pictures.BadImage, match=said) as caught:
+        pictures.picture(content, 64)
+    assert '\n' not in str(caught.value)

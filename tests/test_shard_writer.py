@@ -1,0 +1,422 @@
+"""Shards: read by TFDS, the same bytes after any kill, nothing half-made, bad pictures named."""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+from tensorflow_datasets.core.utils.lazy_imports_utils import array_record_module
+
+from alexnet_jax import folders, pictures, prepared, shard_writer, statistics
+from alexnet_jax.errors import RunError, UsageError
+from alexnet_jax.shard_writer import Form, Member, Task
+from experiments import official_tars
+
+REPOSITORY = Path(shard_writer.__file__).parents[1]
+SMALL = Form(px=32)
+
+
+def ignore(line):
+    """Take a line and do nothing with it."""
+
+
+def draw(root, per_class, size=(60, 40)):
+    """Different smooth pictures: {class: how many}."""
+    rng = np.random.default_rng(0)
+    for label, count in per_class.items():
+        (root / label).mkdir(parents=True)
+        for i in range(count):
+            small = Image.fromarray(rng.integers(0, 256, (3, 4, 3), np.uint8))
+            (root / label / f'{i:04d}.jpg').write_bytes(official_tars.jpeg(small.resize(size)))
+    return root
+
+
+@pytest.fixture(scope='module')
+def pets(tmp_path_factory):
+    """A folder of 330 pictures: with 40 a shard, 7 + 2 shards."""
+    return draw(tmp_path_factory.mktemp('source') / 'pets', {'cat': 200, 'dog': 130})
+
+
+def source(pets):
+    return folders.source(pets, 'pets', validation=0.2, test=0)
+
+
+def make(pets, data_dir, form=SMALL, **options):
+    options = dict(workers=2, shard_images=40) | options
+    return shard_writer.make(source(pets), data_dir, form, ignore, **options)
+
+
+@pytest.fixture(scope='module')
+def made(pets, tmp_path_factory):
+    """Prepared without disturbance, by two processes."""
+    return make(pets, tmp_path_factory.mktemp('data'))
+
+
+def sums(folder):
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir()}
+
+
+# ---- what is made ---------------------------------------------------------------------------
+
+
+def examples(folder):
+    """{split: [(file name, image, label)]} as TFDS reads it."""
+    builder = tfds.builder_from_directory(folder)
+    return {
+        split: [
+            (row['file_name'].decode(), row['image'], int(row['label']))
+            for row in builder.as_data_source(split)
+        ]
+        for split in builder.info.splits
+    }
+
+
+@pytest.mark.parametrize('storage', ['jpeg', 'raw'])
+def test_tfds_reads_every_picture(pets, made, tmp_path, storage):
+    folder = made if storage == 'jpeg' else make(pets, tmp_path, Form(32, 'raw'))
+    found = examples(folder)
+    assert {split: len(rows) for split, rows in found.items()} == {'train': 264, 'validation': 66}
+    seen = set()
+    for rows in found.values():
+        for name, image, label in rows:
+            seen.add(name)
+            assert label == ['cat', 'dog'].index(name.split('/')[0])
+            expected = pictures.picture((pets / name).read_bytes(), 32)
+            if storage == 'raw':
+                np.testing.assert_array_equal(image, expected)
+            else:
+                np.testing.assert_array_equal(
+                    image, pictures.picture(pictures.jpeg(expected, 90), 32)
+                )
+    assert len(seen) == 330
+    info = tfds.builder_from_directory(folder).info
+    assert info.features['image'].shape == (32, 32, 3)
+    assert info.features['label'].names == ['cat', 'dog']
+    assert info.supervised_keys == ('image', 'label')
+    assert {path.suffix for path in folder.iterdir()} >= {'.json', '.npz', '.txt'}
+
+
+def test_the_order_is_mixed_and_shards_are_about_equal(made):
+    rows = examples(made)['train']
+    labels = [label for _, _, label in rows]
+    assert 10 < sum(labels[:60]) < 40  # 24 of 60 on the average, sd 4
+    counts = json.loads((made / 'dataset_info.json').read_text())['splits'][0]['shardLengths']
+    assert len(counts) == 7
+    assert all(15 <= int(count) <= 65 for count in counts)  # 38 on the average, sd 6
+
+
+@pytest.mark.parametrize('storage', ['jpeg', 'raw'])
+def test_statistics_against_a_direct_computation(pets, made, tmp_path, storage):
+    """Of the pixels before they are encoded; what JPEG does to them is a fraction of a level."""
+    folder = made if storage == 'jpeg' else make(pets, tmp_path, Form(32, 'raw'))
+    rows = examples(folder)['train']
+    stored = np.stack([image for _, image, _ in rows]).astype(np.float64)
+    exact = np.stack([pictures.picture((pets / name).read_bytes(), 32) for name, _, _ in rows])
+    found, count = statistics.load(folder / 'statistics.npz')
+    pixels = exact.reshape(-1, 3).astype(np.float64)
+    variances, vectors = np.linalg.eigh(np.cov(pixels, rowvar=False, bias=True))
+    assert count == len(rows)
+    np.testing.assert_allclose(found.mean_image, exact.mean(axis=0), rtol=1e-6)
+    np.testing.assert_allclose(found.colour_std, np.sqrt(variances[::-1]), rtol=1e-6)
+    signs = np.sign((found.colour_vectors * vectors[:, ::-1]).sum(axis=0))
+    np.testing.assert_allclose(found.colour_vectors, vectors[:, ::-1] * signs, atol=1e-6)
+    assert np.abs(found.mean_image - stored.mean(axis=0)).mean() < 0.5
+
+
+def test_a_record_is_what_protobuf_makes():
+    """Deterministic serialisation by TFDS's own message class."""
+    from tensorflow_datasets.proto import tf_example_pb2 as proto
+
+    for name, image, label in (('a', b'', 0), ('b/é.jpg', bytes(300), 127), ('c', b'x', 70_000)):
+        message = proto.Example()
+        message.features.feature['file_name'].bytes_list.value.append(os.fsencode(name))
+        message.features.feature['image'].bytes_list.value.append(image)
+        message.features.feature['label'].int64_list.value.append(label)
+        expected = message.SerializeToString(deterministic=True)
+        assert shard_writer.example(name, image, label) == expected
+
+
+def test_one_process_makes_the_same_bytes(pets, made, tmp_path):
+    assert sums(make(pets, tmp_path, workers=1)) == sums(made)
+
+
+def test_what_is_there_is_left_alone_and_its_form_looked_at(pets, made):
+    before = {path: path.stat().st_mtime_ns for path in made.iterdir()}
+    assert make(pets, made.parents[1]) == made
+    assert {path: path.stat().st_mtime_ns for path in made.iterdir()} == before
+    with pytest.raises(UsageError, match='32 px and stored as JPEG of quality 90'):
+        make(pets, made.parents[1], Form(32, 'raw'))
+
+
+# ---- kill and resume ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope='module')
+def many(tmp_path_factory):
+    """2,100 pictures, which take the command two processes and a while."""
+    root = tmp_path_factory.mktemp('many') / 'many'
+    return draw(root, {'a': 1050, 'b': 1050}, size=(375, 250))
+
+
+def start(many, data_dir, *more):
+    words = [sys.executable, '-m', 'alexnet_jax.prepare', 'folder', f'--source={many}',
+             f'--data_dir={data_dir}', '--workers=2', '--px=64', '--test=0', *more]  # fmt: skip
+    return subprocess.Popen(
+        words, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def finished(data_dir):
+    found = data_dir.glob('.prepare-many/set/many-*')
+    return [path.name for path in found if path.stat().st_size]
+
+
+def workers_of(pid):
+    """Its child processes."""
+    found = []
+    for entry in Path('/proc').glob('[0-9]*/stat'):
+        with contextlib.suppress(OSError):
+            if int(entry.read_text().rpartition(')')[2].split()[1]) == pid:
+                found.append(int(entry.parent.name))
+    return found
+
+
+def gone(pid):
+    try:
+        return Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[0] == 'Z'
+    except OSError:
+        return True
+
+
+def wait_until(condition, secs=120):
+    end = time.monotonic() + secs
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(many, tmp_path):
+    calm, killed = tmp_path / 'calm', tmp_path / 'killed'
+    with start(many, calm) as undisturbed:
+        out, _ = undisturbed.communicate(timeout=300)
+    folder = calm / 'many/1.0.0'
+    assert out.strip() == str(folder)
+    shards = len(list(folder.glob('many-*')))
+    assert shards == 8 + 1  # of 1,890 and of 210 pictures
+    before = 0
+    for after_shards in (0, 2, 5):  # one is dead before it wrote a shard
+        with start(many, killed) as victim:
+            wait_until(lambda n=after_shards: len(finished(killed)) >= n and workers_of(victim.pid))
+            children = workers_of(victim.pid)
+            victim.send_signal(signal.SIGKILL)
+        assert children
+        wait_until(lambda pids=children: all(gone(pid) for pid in pids))
+        assert not (killed / 'many').exists()
+        assert before <= len(finished(killed)) < shards
+        before = len(finished(killed))
+    with start(many, killed) as last:
+        _, said = last.communicate(timeout=300)
+    assert last.returncode == 0
+    assert 'going on where an interrupted run stopped' in said
+    assert sums(killed / 'many/1.0.0') == sums(folder)
+    assert {path.name for path in killed.iterdir()} == {'many', '.prepare-many.lock'}
+
+
+def test_a_worker_that_dies_is_a_sentence_and_costs_nothing(many, tmp_path):
+    with start(many, tmp_path) as process:
+        wait_until(lambda: finished(tmp_path))
+        # Not the process that only keeps count of shared memory.
+        lines = {pid: Path(f'/proc/{pid}/cmdline').read_text() for pid in workers_of(process.pid)}
+        os.kill(next(pid for pid, line in lines.items() if 'spawn_main' in line), signal.SIGKILL)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert 'A worker process died' in said.splitlines()[-1]
+    assert finished(tmp_path)
+
+
+def test_interrupted_by_hand_it_leaves_at_once_without_a_traceback(many, tmp_path):
+    with start(many, tmp_path) as process:
+        wait_until(lambda: finished(tmp_path))
+        children = workers_of(process.pid)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert 'Traceback' not in said
+    wait_until(lambda: all(gone(pid) for pid in children))  # Python's tracker ends a moment later
+
+
+def test_killed_between_its_last_two_deeds(pets, made, tmp_path):
+    """Renamed, but its work folder not yet swept away."""
+    shutil.copytree(made.parents[1], tmp_path / 'data')
+    (tmp_path / 'data/.prepare-pets/plan').mkdir(parents=True)
+    make(pets, tmp_path / 'data')
+    assert not (tmp_path / 'data/.prepare-pets').exists()
+
+
+@pytest.fixture
+def half(pets, tmp_path):
+    """A copy of the pictures, with a folder of data in which a stopped run left all shards."""
+    copy = shutil.copytree(pets, tmp_path / 'pets')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shard_writer, '_finish', interrupt)
+        with pytest.raises(InterruptedError):
+            make(copy, tmp_path / 'data')
+    return copy, tmp_path / 'data'
+
+
+def interrupt(job):
+    raise InterruptedError
+
+
+@pytest.mark.parametrize('change', ['quality', 'picture', 'more pictures'])
+def test_what_is_left_of_another_job_is_not_used(half, pets, change):
+    copy, data_dir = half
+    form = Form(32, quality=50) if change == 'quality' else SMALL
+    if change == 'picture':
+        (copy / 'cat/0000.jpg').write_bytes(official_tars.jpeg(Image.new('RGB', (50, 50))))
+    if change == 'more pictures':
+        shutil.copy(copy / 'cat/0000.jpg', copy / 'cat/new.jpg')
+    said = []
+    left = shard_writer.make(source(copy), data_dir, form, said.append, workers=2, shard_images=40)
+    assert any('of other files or flags: anew' in line for line in said)
+    assert not any('going on' in line for line in said)
+    rows = [row for part in examples(left).values() for row in part]
+    assert len(rows) == 330 + (change == 'more pictures')
+    if change == 'picture':
+        assert next(image for name, image, _ in rows if name == 'cat/0000.jpg').max() == 0
+
+
+def test_left_shards_are_used_and_not_made_again(half, made, monkeypatch):
+    copy, data_dir = half
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shard_writer, '_foretell', interrupt)  # it would be called to make some
+        folder = make(copy, data_dir)
+    assert sums(folder) == sums(made)
+
+
+# ---- what can go wrong ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def spoilt(pets, tmp_path):
+    """Three pictures that cannot be decoded: cut, no picture, a bomb of a size."""
+    copy = shutil.copytree(pets, tmp_path / 'pets')
+    whole = (copy / 'cat/0001.jpg').read_bytes()
+    (copy / 'cat/0001.jpg').write_bytes(whole[: len(whole) // 2])
+    (copy / 'dog/0002.jpg').write_text('moved')
+    (copy / 'dog/0003.jpg').write_bytes(b'')
+    return copy
+
+
+def test_a_bad_picture_is_named_and_allowed_by_number_only(spoilt, tmp_path):
+    data_dir = tmp_path / 'data'
+    with pytest.raises(RunError, match=r'(cat/0001|dog/000[23]).jpg .*--skip_corrupt=N') as caught:
+        make(spoilt, data_dir)
+    assert '\n' not in str(caught.value)
+    with pytest.raises(RunError, match=r'cannot be decoded|is no image|cannot be read'):
+        make(spoilt, data_dir, skip_corrupt=2)
+    assert not (data_dir / 'pets').exists()
+    said = []
+    folder = shard_writer.make(
+        source(spoilt), data_dir, SMALL, said.append, workers=2, skip_corrupt=3, shard_images=40
+    )
+    bad = ['cat/0001.jpg', 'dog/0002.jpg', 'dog/0003.jpg']
+    assert json.loads((folder / 'preparation.json').read_text())['skipped'] == bad
+    assert [line.rpartition(' ')[2] for line in said if 'left out' in line] == bad
+    rows = [row for part in examples(folder).values() for row in part]
+    assert len(rows) == 327
+    assert not {name for name, _, _ in rows} & set(bad)
+    _, count = statistics.load(folder / 'statistics.npz')
+    assert count == len(examples(folder)['train'])
+
+
+def test_a_picture_that_went_away_is_named(pets, tmp_path):
+    copy = shutil.copytree(pets, tmp_path / 'pets')
+    (copy / 'cat/link.jpg').symlink_to('nowhere.jpg')
+    with pytest.raises(RunError, match=r'cat/link.jpg cannot be read \(No such file'):
+        make(copy, tmp_path / 'data')
+    (copy / 'cat/link.jpg').unlink()
+    seen = source(copy)
+    (copy / 'cat/0000.jpg').unlink()
+    with pytest.raises(RunError, match=r'cat/0000.jpg cannot be read \(No such file'):
+        shard_writer.make(seen, tmp_path / 'data', SMALL, ignore, workers=1)
+
+
+def test_a_disk_too_small_is_noticed_before_anything_is_written(pets, tmp_path, monkeypatch):
+    usage = namedtuple('usage', 'total used free')
+    monkeypatch.setattr(shard_writer.shutil, 'disk_usage', lambda path: usage(0, 0, 100_000))
+    with pytest.raises(RunError, match=r'needs .* GB more .* 0.0 GB are free: make space'):
+        make(pets, tmp_path)
+    with pytest.raises(RunError, match='--storage=jpeg'):
+        make(pets, tmp_path, Form(32, 'raw'))
+    assert not list(tmp_path.glob('.prepare-pets/set/*'))
+
+
+def test_a_disk_that_fills_up_is_one_sentence(pets, small_disk, monkeypatch):
+    """3 MB: the sizes told beforehand are made to look smaller, as if others had filled it."""
+    usage = namedtuple('usage', 'total used free')
+    monkeypatch.setattr(shard_writer.shutil, 'disk_usage', lambda path: usage(0, 0, 10**12))
+    with pytest.raises(RunError, match=r'No space left on device\): give it space'):
+        make(pets, small_disk, Form(64, 'raw'))
+    assert not (small_disk / 'pets').exists()
+
+
+def test_size_and_speed_are_told_beforehand(pets, tmp_path):
+    said = []
+    folder = shard_writer.make(source(pets), tmp_path, Form(64), said.append, shard_images=40)
+    assert 'pets: 330 images of 64 x 64 px' in said
+    lines = [line for line in said if 'to make with' in line]
+    assert len(lines) == 2
+    assert '(chosen)' in lines[0]
+    assert 'JPEG of quality 90' in lines[0]
+    assert lines[1].strip().startswith('raw: 0.0 GB')
+    assert folder.exists()
+
+
+def test_known_colours_are_compared(pets, tmp_path):
+    said = []
+    known = statistics.Statistics(
+        np.zeros((0, 0, 3)), np.array([200.0, 2.0, 1.0], np.float32), np.eye(3, dtype=np.float32)
+    )
+    one = dataclasses.replace(source(pets), constants=known)
+    shard_writer.make(one, tmp_path, SMALL, said.append, workers=1, shard_images=400)
+    assert any(re.search('WARNING: the colours vary otherwise', line) for line in said)
+
+
+def test_a_shard_by_itself(pets, tmp_path):
+    """What the workers run, and the benchmark: no pool, no lock."""
+    plan = tmp_path / 'plan'
+    names = [f'cat/{i:04d}.jpg' for i in range(5)]
+    lines = [
+        f'{9 - i:016x} {json.dumps(Member(name, i, name, 0, (pets / name).stat().st_size))}\n'
+        for i, name in enumerate(names)
+    ]
+    plan.write_text(''.join(lines))
+    ticks = []
+    task = Task(plan, tmp_path / 'out', tmp_path / 'part', pets, SMALL, summed=True)
+    assert shard_writer.write_shard(task, tick=lambda: ticks.append(1)) == 0
+    assert len(ticks) == 5
+    reader = array_record_module.ArrayRecordReader(str(tmp_path / 'out'))
+    assert reader.num_records() == 5
+    assert b'cat/0004.jpg' in reader.read_all()[0]  # its hash is the smallest
+    assert {path.name for path in tmp_path.iterdir()} == {'plan', 'out', 'part'}
+
+
+def test_shards_of_imagenet_can_all_be_open():
+    assert shard_writer._shard_count(1_281_167, shard_writer.SHARD_IMAGES) == 626
+    assert shard_writer._shard_count(50_000, shard_writer.SHARD_IMAGES) == 25
+    assert shard_writer._shard_count(1, shard_writer.SHARD_IMAGES) == 1
+    assert prepared.shard_name('a', 'train', 3, 626) == 'a-train.array_record-00003-of-00626'

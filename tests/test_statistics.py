@@ -1,0 +1,110 @@
+"""Streaming sums against a direct computation, exactness, files, and known colours."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from alexnet_jax import imagenet, pictures, statistics
+from alexnet_jax.statistics import Sums
+
+
+def some(count=40, shape=(30, 20, 3), seed=0):
+    """Images whose channels are correlated."""
+    rng = np.random.default_rng(seed)
+    mixed = rng.normal(size=(count, *shape)) @ rng.normal(size=(shape[-1], shape[-1]))
+    return np.clip(mixed * 50 + 120, 0, 255).astype(np.uint8)
+
+
+def direct(images):
+    """Mean image, standard deviations and eigenvectors in float64, all at once."""
+    pixels = images.reshape(-1, images.shape[-1]).astype(np.float64)
+    covariance = np.atleast_2d(np.cov(pixels, rowvar=False, bias=True))
+    variances, vectors = np.linalg.eigh(covariance)
+    return images.astype(np.float64).mean(axis=0), np.sqrt(variances[::-1]), vectors[:, ::-1]
+
+
+@pytest.mark.parametrize('shape', [(30, 20, 3), (28, 28, 1), (1, 1, 3), (300, 7, 2)])
+def test_against_a_direct_computation(shape):
+    images = some(shape=shape)
+    mean, stds, vectors = direct(images)
+    sums = Sums(shape)
+    sums.add(images)
+    found = sums.result()
+    # float32 has a relative precision of 6e-8.
+    np.testing.assert_allclose(found.mean_image, mean, rtol=1e-6)
+    np.testing.assert_allclose(found.colour_std, stds, rtol=1e-6)
+    signs = np.sign((found.colour_vectors * vectors).sum(axis=0))
+    np.testing.assert_allclose(found.colour_vectors, vectors * signs, atol=1e-6)
+    largest = np.abs(found.colour_vectors).argmax(axis=0)
+    assert (found.colour_vectors[largest, np.arange(shape[-1])] > 0).all()
+
+
+def test_neither_order_nor_parts_matter():
+    images = some(50)
+    whole, parts = Sums(images.shape[1:]), Sums(images.shape[1:])
+    whole.add(images)
+    for part in (images[30:], images[:1], images[1:30][::-1]):
+        sums = Sums(images.shape[1:])
+        sums.add(part)
+        parts.merge(sums)
+    assert parts.count == whole.count == 50
+    for name, value in vars(whole.result()).items():
+        np.testing.assert_array_equal(getattr(parts.result(), name), value)
+
+
+def test_the_largest_sums_are_exact():
+    """White images: each product is 255 x 255, and a block of 256 just fits into float32."""
+    white = np.full((5, 256, 256, 3), 255, np.uint8)
+    white[0, 0, 0] = 254  # an odd one out, which rounding would lose
+    sums = Sums(white.shape[1:])
+    sums.add(white)
+    pixels = white.reshape(-1, 3).astype(np.int64)
+    np.testing.assert_array_equal(sums.products, pixels.T @ pixels)
+    np.testing.assert_array_equal(sums.total, white.astype(np.int64).sum(axis=0).transpose(2, 0, 1))
+
+
+def test_planes_of_a_picture_are_its_image():
+    image = some(1, (30, 20, 3))[0]
+    planes = pictures.planes(Image.fromarray(image))
+    np.testing.assert_array_equal(planes, image.transpose(2, 0, 1))
+    whole, by_planes = Sums(image.shape), Sums(image.shape)
+    whole.add(image[None])
+    by_planes.add_planes(planes[:, None])
+    np.testing.assert_array_equal(by_planes.products, whole.products)
+    np.testing.assert_array_equal(by_planes.total, whole.total)
+
+
+def test_more_images_than_can_be_added_are_refused():
+    sums = Sums((1, 1, 3))
+    sums.count = statistics.MOST_IMAGES
+    with pytest.raises(OverflowError, match='16,843,009'):
+        sums.add(np.zeros((1, 1, 1, 3), np.uint8))
+
+
+def test_a_file_holds_them_and_is_the_same_each_time(tmp_path):
+    images = some()
+    sums = Sums(images.shape[1:])
+    sums.add(images)
+    for name in ('a.npz', 'b.npz'):
+        statistics.save(tmp_path / name, sums.result(), sums.count)
+    assert (tmp_path / 'a.npz').read_bytes() == (tmp_path / 'b.npz').read_bytes()
+    found, count = statistics.load(tmp_path / 'a.npz')
+    assert count == 40
+    for name, value in vars(sums.result()).items():
+        np.testing.assert_array_equal(getattr(found, name), value)
+        assert getattr(found, name).dtype == np.float32
+
+
+def test_known_colours():
+    known = imagenet.COLOURS
+    # The published vectors are orthonormal to their four digits.
+    gram = known.colour_vectors.T @ known.colour_vectors
+    np.testing.assert_allclose(gram, np.eye(3), atol=2e-4)
+    same = dataclasses.replace(known, colour_vectors=-known.colour_vectors)
+    assert statistics.far_from(same, known) is None
+    wide = dataclasses.replace(known, colour_std=known.colour_std * [1, 1, 1.2])
+    assert '23.7 for 19.7' in statistics.far_from(wide, known)
+    mixed_up = dataclasses.replace(known, colour_vectors=known.colour_vectors[[1, 0, 2]])
+    assert 'other directions' in statistics.far_from(mixed_up, known)
