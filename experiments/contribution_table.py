@@ -1,0 +1,467 @@
+"""What each idea of 2012 is worth: the ablations, retrained with seeds, beside what was claimed.
+
+    python -m experiments.sweep contribution_table --scale=quickstart --seeds=3     # trains
+    python -m experiments.contribution_table --runs=workdirs/contribution_table-quickstart
+    python -m experiments.contribution_table        # again, from what is kept in the repository
+
+With --runs, what the table needs of each finished run is kept in
+experiments/results/contribution_table/<scale>/ (digest.py). From that alone come table.md,
+table.csv, differences.svg and curves.svg there. Scales never share a table.
+
+All differences are paired by seed and by test image, with intervals for both (intervals.py).
+"""
+
+import argparse
+import csv
+import dataclasses
+import importlib
+import io
+import itertools
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from alexnet_jax import command, evaluate, figures
+from alexnet_jax.command import say
+from alexnet_jax.errors import RunError, UsageError
+from configs import ABLATIONS, Claim
+from experiments import digest, intervals
+from experiments.digest import MEASURES, Kept
+from experiments.intervals import Difference
+
+BASE = 'alexnet'
+CONFIGS = (BASE, *ABLATIONS)  # what experiments.sweep runs
+SEEDS = 3
+RESULTS = Path(__file__).parent / 'results' / 'contribution_table'
+
+# ----------------------------------------------------------------------------------------- the rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A row of the table: a change, what it did here, what was claimed for it."""
+
+    name: str
+    claim: Claim
+    error: dict[str, float] = dataclasses.field(default_factory=dict)  # by measure; {}: not run
+    found: dict[str, Difference] = dataclasses.field(default_factory=dict)  # by measure
+    p: dict[str, float] = dataclasses.field(default_factory=dict)  # corrected for the rows
+    images_only: bool = False  # the interval is of other images, with these very nets
+
+    def finding(self, measure: str) -> str:
+        """In a word: an interval that holds zero decides nothing."""
+        if measure not in self.found:
+            return 'not run'
+        own = self.found[measure]
+        if own.low is None:
+            return 'one seed'
+        if not own.decided:
+            return 'undecided'
+        if self.p.get(measure, 0.0) >= 1 - intervals.LEVEL:
+            return 'undecided among so many'
+        return 'worse' if own.mean > 0 else 'better'
+
+
+def rows(runs: Sequence[Kept], folder: Path, view: str = 'ten_views') -> list[Row]:
+    """The ablations, one view against ten, and the ensembles of the base.
+
+    Raises:
+        RunError: the base was not run.
+    """
+    by_row = {
+        name: {run.seed: run for run in found}
+        for name, found in itertools.groupby(runs, key=lambda run: run.row)
+    }
+    base = by_row.get(BASE)
+    if not base:
+        raise RunError(f'there is no finished run of {BASE} to compare with.')
+    result = [_ablation(name, by_row.get(name, {}), base, view) for name in ABLATIONS]
+    if view == 'ten_views':
+        result.append(_one_view(base))
+    return corrected(result) + _ensembles(base, folder, view)
+
+
+def _ablation(name: str, own: Mapping[int, Kept], base: Mapping[int, Kept], view: str) -> Row:
+    claim = importlib.import_module(f'configs.{name}').CLAIM
+    seeds = sorted({*own} & {*base})
+    if not seeds:
+        return Row(claim.row, claim)
+    pairs = [(own[seed].wrong[view], base[seed].wrong[view]) for seed in seeds]
+    return _compared(claim, pairs)
+
+
+def _one_view(base: Mapping[int, Kept]) -> Row:
+    claim = Claim(
+        row='one view instead of ten',
+        source='paper 6; run 145',
+        data='ILSVRC-2010 test',
+        top1=1.55,  # 39.02 - 37.47
+        top5=1.30,  # 18.30 - 17.00
+        words='',
+    )
+    pairs = [(run.wrong['centre'], run.wrong['ten_views']) for _, run in sorted(base.items())]
+    return _compared(claim, pairs)
+
+
+def _compared(claim: Claim, pairs: Sequence[tuple[Mapping, Mapping]]) -> Row:
+    """`pairs`: what ours and the base missed, seed by seed."""
+    found, error = {}, {}
+    for measure in MEASURES:
+        ours, base = (np.stack([pair[i][measure] for pair in pairs]) for i in (0, 1))
+        found[measure] = intervals.difference(ours, base)
+        error[measure] = float(ours.mean())
+    return Row(claim.row, claim, error, found)
+
+
+def _ensembles(base: Mapping[int, Kept], folder: Path, view: str) -> list[Row]:
+    """Ensembles of 2..n of the base's seeds, against their members' mean."""
+    found: dict[int, list] = {}
+    for seeds, missed in digest.read_ensembles(folder / 'ensembles.jsonl'):
+        if {*seeds} <= {*base}:
+            found.setdefault(len(seeds), []).append((seeds, missed[view]))
+    return [_ensemble(count, own, base, view) for count, own in sorted(found.items())]
+
+
+def _ensemble(count: int, own: Sequence, base: Mapping[int, Kept], view: str) -> Row:
+    error, differences = {}, {}
+    for measure in MEASURES:
+        gains = []
+        for seeds, missed in own:
+            members = np.stack([base[seed].wrong[view][measure] for seed in seeds])
+            gains.append(missed[measure] - members.mean(axis=0))
+        error[measure] = float(np.mean([missed[measure] for _, missed in own]))
+        mean, low, high = intervals.over_images(np.mean(gains, axis=0))
+        images = len(own[0][1][measure])
+        differences[measure] = Difference(mean, len(base), images, low, high)
+    claimed = count == 5
+    claim = Claim(
+        row=f'{count} nets averaged, of {len(base)} seeds',
+        source='paper 6',
+        data='ILSVRC-2012 val' if claimed else 'none',
+        top1=-2.6 if claimed else None,  # 38.1 - 40.7
+        top5=-1.8 if claimed else None,  # 16.4 - 18.2
+        words='' if claimed else '5 nets: -2.6 / -1.8 on ILSVRC-2012 val',
+    )
+    return Row(claim.row, claim, error, differences, images_only=True)
+
+
+def corrected(found: Sequence[Row]) -> list[Row]:
+    """The rows with p-values that know of each other (Holm), measure by measure."""
+    result = list(found)
+    for measure in MEASURES:
+        asked = [i for i, row in enumerate(result) if _p(row, measure) is not None]
+        values = intervals.holm([_p(result[i], measure) or 0.0 for i in asked])
+        for i, value in zip(asked, values, strict=True):
+            result[i] = dataclasses.replace(result[i], p={**result[i].p, measure: value})
+    return result
+
+
+def _p(row: Row, measure: str) -> float | None:
+    return row.found[measure].p if measure in row.found else None
+
+
+# ---------------------------------------------------------------------------------------- the table
+
+
+def markdown(found: Sequence[Row], runs: Sequence[Kept]) -> str:
+    """The table and what must be known to read it."""
+    head = (
+        '| change | top-1 error | top-1, points | p | top-5, points | seeds | std of seeds '
+        '| then: top-1 / top-5, points |\n|---|---|---|---|---|---|---|---|'
+    )
+    base = [run for run in runs if run.row == BASE]
+    errors = {m: np.array([run.wrong['ten_views'][m].mean() for run in base]) for m in MEASURES}
+    first = (
+        f'| *the recipe as run* | {errors["top1_error"].mean():.2%} | | '
+        f'| *{errors["top5_error"].mean():.2%} top-5 error* | {len(base)} '
+        f'| {_std(errors["top1_error"])} | |'
+    )
+    body = '\n'.join(_line(row) for row in found)
+    return f'{head}\n{first}\n{body}\n\n{notes(found, runs)}\n'
+
+
+def _line(row: Row) -> str:
+    cells = [row.name]
+    if not row.found:
+        cells += ['not run'] * 6
+    else:
+        top1 = row.found['top1_error']
+        cells += [
+            f'{row.error["top1_error"]:.2%}',
+            _difference(row, 'top1_error'),
+            _small(row.p.get('top1_error')),
+            _difference(row, 'top5_error'),
+            str(top1.seeds),
+            '' if top1.spread is None else f'{100 * top1.spread:.2f}',
+        ]
+    return '| ' + ' | '.join([*cells, _claim(row.claim)]) + ' |'
+
+
+def _difference(row: Row, measure: str) -> str:
+    own = row.found[measure]
+    word = row.finding(measure)
+    if own.low is None or own.high is None:
+        return f'{100 * own.mean:+.2f}, {word}'
+    mark = ' †' if row.images_only else ''
+    return f'{100 * own.mean:+.2f} [{100 * own.low:+.2f}, {100 * own.high:+.2f}]{mark} {word}'
+
+
+def _claim(claim: Claim) -> str:
+    """What was claimed, and on which data."""
+    points = [f'{value:+.2f}'.rstrip('0') if value is not None else '-' for value in claim[3:5]]
+    points = [p + '0' if p.endswith('.') else p for p in points]
+    said = f'{points[0]} / {points[1]}' if claim.top1 is not None else ''
+    where = f'on {claim.data}' if claim.data != 'none' else ''
+    text = ' '.join(word for word in (said, where) if word)
+    return '; '.join(word for word in (text, claim.words) if word)
+
+
+def _small(p: float | None) -> str:
+    return '' if p is None else f'{p:.3f}' if p >= 0.001 else '<0.001'
+
+
+def _std(values: np.ndarray) -> str:
+    return f'{100 * values.std(ddof=1):.2f}' if len(values) > 1 else ''
+
+
+def notes(found: Sequence[Row], runs: Sequence[Kept]) -> str:
+    """How to read it, what ran, and what it does not say."""
+    config, images = runs[0].config, len(runs[0].wrong['centre']['top1_error'])
+    hours = sum(run.final()['secs'] for run in runs) / 3600
+    devices = sorted({run.environment['device'] for run in runs})
+    commits = sorted({run.environment['commit'][:9] for run in runs})
+    decided = sum(row.finding('top1_error') in ('worse', 'better') for row in found)
+    ran = sum(bool(row.found) for row in found)
+    return (
+        f'Scale {config["scale"]}: {config["data"]["name"]}, all {images} images of '
+        f'`{config["data"]["test"]}`, ten views. Points are error after the change minus error '
+        f'before it, in per cent: positive is worse. In brackets the 95 % interval over seeds and '
+        f'images (experiments/intervals.py); p is for top-1, corrected for the number of rows '
+        f'(Holm). An interval that holds zero decides nothing; "undecided among so many" is one '
+        f'that does not, and has p >= 0.05. † over images alone: these very nets, new images. '
+        f'Decided in top-1: {decided} of {ran} rows that were run.\n\n'
+        f'{len(runs)} runs, {hours:.1f} h of training in all, on {", ".join(devices)}; code '
+        f'{", ".join(commits)}.\n\n'
+        f'It says what a change does to this recipe at this scale, with the rates of the recipe '
+        f'and not with rates chosen for the change. It does not say what the change does on '
+        f'ImageNet: the last column is from other data, there and then one run with one seed each.'
+    )
+
+
+def table_csv(runs: Sequence[Kept], folder: Path) -> str:
+    """Every number, fractions unrounded to 6 places: a line a row, view and measure."""
+    out = io.StringIO()
+    names = (
+        'change,view,measure,seeds,images,error,difference,low,high,p,p_holm,std_of_seeds,'
+        'interval_over,finding,claimed_points,claimed_on,claim_source'
+    )
+    writer = csv.writer(out, lineterminator='\n')
+    writer.writerow(names.split(','))
+    for view in evaluate.VIEWS:
+        for row in rows(runs, folder, view):
+            for measure in MEASURES:
+                writer.writerow(_csv_line(row, view, measure))
+    return out.getvalue()
+
+
+def _csv_line(row: Row, view: str, measure: str) -> list[Any]:
+    own = row.found.get(measure)
+    claimed = row.claim.top1 if measure == 'top1_error' else row.claim.top5
+
+    def text(value: float | None) -> str:
+        return '' if value is None else f'{value:.6f}'
+
+    values: list[Any] = [''] * 9
+    if own is not None:
+        numbers = (own.mean, own.low, own.high, own.p, row.p.get(measure), own.spread)
+        values = [own.seeds, own.images, text(row.error[measure]), *map(text, numbers)]
+    over = 'images' if row.images_only else 'seeds and images'
+    claim = ['' if claimed is None else claimed, row.claim.data, row.claim.source]
+    return [row.name, view, measure, *values, over, row.finding(measure), *claim]
+
+
+# -------------------------------------------------------------------------------------- the figures
+
+
+def differences_figure(found: Sequence[Row]) -> figures.Figure:
+    """Differences in top-1 error with their intervals; the claims as diamonds beside them.
+
+    Differences beyond the axis are written at its end.
+    """
+    height = 0.24 * len(found) + 1.0
+    figure = _figure(height)
+    axes = figure.subplots()
+    limit = _limit(found)
+    for place, row in enumerate(found):
+        if 'top1_error' in row.found:
+            _interval(axes, place, row, limit)
+        else:
+            axes.text(0, place, ' not run', fontsize=7, va='center')
+        if row.claim.top1 is not None:
+            axes.plot(row.claim.top1, place + 0.25, 'D', color=figures.ORANGE, markersize=4)
+    axes.axvline(0, color=figures.INK, linewidth=0.8)
+    axes.set_yticks(range(len(found)), [row.name for row in found], fontsize=7)
+    axes.set(ylim=(len(found) - 0.4, -0.6), xlim=(-limit, limit))
+    axes.set_xlabel('change of the top-1 error, points; worse to the right', fontsize=8)
+    axes.tick_params(axis='x', labelsize=7)
+    axes.plot([], [], 'o-', color=figures.BLUE, label='here, 95 %', markersize=4)
+    axes.plot([], [], 'D', color=figures.ORANGE, label='claimed in 2012, other data', markersize=4)
+    figure.legend(loc='outside upper right', ncols=2, fontsize=7)
+    axes.grid(axis='x')
+    return figure
+
+
+def _limit(found: Sequence[Row]) -> float:
+    """Of the axis, points: what holds all claims and all intervals but those far away."""
+    ends = [abs(row.claim.top1) for row in found if row.claim.top1 is not None]
+    for row in found:
+        if 'top1_error' in row.found:
+            own = row.found['top1_error']
+            ends += [100 * abs(end) for end in (own.mean, own.low, own.high) if end is not None]
+    return min(1.1 * max(ends, default=1.0), 6.0)
+
+
+def _interval(axes: Any, place: int, row: Row, limit: float) -> None:
+    own, word = row.found['top1_error'], row.finding('top1_error')
+    mean = 100 * own.mean
+    style = {'color': figures.BLUE, 'alpha': 1.0 if word in ('worse', 'better') else 0.45}
+    if abs(mean) > limit:
+        side = 'right' if mean > 0 else 'left'
+        text = f'{mean:+.0f} →' if mean > 0 else f'← {mean:+.0f}'
+        at = 0.98 * limit * np.sign(mean)
+        axes.text(at, place, text, ha=side, va='center', fontsize=7, color=figures.BLUE)
+        return
+    if own.low is not None and own.high is not None:
+        axes.plot([100 * own.low, 100 * own.high], [place, place], **style)
+    axes.plot(mean, place, 'o', markersize=4, **style)
+
+
+def curves_figure(runs: Sequence[Kept]) -> figures.Figure:
+    """Training (dashed) and validation error against epochs, every seed; the base's in grey."""
+    names = [name for name in CONFIGS if any(run.row == name for run in runs)]
+    panels = names[1:] or names
+    lines = -(-len(panels) // 3)
+    figure = _figure(1.25 * lines + 0.7)
+    grid = figure.subplots(lines, 3, sharex=True, sharey=True, squeeze=False).reshape(-1)
+    for axes, name in itertools.zip_longest(grid, panels):
+        if name is None:
+            axes.set_axis_off()
+            continue
+        for row, colour in ((BASE, '#999999'), (name, figures.BLUE)):
+            for run in runs:
+                if run.row == row:
+                    _curve(axes, run, colour)
+        axes.set_title(_title(name), fontsize=6, loc='left')
+        axes.set(xlim=(0, None), ylim=(0, _top(runs)))
+        axes.grid(axis='y')
+        axes.tick_params(labelsize=7)
+    figure.supxlabel('epochs', fontsize=8)
+    figure.supylabel('error, %: validation, training dashed', fontsize=8)
+    return figure
+
+
+def _curve(axes: Any, run: Kept, colour: str) -> None:
+    for kind, dash in (('validation', '-'), ('train', '--')):
+        chosen = [record for record in run.records if record['kind'] == kind]
+        errors = [100 * record['top1_error'] for record in chosen]
+        axes.plot([record['epoch'] for record in chosen], errors, dash, color=colour, linewidth=0.8)
+
+
+def _top(runs: Sequence[Kept]) -> float:
+    """Of the curves' axis: the base's worst, doubled; what does not train is above it."""
+    worst = [100 * r['top1_error'] for run in runs if run.row == BASE for r in run.records[:2]]
+    return min(100.0, 2 * max(worst, default=50.0))
+
+
+def _title(name: str) -> str:
+    return 'the recipe' if name == BASE else importlib.import_module(f'configs.{name}').CLAIM.row
+
+
+def _figure(height: float) -> figures.Figure:
+    library = command.library('matplotlib.figure', 'figures')
+    return library.Figure(figsize=(figures.WIDTH, height), layout='constrained')
+
+
+def svg(draw: Any, *args: Any) -> str:
+    """A figure as text, the same for the same runs."""
+    style = command.library('matplotlib.style', 'figures')
+    with style.context([figures.STYLE], after_reset=True):
+        return figures.render(draw(*args), 'svg').decode()
+
+
+# -------------------------------------------------------------------------------------- the command
+
+
+def keep(folder: Path, results: Path) -> Path:
+    """Keep every finished run of a sweep's folder, and the base's ensembles: where they are.
+
+    Raises:
+        RunError: there is none, or one is damaged.
+    """
+    target, found = digest.keep_all(folder, results, CONFIGS)
+    base = {seed: workdir for (row, seed), workdir in found.items() if row == BASE}
+    if len(base) > 1:
+        digest.ensembles(base, target / 'ensembles.jsonl')
+    return target
+
+
+def build(folder: Path) -> str:
+    """Write table and figures of what is kept in `folder`; the table.
+
+    Raises:
+        RunError: nothing is kept there, or it is damaged.
+    """
+    runs = digest.read(folder)
+    found = rows(runs, folder)
+    table = markdown(found, runs)
+    bodies = {
+        'table.md': table,
+        'table.csv': table_csv(runs, folder),
+        'differences.svg': svg(differences_figure, found),
+        'curves.svg': svg(curves_figure, runs),
+    }
+    for name, body in bodies.items():
+        figures.write(folder / name, body.encode())
+    return table
+
+
+def act(args: argparse.Namespace) -> int:
+    """Keep, if there are runs; build; print the tables."""
+    if not re.fullmatch(r'\w*', args.scale):
+        raise UsageError(f'--scale={args.scale} is not a word.')
+    if args.runs is not None:
+        folders = [keep(args.runs, args.results)]
+    else:
+        folders = sorted(path for path in args.results.glob(args.scale or '*') if path.is_dir())
+    if not folders:
+        raise RunError(f'nothing is kept in {args.results} yet; name the --runs of a sweep.')
+    for folder in folders:
+        print(build(folder))
+        say(f'in {folder}')
+    return 0
+
+
+def _parser() -> command.Parser:
+    parser = command.Parser(
+        prog='python -m experiments.contribution_table',
+        description='The contribution table and its figures, from runs or from what is kept.',
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add('--runs', type=Path, help="a sweep's folder of workdirs, to be kept first")
+    add('--scale', default='', help='of what is kept; all by default')
+    add('--results', type=Path, default=RESULTS, help='where runs are kept')
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Do what the command line asks for; returns the exit code."""
+    return command.run('contribution_table', _parser, act, argv)
+
+
+if __name__ == '__main__':
+    sys.exit(main())

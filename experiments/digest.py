@@ -1,0 +1,252 @@
+"""What is kept of a run in the repository: small, and enough to compare it with others.
+
+    <run>/config.json, environment.json, metrics.jsonl (a training record an epoch), wrong.json
+
+wrong.json is one JSON object: for one view and ten, which test images were missed in the first
+place and among the first five, a bit an image (10,000 images are 1.7 kB of base64), and the labels'
+sha256, so that only runs on the same images are compared. `ensembles.jsonl` beside the runs holds
+the same of the ensembles of a row's seeds, which can only be made while the predictions are there.
+"""
+
+import base64
+import dataclasses
+import hashlib
+import itertools
+import json
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from alexnet_jax import evaluate, files, records
+from alexnet_jax.command import say
+from alexnet_jax.errors import RunError
+
+MEASURES = {'top1_error': 1, 'top5_error': 5}
+Wrong = dict[str, dict[str, np.ndarray]]  # view, measure -> bool [N]
+RATHER = {'data.data_dir': 'data', 'loop.compilation_cache': 'beside'}  # no paths of this machine
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Kept:
+    """A run as it is kept."""
+
+    row: str
+    seed: int
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    records: list[dict[str, Any]]
+    wrong: Wrong
+    labels: str  # their sha256
+
+    def final(self) -> dict[str, Any]:
+        """Its record of all test images."""
+        return next(record for record in self.records if record['kind'] == 'test')
+
+
+# ------------------------------------------------------------------------------------ to be written
+
+
+def keep(workdir: Path, folder: Path) -> None:
+    """Write what is kept of a finished run into `folder`.
+
+    Raises:
+        RunError: it is not finished, damaged, or its predictions are not those of its end.
+    """
+    found = records.read(workdir)
+    final = next((record for record in found if record['kind'] == 'test'), None)
+    if final is None:
+        raise RunError(f'{workdir} is not finished; the same sweep goes on.')
+    arrays = predictions(workdir)
+    missed = wrong(arrays)
+    for view, measure in itertools.product(evaluate.VIEWS, MEASURES):
+        if float(np.mean(missed[view][measure])) != final[view][measure]:
+            raise RunError(
+                f'{workdir}/predictions_test.npz is not of the end of the run (its {measure} '
+                f'differs from metrics.jsonl); make it with --mode=evaluate --step=latest.'
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(
+        folder / 'config.json', json.dumps(portable(workdir), indent=2, sort_keys=True) + '\n'
+    )
+    write_text(folder / 'environment.json', (workdir / 'environment.json').read_text())
+    write_text(folder / 'metrics.jsonl', lines(thinned(found)))
+    write_text(folder / 'wrong.json', lines([packed(missed, arrays['label'])]))
+
+
+def keep_all(
+    folder: Path, results: Path, rows: Sequence[str]
+) -> tuple[Path, dict[tuple[str, int], Path]]:
+    """Keep every finished run of a sweep's folder that is of one of `rows`.
+
+    Returns:
+        Where they are kept, results/<scale>, and the workdirs by row and seed.
+
+    Raises:
+        RunError: there is none, one is damaged, or they are of several scales.
+    """
+    found = {}
+    for path in sorted(folder.glob('*/metrics.jsonl')):
+        row, _, seed = path.parent.name.rpartition('-')
+        if row not in rows or not seed.isdigit():
+            say(f'{path.parent} is no run of the table, and is left out.')
+        elif not (path.parent / 'predictions_test.npz').exists():
+            say(f'{path.parent} is not finished, and is left out.')
+        else:
+            found[row, int(seed)] = path.parent
+    scales = {portable(workdir)['scale'] for workdir in found.values()}
+    if len(scales) != 1:
+        what = f'runs of {len(scales)} scales' if scales else 'no finished run'
+        raise RunError(f'{folder} holds {what}; a table is made of one sweep at one scale.')
+    target = results / scales.pop()
+    for (row, seed), workdir in found.items():
+        keep(workdir, target / f'{row}-{seed}')
+    return target, found
+
+
+def predictions(workdir: Path) -> dict[str, np.ndarray]:
+    """Of a run's end: 'label' [N], and probabilities [N, classes] by view."""
+    path = workdir / 'predictions_test.npz'
+    try:
+        with path.open('rb') as opened, np.load(opened, allow_pickle=False) as file:
+            return {name: file[name] for name in ('label', *evaluate.VIEWS)}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise RunError(
+            f'{path} cannot be read ({error}); make it with python main.py --mode=evaluate '
+            f'--workdir={workdir}.'
+        ) from error
+
+
+def wrong(arrays: Mapping[str, np.ndarray]) -> Wrong:
+    """Which images were missed; ranked as evaluate.scores ranks them."""
+    label, result = arrays['label'], {}
+    for view in evaluate.VIEWS:
+        probability = arrays[view]
+        own = probability[np.arange(len(label)), label][:, None]
+        earlier = np.arange(probability.shape[1])[None, :] < label[:, None]
+        rank = np.sum((probability > own) | ((probability == own) & earlier), axis=1)
+        result[view] = {measure: rank >= k for measure, k in MEASURES.items()}
+    return result
+
+
+def thinned(found: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Validation and test records, and of training the one before each validation."""
+    result: list[Mapping[str, Any]] = []
+    last: Mapping[str, Any] | None = None
+    for record in found:
+        if record['kind'] == 'train':
+            last = record
+            continue
+        if record['kind'] == 'validation' and last is not None:
+            result.append(last)
+        result.append(record)
+    return result
+
+
+def portable(workdir: Path) -> dict[str, Any]:
+    """A run's config, without the folders of the machine it ran on."""
+    config = json.loads((workdir / 'config.json').read_text())
+    for key, value in RATHER.items():
+        group, _, name = key.partition('.')
+        config[group][name] = value
+    return config
+
+
+def packed(missed: Wrong, label: np.ndarray) -> dict[str, Any]:
+    """As JSON can hold it."""
+    bits = {
+        view: {m: base64.b64encode(np.packbits(own[m]).tobytes()).decode() for m in MEASURES}
+        for view, own in missed.items()
+    }
+    sha256 = hashlib.sha256(label.astype('<i4').tobytes()).hexdigest()
+    return {'images': len(label), 'labels_sha256': sha256, 'wrong': bits}
+
+
+def ensembles(workdirs: Mapping[int, Path], path: Path) -> None:
+    """Write which images every ensemble of two and more seeds misses: probabilities averaged.
+
+    Args:
+        workdirs: of one row's runs, by seed.
+        path: a .jsonl file, a line an ensemble.
+    """
+    arrays = {seed: predictions(workdir) for seed, workdir in sorted(workdirs.items())}
+    found = []
+    for count in range(2, len(arrays) + 1):
+        for seeds in itertools.combinations(arrays, count):
+            members = [arrays[seed] for seed in seeds]
+            mean = {view: np.mean([m[view] for m in members], axis=0) for view in evaluate.VIEWS}
+            label = members[0]['label']
+            found.append({'seeds': seeds, **packed(wrong({'label': label, **mean}), label)})
+    write_text(path, lines(found))
+
+
+def lines(found: Sequence[Mapping[str, Any]]) -> str:
+    """JSON, an object a line."""
+    return ''.join(json.dumps(record) + '\n' for record in found)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file that is whole or not there."""
+    with files.whole(path) as scratch:
+        scratch.write_text(text)
+
+
+# --------------------------------------------------------------------------------------- to be read
+
+
+def read(folder: Path) -> list[Kept]:
+    """All kept runs of a folder, by row and seed.
+
+    Raises:
+        RunError: there is none, one is damaged, or they are of several scales or test sets.
+    """
+    runs = sorted(_read(path.parent) for path in folder.glob('*/wrong.json'))
+    kept = [run for _, run in runs]
+    if not kept:
+        raise RunError(f'no run is kept in {folder}; name the --runs of a sweep.')
+    for what, values in (
+        ('scales', {run.config['scale'] for run in kept}),
+        ('test images', {run.labels for run in kept}),
+    ):
+        if len(values) > 1:
+            raise RunError(f'the runs in {folder} are of {len(values)} {what}; part them.')
+    return kept
+
+
+def _read(folder: Path) -> tuple[tuple[str, int], Kept]:
+    row, _, seed = folder.name.rpartition('-')
+    try:
+        own = json.loads((folder / 'wrong.json').read_text())
+        run = Kept(
+            row=row,
+            seed=int(seed),
+            config=json.loads((folder / 'config.json').read_text()),
+            environment=json.loads((folder / 'environment.json').read_text()),
+            records=records.read(folder),
+            wrong=unpacked(own),
+            labels=own['labels_sha256'],
+        )
+        run.final()
+    except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:
+        raise RunError(f'{folder} is damaged ({error!r}); keep the run again.') from error
+    return (run.row, run.seed), run
+
+
+def unpacked(own: Mapping[str, Any]) -> Wrong:
+    """What `packed` made."""
+
+    def bits(text: str) -> np.ndarray:
+        raw = np.frombuffer(base64.b64decode(text, validate=True), np.uint8)
+        return np.unpackbits(raw)[: own['images']].astype(bool)
+
+    return {v: {m: bits(own['wrong'][v][m]) for m in MEASURES} for v in evaluate.VIEWS}
+
+
+def read_ensembles(path: Path) -> Iterator[tuple[tuple[int, ...], Wrong]]:
+    """Seeds of each kept ensemble, and what it misses; none if there is no file."""
+    for line in path.read_text().splitlines() if path.exists() else ():
+        own = json.loads(line)
+        yield tuple(own['seeds']), unpacked(own)

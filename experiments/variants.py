@@ -1,0 +1,97 @@
+"""The AlexNets of the tutorials, and LeNet, trained here beside what was reported there.
+
+    python -m experiments.sweep variants --scale=quickstart --seeds=3      # or fashion_mnist
+    python -m experiments.variants --runs=workdirs/variants-quickstart
+    python -m experiments.variants          # again, from what is kept in the repository
+
+Writes experiments/results/variants/<scale>/table.md. What was reported is of the full nets on
+Fashion-MNIST at 224 px, so that it stands in that scale's table only.
+"""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from alexnet_jax import command
+from alexnet_jax.command import say
+from alexnet_jax.errors import RunError
+from configs import VARIANTS
+from experiments import digest
+from experiments.digest import Kept
+
+CONFIGS = ('alexnet', *VARIANTS)  # what experiments.sweep runs
+SEEDS = 3
+REPORTED_AT = 'fashion_mnist'
+RESULTS = Path(__file__).parent / 'results' / 'variants'
+
+
+def table(runs: Sequence[Kept], scale: str) -> str:
+    """Mean accuracies and their standard deviation over seeds, as Markdown."""
+    rows = [
+        f'| {scale} | seeds | test accuracy | ten views | epochs | reported there |',
+        '|---|---|---|---|---|---|',
+    ]
+    for name in CONFIGS:
+        own = [run for run in runs if run.row == name]
+        cells = ['not run'] * 4
+        if own:
+            epochs = f'{own[0].config["epochs"]:g}'
+            cells = [str(len(own)), _accuracy(own, 'centre'), _accuracy(own, 'ten_views'), epochs]
+        rows.append('| ' + ' | '.join([name, *cells, _reported(name, scale)]) + ' |')
+    commits = ', '.join(sorted({run.environment['commit'][:9] for run in runs}))
+    devices = ', '.join(sorted({run.environment['device'] for run in runs}))
+    test = runs[0].config['data']['test']
+    rows += ['', f'Means ± standard deviation over seeds; all images of `{test}`.']
+    rows += [f'On {devices}; code {commits}.', '']
+    return '\n'.join(rows)
+
+
+def _accuracy(own: Sequence[Kept], view: str) -> str:
+    values = np.array([1 - run.final()[view]['top1_error'] for run in own])
+    spread = f' ± {values.std(ddof=1):.4f}' if len(values) > 1 else ''
+    return f'{values.mean():.4f}{spread}'
+
+
+def _reported(name: str, scale: str) -> str:
+    value = getattr(importlib.import_module(f'configs.{name}'), 'REPORTED', None)
+    return f'{value:.3f}' if value is not None and scale == REPORTED_AT else '-'
+
+
+def act(args: argparse.Namespace) -> int:
+    """Keep, if there are runs; write and print the tables."""
+    if args.runs is not None:
+        folders = [digest.keep_all(args.runs, args.results, CONFIGS)[0]]
+    else:
+        folders = sorted(path for path in args.results.glob('*') if path.is_dir())
+    if not folders:
+        raise RunError(f'nothing is kept in {args.results} yet; name the --runs of a sweep.')
+    for folder in folders:
+        text = table(digest.read(folder), folder.name)
+        digest.write_text(folder / 'table.md', text)
+        print(text)
+        say(f'in {folder}')
+    return 0
+
+
+def _parser() -> command.Parser:
+    parser = command.Parser(
+        prog='python -m experiments.variants',
+        description='The table of the variants, from runs or from what is kept.',
+        allow_abbrev=False,
+    )
+    parser.add_argument('--runs', type=Path, help="a sweep's folder of workdirs, to be kept first")
+    parser.add_argument('--results', type=Path, default=RESULTS, help='where runs are kept')
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Do what the command line asks for; returns the exit code."""
+    return command.run('variants', _parser, act, argv)
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,276 @@
+"""The table, from run directories alone: what it says of known differences, and that it repeats."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from alexnet_jax import config as configuration
+from alexnet_jax import evaluate, records
+from alexnet_jax.errors import RunError
+from configs import ABLATIONS, alexnet
+from experiments import contribution_table, digest, variants
+
+IMAGES, CLASSES, SEEDS = 2000, 10, 3
+# The true change of the top-1 error, and what the table must say of it.
+KNOWN = {
+    'alexnet': 0.0,
+    'ablation_lrn': 0.08,
+    'ablation_tanh': -0.06,
+    'ablation_overlap': 0.0,
+    'ablation_sigmoid': 0.8,
+}
+
+
+def fake_run(folder: Path, row: str, seed: int, change: float, scale: str = 'quickstart') -> Path:
+    """A finished workdir whose net misses a tenth of the images and `change` more."""
+    workdir = folder / f'{row}-{seed}'
+    workdir.mkdir(parents=True)
+    config = alexnet.get_config(scale)
+    config.seed, config.data.data_dir = seed, '/somewhere/on/this/machine'
+    (workdir / 'config.json').write_text(configuration.as_json(config))
+    environment = {'device': 'a processor', 'commit': 'c' * 40, 'cpus': 2}
+    (workdir / 'environment.json').write_text(json.dumps(environment))
+    arrays = predictions(row, seed, 0.1 + change)
+    scores = evaluate.summary(arrays, [str(i) for i in range(CLASSES)])
+    evaluate.save_predictions(workdir / 'predictions_test.npz', arrays)
+    lines = []
+    for step in range(1, 9):
+        lines.append({'kind': 'train', 'step': step, 'epoch': step / 2, 'top1_error': 1 / step})
+        if step % 4 == 0:
+            values = {'epoch': step / 2, 'top1_error': 0.9 / step, 'top5_error': 0.0, 'nll': 1.0}
+            lines.append({'kind': 'validation', 'step': step, **values})
+    lines.append({'kind': 'test', 'step': 8, 'secs': 3600.0, **scores})
+    (workdir / 'metrics.jsonl').write_text(digest.lines(lines))
+    return workdir
+
+
+def predictions(row: str, seed: int, error: float) -> dict[str, np.ndarray]:
+    """Each image has its difficulty, the same for all nets; one view misses a little more."""
+    label = np.random.default_rng(0).integers(CLASSES, size=IMAGES).astype(np.int32)
+    difficulty = np.random.default_rng(1).random(IMAGES)
+    own = np.random.default_rng([seed, *row.encode()])
+    arrays: dict[str, np.ndarray] = {'label': label}
+    for view, more in (('ten_views', 0.0), ('centre', 0.04)):
+        wrong = difficulty + own.uniform(-0.05, 0.05, IMAGES) < error + more
+        first = np.where(wrong, (label + 1) % CLASSES, label)
+        arrays[view] = np.full((IMAGES, CLASSES), 0.05, np.float32)
+        arrays[view][np.arange(IMAGES), first] = 0.55
+        arrays[view][np.arange(IMAGES), label] += own.uniform(0, 0.45, IMAGES) * wrong
+    return arrays
+
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp('sweep') / 'contribution_table-quickstart'
+    for row, change in KNOWN.items():
+        for seed in range(SEEDS):
+            fake_run(folder, row, seed, change)
+    return folder
+
+
+@pytest.fixture(scope='module')
+def built(runs, tmp_path_factory) -> Path:
+    results = tmp_path_factory.mktemp('results')
+    argv = [f'--runs={runs}', f'--results={results}']
+    assert contribution_table.main(argv) == 0
+    return results / 'quickstart'
+
+
+@pytest.fixture(scope='module')
+def lines(built) -> dict[tuple[str, str, str], dict[str, str]]:
+    """Of table.csv, by change, view and measure."""
+    with (built / 'table.csv').open() as file:
+        return {(r['change'], r['view'], r['measure']): r for r in csv.DictReader(file)}
+
+
+def test_findings_are_those_that_were_put_in(lines):
+    for change, true, finding in (
+        ('no normalisation', 0.08, 'worse'),
+        ('tanh for ReLU', -0.06, 'better'),
+        ('pooling windows do not overlap', 0.0, 'undecided'),
+        ('sigmoid for ReLU', 0.8, 'worse'),
+    ):
+        row = lines[change, 'centre', 'top1_error']
+        assert row['finding'] == finding, row
+        assert float(row['low']) <= true + 0.01
+        assert float(row['high']) >= true - 0.01
+        assert (row['seeds'], row['images']) == ('3', str(IMAGES))
+        assert float(row['p']) <= float(row['p_holm'])
+
+
+def test_numbers_are_those_of_the_predictions(runs, lines):
+    def errors(row: str) -> list[float]:
+        files = [np.load(runs / f'{row}-{seed}/predictions_test.npz') for seed in range(SEEDS)]
+        return [1 - np.mean(f['ten_views'].argmax(axis=1) == f['label']) for f in files]
+
+    row = lines['no normalisation', 'ten_views', 'top1_error']
+    each = np.subtract(errors('ablation_lrn'), errors('alexnet'))
+    assert float(row['error']) == pytest.approx(np.mean(errors('ablation_lrn')), abs=1e-6)
+    assert float(row['difference']) == pytest.approx(each.mean(), abs=1e-6)
+    assert float(row['std_of_seeds']) == pytest.approx(each.std(ddof=1), abs=1e-6)
+
+
+def test_a_row_not_run_says_so(built, lines):
+    table = (built / 'table.md').read_text()
+    missing = [stem for stem in ABLATIONS if stem not in KNOWN]
+    assert table.count('| not run | not run |') >= len(missing)
+    assert lines['no dropout', 'ten_views', 'top1_error']['finding'] == 'not run'
+    assert lines['no dropout', 'ten_views', 'top1_error']['difference'] == ''
+
+
+def test_one_view_and_ensembles_come_without_training(runs, lines):
+    one = lines['one view instead of ten', 'ten_views', 'top1_error']
+    assert one['finding'] == 'worse'
+    assert float(one['difference']) == pytest.approx(0.04, abs=0.01)
+    members = [dict(np.load(runs / f'alexnet-{seed}/predictions_test.npz')) for seed in range(3)]
+    mean = np.mean([m['ten_views'] for m in members], axis=0)
+    expected = evaluate.scores(mean, members[0]['label'])
+    for measure, value in expected.items():
+        if measure != 'nll':
+            row = lines['3 nets averaged, of 3 seeds', 'ten_views', measure]
+            assert float(row['error']) == pytest.approx(value, abs=1e-6)
+            assert row['interval_over'] == 'images'
+    assert ('2 nets averaged, of 3 seeds', 'ten_views', 'top1_error') in lines
+
+
+def test_the_claims_name_their_data(built):
+    table = (built / 'table.md').read_text()
+    assert '+1.4 / +1.2 on ILSVRC-2012 val' in table
+    assert '+1.7 / +1.2 on ILSVRC-2010 test' in table
+    assert 'fashion_mnist, all 2000 images' in table
+
+
+def test_building_again_from_what_is_kept_changes_nothing(built, tmp_path):
+    again = tmp_path / 'quickstart'
+    shutil.copytree(built, again)
+    for made in ('table.md', 'table.csv', 'differences.svg', 'curves.svg'):
+        (again / made).unlink()
+    assert contribution_table.main([f'--results={tmp_path}']) == 0
+    assert {p.name: p.read_bytes() for p in again.iterdir() if p.is_file()} == {
+        p.name: p.read_bytes() for p in built.iterdir() if p.is_file()
+    }
+
+
+def test_what_is_kept_is_small_and_knows_no_machine(built):
+    folder = built / 'alexnet-0'
+    files = {path.name: path.read_text() for path in folder.iterdir()}
+    assert files.keys() == {'config.json', 'environment.json', 'metrics.jsonl', 'wrong.json'}
+    assert len(files['wrong.json']) < 4 * IMAGES / 8 * 4 / 3 + 300
+    assert '/somewhere' not in ''.join(files.values())
+    kinds = [record['kind'] for record in records.read(folder)]
+    assert kinds == ['train', 'validation', 'train', 'validation', 'test']
+
+
+def test_committed_tables_are_those_of_the_committed_runs(tmp_path):
+    """Where any are committed."""
+    for folder in sorted(contribution_table.RESULTS.glob('*/')):
+        again = tmp_path / folder.name
+        shutil.copytree(folder, again)
+        contribution_table.build(again)
+        for made in ('table.md', 'table.csv', 'differences.svg', 'curves.svg'):
+            assert (again / made).read_bytes() == (folder / made).read_bytes(), folder / made
+
+
+def test_a_real_run_is_kept_as_it_was(smoke_run, tmp_path):
+    digest.keep(smoke_run, tmp_path / 'smoke-0')
+    (kept,) = digest.read(tmp_path)
+    assert (kept.row, kept.seed) == ('smoke', 0)
+    for view in evaluate.VIEWS:
+        for measure in digest.MEASURES:
+            assert kept.wrong[view][measure].mean() == kept.final()[view][measure]
+    with np.load(smoke_run / 'predictions_test.npz') as file:
+        missed = file['centre'].argmax(axis=1) != file['label']
+    assert kept.wrong['centre']['top1_error'].tolist() == missed.tolist()
+
+
+def test_predictions_of_another_step_are_refused(smoke_run, tmp_path):
+    """As --mode=evaluate --step=best leaves them."""
+    copy = tmp_path / 'run'
+    shutil.copytree(smoke_run, copy)
+    with np.load(copy / 'predictions_test.npz') as file:
+        arrays = dict(file)
+    arrays['centre'] = np.roll(arrays['centre'], 1, axis=1)
+    evaluate.save_predictions(copy / 'predictions_test.npz', arrays)
+    with pytest.raises(RunError, match='not of the end of the run'):
+        digest.keep(copy, tmp_path / 'kept')
+    assert not (tmp_path / 'kept').exists()
+
+
+@pytest.mark.parametrize(
+    ('damage', 'said'),
+    [
+        (lambda run: (run / 'wrong.json').write_text('{'), 'is damaged'),
+        (lambda run: (run / 'config.json').unlink(), 'is damaged'),
+        (lambda run: (run / 'metrics.jsonl').write_text(''), 'is damaged'),
+        (lambda run: shutil.rmtree(run.parent / 'alexnet-1'), None),
+        (lambda run: [shutil.rmtree(p) for p in run.parent.glob('alexnet-*')], 'no finished run'),
+    ],
+)
+def test_what_is_damaged_is_said(built, tmp_path, capsys, damage, said):
+    folder = tmp_path / 'quickstart'
+    shutil.copytree(built, folder)
+    damage(folder / 'ablation_lrn-0')
+    assert contribution_table.main([f'--results={tmp_path}']) == (1 if said else 0)
+    assert (said or '') in capsys.readouterr().err
+    if said is None:  # the seeds that are left in both are compared
+        assert '| 2 |' in (folder / 'table.md').read_text()
+
+
+def test_other_images_are_not_compared(built, tmp_path):
+    shutil.copytree(built, tmp_path / 'quickstart')
+    path = tmp_path / 'quickstart' / 'ablation_lrn-0' / 'wrong.json'
+    own = json.loads(path.read_text())
+    path.write_text(json.dumps(own | {'labels_sha256': '0' * 64}))
+    with pytest.raises(RunError, match='2 test images'):
+        digest.read(tmp_path / 'quickstart')
+
+
+def test_scales_do_not_share_a_table(runs, tmp_path, capsys):
+    mixed = tmp_path / 'mixed'
+    shutil.copytree(runs, mixed)
+    fake_run(mixed, 'ablation_init', 0, 0.0, scale='fashion_mnist')
+    argv = [f'--runs={mixed}', f'--results={tmp_path / "results"}']
+    assert contribution_table.main(argv) == 1
+    assert 'runs of 2 scales' in capsys.readouterr().err
+    assert not (tmp_path / 'results').exists()
+
+
+def test_one_seed_decides_nothing(runs, tmp_path):
+    few = tmp_path / 'few'
+    for row in KNOWN:
+        shutil.copytree(runs / f'{row}-0', few / f'{row}-0')
+    results = tmp_path / 'results'
+    assert contribution_table.main([f'--runs={few}', f'--results={results}']) == 0
+    table = (results / 'quickstart' / 'table.md').read_text()
+    assert 'one seed' in table
+    assert 'worse' not in table.partition('\n\n')[0].replace('one seed', '')
+
+
+def test_nothing_kept_yet(tmp_path, capsys):
+    assert contribution_table.main([f'--results={tmp_path}']) == 1
+    assert 'name the --runs of a sweep' in capsys.readouterr().err
+
+
+def test_the_variants_stand_beside_what_was_reported(tmp_path, capsys):
+    """At full size only, which is what was reported."""
+    for scale, reported in (('quickstart', '-'), ('fashion_mnist', '0.885')):
+        folder = tmp_path / f'variants-{scale}'
+        for seed in range(2):
+            fake_run(folder, 'variant_d2l', seed, 0.0, scale)
+        argv = [f'--runs={folder}', f'--results={tmp_path / "results"}']
+        assert variants.main(argv) == 0
+        rows = {line.split(' | ')[0]: line for line in capsys.readouterr().out.splitlines()}
+        assert rows['| variant_d2l'].endswith(f'| {reported} |')
+        assert '| not run | not run |' in rows['| variant_lenet']
+        right = [1 - np.mean(_missed(folder / f'variant_d2l-{seed}')) for seed in range(2)]
+        spread = np.std(right, ddof=1)
+        assert f'| 2 | {np.mean(right):.4f} ± {spread:.4f} |' in rows['| variant_d2l']
+
+
+def _missed(workdir: Path) -> np.ndarray:
+    with np.load(workdir / 'predictions_test.npz') as file:
+        return file['centre'].argmax(axis=1) != file['label']
