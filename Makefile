@@ -44,7 +44,7 @@ tests: data
 # The whole net against PyTorch. Elsewhere than on a CPU-only index this pulls gigabytes.
 test-torch: data
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,torch]'
-	$(BIN)/python -m pytest tests/test_torch.py tests/test_weights.py
+	$(BIN)/python -m pytest tests/test_torch.py tests/test_weights.py tests/test_throughput.py
 
 # The report in a real headless Chromium, Debian's.
 test-browser: data
@@ -54,7 +54,7 @@ test-browser: data
 # A real Slurm on this machine, and Open MPI: as root, on Debian; about eight minutes.
 test-cluster: data
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,cluster]'
-	$(BIN)/python -m pytest tests/cluster/test_slurm.py tests/cluster/test_kubernetes.py
+	$(BIN)/python -m pytest tests/cluster/test_slurm.py tests/cluster/test_sweep_slurm.py tests/cluster/test_kubernetes.py
 
 # The resolved configs as text: look at the difference before committing it.
 golden: env

@@ -1,4 +1,4 @@
-"""Measurements and the commands that print them; results/ holds their logs."""
+"""Measurements and sweeps; results/ holds their logs and tables."""
 
 from alexnet_jax import memory
 

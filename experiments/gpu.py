@@ -15,9 +15,22 @@ from pathlib import Path
 
 # No jax here: the parent would hold the memory that its children want.
 STEPS = (
-    # (name, seconds at most, command)
+    # (name, seconds at most, command); results are kept row by row, so a limit loses the rest only
     ('smoke', 120, 'main.py --config=configs/smoke.py --workdir={workdirs}/smoke'),
-    ('operations', 240, '-m experiments.bench_ops'),
+    ('steps_2012', 590, '-m experiments.throughput --parts=steps --nets=2012'),
+    ('layers', 240, '-m experiments.throughput --parts=layers --nets=2012'),
+    (
+        'time_to_accuracy',
+        590,
+        '-m experiments.time_to_accuracy --workdir={workdirs}/time_to_accuracy',
+    ),
+    ('feeding', 400, '-m experiments.throughput --parts=feeding'),
+    ('start', 400, '-m experiments.throughput --parts=start --rounds=3'),
+    (
+        'steps_others',
+        590,
+        '-m experiments.throughput --parts=steps --nets=2012_without_LRN,torchvision,quickstart',
+    ),
     (
         'fashion_mnist',
         500,

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from alexnet_jax import records
+from experiments import throughput_page
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / 'results'
@@ -34,22 +35,15 @@ def quickstart() -> str:
     return '\n'.join(rows)
 
 
+def contribution() -> str:
+    """The table of the ablations, as the sweep's runs have made it."""
+    path = RESULTS / 'contribution_table' / 'quickstart' / 'table.md'
+    return path.read_text().rstrip() if path.exists() else 'not run'
+
+
 def speed() -> str:
-    """Train steps with our operations and with the plain forms, as bench_ops measured them."""
-    rows = [
-        '| net | device | batch | ours, images/s | plain forms | ratio | rounds |',
-        '|---|---|---|---|---|---|---|',
-    ]
-    for path in sorted((RESULTS / 'throughput').glob('ops_*.json')):
-        for line in path.read_text().splitlines():
-            row = json.loads(line)
-            if 'plain' in row:
-                rows.append(
-                    f'| {row["net"]} | {row["device"]} | {row["batch_size"]} '
-                    f'| {row["ours"]["images_per_sec"]:.1f} | {row["plain"]["images_per_sec"]:.1f} '
-                    f'| {row["ratio"]:.2f} | {row["rounds"]} |'
-                )
-    return '\n'.join(rows)
+    """Ours, PyTorch's best, a naive Flax form and the machine's limit, as throughput measured."""
+    return throughput_page.readme_table(RESULTS / 'throughput')
 
 
 def starts() -> str:
@@ -99,6 +93,7 @@ def filled(text: str) -> str:
         'communication': communication,
         'meshes': meshes,
         'speed': speed,
+        'contribution': contribution,
     }
     for mark, table in tables.items():
         figures = table()

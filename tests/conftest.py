@@ -21,7 +21,13 @@ jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
 
 
 # Files of few but long tests go first, so that the workers end together; see the Makefile.
-LONG = ('test_train.py', 'test_distributed.py', 'test_communication.py', 'test_describe.py')
+LONG = (
+    'test_sweep.py',
+    'test_train.py',
+    'test_distributed.py',
+    'test_communication.py',
+    'test_describe.py',
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,0 +1,218 @@
+"""Where a step's time goes: each layer's operations alone, forward and backward, and their limits.
+
+Part 'layers' of experiments.throughput. An operation is run as the net runs it, jitted by itself,
+on noise of the real shapes; backward is the transposed program alone, given what forward kept. In
+the whole step the compiler fuses neighbours, so that it may take less than the sum; what it takes
+more is spent between the operations.
+"""
+
+import argparse
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from alexnet_jax import model, parallel
+from alexnet_jax.model import AlexNet, Layer, Linear, Net, Shape, Stage, geometry
+from alexnet_jax.step import make_optimizer
+from experiments import limits, peers, throughput
+from experiments.limits import Work
+from experiments.peers import Case, Contestant
+
+BATCH = {'cpu': 64, 'gpu': 128}
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """One operation of one layer, in one direction."""
+
+    layer: str
+    word: str  # 'linear', a word of `then`, 'update' or 'masks'
+    direction: str
+    work: Work
+    make: Callable[[], Contestant]
+
+    @property
+    def name(self) -> str:
+        """For the clock."""
+        return f'{self.layer} {self.word} {self.direction}'
+
+
+def measure_all(flags: argparse.Namespace) -> list[dict[str, Any]]:
+    """The nets asked for, at one batch size each, measured, kept and said."""
+    rows = []
+    for net in flags.nets:
+        platform = 'cpu' if jax.default_backend() == 'cpu' else 'gpu'
+        default = throughput.QUICKSTART_BATCH if net == 'quickstart' else BATCH[platform]
+        batch_size = (flags.batches or (default,))[0]
+        rows.append(measure(net, batch_size, flags))
+        throughput.keep(flags.out, 'layers', rows[-1:])
+        say(rows[-1])
+    return rows
+
+
+def measure(net: str, batch_size: int, flags: argparse.Namespace) -> dict[str, Any]:
+    """One net: every piece and the whole step, in turn."""
+    module, scale = throughput.NETS[net]
+    case = peers.case_of(module.get_config(scale), batch_size, flags.dtype)
+    found = list(pieces(case))
+    makers = {piece.name: piece.make for piece in found}
+    makers |= {what: lambda what=what: peers.ours(case, what) for what in peers.PASSES}
+    makers |= {'product': lambda: limits.product(flags.dtype), 'copy': limits.copying}
+    rows, _ = throughput.alternate(makers, flags.rounds, min(flags.sample_secs, 0.1))
+    secs = {name: throughput.median(row) for name, row in rows.items()}
+    rates = limits.rates(secs['product'], secs['copy'])
+    return {
+        'net': net,
+        'batch_size': batch_size,
+        'dtype': flags.dtype,
+        'rounds': flags.rounds,
+        'flops_per_sec': rates.flops,
+        'bytes_per_sec': rates.bytes,
+        'step_secs': {what: secs[what] for what in peers.PASSES},
+        'step_limit_secs': {
+            what: limits.step_secs(case.net, batch_size, what, rates) for what in peers.PASSES
+        },
+        'pieces': [
+            {
+                'layer': piece.layer,
+                'word': piece.word,
+                'direction': piece.direction,
+                'secs': rows[piece.name]['secs'],
+                'cpu_secs': rows[piece.name]['cpu_secs'],
+                'limit_secs': piece.work.secs(rates),
+                'bound': piece.work.bound(rates),
+                'flops': piece.work.flops,
+                'bytes': piece.work.bytes,
+            }
+            for piece in found
+        ],
+        **throughput.environment(),
+    }
+
+
+def say(row: dict[str, Any]) -> None:
+    """The largest gaps first."""
+    from experiments import throughput_page
+
+    print(throughput_page.layer_table(row), flush=True)
+
+
+# -------------------------------------------------------------------------------------- the pieces
+
+
+def pieces(case: Case) -> Iterator[Piece]:
+    """Every operation of the step in the order of the net, then the masks and the update."""
+    net, size = case.net, case.settings.batch_size
+    for stage in geometry(net):
+        yield from _linear(stage, case)
+        shape = stage.output
+        for word, after in zip(stage.layer.then, stage.after, strict=True):
+            yield from _follower(stage.layer, word, shape, after, case)
+            shape = after
+    yield _masks(net, size)
+    yield _update(case)
+
+
+def _linear(stage: Stage, case: Case) -> Iterator[Piece]:
+    layer, net, size = stage.layer, case.net, case.settings.batch_size
+    module: Any = Linear(layer, stage.groups)
+    inputs = stage.input if layer.kind == 'conv' else (stage.fan_in * stage.groups,)
+
+    def run(params, x):
+        return module.apply({'params': params}, x)
+
+    def make(direction: str) -> Contestant:
+        params, x = jax.device_put(case.params[layer.name]), _noise((size, *inputs), net)
+        if direction == 'forward':
+            return _forward(net, run, params, x)
+        if layer is net.layers[0]:  # nobody asks for the gradient of the image
+            return _backward(net, lambda params: run(params, x), params)
+        return _backward(net, run, params, x)
+
+    for direction in ('forward', 'backward'):
+        work = limits.linear(stage, net, size, direction)
+        yield Piece(layer.name, 'linear', direction, work, lambda d=direction: make(d))
+
+
+def _follower(layer: Layer, word: str, before: Shape, after: Shape, case: Case) -> Iterator[Piece]:
+    net, size = case.net, case.settings.batch_size
+    module = AlexNet(net)
+
+    def make(direction: str) -> Contestant:
+        x = _noise((size, *before), net)
+        masks = {layer.name: x > 0}
+
+        def run(x):
+            return module.apply({}, word, x, layer, masks, method='_follow')
+
+        return _forward(net, run, x) if direction == 'forward' else _backward(net, run, x)
+
+    for direction in ('forward', 'backward'):
+        work = limits.follower(before, after, net, size, direction)
+        yield Piece(layer.name, word, direction, work, lambda d=direction: make(d))
+
+
+def _masks(net: Net, size: int) -> Piece:
+    draw = jax.jit(lambda key: model.draw_masks(key, net, size))
+    run = lambda: _repeat(lambda: draw(jax.random.key(0)))  # noqa: E731
+    units = sum(mask.size for mask in jax.eval_shape(draw, jax.random.key(0)).values())
+    return Piece('all', 'masks', 'forward', Work(bytes=units), run)
+
+
+def _update(case: Case) -> Piece:
+    optimizer = make_optimizer(case.settings, peers.IMAGES)
+
+    def make() -> Contestant:
+        params = jax.device_put(case.params)
+        grads = jax.tree.map(lambda p: 1e-3 * p, params)
+        states = [(jax.tree.map(jnp.copy, params), optimizer.init(params))]
+
+        def update(state, grads):
+            params, opt_state = state
+            updates, opt_state = optimizer.update(grads, opt_state, params)
+            return jax.tree.map(jnp.add, params, updates), opt_state
+
+        options = parallel.compiler_options(case.net)
+        step = jax.jit(update, donate_argnums=0, compiler_options=options)
+
+        def run(steps: int):
+            state = states.pop()
+            for _ in range(steps):
+                state = step(state, grads)
+            states.append(jax.block_until_ready(state))
+            return jnp.zeros(())
+
+        return Contestant(run)
+
+    return Piece('all', 'update', 'backward', limits.update(case.net), make)
+
+
+def _forward(net: Net, function: Callable, *arguments: Any) -> Contestant:
+    run = jax.jit(function, compiler_options=parallel.compiler_options(net))
+    return _repeat(lambda: run(*arguments))
+
+
+def _backward(net: Net, function: Callable, *arguments: Any) -> Contestant:
+    """The transposed program alone: `jax.vjp`'s second result is a pytree and leaves a jit."""
+    options = parallel.compiler_options(net)
+    y, back = jax.jit(lambda *a: jax.vjp(function, *a), compiler_options=options)(*arguments)
+    run = jax.jit(lambda back, dy: back(dy), compiler_options=options)
+    return _repeat(lambda: run(back, y))  # any gradient will do
+
+
+def _repeat(step: Callable[[], Any]) -> Contestant:
+    def run(steps: int):
+        results = [step() for _ in range(steps)][-1]
+        jax.block_until_ready(results)
+        return jnp.zeros(())
+
+    return Contestant(run)
+
+
+def _noise(shape: tuple[int, ...], net: Net) -> jax.Array:
+    noise = np.random.default_rng(0).standard_normal(shape, np.float32)
+    return jnp.asarray(noise, net.compute_dtype)

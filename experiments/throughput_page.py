@@ -1,0 +1,318 @@
+"""Tables and charts of what experiments.throughput has kept: tables.md, and <device>.svg.
+
+python -m experiments.throughput --page
+"""
+
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from alexnet_jax import command, figures, files
+from alexnet_jax.errors import RunError
+from experiments import throughput
+from experiments.throughput import Row, best_torch, median
+
+NOT_RUN = 'not run'
+TIME_TO_ACCURACY = 'time_to_accuracy_*.json'
+
+
+def write(folder: Path) -> None:
+    """All of the page, from the JSON files of a folder; charts where matplotlib is installed."""
+    devices = kept(folder)
+    with files.whole(folder / 'tables.md') as scratch:
+        scratch.write_text(page(folder))
+    for path, parts in devices:
+        if parts['steps']:
+            try:
+                body = figures.render(chart(parts['steps']), 'svg')
+            except RunError as problem:
+                print(f'no chart: {problem}')
+                continue
+            figures.write(path.with_suffix('.svg'), body)
+
+
+def kept(folder: Path) -> list[tuple[Path, dict[str, list[Row]]]]:
+    """(file, rows by part) of every device."""
+    paths = [p for p in sorted(folder.glob('*.json')) if not p.name.startswith(_NOT_DEVICES)]
+    return [(path, throughput.read(path)) for path in paths]
+
+
+_NOT_DEVICES = ('ops_', 'time_to_accuracy_')
+
+
+def page(folder: Path) -> str:
+    """The text of tables.md."""
+    parts = [
+        '# Throughput',
+        'Written by `python -m experiments.throughput`; what is measured, and how, stands at the '
+        'heads of `experiments/throughput.py`, `peers.py` and `limits.py`. Medians of rounds in '
+        'which all took turns.',
+    ]
+    for path, rows in kept(folder):
+        parts += _device(path, rows)
+    parts += ['## Time to accuracy', accuracy_table(folder)]
+    return '\n\n'.join(parts) + '\n'
+
+
+def _device(path: Path, rows: dict[str, list[Row]]) -> list[str]:
+    """The sections of one device."""
+    found = [row for part in rows.values() for row in part]
+    if not found:
+        return []
+    where = found[0]
+    parts = [
+        f'## {where["device"]}, {where["cpus"]} cores',
+        _versions(found),
+        f'![images/s]({path.stem}.svg)' if rows['steps'] else '',
+        '### Steps',
+        steps_table(rows['steps']) if rows['steps'] else NOT_RUN,
+        '### All forms',
+        forms_table(rows['steps']) if rows['steps'] else NOT_RUN,
+    ]
+    for row in rows['layers']:
+        parts += [f'### Where the time goes: {_named(row)}', layer_table(row)]
+    parts += ['### Feeding', feeding_table(rows['feeding'])]
+    parts += ['### Start-up', start_table(rows['start'])]
+    return [part for part in parts if part]
+
+
+def _versions(rows: Sequence[Row]) -> str:
+    """Versions and commits that the rows were measured with."""
+    keys = ('jax', 'flax', 'torch_version', 'python', 'commit')
+    lines = []
+    for key in keys:
+        values = sorted({str(row[key])[:10] for row in rows if key in row})
+        if values:
+            lines.append(f'{key.removesuffix("_version")} {" and ".join(values)}')
+    return ', '.join(lines) + '.'
+
+
+def _named(row: Row) -> str:
+    return f'{row["net"]}, batch {row["batch_size"]}, {row["dtype"]}'
+
+
+# ------------------------------------------------------------------------------------------- steps
+
+
+def steps_table(rows: Sequence[Row]) -> str:
+    """Ours, the best of PyTorch, the plain form, the limit: a row a net, batch and pass."""
+    head = [
+        'net', 'batch', 'dtype', 'pass', 'ours, images/s', 'spread', "PyTorch's best", 'ratio',
+        'naive Flax', 'ratio', 'over the prototype', 'limit', 'share of it', 'GFLOP/s reached',
+        'rounds',
+    ]  # fmt: skip
+    return markdown([head, *map(_step_cells, rows)])
+
+
+def _step_cells(row: Row) -> list[str]:
+    size, forms = row['batch_size'], row['forms']
+    pace = {name: size / median(form) for name, form in forms.items() if 'secs' in form}
+    ratios, torch = row.get('ratios', {}), row['torch']
+    cells = [row['net'], str(size), row['dtype'], row['pass']]
+    if 'ours' not in pace:
+        return [*cells, *[NOT_RUN] * 11]
+    secs = forms['ours']['secs']
+    cells += [f'**{pace["ours"]:.1f}**', f'{size / max(secs):.1f} to {size / min(secs):.1f}']
+    cells += [f'{pace[torch]:.1f} ({torch.removeprefix("torch, ")})' if torch else NOT_RUN]
+    cells += [f'**{ratios[torch]:.2f}**' if torch else NOT_RUN]
+    cells += [f'{pace["naive"]:.1f}' if 'naive' in pace else NOT_RUN]
+    cells += [f'{ratios["naive"]:.2f}' if 'naive' in ratios else NOT_RUN]
+    cells += [f'{ratios["prototype"]:.2f}' if 'prototype' in ratios else NOT_RUN]
+    limit, ours = row['limit_secs'], median(forms['ours'])
+    cells += [f'{size / limit:.1f}', f'{limit / ours:.0%}']
+    return [*cells, f'{row["flops"] / ours / 1e9:.0f}', str(len(secs))]
+
+
+def forms_table(rows: Sequence[Row]) -> str:
+    """Images/s of every form; those with one round were too slow to go on."""
+    names = list(dict.fromkeys(name for row in rows for name in row['forms']))
+    head = ['form', *(f'{_named(row)}, {row["pass"]}' for row in rows)]
+    body = [[name, *(_pace(row, name) for row in rows)] for name in names]
+    return markdown([head, *body])
+
+
+def _pace(row: Row, name: str) -> str:
+    form = row['forms'].get(name)
+    if form is None:
+        return '-'
+    if 'failed' in form:
+        return f'failed: {form["failed"].split(":")[0]}'
+    rounds = '' if len(form['secs']) > 1 else ', one round'
+    return f'{row["batch_size"] / median(form):.1f}{rounds}'
+
+
+def readme_table(folder: Path) -> str:
+    """For the README: what counts of all devices' steps, in few columns."""
+    head = [
+        'device', 'net', 'batch', 'pass', 'images/s', "PyTorch's best", 'ratio', 'over naive Flax',
+        "share of the machine's limit",
+    ]  # fmt: skip
+    body = []
+    for _, parts in kept(folder):
+        for row in parts['steps']:
+            if 'secs' in row['forms'].get('ours', {}):
+                net, size, dtype, what, ours, _, torch, ratio, _, naive, _, _, share, *_ = (
+                    _step_cells(row)
+                )
+                where = f'{row["cpus"]} x {row["device"]}' if row['platform'] == 'cpu' else ''
+                body.append(
+                    [where or row['device'], f'{net}, {dtype}', size, what, ours, torch, ratio,
+                     naive, share]
+                )  # fmt: skip
+    return markdown([head, *body]) if body else NOT_RUN
+
+
+# ------------------------------------------------------------------------------------------- layers
+
+
+def layer_table(row: Row) -> str:
+    """Time of each operation and direction, its limit, and how much could be won at most."""
+    head = ['layer', 'operation', 'pass', 'ms', 'limit, ms', 'bound by', 'share', 'gap, ms']
+    body = []
+    for piece in row['pieces']:
+        secs, limit = statistics.median(piece['secs']), piece['limit_secs']
+        cells = [piece['layer'], piece['word'], piece['direction'], f'{1e3 * secs:.2f}']
+        cells += [f'{1e3 * limit:.2f}', piece['bound'], f'{limit / secs:.0%}']
+        body.append([*cells, f'{1e3 * (secs - limit):.2f}'])
+    body += _sums(row)
+    return markdown([head, *body]) + (
+        f'\n\nProducts {row["flops_per_sec"] / 1e9:.0f} GFLOP/s, copy '
+        f'{row["bytes_per_sec"] / 1e9:.1f} GB/s. The limit of a whole step has each layer in one '
+        f'piece, with no pass over memory between its operations.'
+    )
+
+
+def _sums(row: Row) -> list[list[str]]:
+    """The pieces together, and the whole as it is run."""
+    pieces = row['pieces']
+    lines = []
+    for what in ('forward', 'train'):
+        chosen = [p for p in pieces if what == 'train' or p['direction'] == 'forward']
+        if what == 'forward':
+            chosen = [p for p in chosen if p['word'] not in ('masks', 'dropout')]
+        alone = sum(statistics.median(p['secs']) for p in chosen)
+        limit, whole = sum(p['limit_secs'] for p in chosen), row['step_secs'][what]
+        fused = row['step_limit_secs'][what]
+        for name, secs, least in (('sum', alone, limit), ('as run', whole, fused)):
+            lines.append(
+                [name, 'all', what, f'{1e3 * secs:.1f}', f'{1e3 * least:.1f}', '',
+                 f'{least / secs:.0%}', f'{1e3 * (secs - least):.1f}']
+            )  # fmt: skip
+    return lines
+
+
+# ----------------------------------------------------------------------- feeding, start, accuracy
+
+
+def feeding_table(rows: Sequence[Row]) -> str:
+    """Training on real input beside the step on a resident batch."""
+    if not rows:
+        return NOT_RUN
+    head = [
+        'input', 'batch', 'training, images/s', 'resident batch', 'ratio', 'loop stood still',
+        'rounds',
+    ]  # fmt: skip
+    body = []
+    for row in rows:
+        if 'not_run' in row:
+            body.append([row['input'], f'{NOT_RUN}: {row["not_run"]}', *[''] * 5])
+            continue
+        real, resident = (statistics.median(row[key]) for key in ('real_secs', 'resident_secs'))
+        pairs = zip(row['resident_secs'], row['real_secs'], strict=True)
+        size = row['batch_size']
+        body.append(
+            [
+                row['input'],
+                str(size),
+                f'{size / real:.1f}',
+                f'{size / resident:.1f}',
+                f'**{statistics.median(a / b for a, b in pairs):.3f}**',
+                f'{statistics.median(row["stall_share"]):.1%}',
+                str(len(row['real_secs'])),
+            ]
+        )
+    return markdown([head, *body])
+
+
+def start_table(rows: Sequence[Row]) -> str:
+    """Seconds from the command to the end of the first step, in a process of its own."""
+    if not rows:
+        return NOT_RUN
+    head = ['config', 'nothing compiled, s', 'compiled before, s', 'warm / cold', 'starts']
+    body = []
+    for row in rows:
+        cold, warm = (statistics.median(row[key]) for key in ('cold_secs', 'warm_secs'))
+        starts = f'{len(row["cold_secs"])} + {len(row["warm_secs"])}'
+        body.append([row['config'], f'{cold:.1f}', f'{warm:.1f}', f'{warm / cold:.2f}', starts])
+    return markdown([head, *body])
+
+
+def accuracy_table(folder: Path) -> str:
+    """Seconds of training to an accuracy on the test images, by device."""
+    head = ['config', 'device', 'test accuracy wanted', 'seconds of training', 'epoch', 'reached']
+    body = []
+    for path in sorted(folder.glob(TIME_TO_ACCURACY)):
+        row = json.loads(path.read_text())
+        cells = [row['config'], row['device'], f'{row["target"]:.4f}']
+        if row['secs'] is None:
+            cells += ['not reached', '', f'{max(row["test_accuracy"]):.4f}']
+        else:
+            cells += [f'{row["secs"]:.1f}', str(row['epoch']), f'{row["reached"]:.4f}']
+        body.append(cells)
+    return markdown([head, *body]) if body else NOT_RUN
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A table of it, the first row its head."""
+    lines = ['| ' + ' | '.join(row) + ' |' for row in rows]
+    return '\n'.join([lines[0], '|' + '---|' * len(rows[0]), *lines[1:]])
+
+
+# ------------------------------------------------------------------------------------------ charts
+
+WIDTH = 7.2  # inches
+COLOURS = {'ours': '#1b6ca8', 'torch': '#e07b39', 'naive': '#9aa0a6', 'limit': '#d9dde1'}
+LABELS = {
+    'ours': 'ours',
+    'torch': "PyTorch's best",
+    'naive': 'naive Flax',
+    'limit': 'limit of this machine',
+}
+
+
+def chart(rows: Sequence[Row]) -> Any:
+    """Bars of images/s, as shares of the machine's limit: a group a row of the table."""
+    with command.library('matplotlib.style', 'figures').context([figures.STYLE], after_reset=True):
+        return _draw(rows)
+
+
+def _draw(rows: Sequence[Row]) -> Any:
+    figure = command.library('matplotlib.figure', 'figures').Figure(
+        figsize=(WIDTH, 0.55 + 0.62 * len(rows)), layout='constrained'
+    )
+    axes = figure.add_subplot()
+    for number, row in enumerate(rows):
+        paces = _paces(row)
+        for place, (name, pace) in enumerate(paces.items()):
+            height = 0.8 / len(LABELS)
+            y = number + (place - (len(paces) - 1) / 2) * height
+            share = pace * row['limit_secs'] / row['batch_size']
+            label = LABELS[name] if number == 0 else None
+            axes.barh(y, share, height=0.9 * height, color=COLOURS[name], label=label)
+            axes.text(share + 0.01, y, f'{pace:,.4g}', va='center', fontsize=7)
+    axes.set_yticks(range(len(rows)), [f'{_named(row)}\n{row["pass"]}' for row in rows])
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.15)
+    axes.set_xlabel('images/s (written), as a share of the limit (drawn)')
+    figure.legend(loc='outside upper center', ncols=len(LABELS))
+    return figure
+
+
+def _paces(row: Row) -> dict[str, float]:
+    size, forms = row['batch_size'], row['forms']
+    best = best_torch(forms)
+    found = {'ours': forms.get('ours'), 'torch': forms.get(best), 'naive': forms.get('naive')}
+    paces = {name: size / median(form) for name, form in found.items() if form and 'secs' in form}
+    return paces | {'limit': size / row['limit_secs']}

@@ -1,0 +1,166 @@
+"""Seconds of training to an accuracy on the test images.
+
+    python -m experiments.time_to_accuracy --workdir=workdirs/time     # 0.885 on Fashion-MNIST
+
+The full net at 224 px; the figure of the tutorials, which reach it there in 10 epochs at about
+4,150 images/s. Training is the trainer's own loop. It stops at the end of the config's epochs, or
+after the first whose *validation* accuracy is --margin above the target: the test images are looked
+at only when training is over. Then the parameters of each epoch are evaluated on all of them, and
+the first epoch that reaches the target counts. Seconds are of training alone: evaluations, saves
+and compilation of what is not the step are not in them, the first step's compilation is.
+"""
+
+import argparse
+import importlib
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from alexnet_jax import command, files, parallel, records, train
+from alexnet_jax import config as configuration
+from alexnet_jax import workdir as workdirs
+from alexnet_jax.errors import RunError, UsageError
+from alexnet_jax.train import Job
+from experiments import throughput
+
+TARGET = 0.885
+NOT_HERE = (
+    'not run: the full net wants a GPU for this; --anyway trains it on this device all the same.'
+)
+
+
+class Reached(Exception):
+    """Validation says that there is no need to train on."""
+
+
+class Epochs:
+    """In the place of checkpoints: keeps what each epoch ends with, and says when to stop."""
+
+    def __init__(self, folder: Path, enough: float):
+        self.folder, self.enough = folder, enough
+        self.found: list[dict[str, Any]] = []
+
+    def save(self, step: int, tree: Any, extra: dict[str, Any], error: float | None) -> None:
+        """The parameters on disk; step, seconds of training and validation accuracy here."""
+        leaves = jax.tree.leaves(jax.device_get(tree['state'].params))
+        path = self.folder / f'params_{step}.npz'
+        np.savez(path, *leaves)
+        accuracy = None if error is None else 1 - error
+        secs = extra['history']['secs']
+        self.found.append({'step': step, 'secs': secs, 'validation': accuracy, 'path': path})
+        if accuracy is not None and accuracy >= self.enough:
+            raise Reached
+
+    def wait(self) -> None:
+        """Nothing is under way."""
+
+    def params(self, number: int, like: Any, shardings: Any) -> Any:
+        """Those of an epoch, on the devices."""
+        with np.load(self.found[number]['path']) as file:
+            leaves = list(file.values())
+        tree = jax.tree.unflatten(jax.tree.structure(like), leaves)
+        return parallel.place(tree, shardings)
+
+
+def measure(config: Any, workdir: Path, target: float, margin: float) -> dict[str, Any]:
+    """Train, then look at the test images; `secs` is None where no epoch reached the target."""
+    settings = configuration.unpack(config)
+    with workdirs.open_workdir(config, workdir):
+        workdirs.use_compilation_cache(settings.loop.compilation_cache, workdir)
+        job = train.open_job(config, settings, workdir)
+        start = jax.jit(
+            lambda: train.init_state(job.settings, job.optimizer), out_shardings=job.shardings
+        )()
+        epochs = Epochs(workdir, target + margin)
+        _train(job, start, epochs)
+    accuracies = []
+    for number in range(len(epochs.found)):
+        params = epochs.params(number, job.shardings.params, job.shardings.params)
+        accuracies.append(1 - job.scores(params, job.test)['top1_error'])
+        epochs.found[number]['path'].unlink()
+    first = next((i for i, accuracy in enumerate(accuracies) if accuracy >= target), None)
+    return {
+        'config': f'{settings.name}:{settings.scale}',
+        'target': target,
+        'margin': margin,
+        'secs': None if first is None else epochs.found[first]['secs'],
+        'epoch': None if first is None else first + 1,
+        'reached': None if first is None else accuracies[first],
+        'epoch_secs': [epoch['secs'] for epoch in epochs.found],
+        'validation_accuracy': [epoch['validation'] for epoch in epochs.found],
+        'test_accuracy': accuracies,
+        **throughput.environment(),
+    }
+
+
+def _train(job: Job, state: Any, epochs: Epochs) -> None:
+    book = records.Records(job.workdir, 0, job.settings.loop.tensorboard)
+    try:
+        train.train(job, state, train.History(), epochs, book)
+    except Reached:
+        pass
+    finally:
+        book.close()
+
+
+def config_of(text: str) -> Any:
+    """'configs/alexnet.py:fashion_mnist' -> the ConfigDict."""
+    path, _, scale = text.partition(':')
+    try:
+        module = importlib.import_module(path.removesuffix('.py').replace('/', '.'))
+    except ImportError:
+        raise UsageError(f'--config={text}: there is no such file in configs/.') from None
+    config = module.get_config(scale or 'quickstart')
+    config.loop.update(evaluate_every_epochs=1.0, checkpoint_every_epochs=1.0)
+    return config
+
+
+def _parser() -> command.Parser:
+    parser = command.Parser(
+        prog='python -m experiments.time_to_accuracy',
+        description=(__doc__ or '').splitlines()[0],
+    )
+    add = parser.add_argument
+    add('--config', default='configs/alexnet.py:fashion_mnist')
+    add('--target', type=float, default=TARGET, help='test accuracy (0.885)')
+    add('--margin', type=float, default=0.01, help='validation above it ends the training')
+    add('--dtype', choices=('float32', 'bfloat16'), default='bfloat16')
+    add('--workdir', type=Path, required=True, help='a new folder')
+    add('--out', type=Path, default=throughput.RESULTS, help='where the result is kept')
+    add('--anyway', action='store_true', help='without a GPU too')
+    return parser
+
+
+def act(flags: argparse.Namespace) -> int:
+    """Measure, keep, and say it in one line."""
+    if jax.default_backend() == 'cpu' and not flags.anyway:
+        print(NOT_HERE)
+        return 0
+    if (flags.workdir / 'metrics.jsonl').exists():
+        raise UsageError(f'{flags.workdir} holds a run; choose a new --workdir.')
+    config = config_of(flags.config)
+    config.model.compute_dtype = flags.dtype
+    row = measure(config, flags.workdir, flags.target, flags.margin)
+    flags.out.mkdir(parents=True, exist_ok=True)
+    path = flags.out / f'time_to_accuracy_{throughput.slug(row["device"])}.json'
+    with files.whole(path) as scratch:
+        scratch.write_text(json.dumps(row, indent=1) + '\n')
+    if row['secs'] is None:
+        best = max(row['test_accuracy'])
+        raise RunError(f'{flags.target} was not reached: {best:.4f} at best; see {path}.')
+    print(f'{row["reached"]:.4f} after {row["secs"]:.1f} s, epoch {row["epoch"]}; see {path}')
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; see the head of the file."""
+    return command.run('time_to_accuracy', _parser, act, argv)
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,350 @@
+"""The comparison is fair, the limit is arithmetic, and what is kept is what is shown."""
+
+import argparse
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from alexnet_jax import data, records
+from alexnet_jax.errors import RunError
+from alexnet_jax.model import geometry
+from configs import alexnet, smoke, variant_torchvision
+from experiments import (
+    feeding,
+    layers,
+    limits,
+    peers,
+    scaling,
+    throughput,
+    throughput_page,
+    time_to_accuracy,
+)
+from experiments.limits import Rates, Work
+from experiments.peers import Contestant
+
+RATES = Rates(flops=1e9, bytes=1e8)
+NETS = {'2012': alexnet, 'torchvision': variant_torchvision}
+
+
+def small(net: str, dropout: bool = True, batch_size: int = 4) -> peers.Case:
+    """A net of the table at an eighth of its widths, 112 px."""
+    config = NETS[net].get_config('quickstart')
+    config.model.channels = 3
+    alexnet.narrow(config.model, 2)
+    if not dropout:
+        for name in config.model.layers:
+            then = config.model[name].then
+            config.model[name].then = tuple(word for word in then if word != 'dropout')
+    return peers.case_of(config, batch_size)
+
+
+def forms(case: peers.Case, what: str) -> dict[str, Contestant]:
+    """Every form; PyTorch's, where it is installed, without its compiler, which takes minutes."""
+    kinds = ('ours', 'naive', 'prototype', 'torch')
+    return {
+        name: make()
+        for name, make in peers.contestants(case, what, kinds)
+        if 'compiled' not in name and 'CUDA' not in name
+    }
+
+
+# --------------------------------------------------------------------------------- the same net
+
+
+@pytest.mark.parametrize(('net', 'count'), [('2012', 7), ('torchvision', 5)])
+def test_every_form_gives_the_same_logits(net, count):
+    case = small(net)
+    logits = {name: form.value(form.run(1)) for name, form in forms(case, 'forward').items()}
+    assert len(logits) == (count if peers.torch_is_here() else 3)
+    for name, found in logits.items():
+        error = np.linalg.norm(found - logits['ours']) / np.linalg.norm(logits['ours'])
+        assert error < 1e-5, name  # float32 summed in other orders; found: 1e-6 at most
+
+
+def test_every_form_trains_alike():
+    """Without dropout, whose masks they draw each in their own way: losses of steps 1 and 4."""
+    found = forms(small('2012', dropout=False), 'train')
+    first = {name: float(form.value(form.run(1))) for name, form in found.items()}
+    fourth = {name: float(form.value(form.run(3))) for name, form in found.items()}
+    assert abs(first['ours'] - fourth['ours']) > 1e-3, 'nothing was learnt'
+    for name in found:
+        assert first[name] == pytest.approx(first['ours'], rel=1e-5), name
+        assert fourth[name] == pytest.approx(fourth['ours'], rel=1e-4), name  # rounding has grown
+
+
+def test_a_form_that_computes_something_else_is_found_out():
+    case = small('2012')
+    row = {'net': '2012', 'pass': 'forward', 'forms': {'ours': {}, 'other': {}}}
+    values = {'ours': np.ones((4, 10)), 'other': np.ones((4, 10)) * 1.01}
+    with pytest.raises(RunError, match=r"the logits of \['other'\] are not those of ours"):
+        throughput._check(row, values, case)
+    row['pass'] = 'train'
+    with pytest.raises(RunError, match='is not finite'):
+        throughput._check(row, {'ours': np.float32('nan')}, case)
+
+
+# ------------------------------------------------------------------------------------- the clock
+
+
+class Clock:
+    """Time that passes only when a contestant runs."""
+
+    def __init__(self, monkeypatch):
+        self.now, self.order = 0.0, []
+        monkeypatch.setattr(throughput.time, 'perf_counter', lambda: self.now)
+        monkeypatch.setattr(throughput.time, 'process_time', lambda: 2 * self.now)
+
+    def contestant(self, name: str, *secs: float):
+        """How to make one whose steps take these times in turn, the last one again and again."""
+        left = list(secs)
+
+        def run(steps):
+            for _ in range(steps):
+                self.now += left.pop(0) if len(left) > 1 else left[0]
+                self.order.append(name)
+            return np.zeros(())
+
+        return lambda: Contestant(run)
+
+
+def test_contestants_take_turns(monkeypatch):
+    clock = Clock(monkeypatch)
+    makers = {'a': clock.contestant('a', 9.0, 1.0), 'b': clock.contestant('b', 9.0, 0.5)}
+    rows, _ = throughput.alternate(makers, rounds=3, sample_secs=1.0)
+    assert ''.join(clock.order) == 'aabb' + 'abb' * 3  # the first call compiles, the second counts
+    assert rows['a']['secs'] == [1.0] * 3
+    assert rows['b'] == {'first_secs': 9.0, 'steps': 2, 'secs': [0.5] * 3, 'cpu_secs': [1.0] * 3}
+    assert throughput.ratio(rows['a'], rows['b']) == 2.0
+
+
+def test_slow_forms_of_pytorch_sit_out_and_broken_ones_say_so(monkeypatch):
+    clock = Clock(monkeypatch)
+
+    def broken():
+        raise ValueError('no compiler')
+
+    makers = {
+        'ours': clock.contestant('o', 8.0),
+        'torch, eager': clock.contestant('e', 1.4),
+        'torch, fast': clock.contestant('f', 1.0),
+        'torch, slow': clock.contestant('s', 1.6),
+        'torch, broken': broken,
+    }
+    rows, _ = throughput.alternate(makers, rounds=3, sample_secs=0.1)
+    assert {name: len(row.get('secs', ())) for name, row in rows.items()} == {
+        'ours': 3, 'torch, eager': 3, 'torch, fast': 3, 'torch, slow': 1, 'torch, broken': 0,
+    }  # fmt: skip
+    assert rows['torch, broken'] == {'failed': 'ValueError: no compiler'}
+    assert throughput.best_torch(rows) == 'torch, fast'
+    with pytest.raises(ValueError, match='no compiler'):
+        throughput.alternate({'ours': broken}, rounds=1, sample_secs=1.0)
+
+
+# ------------------------------------------------------------------------------------- the limit
+
+
+def test_operations_of_a_step_are_those_counted_elsewhere():
+    settings = scaling.settings_of('2012', 'data', 1)
+    found = limits.step_flops(settings.net, settings.batch_size, 'train')
+    assert found == scaling.flops_by_hand(settings)
+    assert limits.step_flops(settings.net, 1, 'forward') == 2 * 724_406_816
+
+
+def test_bytes_of_a_layer_by_hand():
+    net = scaling.settings_of('2012', 'data', 1).net
+    conv1, conv2, *_ = geometry(net)
+    image, maps = 4 * 224 * 224 * 3, 4 * 27 * 27 * 96
+    assert limits.layer(conv1, net, 10, 'forward').bytes == 10 * (image + maps) + 4 * 34_944
+    # No gradient of the image: read image and gradient, write 34,944 gradients of parameters.
+    assert limits.layer(conv1, net, 10, 'backward').bytes == 10 * (image + maps) + 4 * 34_944
+    result, parameters = 4 * 13 * 13 * 256, 4 * conv2.parameters
+    assert (
+        limits.layer(conv2, net, 10, 'backward').bytes
+        == 10 * (maps + result + maps) + 2 * parameters
+    )
+    assert limits.update(net).bytes == 5 * 4 * 60_965_224
+
+
+def test_the_limit_is_the_scarcer_of_the_two():
+    work = Work(flops=10**9, bytes=10**7)
+    assert work.secs(RATES) == 1.0
+    assert work.bound(RATES) == 'FLOPs'
+    assert Work(flops=10**6, bytes=10**8).secs(RATES) == 1.0
+    assert Work(bytes=10**8).bound(RATES) == 'bytes'
+
+
+def test_pieces_are_the_whole_step():
+    """Every word of every layer both ways; their products are the step's."""
+    case = small('2012')
+    found = list(layers.pieces(case))
+    names = {(piece.layer, piece.word, piece.direction) for piece in found}
+    assert len(names) == len(found)
+    for layer in case.net.layers:
+        for word in ('linear', *layer.then):
+            assert {(layer.name, word, 'forward'), (layer.name, word, 'backward')} <= names
+    total = sum(piece.work.flops for piece in found)
+    assert total == limits.step_flops(case.net, case.settings.batch_size, 'train')
+
+
+class ShortNet:
+    """The smoke config with a layer of each kind."""
+
+    @staticmethod
+    def get_config(scale):
+        config = smoke.get_config(scale)
+        config.model.layers = ('conv1', 'fc8')
+        return config
+
+
+def test_a_table_of_layers(monkeypatch):
+    monkeypatch.setitem(throughput.NETS, 'short', (ShortNet, 'quickstart'))
+    flags = argparse.Namespace(dtype='float32', rounds=1, sample_secs=0.001)
+    monkeypatch.setattr(limits, 'product_side', lambda: 64)
+    monkeypatch.setattr(limits, 'copy_bytes', lambda: 2**20)
+    row = layers.measure('short', 4, flags)
+    assert all(secs > 0 for piece in row['pieces'] for secs in piece['secs'])
+    table = throughput_page.layer_table(row).splitlines()
+    rows = [
+        line for line in table if line.startswith(('| conv', '| fc', '| all', '| sum', '| as '))
+    ]
+    assert len(rows) == len(row['pieces']) + 4
+
+
+# ---------------------------------------------------------------------------- the file, the page
+
+
+def step_row(net='2012', secs=(2.0, 4.0), **more) -> dict:
+    """A row as `measure` makes it."""
+    form = {'secs': list(secs), 'cpu_secs': list(secs), 'steps': 1, 'first_secs': 1.0}
+    slow = form | {'secs': [2 * value for value in secs]}
+    row = {'net': net, 'batch_size': 64, 'dtype': 'float32', 'pass': 'train', 'limit_secs': 1.5}
+    row |= {'forms': {'ours': form, 'naive': slow, 'torch, NCHW, eager': slow}}
+    row |= {'torch': 'torch, NCHW, eager', 'flops': 9e9, 'flops_per_sec': 6e9, 'bytes_per_sec': 1e9}
+    row |= {'ratios': {'naive': 2.0, 'torch, NCHW, eager': 2.0}, 'commit': 'abc'}
+    return (
+        row
+        | {'device': 'A box', 'platform': 'cpu', 'cpus': 2, 'jax': '1', 'flax': '1', 'python': '3'}
+        | more
+    )
+
+
+def test_a_row_measured_again_takes_the_place_of_the_old_one(tmp_path):
+    path = throughput.keep(tmp_path, 'steps', [step_row('2012'), step_row('torchvision')])
+    throughput.keep(tmp_path, 'steps', [step_row('2012', (7.0,))])
+    kept = throughput.read(path)
+    assert [(row['net'], row['forms']['ours']['secs']) for row in kept['steps']] == [
+        ('2012', [7.0]),
+        ('torchvision', [2.0, 4.0]),
+    ]
+    assert path.name == f'{throughput.slug(records.device_name())}.json'
+
+
+def test_the_page_says_what_is_kept(tmp_path):
+    pytest.importorskip('matplotlib')
+    path = throughput.keep(tmp_path, 'steps', [step_row()])
+    throughput_page.write(tmp_path)
+    text = (tmp_path / 'tables.md').read_text()
+    # Medians: 64 images in 3 s, PyTorch 6 s; the limit is 1.5 s.
+    assert '| 2012 | 64 | float32 | train | **21.3** | 16.0 to 32.0 | 10.7 (NCHW, eager) |' in text
+    assert '| **2.00** | 10.7 | 2.00 | not run | 42.7 | 50% | 3 | 2 |' in text
+    row = '| 2 x A box | 2012, float32 | 64 | train | **21.3** | 10.7 (NCHW, eager) | **2.00** |'
+    assert row in throughput_page.readme_table(tmp_path)
+    assert text.endswith('## Time to accuracy\n\nnot run\n')
+    chart = path.with_suffix('.svg').read_bytes()
+    throughput_page.write(tmp_path)
+    assert path.with_suffix('.svg').read_bytes() == chart
+
+
+def test_without_pytorch_our_rows_stand_alone(tmp_path, capsys):
+    row = step_row(torch=None, ratios={'naive': 2.0})
+    del row['forms']['torch, NCHW, eager']
+    throughput.say_row(row)
+    assert 'no PyTorch here' in capsys.readouterr().out
+    assert '| **21.3** | 16.0 to 32.0 | not run | not run |' in throughput_page.steps_table([row])
+
+
+def test_the_page_in_the_repository_is_that_of_its_figures():
+    if not (throughput.RESULTS / 'tables.md').exists():
+        pytest.skip('nothing is kept yet: python -m experiments.throughput')
+    assert (throughput.RESULTS / 'tables.md').read_text() == throughput_page.page(
+        throughput.RESULTS
+    )
+
+
+@pytest.mark.parametrize(
+    ('argv', 'says'),
+    [
+        (['--nets=2013'], "'2013' is not one of 2012, 2012_without_LRN"),
+        (['--rounds=0'], '--rounds must be at least 1'),
+        (['--parts=all'], "'all' is not one of steps, layers"),
+    ],
+)
+def test_a_wrong_flag_is_one_sentence(argv, says, capsys):
+    assert throughput.main(argv) == 2
+    said = capsys.readouterr().err
+    assert says in said
+    assert said.count('\n') == 1
+
+
+# ---------------------------------------------------------------------- feeding, start, accuracy
+
+
+def tiny(data_dir: Path):
+    """The smoke config on few images."""
+    config = smoke.get_config()
+    config.data.update(data_dir=str(data_dir), train='train[:256]', test='test[:64]')
+    config.data.validation = 'train[256:320]'
+    config.loop.update(compilation_cache='none', tensorboard=False, log_every_steps=1)
+    return config
+
+
+def test_feeding_runs_the_trainers_loop(data_dir, tmp_path):
+    row = feeding.feed(tiny(data_dir), tmp_path, rounds=2, sample_secs=0.001)
+    assert len(row['real_secs']) == len(row['resident_secs']) == 2
+    assert all(0 <= share < 1 for share in row['stall_share'])
+    real = [r['step'] for r in records.read(tmp_path) if r['kind'] == 'train']
+    # Resident steps in between are the trainer's state too: 2, then 5 real, 5 resident, 5 real ...
+    assert real[-1] == 2 + 5 + 4 * row['steps']
+
+
+def test_stored_images_are_read_back(tmp_path):
+    feeding.write_stored_images(tmp_path, 6)
+    found = data.load(feeding.STORED['name'], tmp_path, 'train')
+    assert found.images.shape == (6, 256, 256, 3)
+    assert sorted(found.labels) == list(range(6))
+
+
+def test_the_first_step_of_a_process(data_dir, tmp_path):
+    more = (f'--config.data.data_dir={data_dir}',)
+    assert feeding.first_step_secs('configs/smoke.py', tmp_path, 'cold', more) > 0
+    assert list((tmp_path / 'cache').iterdir())  # for the next start
+    with pytest.raises(RunError, match=r'no first step of .*: main.py: .*batch_sice'):
+        feeding.first_step_secs('configs/smoke.py', tmp_path, 'bad', ('--config.batch_sice=1',))
+
+
+def test_time_to_accuracy(data_dir, tmp_path):
+    config = tiny(data_dir)
+    row = time_to_accuracy.measure(config, tmp_path / 'run', target=0.0, margin=0.0)
+    assert row['epoch'] == 1
+    assert len(row['test_accuracy']) == 1  # validation was content at once
+    assert row['secs'] == row['epoch_secs'][0] > 0
+    assert row['reached'] == row['test_accuracy'][0]
+    assert not list((tmp_path / 'run').glob('*.npz'))
+    again = time_to_accuracy.measure(config, tmp_path / 'again', target=2.0, margin=0.0)
+    assert again['secs'] is None
+    assert len(again['epoch_secs']) == config.epochs
+    # The same seed: the first epoch ended in the same parameters.
+    assert again['test_accuracy'][0] == row['test_accuracy'][0]
+    (tmp_path / 'time_to_accuracy_box.json').write_text(json.dumps(again))
+    assert '| not reached |' in throughput_page.accuracy_table(tmp_path)
+
+
+def test_without_a_gpu_the_full_net_is_not_run(tmp_path, capsys):
+    if jax.default_backend() != 'cpu':
+        pytest.skip('there is a GPU')
+    assert time_to_accuracy.main([f'--workdir={tmp_path / "run"}']) == 0
+    assert capsys.readouterr().out.startswith('not run')
+    assert not (tmp_path / 'run').exists()
