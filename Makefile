@@ -9,7 +9,7 @@ CODE := alexnet_jax configs examples experiments tests main.py
 TYPED := alexnet_jax configs examples main.py
 DATA := data/fashion_mnist
 
-.PHONY: quickstart env data test lint types tests test-torch test-browser test-cluster golden gpu clean
+.PHONY: quickstart env data test lint types tests test-torch test-browser test-cluster golden table gpu clean
 
 quickstart: data
 	$(BIN)/python main.py --config=configs/alexnet.py
@@ -59,6 +59,12 @@ test-cluster: data
 # The resolved configs as text: look at the difference before committing it.
 golden: env
 	$(BIN)/python -m tests.golden.configs
+
+# What each idea is worth: the base and every ablation, five seeds. Hours on a CPU; it goes on where
+# it was stopped.
+table: data
+	$(BIN)/python -m experiments.sweep contribution_table --seeds=5 --parallel=2
+	$(BIN)/python -m experiments.contribution_table --runs=workdirs/contribution_table-quickstart
 
 # Everything that wants a GPU, in the order of its worth; see experiments/gpu.py.
 gpu: data

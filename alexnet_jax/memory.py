@@ -20,5 +20,5 @@ def keep_freed() -> None:
     mmap_max, trim_threshold = -4, -1  # names of malloc.h
     malloc = ctypes.CDLL(None)
     malloc.mallopt(mmap_max, 0)
-    malloc.mallopt(trim_threshold, 2**31 - 1)
+    malloc.mallopt(trim_threshold, -1)  # never
     os.environ.setdefault('JAX_CPU_ENABLE_ASYNC_DISPATCH', 'false')

@@ -240,7 +240,9 @@ def forward(net: Net, layout: Layout) -> Forward:
 
     Arguments and result are global arrays; differentiating it sums gradients over 'data'.
     """
-    module = AlexNet(net, layout.spread)
+    module: Any = AlexNet(net, layout.spread)
+    if layout.mesh.size == 1:  # XLA would copy all gradients for a sum over one device
+        return lambda params, images, masks: module.apply({'params': params}, images, masks)
     specs = parameter_specs(net, layout)
 
     def local(params, images, masks):
