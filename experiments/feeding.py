@@ -32,7 +32,7 @@ from alexnet_jax.errors import AlexNetError, RunError
 from alexnet_jax.step import init_state
 from alexnet_jax.train import History, Job
 from configs import alexnet
-from experiments import throughput
+from experiments import peers, throughput
 
 ROOT = Path(__file__).resolve().parents[1]
 STORED = {'name': 'stored_images', 'images': 1024, 'px': 256, 'classes': 10}
@@ -88,8 +88,7 @@ def feeding(flags: argparse.Namespace) -> None:
 
 def feed(config: Any, scratch: Path, rounds: int, sample_secs: float) -> dict[str, Any]:
     """Seconds a step of the trainer's loop and of the step alone, a value a round."""
-    on_cpu = jax.default_backend() == 'cpu'
-    config.mesh.update(data=max(1, config.mesh.cpu_devices) if on_cpu else 1, tower=1)
+    config.mesh.update(data=peers.as_devices(config), tower=1)
     config.loop.eval_batch_size = 64
     config.loop.log_every_steps = FEWEST_STEPS
     if config.data.name == 'fashion_mnist':

@@ -68,8 +68,7 @@ class Contestant:
 
 def case_of(source: Any, batch_size: int, dtype: str = 'float32') -> Case:
     """A config's net and a batch of noise; crops, mirrors and colour noise are switched off."""
-    on_cpu = jax.default_backend() == 'cpu'
-    source.mesh.update(data=max(1, source.mesh.cpu_devices) if on_cpu else 1, tower=1)
+    source.mesh.update(data=as_devices(source), tower=1)
     source.batch_size, source.model.compute_dtype = batch_size, dtype
     px = source.model.input_px
     source.preprocess.update(resize_px=px, image_px=px, crop=False, mirror=False, mean='image')
@@ -80,6 +79,12 @@ def case_of(source: Any, batch_size: int, dtype: str = 'float32') -> Case:
     labels = rng.integers(0, settings.net.classes, batch_size, np.int32)
     params = jax.device_get(model.init(init_key(settings), settings.net))
     return Case(settings, pixels, labels, params)
+
+
+def as_devices(source: Any) -> int:
+    """As how many devices the trainer would use this CPU, where JAX shows so many; else one."""
+    wanted = source.mesh.cpu_devices if jax.default_backend() == 'cpu' else 1
+    return wanted if 1 <= wanted <= jax.device_count() else 1
 
 
 # ------------------------------------------------------------------------------------------- ours

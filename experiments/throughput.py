@@ -26,6 +26,7 @@ import json
 import os
 import re
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -34,8 +35,6 @@ from typing import Any
 
 # Half of a GPU's memory for JAX: PyTorch wants some too. Before JAX is imported.
 os.environ.setdefault('XLA_PYTHON_CLIENT_MEM_FRACTION', '0.5')
-# A CPU as two devices for the configs that want it so; the others use the first.
-os.environ.setdefault('JAX_NUM_CPU_DEVICES', '2')
 
 import jax
 import numpy as np
@@ -83,8 +82,10 @@ def alternate(
                 raise
             rows[name] = {'failed': f'{type(error).__name__}: {str(error).strip()[:200]}'}
     for number in range(rounds):
+        if number:
+            ready = {name: ready[name] for name in _in_the_race(rows)}
         gc.collect()
-        for name in _in_the_race(rows) if number else ready:
+        for name in ready:
             values[name] = _sample(ready[name], rows[name])
     return rows, values
 
@@ -207,6 +208,30 @@ def steps(flags: argparse.Namespace) -> list[Row]:
     return rows
 
 
+DEVICES = 'JAX_NUM_CPU_DEVICES'
+
+
+def steps_apart(flags: argparse.Namespace) -> None:
+    """The part, each pair of forms in a process of its own, a CPU as the config wants it shown.
+
+    Ours beside PyTorch, then beside each other form of Flax: memory that several large programs of
+    XLA hold and free in turn cost ours half of its speed, and a trainer has its process to itself.
+    """
+    same = [f'--without={",".join(flags.without)}'] if flags.without else []
+    same += [f'--{key}={getattr(flags, key)}' for key in ('dtype', 'rounds', 'sample_secs', 'out')]
+    if flags.batches:
+        same.append(f'--batches={",".join(map(str, flags.batches))}')
+    for net in flags.nets:
+        module, scale = NETS[net]
+        devices = {DEVICES: str(max(1, module.get_config(scale).mesh.cpu_devices))}
+        for what in flags.passes:
+            for kind in [kind for kind in ('torch', 'prototype', 'naive') if kind in flags.kinds]:
+                words = [sys.executable, '-m', 'experiments.throughput', '--parts=steps']
+                words += [f'--nets={net}', f'--passes={what}', f'--kinds=ours,{kind}', *same]
+                if subprocess.run(words, env=os.environ | devices, check=False).returncode:
+                    raise RunError(f'{net}, {what}: not measured; see above.')
+
+
 def say_row(row: Row) -> None:
     """What was found, at once."""
     size, limit = row['batch_size'], row['limit_secs']
@@ -268,12 +293,27 @@ def keep(folder: Path, part: str, rows: Sequence[Row]) -> Path:
     """Put rows among those of their device, in the place of those of the same name."""
     path = folder / f'{slug(records.device_name())}.json'
     kept = read(path)
-    named = {tuple(row[key] for key in KEYS[part]): row for row in [*kept[part], *rows]}
+    named = {tuple(row[key] for key in KEYS[part]): row for row in kept[part]}
+    for row in rows:
+        name = tuple(row[key] for key in KEYS[part])
+        named[name] = _joined(named.get(name, {}), row)
     kept[part] = list(named.values())
     folder.mkdir(parents=True, exist_ok=True)
     with files.whole(path) as scratch:
         scratch.write_text(json.dumps(kept, indent=1) + '\n')
     return path
+
+
+def _joined(old: Row, new: Row) -> Row:
+    """A row of 'steps' in which ours ran beside other forms joins what is kept of the same commit.
+
+    Each ratio stays that of its own process; the figures of ours, and the limit, are those of the
+    process in which it ran beside PyTorch.
+    """
+    if 'ratios' not in new or old.get('commit') != new['commit'] or 'ratios' not in old:
+        return new
+    first, other = (old, new) if old['torch'] or not new['torch'] else (new, old)
+    return other | first | {key: other[key] | first[key] for key in ('forms', 'ratios')}
 
 
 # -------------------------------------------------------------------------------------- the command
@@ -330,7 +370,7 @@ def act(flags: argparse.Namespace) -> int:
     if not flags.page:
         flags.dtype = flags.dtype or ('float32' if _platform() == 'cpu' else 'bfloat16')
         measures = {
-            'steps': steps,
+            'steps': steps_apart if _platform() == 'cpu' and DEVICES not in os.environ else steps,
             'layers': layers.measure_all,
             'feeding': feeding.feeding,
             'start': feeding.start,
