@@ -331,7 +331,9 @@ class Sweep:
             own.again, own.state = own.again + 1, State.WAITING
             return
         own.sentence = last_words(own.run, code)
-        own.state = State.ELSEWHERE if BUSY in own.sentence else State.FAILED
+        # The log is shared: whoever has the lock may have written behind the sentence that says so.
+        elsewhere = BUSY in own.sentence or busy(own.run)
+        own.state = State.ELSEWHERE if elsewhere else State.FAILED
 
     def look_at_others(self) -> None:
         """Runs that another process had: done meanwhile, or left behind and to be taken over."""

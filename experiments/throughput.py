@@ -2,7 +2,7 @@
 
     python -m experiments.throughput                             # all parts: an hour on two cores
     python -m experiments.throughput --parts=steps --nets=2012 --batches=64 --rounds=3 \\
-        --kinds=ours,torch --without=compiled --out=/tmp/quick   # some minutes less
+        --kinds=ours,torch --without=compiled --out=quick        # some minutes less
     python -m experiments.throughput --parts=layers              # where the time goes
     python -m experiments.throughput --page                      # tables and chart of what is kept
 
@@ -312,7 +312,7 @@ def _joined(old: Row, new: Row) -> Row:
     """
     if 'ratios' not in new or old.get('commit') != new['commit'] or 'ratios' not in old:
         return new
-    first, other = (old, new) if old['torch'] or not new['torch'] else (new, old)
+    first, other = (old, new) if old['torch'] and not new['torch'] else (new, old)
     return other | first | {key: other[key] | first[key] for key in ('forms', 'ratios')}
 
 
