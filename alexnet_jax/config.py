@@ -70,8 +70,9 @@ PLACEMENTS = ('towers', 'one_weird_trick')
 class MeshShape:
     """Devices along each axis; data -1 takes all that are left. Placements: see parallel.py.
 
-    cpu_devices: as how many devices a CPU is to appear, where JAX has not looked yet; 0: as one, or
-        as the environment has it. Operations too small to share keep one core each busy.
+    cpu_devices: as how many devices a CPU is to appear, if it has the cores and JAX has not looked
+        yet; 0: as one, or as the environment has it. Operations too small to share keep one core
+        each busy.
     """
 
     data: int

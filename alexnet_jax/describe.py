@@ -237,12 +237,12 @@ def _on_mesh(settings: Settings) -> list[str]:
     if layout.mesh.size == 1:
         return one
     found = communication.read_step(settings, layout)
-    where = f'{_mesh(layout)}, placement {settings.mesh.placement}'
+    where = f'{layout}, placement {settings.mesh.placement}'
     memory, beside = f'memory of a device on {where}, MiB', None
     if any(split.shards > 1 for split in (layout.spread.conv, layout.spread.fc)):
         unsplit = parallel.lay_out(MeshShape(layout.replicas, tower=1), settings.batch_size)
         beside = communication.read_step(settings, unsplit).memory
-        memory += f'; unsplit: on {_mesh(unsplit)}, placement towers'
+        memory += f'; unsplit: on {unsplit}, placement towers'
     sent = _communication(found.collectives)
     if settings.net.compute_dtype == 'bfloat16' and jax.default_backend() == 'cpu':
         sent += '\na CPU widens bfloat16 to send it: elsewhere forward and backward are half'
@@ -250,10 +250,6 @@ def _on_mesh(settings: Settings) -> list[str]:
         f'communication of a step on {where}\n\n{sent}',
         f'{memory}\n\n{_held(found.memory, beside)}',
     ]
-
-
-def _mesh(layout: Layout) -> str:
-    return ' x '.join(f'{axis} {size}' for axis, size in layout.mesh.shape.items())
 
 
 def _provide_devices(shape: MeshShape) -> None:

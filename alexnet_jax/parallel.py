@@ -23,6 +23,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
+from alexnet_jax import memory
 from alexnet_jax.config import MeshShape
 from alexnet_jax.errors import UsageError
 from alexnet_jax.model import AlexNet, Net, Split, Spread
@@ -38,6 +39,9 @@ class Layout:
     mesh: Mesh
     spread: Spread
 
+    def __str__(self) -> str:
+        return ' x '.join(f'{axis} {size}' for axis, size in self.mesh.shape.items())
+
     @property
     def replicas(self) -> int:
         """Over how many devices a batch is split."""
@@ -50,7 +54,7 @@ def lay_out(shape: MeshShape, batch_size: int) -> Layout:
     Raises:
         UsageError: the sizes do not fit the devices, or the batch does not divide.
     """
-    _show(shape.cpu_devices)
+    set_up_cpu(shape.cpu_devices)
     devices = jax.device_count()
     data = shape.data if shape.data > 0 else devices // shape.tower
     if data < 1 or devices % (data * shape.tower):
@@ -81,14 +85,25 @@ def lay_out(shape: MeshShape, batch_size: int) -> Layout:
     return Layout(mesh, Spread(conv=towers, fc=towers))
 
 
-def _show(cpu_devices: int) -> None:
-    """Have a CPU appear as so many devices, unless JAX or the environment has decided already."""
+def set_up_cpu(cpu_devices: int) -> None:
+    """Have a CPU appear as so many devices, unless JAX or the environment has decided already.
+
+    As no more than the cores that this process may use. Call it before anything asks JAX for its
+    devices. One device computes in the thread that calls it, several in threads of JAX's own:
+    memory.py says why that matters.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    wanted = min(cpu_devices, cores or 1)
     forced = 'xla_force_host_platform_device_count' in os.environ.get('XLA_FLAGS', '')
     # JAX makes the attribute at run time.
     chosen = jax.config.jax_num_cpu_devices > 0  # ty: ignore[missing-attribute]
-    if cpu_devices and not forced and not chosen:
+    if wanted and not forced and not chosen:
         with contextlib.suppress(RuntimeError):  # JAX has looked
-            jax.config.update('jax_num_cpu_devices', cpu_devices)
+            jax.config.update('jax_num_cpu_devices', wanted)
+    if forced or jax.config.jax_num_cpu_devices > 1:  # ty: ignore[missing-attribute]
+        memory.share_arena()
+    else:
+        jax.config.update('jax_cpu_enable_async_dispatch', False)
 
 
 def _introduce(mesh: Mesh) -> None:

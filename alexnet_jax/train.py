@@ -175,9 +175,12 @@ def run(config: Config, workdir: Path) -> str:
     if not settings.net.classes:
         config = configuration.with_classes(config, len(evaluate.class_names(settings)))
         settings = configuration.unpack(config)
+    parallel.set_up_cpu(settings.mesh.cpu_devices)
     with workdirs.open_workdir(config, workdir):
         workdirs.use_compilation_cache(settings.loop.compilation_cache, workdir)
         job = open_job(config, settings, workdir)
+        devices = job.layout.mesh.devices.flatten()
+        say(f'on {len(devices)} device(s) of kind {devices[0].device_kind}: {job.layout}')
         with Checkpoints(workdir / 'checkpoints', report=say) as checkpoints:
             state, history = resume_or_start(job, checkpoints)
             book = records.Records(workdir, int(state.step), settings.loop.tensorboard)

@@ -1,6 +1,7 @@
 """The doorbell as a person rings it: real processes, exit codes, one sentence, no traceback."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -59,7 +60,7 @@ def one_sentence(done, code: int, *words: str) -> None:
         ((CONFIG, '--config.data.test=tset', '--workdir={tmp}/w'), 'tset'),
         ((CONFIG, '--config.data.name=fashion_mnist', '--config.model.fc8.features=7',
           '--workdir={tmp}/w'), 'set model.fc8.features=10'),
-        ((CONFIG, '--config.mesh.data=3', '--workdir={tmp}/w'), 'does not divide the 1 device(s)'),
+        ((CONFIG, '--config.mesh.data=3', '--workdir={tmp}/w'), 'does not divide the'),
         (('--mode=evaluate', '--workdir={tmp}/w', '--step=soon'), ''),
     ],
 )  # fmt: skip
@@ -100,6 +101,16 @@ def trained(ring, tmp_path_factory):
     done = ring(CONFIG, f'--workdir={workdir}')
     assert done.returncode == 0, done.stderr
     return workdir, done
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason='two cores are needed')
+@pytest.mark.parametrize('devices', [1, 2])
+def test_a_cpu_appears_as_so_many_devices(ring, tmp_path, devices):
+    """Also to a run, which asks JAX about processes before it lays out its mesh."""
+    few = ('--config.data.train=train[:128]', '--config.data.test=test[:40]', '--config.epochs=1')
+    flags = (f'--config.mesh.cpu_devices={devices}', '--config.loop.tensorboard=False')
+    done = ring(CONFIG, f'--workdir={tmp_path}/w', *few, *flags)
+    assert f'on {devices} device(s) of kind cpu: data {devices} x tower 1' in done.stderr
 
 
 def test_train_says_what_was_reached_and_where(trained):
