@@ -36,7 +36,7 @@ class Idx(NamedTuple):
 # file name and time (31 August 2017) put back into the headers, the files of Debian's package have
 # the very checksums that TFDS 4.9.10 lists for upstream's four files (url_checksums/fashion_mnist).
 # fmt: off
-FASHION_MNIST = {  # {split: (images, labels)}
+FILES = {  # {split: (images, labels)}
     'train': (
         Idx('train-images-idx3-ubyte',
             'c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888', (60_000, 28, 28)),
@@ -51,14 +51,12 @@ FASHION_MNIST = {  # {split: (images, labels)}
     ),
 }
 # fmt: on
-FASHION_MNIST_VERSION = '3.0.1'  # of TFDS's builder
+VERSION = '3.0.1'  # of TFDS's builder
 DEBIAN_PACKAGE = 'dataset-fashion-mnist'
 DEBIAN_FOLDER = Path('datasets', 'fashion-mnist')  # under a share/ folder
 
 
-def fashion_mnist(
-    data_dir: str | Path, source: str | Path | None = None, report: Report = say
-) -> Path:
+def prepare(data_dir: str | Path, source: str | Path | None = None, report: Report = say) -> Path:
     """Prepare Fashion-MNIST in `data_dir` and return the builder's folder, at once if it is there.
 
     The raw files are taken from the first of these that has them whole: `source` (and then nothing
@@ -71,7 +69,7 @@ def fashion_mnist(
             under the data set's name is damaged.
     """
     data_dir = Path(data_dir)
-    folder = data_dir / 'fashion_mnist' / FASHION_MNIST_VERSION
+    folder = data_dir / 'fashion_mnist' / VERSION
     if source is not None and not Path(source).is_dir():
         raise UsageError(f'--source={source} is no folder: name the one with the raw .gz files.')
     if not folder.exists():
@@ -80,20 +78,18 @@ def fashion_mnist(
             prepared.workroom(data_dir, 'fashion_mnist', report) as room,
         ):
             if not folder.exists():  # else another process made it while this one waited
-                raw = _find_fashion_mnist(data_dir, source, room, report)
+                raw = _find(data_dir, source, room, report)
                 report('Fashion-MNIST: writing 70,000 images (about 10 s)')
-                written = write_fashion_mnist(raw, room / 'tfds', report)
+                written = write(raw, room / 'tfds', report)
                 folder.parent.mkdir(exist_ok=True)
                 written.rename(folder)
                 report(f'Fashion-MNIST: prepared in {folder}')
-    sizes = {split: images.shape[0] for split, (images, _) in FASHION_MNIST.items()}
+    sizes = {split: images.shape[0] for split, (images, _) in FILES.items()}
     prepared.check_whole(folder, sizes)
     return folder
 
 
-def _find_fashion_mnist(
-    data_dir: Path, source: str | Path | None, room: Path, report: Report
-) -> Raw:
+def _find(data_dir: Path, source: str | Path | None, room: Path, report: Report) -> Raw:
     """The verified raw arrays, from the first way that leads to them."""
     if source is not None:
         return read_raw(Path(source))
@@ -183,7 +179,7 @@ def _fetch_by_tfds(room: Path) -> Path:
 
     urls = {
         file.name: f'{mnist.FashionMNIST.URL}{file.name}.gz'
-        for pair in FASHION_MNIST.values()
+        for pair in FILES.values()
         for file in pair
     }
     tfds.disable_progress_bar()
@@ -211,7 +207,7 @@ def read_raw(folder: Path) -> Raw:
     """
     return {
         split: (_read_idx(folder, images), _read_idx(folder, labels))
-        for split, (images, labels) in FASHION_MNIST.items()
+        for split, (images, labels) in FILES.items()
     }
 
 
@@ -229,7 +225,7 @@ def _read_idx(folder: Path, file: Idx) -> np.ndarray:
     return np.frombuffer(raw, np.uint8, offset=header_bytes).reshape(file.shape)
 
 
-def write_fashion_mnist(raw: Mapping, folder: Path, report: Report) -> Path:
+def write(raw: Mapping, folder: Path, report: Report) -> Path:
     """Write `raw` as TFDS's own builder `fashion_mnist` would, into `folder`.
 
     Args:

@@ -23,21 +23,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from alexnet_jax import command as commands
-from alexnet_jax import folders, imagenet, shard_writer
+from alexnet_jax import command, fashion_mnist, folders, imagenet, shard_writer
 from alexnet_jax.command import say
 from alexnet_jax.errors import RunError, UsageError
-from alexnet_jax.fashion_mnist import FASHION_MNIST, fashion_mnist, read_raw, write_fashion_mnist
-from alexnet_jax.prepared import OFFICIAL, Report, check_whole, command, damaged, shards
+from alexnet_jax.prepared import Report, damaged, shards
 from alexnet_jax.shard_writer import Form
 
-__all__ = [
-    'DATASETS', 'FASHION_MNIST', 'OFFICIAL', 'check_whole', 'command', 'damaged', 'ensure',
-    'fashion_mnist', 'from_tfds', 'main', 'read_raw', 'shards', 'write_fashion_mnist',
-]  # fmt: skip
-
 DATASETS: dict[str, Callable[[str | Path], Path]] = {
-    'fashion_mnist': fashion_mnist  # what this program can prepare without being given anything
+    'fashion_mnist': fashion_mnist.prepare  # what is to be had without being given anything
 }
 
 
@@ -131,8 +124,8 @@ def _prepare_by_tfds(name: str, data_dir: Path, tfds_dir: Path, report: Report) 
 # ---- the command ----------------------------------------------------------------------------
 
 
-def _parser() -> commands.Parser:
-    parser = commands.Parser(
+def _parser() -> command.Parser:
+    parser = command.Parser(
         prog='python -m alexnet_jax.prepare', description='Prepare a data set.', allow_abbrev=False
     )
     sets = parser.add_subparsers(dest='name_of_set', required=True, metavar='DATASET')
@@ -183,7 +176,7 @@ CHALLENGES = {c.name: c for c in (imagenet.ILSVRC_2012, imagenet.ILSVRC_2010)}
 
 
 def _fashion_mnist(args: argparse.Namespace) -> Path:
-    return fashion_mnist(args.data_dir, args.source)
+    return fashion_mnist.prepare(args.data_dir, args.source)
 
 
 def _imagenet(args: argparse.Namespace) -> Path:
@@ -226,7 +219,7 @@ def _act(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prepare what the command line names and print its folder; returns the exit code."""
-    return commands.run('prepare', _parser, _act, argv)
+    return command.run('prepare', _parser, _act, argv)
 
 
 if __name__ == '__main__':

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from ml_collections import ConfigDict
 
 jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
@@ -50,20 +51,15 @@ def cache_dir() -> Path:
 @pytest.fixture(scope='session')
 def data_dir() -> Path:
     """A folder with Fashion-MNIST prepared in it (prepared now if it is not there yet)."""
-    from alexnet_jax import prepare
+    from alexnet_jax import fashion_mnist
 
     path = Path(os.environ.get('ALEXNET_DATA_DIR', REPOSITORY / 'data'))
-    prepare.fashion_mnist(path)
+    fashion_mnist.prepare(path)
     return path
 
 
-@pytest.fixture(scope='session')
-def smoke_run(data_dir, tmp_path_factory) -> Path:
-    """The workdir of a smoke run, shrunk; to be looked at, or copied, not changed.
-
-    256 images to train on, 64 to validate, 40 to test, in three batches, the last one not full.
-    """
-    from alexnet_jax import train
+def smoke_config(data_dir: Path) -> ConfigDict:
+    """A smoke run, shrunk: 256 images to train on, 64 to validate, 40 to test, 16 at a time."""
     from configs import smoke
 
     config = smoke.get_config()
@@ -71,11 +67,19 @@ def smoke_run(data_dir, tmp_path_factory) -> Path:
     config.data.train, config.data.validation = 'train[:256]', 'train[256:320]'
     config.data.test = 'test[:40]'
     config.loop.log_every_steps = 1
-    config.loop.eval_batch_size = 16
+    config.loop.eval_batch_size = 16  # the last batch is not full
     config.loop.tensorboard = False
     config.loop.compilation_cache = 'none'  # one is set above for all tests
+    return config
+
+
+@pytest.fixture(scope='session')
+def smoke_run(data_dir, tmp_path_factory) -> Path:
+    """The workdir of a smoke run, shrunk; to be looked at, or copied, not changed."""
+    from alexnet_jax import train
+
     workdir = tmp_path_factory.mktemp('runs') / 'smoke'
-    train.run(config, workdir)
+    train.run(smoke_config(data_dir), workdir)
     return workdir
 
 

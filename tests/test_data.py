@@ -15,7 +15,7 @@ import pytest
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core import hashing
 
-from alexnet_jax import data, prepare
+from alexnet_jax import data, fashion_mnist
 from alexnet_jax.errors import RunError, UsageError
 
 SMALL = {'train': 600, 'test': 200}
@@ -34,7 +34,7 @@ def small_master(data_dir, tmp_path_factory):
         part = data.load('fashion_mnist', data_dir, f'{split}[:{n}]')
         raw[split] = (part.images[..., 0], part.labels)
     folder = tmp_path_factory.mktemp('small')
-    prepare.write_fashion_mnist(raw, folder, report=lambda line: None)
+    fashion_mnist.write(raw, folder, report=lambda line: None)
     return folder
 
 
@@ -69,7 +69,7 @@ def test_every_image_and_label_is_the_original_in_tfds_order(data_dir, split):
     order = sorted(range(len(dataset)), key=hasher.hash_key)
     images, labels = np.empty_like(dataset.images), np.empty(len(dataset), np.uint8)
     images[order], labels[order] = dataset.images, dataset.labels
-    image_file, label_file = prepare.FASHION_MNIST[split]
+    image_file, label_file = fashion_mnist.FILES[split]
     raw_images = struct.pack('>4I', 0x803, len(dataset), 28, 28) + images.tobytes()
     raw_labels = struct.pack('>2I', 0x801, len(dataset)) + labels.tobytes()
     assert hashlib.sha256(raw_images).hexdigest() == image_file.sha256
@@ -200,7 +200,7 @@ def test_a_stale_copy_is_made_again(small, small_master, tmp_path):
         for split in SMALL
         for part in [data.load('fashion_mnist', small, split)]
     }
-    prepare.write_fashion_mnist(reversed_raw, tmp_path / 'other', report=lambda line: None)
+    fashion_mnist.write(reversed_raw, tmp_path / 'other', report=lambda line: None)
     shutil.rmtree(small / 'fashion_mnist')
     shutil.copytree(tmp_path / 'other/fashion_mnist', small / 'fashion_mnist')
     after = data.load('fashion_mnist', small, 'train')

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from alexnet_jax import data, distributed, prepare, records
+from alexnet_jax import data, distributed, fashion_mnist, records
 from alexnet_jax.distributed import Place, find_place
 from alexnet_jax.errors import UsageError
 from tests.test_train import assert_same, outcome
@@ -309,7 +309,7 @@ def test_different_data(command, data_dir, tmp_path):
         images = train.images[..., 0] + np.uint8(i)
         raw = {'train': (images, train.labels), 'test': (test.images[..., 0], test.labels)}
         folder = tmp_path / f'host{i}' / 'data'
-        prepare.write_fashion_mnist(raw, folder, report=lambda line: None)
+        fashion_mnist.write(raw, folder, report=lambda line: None)
         (folder / 'fashion_mnist').rename(folder / 'mine')
     places = [tmp_path / 'host0', tmp_path / 'host1']
     crew = Crew(command, tmp_path / 'w', 2, splits, places=places)

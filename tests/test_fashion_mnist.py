@@ -18,7 +18,7 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core import hashing
 from tensorflow_datasets.image_classification import mnist
 
-from alexnet_jax import data, fashion_mnist, prepare
+from alexnet_jax import data, fashion_mnist, prepare, prepared
 from alexnet_jax.errors import RunError, UsageError
 
 OFFICIAL = {'train': 60_000, 'test': 10_000}
@@ -34,7 +34,7 @@ def ignore(line):
 def raw_dir(data_dir, tmp_path_factory):
     """The four raw .gz files, made anew from the prepared data by undoing TFDS's shuffle."""
     folder = tmp_path_factory.mktemp('raw')
-    for split, (image_file, label_file) in prepare.FASHION_MNIST.items():
+    for split, (image_file, label_file) in fashion_mnist.FILES.items():
         dataset = data.load('fashion_mnist', data_dir, split)
         order = sorted(range(len(dataset)), key=hashing.Hasher(split).hash_key)
         images, labels = np.empty_like(dataset.images), np.empty(len(dataset), np.uint8)
@@ -49,7 +49,7 @@ def raw_dir(data_dir, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def raw(raw_dir):
-    return prepare.read_raw(raw_dir)
+    return fashion_mnist.read_raw(raw_dir)
 
 
 @pytest.fixture(scope='module')
@@ -78,7 +78,7 @@ def test_a_prepared_set_is_left_alone(data_dir):
         return {path: path.stat().st_mtime_ns for path in (data_dir / 'fashion_mnist').rglob('*')}
 
     before = stamps()
-    assert prepare.fashion_mnist(data_dir) == data_dir / 'fashion_mnist/3.0.1'
+    assert fashion_mnist.prepare(data_dir) == data_dir / 'fashion_mnist/3.0.1'
     assert stamps() == before
 
 
@@ -125,9 +125,7 @@ def test_a_damaged_way_is_passed_over_for_the_next(raw_dir, raw, tmp_path, monke
     (share / 'fashion-mnist').symlink_to(raw_dir)
     monkeypatch.setenv('XDG_DATA_DIRS', str(tmp_path / 'share'))
     said = []
-    found = fashion_mnist._find_fashion_mnist(
-        tmp_path / 'data', None, tmp_path / 'room', said.append
-    )
+    found = fashion_mnist._find(tmp_path / 'data', None, tmp_path / 'room', said.append)
     for split in raw:
         for ours, theirs in zip(found[split], raw[split], strict=True):
             assert np.array_equal(ours, theirs)
@@ -161,7 +159,7 @@ def test_apt_with_old_lists_renews_them_in_a_folder_of_its_own(raw_dir, raw, tmp
     )
     stand_in.chmod(0o755)
     monkeypatch.setenv('PATH', f'{stand_in.parent}:{os.environ["PATH"]}')
-    found = prepare.read_raw(fashion_mnist._fetch_by_apt(tmp_path / 'room'))
+    found = fashion_mnist.read_raw(fashion_mnist._fetch_by_apt(tmp_path / 'room'))
     assert np.array_equal(found['train'][0], raw['train'][0])
 
 
@@ -178,7 +176,7 @@ def test_tfds_downloads_from_a_server(raw_dir, raw, tmp_path, monkeypatch):
         monkeypatch.setattr(mnist.FashionMNIST, 'URL', url)
         monkeypatch.setenv('NO_PROXY', '127.0.0.1')
         try:
-            found = prepare.read_raw(fashion_mnist._fetch_by_tfds(tmp_path))
+            found = fashion_mnist.read_raw(fashion_mnist._fetch_by_tfds(tmp_path))
         finally:
             server.shutdown()
             thread.join()
@@ -191,7 +189,7 @@ def test_no_way_at_all_names_the_ways(tmp_path, monkeypatch):
     monkeypatch.setattr(fashion_mnist, '_share_folders', list)
     monkeypatch.setattr(mnist.FashionMNIST, 'URL', 'http://127.0.0.1:9/')  # nobody listens
     with pytest.raises(RunError, match=r'internet, install .*dataset-fashion-mnist, or put'):
-        prepare.fashion_mnist(tmp_path, report=ignore)
+        fashion_mnist.prepare(tmp_path, report=ignore)
     assert [path.name for path in tmp_path.iterdir()] == ['.prepare-fashion_mnist.lock']
 
 
@@ -218,33 +216,33 @@ def test_a_damaged_raw_file_is_named(raw_dir, tmp_path, name, damage, sentence):
         (tmp_path / path.name).symlink_to(path)
     (tmp_path / name).unlink()
     with pytest.raises(RunError, match=f'{name} is missing'):
-        prepare.read_raw(tmp_path)
+        fashion_mnist.read_raw(tmp_path)
     (tmp_path / name).write_bytes(damage((raw_dir / name).read_bytes()))
     with pytest.raises(RunError, match=f'{name} ({sentence})') as error:
-        prepare.read_raw(tmp_path)
+        fashion_mnist.read_raw(tmp_path)
     assert '\n' not in str(error.value)
 
 
 def test_a_set_that_is_not_whole_is_refused(few, tmp_path):
-    folder = prepare.write_fashion_mnist(few, tmp_path, ignore)
+    folder = fashion_mnist.write(few, tmp_path, ignore)
     with pytest.raises(RunError, match=r'not the official ones\): remove that folder and run'):
-        prepare.fashion_mnist(tmp_path)
-    prepare.check_whole(folder, {'train': 300, 'test': 300})
+        fashion_mnist.prepare(tmp_path)
+    prepared.check_whole(folder, {'train': 300, 'test': 300})
     path = folder / 'fashion_mnist-test.array_record-00000-of-00001'
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(RunError, match='is damaged'):
-        prepare.check_whole(folder, {'train': 300, 'test': 300})
+        prepared.check_whole(folder, {'train': 300, 'test': 300})
     path.unlink()
     with pytest.raises(RunError, match='is missing'):
-        prepare.check_whole(folder, {'train': 300, 'test': 300})
+        prepared.check_whole(folder, {'train': 300, 'test': 300})
 
 
 def test_a_full_disk_is_one_sentence_and_leaves_nothing(raw_dir, tmp_path):
     """A limit on file sizes stands in for the full disk; 300 images stand in for all."""
     script = (
         'import resource, sys; from alexnet_jax import fashion_mnist, prepare\n'
-        'few = {k: (x[:300], y[:300]) for k, (x, y) in prepare.read_raw('
-        f'prepare.Path({str(raw_dir)!r})).items()}}\n'
+        'few = {k: (x[:300], y[:300]) for k, (x, y) in fashion_mnist.read_raw('
+        f'fashion_mnist.Path({str(raw_dir)!r})).items()}}\n'
         'fashion_mnist.read_raw = lambda folder: few\n'
         'resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n'
         f'words = ["fashion_mnist", "--data_dir={tmp_path}", "--source={tmp_path}"]\n'
@@ -281,4 +279,4 @@ def test_the_command_ends_badly_in_one_sentence(words, code, sentence, tmp_path,
 
 def test_a_source_that_is_no_folder_is_refused_even_by_the_function(tmp_path):
     with pytest.raises(UsageError, match='is no folder'):
-        prepare.fashion_mnist(tmp_path, source=Path(__file__))
+        fashion_mnist.prepare(tmp_path, source=Path(__file__))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alexnet_jax import checkpoint, data, evaluate, prepare, train, transfer
+from alexnet_jax import checkpoint, data, evaluate, fashion_mnist, train, transfer
 from alexnet_jax import config as configuration
 from alexnet_jax.errors import RunError, UsageError
 from alexnet_jax.optimizer import Late, Schedule, parameter_rates
@@ -24,7 +24,7 @@ def seven(data_dir, tmp_path_factory):
         chosen = part.labels < 7
         raw[split] = (part.images[chosen][..., 0], part.labels[chosen])
     folder = tmp_path_factory.mktemp('seven')
-    prepare.write_fashion_mnist(raw, folder, report=lambda line: None)
+    fashion_mnist.write(raw, folder, report=lambda line: None)
     (folder / 'fashion_mnist').rename(folder / 'seven')
     names = folder / 'seven/3.0.1/label.labels.txt'
     names.write_text('\n'.join(names.read_text().splitlines()[:7]) + '\n')

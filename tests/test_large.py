@@ -26,7 +26,7 @@ from alexnet_jax import statistics as statistics_room
 from alexnet_jax.data import LargeDataset
 from alexnet_jax.errors import RunError, UsageError
 from alexnet_jax.readers import Readers
-from configs import smoke
+from tests.conftest import smoke_config
 from tests.test_distributed import Crew
 from tests.test_train import assert_same, outcome
 
@@ -436,14 +436,7 @@ def test_what_we_prepared_goes_before_a_newer_version(copy):
 
 def as_smoke_run(data_dir, **changes):
     """The config of the fixture smoke_run, with the data in its files."""
-    config = smoke.get_config()
-    config.data.data_dir = str(data_dir)
-    config.data.train, config.data.validation = 'train[:256]', 'train[256:320]'
-    config.data.test = 'test[:40]'
-    config.loop.log_every_steps = 1
-    config.loop.eval_batch_size = 16
-    config.loop.tensorboard = False
-    config.loop.compilation_cache = 'none'
+    config = smoke_config(data_dir)
     config.data.workers, config.data.resident_gib = 2, 0.0
     config.update_from_flattened_dict({k.replace('__', '.'): v for k, v in changes.items()})
     return config

@@ -12,7 +12,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from alexnet_jax import data, prepare
+from alexnet_jax import data, prepare, prepared
 from alexnet_jax.errors import RunError, UsageError
 from experiments import official_tars
 
@@ -100,10 +100,10 @@ def test_a_damaged_set_says_how_to_make_it_again(pets, tmp_path):
     folder = tmp_path / 'my_pets/1.0.0'
     next(folder.glob('*train*')).unlink()
     with pytest.raises(RunError, match=r'`python -m alexnet_jax.prepare folder --name=my_pets '):
-        prepare.shards(folder)
+        prepared.shards(folder)
     (tmp_path / 'imagenet2012/1.0.0').mkdir(parents=True)
     with pytest.raises(RunError, match=r'alexnet_jax.prepare imagenet2012 --source=FOLDER'):
-        prepare.shards(tmp_path / 'imagenet2012/1.0.0')
+        prepared.shards(tmp_path / 'imagenet2012/1.0.0')
 
 
 # ---- what TFDS has --------------------------------------------------------------------------
@@ -155,7 +155,7 @@ def test_what_tfds_has_prepared_is_used_where_it_lies(tfds_dir, tmp_path, capsys
     link = tmp_path / 'shapes/2.1.0'
     assert link.is_symlink()
     assert link.resolve() == tfds_dir / 'shapes/2.1.0'
-    assert prepare.shards(link)['train'][0] == 6
+    assert prepared.shards(link)['train'][0] == 6
     assert sum(path.stat().st_size for path in tmp_path.rglob('*') if not path.is_symlink()) < 9999
     words[2:] = [f'--data_dir={tfds_dir}']  # where it lies already nothing is linked
     assert prepare.main(words) == 0

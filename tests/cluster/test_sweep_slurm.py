@@ -15,23 +15,10 @@ import pytest
 
 from alexnet_jax import records
 from tests.cluster import one_node
+from tests.test_sweep import TINY
 
 pytest.importorskip('submitit')
 LIMIT_SECS = 900  # for anything that is waited for: a busy machine of two cores takes its time
-
-TINY = """
-from configs import smoke
-
-def get_config(scale='quickstart'):
-    config = smoke.get_config(scale)
-    config.name, config.epochs = 'tiny', 100.0
-    config.model.layers = ('conv1', 'fc8')
-    config.data.train, config.data.validation = 'train[:256]', 'train[256:320]'
-    config.data.test = 'test[:40]'
-    config.loop.evaluate_every_epochs = config.loop.checkpoint_every_epochs = 50.0
-    config.loop.tensorboard = False
-    return config
-"""
 
 
 @pytest.fixture(scope='module')
