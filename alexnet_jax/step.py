@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 
@@ -21,11 +22,13 @@ Array = jax.Array
 class TrainState(struct.PyTreeNode):
     """All that training carries from step to step.
 
+    seed: of weights, crops, noise and dropout; as a number, so that all seeds share one program.
     drops: how often the plateau rule has divided the rate; set between epochs.
     sound: false from the first step on whose loss or gradient was not finite. Such a step, and any
         behind it, changes nothing, so that it can be looked into.
     """
 
+    seed: Array
     step: Array
     params: Any
     opt_state: Any
@@ -47,10 +50,16 @@ def make_optimizer(settings: Settings, images: int) -> optax.GradientTransformat
     return optimizers.sgd_2012(rates, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
 
 
-def init_state(settings: Settings, optimizer: optax.GradientTransformation) -> TrainState:
-    """Step 0, a function of the seed."""
-    params = model.init(init_key(settings), settings.net)
+def init_state(
+    settings: Settings,
+    optimizer: optax.GradientTransformation,
+    seed: Array | np.uint32 | None = None,
+) -> TrainState:
+    """Step 0, a function of the seed: the settings' own if none is given."""
+    number = jnp.asarray(seed_of(settings) if seed is None else seed)
+    params = model.init(init_key(number), settings.net)
     return TrainState(
+        seed=number,
         step=jnp.zeros((), jnp.int32),
         params=params,
         opt_state=optimizer.init(params),
@@ -59,22 +68,42 @@ def init_state(settings: Settings, optimizer: optax.GradientTransformation) -> T
     )
 
 
-def init_key(settings: Settings) -> Array:
+def jit_init_state(
+    settings: Settings, optimizer: optax.GradientTransformation, shardings: Any
+) -> TrainState:
+    """Step 0 as it lies on a mesh; `shardings` come from `jit_train_step`."""
+    start = jax.jit(lambda seed: init_state(settings, optimizer, seed), out_shardings=shardings)
+    return start(seed_of(settings))
+
+
+def seed_of(settings: Settings) -> np.uint32:
+    """The seed as JAX takes it: its lower 32 bits."""
+    return np.uint32(settings.seed % 2**32)
+
+
+def init_key(seed: Array | np.uint32) -> Array:
     """The stream of the initial weights; stream 1 is the steps'."""
-    return jax.random.fold_in(jax.random.key(settings.seed), 0)
+    return jax.random.fold_in(jax.random.key(seed), 0)
 
 
 def inputs(
-    settings: Settings, images: int, step: Array, batch: Mapping[str, Array], statistics: Statistics
+    settings: Settings,
+    images: int,
+    state: TrainState,
+    batch: Mapping[str, Array],
+    statistics: Statistics,
 ) -> tuple[Array, dict[str, Array]]:
-    """What step `step` shows the net: pixels [B, H, W, C] and dropout masks, in the global view."""
-    stream = jax.random.fold_in(jax.random.key(settings.seed), 1)
-    crop_key, mask_key = jax.random.split(jax.random.fold_in(stream, step))
+    """What the step from `state` shows the net: pixels [B, H, W, C] and dropout masks.
+
+    Both in the global view, and a function of the state's seed and step alone.
+    """
+    stream = jax.random.fold_in(jax.random.key(state.seed), 1)
+    crop_key, mask_key = jax.random.split(jax.random.fold_in(stream, state.step))
     recipe = settings.preprocess
     batch_size, *_, channels = batch['image'].shape
     draws = augment.draw(crop_key, batch_size, channels, recipe)
     noise_steps = math.ceil(settings.noise_until_epoch * settings.steps_per_epoch(images))
-    pixels = augment.apply(batch['image'], draws, statistics, recipe, step < noise_steps)
+    pixels = augment.apply(batch['image'], draws, statistics, recipe, state.step < noise_steps)
     return pixels, model.draw_masks(mask_key, settings.net, batch_size)
 
 
@@ -88,7 +117,7 @@ def make_train_step(
     forward = parallel.forward(settings.net, layout)
 
     def train_step(state, batch, statistics):
-        pixels, masks = inputs(settings, images, state.step, batch, statistics)
+        pixels, masks = inputs(settings, images, state, batch, statistics)
 
         def loss_of(params):
             logits = forward(params, pixels, masks)

@@ -30,7 +30,14 @@ from alexnet_jax.data import Dataset, TrainStream
 from alexnet_jax.errors import RunError, UsageError
 from alexnet_jax.parallel import Layout
 from alexnet_jax.records import say
-from alexnet_jax.step import TrainState, init_state, inputs, jit_train_step, make_optimizer
+from alexnet_jax.step import (
+    TrainState,
+    init_state,
+    inputs,
+    jit_init_state,
+    jit_train_step,
+    make_optimizer,
+)
 
 Array = jax.Array
 STALL = 0.05  # the share of its time that the loop may stand still before it says so
@@ -65,6 +72,10 @@ class Job:
         pace = every_epochs * self.settings.steps_per_epoch(len(self.train))
         times = math.floor(self.total_steps / pace)
         return frozenset({*(math.ceil(pace * i) for i in range(1, times + 1)), self.total_steps})
+
+    def start(self) -> TrainState:
+        """The state of step 0, on the devices."""
+        return jit_init_state(self.settings, self.optimizer, self.shardings)
 
     def scores(self, params: Any, dataset: Dataset) -> dict[str, float]:
         """Errors on the centre view of every image."""
@@ -206,7 +217,7 @@ def resume_or_start(job: Job, checkpoints: Checkpoints) -> tuple[TrainState, His
     if restored is not None:
         say(f'going on from step {restored.step} of {job.total_steps} in {job.workdir}')
         return restored.state['state'], History(**restored.extra['history'])
-    state = jax.jit(lambda: init_state(job.settings, job.optimizer), out_shardings=job.shardings)()
+    state = job.start()
     if job.settings.init_from != 'none':
         state = begin_with(job, state)
     preflight(job, state)
@@ -429,11 +440,12 @@ class StepLog:
 
 def not_finite(job: Job, state: TrainState) -> RunError:
     """The step that went wrong can be repeated: `state` is as it was before it."""
-    params, statistics = parallel.fetch((state.params, job.statistics), job.layout)
+    state, statistics = parallel.fetch((state, job.statistics), job.layout)
     step = int(state.step)
     batch = jax.tree.map(jnp.asarray, job.host_batch(step))
-    pixels, masks = inputs(job.settings, len(job.train), jnp.int32(step), batch, statistics)
-    where = diagnose.first_not_finite(job.settings.net, params, pixels, batch['label'], masks)
+    pixels, masks = inputs(job.settings, len(job.train), state, batch, statistics)
+    net = job.settings.net
+    where = diagnose.first_not_finite(net, state.params, pixels, batch['label'], masks)
     return RunError(
         f'step {step + 1}: the loss or a gradient is not finite, first in {where}; lower '
         f"optimizer.weights.rate or the layer's init_std. Checkpoints are as they were."

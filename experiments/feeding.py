@@ -29,7 +29,6 @@ import numpy as np
 from alexnet_jax import config as configuration
 from alexnet_jax import records, train
 from alexnet_jax.errors import AlexNetError, RunError
-from alexnet_jax.step import init_state
 from alexnet_jax.train import History, Job
 from configs import alexnet
 from experiments import peers, throughput
@@ -94,11 +93,8 @@ def feed(config: Any, scratch: Path, rounds: int, sample_secs: float) -> dict[st
     if config.data.name == 'fashion_mnist':
         config.data.update(validation='train[-64:]', test='test[:64]')
     job = train.open_job(config, configuration.unpack(config), scratch)
-    make_state = jax.jit(
-        lambda: init_state(job.settings, job.optimizer), out_shardings=job.shardings
-    )
     batch = job.batch(0)
-    state, _ = resident(job, make_state(), batch, 1)
+    state, _ = resident(job, job.start(), batch, 1)
     state, secs = resident(job, state, batch, 1)
     steps = max(FEWEST_STEPS, round(10 * sample_secs / secs))
     state, *_ = real(job, state, FEWEST_STEPS, scratch)

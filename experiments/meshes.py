@@ -46,7 +46,7 @@ def open_row(row: str, factor: float) -> tuple[train.Job, step.TrainState]:
         chosen.optimizer[kind].rate *= factor
     settings = config.unpack(chosen)
     job = train.open_job(chosen, settings, Path())
-    start = jax.jit(lambda: step.init_state(settings, job.optimizer), out_shardings=job.shardings)()
+    start = job.start()
     if row == ROUNDING:
         conv1 = start.params['conv1']
         nudged = jnp.nextafter(conv1['kernel'], jnp.full_like(conv1['kernel'], jnp.inf))
@@ -59,13 +59,13 @@ def gradients(job: train.Job, state: step.TrainState) -> tuple[float, dict]:
     forward = parallel.forward(job.settings.net, job.layout)
 
     @jax.jit
-    def run(params, batch, statistics):
-        pixels, masks = step.inputs(job.settings, len(job.train), jnp.int32(0), batch, statistics)
+    def run(state, batch, statistics):
+        pixels, masks = step.inputs(job.settings, len(job.train), state, batch, statistics)
         return jax.value_and_grad(
             lambda params: model.mean_loss(forward(params, pixels, masks), batch['label'])
-        )(params)
+        )(state.params)
 
-    loss, grads = run(state.params, job.batch(0), job.statistics)
+    loss, grads = run(state, job.batch(0), job.statistics)
     return float(loss), jax.device_get(grads)
 
 

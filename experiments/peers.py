@@ -29,7 +29,7 @@ from alexnet_jax import config, model, parallel
 from alexnet_jax.augment import Statistics
 from alexnet_jax.config import Settings
 from alexnet_jax.model import Net
-from alexnet_jax.step import init_key, init_state, jit_train_step, make_optimizer
+from alexnet_jax.step import init_key, jit_init_state, jit_train_step, make_optimizer, seed_of
 
 IMAGES = 1_281_167  # ILSVRC-2012's; only the schedules depend on it
 GREY = 128.0  # taken from each pixel
@@ -77,7 +77,7 @@ def case_of(source: Any, batch_size: int, dtype: str = 'float32') -> Case:
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (batch_size, px, px, settings.net.channels), np.uint8)
     labels = rng.integers(0, settings.net.classes, batch_size, np.int32)
-    params = jax.device_get(model.init(init_key(settings), settings.net))
+    params = jax.device_get(model.init(init_key(seed_of(settings)), settings.net))
     return Case(settings, pixels, labels, params)
 
 
@@ -104,7 +104,7 @@ def ours(case: Case, what: str) -> Contestant:
         return _forward(forward, params, images)
     optimizer = make_optimizer(settings, IMAGES)
     step, shardings = jit_train_step(settings, layout, optimizer, IMAGES)
-    start = jax.jit(lambda: init_state(settings, optimizer), out_shardings=shardings)()
+    start = jit_init_state(settings, optimizer, shardings)
     batch = {'image': case.pixels, 'label': case.labels}
     batch = parallel.place_batch(layout, batch, settings.batch_size)
     grey = np.full(case.pixels.shape[1:], GREY, np.float32)

@@ -37,7 +37,7 @@ def measure(recipe: str, scale: str, init_scaling: str, factor: float, seed: int
     settings = config.unpack(chosen)
     job = train.open_job(chosen, settings, Path())
     labels, pixels = train.first_batch(job)
-    params = model.init(step.init_key(settings), settings.net)
+    params = model.init(step.init_key(step.seed_of(settings)), settings.net)
     return diagnose.preflight(settings.net, params, pixels, labels).logit_std
 
 

@@ -73,11 +73,8 @@ def measure(config: Any, workdir: Path, target: float, margin: float) -> dict[st
     with workdirs.open_workdir(config, workdir):
         workdirs.use_compilation_cache(settings.loop.compilation_cache, workdir)
         job = train.open_job(config, settings, workdir)
-        start = jax.jit(
-            lambda: train.init_state(job.settings, job.optimizer), out_shardings=job.shardings
-        )()
         epochs = Epochs(workdir, target + margin)
-        _train(job, start, epochs)
+        _train(job, job.start(), epochs)
     accuracies = []
     for number in range(len(epochs.found)):
         params = epochs.params(number, job.shardings.params, job.shardings.params)

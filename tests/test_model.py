@@ -638,6 +638,7 @@ def test_the_training_step_is_compiled_once():
 
     def fresh(params):
         return TrainState(
+            seed=jnp.uint32(0),
             step=jnp.zeros((), jnp.int32),
             params=params,
             opt_state=optimizer.init(params),

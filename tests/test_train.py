@@ -19,7 +19,7 @@ import pytest
 from alexnet_jax import checkpoint, model, records, train
 from alexnet_jax import config as configuration
 from alexnet_jax.errors import RunError, UsageError
-from alexnet_jax.step import init_state, inputs
+from alexnet_jax.step import inputs
 from alexnet_jax.workdir import open_workdir
 from configs import ablation_lrn, alexnet_paper, smoke
 
@@ -104,7 +104,7 @@ def hundred_steps(data_dir, workdir, mesh):
     """The loss of each of a hundred steps, and the velocity behind the first."""
     config = tiny(data_dir, epochs=100.0, **CALM, **on(mesh))
     job = train.open_job(config, configuration.unpack(config), workdir)
-    state = jax.jit(lambda: init_state(job.settings, job.optimizer), out_shardings=job.shardings)()
+    state = job.start()
     curve, velocity = [], None
     for step in range(100):
         state, metrics = job.train_step(state, job.batch(step), job.statistics)
@@ -186,10 +186,23 @@ def test_the_step_compiles_once(data_dir, tmp_path):
     config = tiny(data_dir)
     settings = configuration.unpack(config)
     job = train.open_job(config, settings, tmp_path)
-    state = jax.jit(lambda: init_state(settings, job.optimizer), out_shardings=job.shardings)()
+    state = job.start()
     for step in range(3):
         state, _ = job.train_step(state, job.batch(step), job.statistics)
     assert job.train_step._cache_size() == 1
+
+
+def test_all_seeds_share_one_program(data_dir, tmp_path):
+    """So a sweep over seeds compiles once. The seeds are none the less at work."""
+    texts, starts = [], []
+    for seed in (0, 1):
+        config = tiny(data_dir, seed=seed)
+        job = train.open_job(config, configuration.unpack(config), tmp_path)
+        state = job.start()
+        texts.append(job.train_step.lower(state, job.batch(0), job.statistics).as_text())
+        starts.append(np.asarray(state.params['conv1']['kernel']))
+    assert texts[0] == texts[1]
+    assert np.any(starts[0] != starts[1])
 
 
 def test_a_rate_divided_on_the_plateau(data_dir, tmp_path):
@@ -238,7 +251,7 @@ def test_infinite_numbers_stop_the_run_and_are_located(data_dir, tmp_path):
 def test_the_first_layer_at_fault_is_named(data_dir, tmp_path):
     config = tiny(data_dir)
     job = train.open_job(config, configuration.unpack(config), tmp_path)
-    state = jax.jit(lambda: init_state(job.settings, job.optimizer), out_shardings=job.shardings)()
+    state = job.start()
     params = dict(state.params)
     params['conv4'] = params['conv4'] | {'bias': params['conv4']['bias'].at[3].set(jnp.inf)}
     error = train.not_finite(job, state.replace(params=params))
@@ -248,7 +261,7 @@ def test_the_first_layer_at_fault_is_named(data_dir, tmp_path):
 def test_a_step_that_is_not_finite_changes_nothing(data_dir, tmp_path):
     config = tiny(data_dir)
     job = train.open_job(config, configuration.unpack(config), tmp_path)
-    state = init_state(job.settings, job.optimizer)
+    state = job.start()
     params = dict(state.params)
     params['fc8'] = params['fc8'] | {'bias': params['fc8']['bias'].at[0].set(jnp.nan)}
     broken = state.replace(params=params)
@@ -378,9 +391,10 @@ def test_draws_do_not_depend_on_the_batch_before(data_dir, tmp_path):
     config = tiny(data_dir)
     settings = configuration.unpack(config)
     job = train.open_job(config, settings, tmp_path)
-    first = inputs(settings, 256, jnp.int32(5), job.batch(5), job.statistics)
-    second = inputs(settings, 256, jnp.int32(5), job.batch(5), job.statistics)
-    other = inputs(settings, 256, jnp.int32(6), job.batch(6), job.statistics)
+    at_5, at_6 = (job.start().replace(step=jnp.int32(step)) for step in (5, 6))
+    first = inputs(settings, 256, at_5, job.batch(5), job.statistics)
+    second = inputs(settings, 256, at_5, job.batch(5), job.statistics)
+    other = inputs(settings, 256, at_6, job.batch(6), job.statistics)
     jax.tree.map(np.testing.assert_array_equal, first, second)
     assert model.geometry(settings.net)[-1].output == (10,)
     assert np.any(np.asarray(first[0]) != np.asarray(other[0]))
