@@ -186,6 +186,11 @@ def device_name() -> str:
     return found.group(1) if found else platform.processor() or platform.machine()
 
 
+def short(commit: str) -> str:
+    """A commit as people write it; a '+' behind it, of code changed since, stays."""
+    return commit[:9] + '+' * commit.endswith('+')
+
+
 def commit() -> str:
     """The code's version, with '+' behind it if tracked files were changed; or 'unknown'."""
 

@@ -17,7 +17,8 @@ CLAIM = Claim(
     data='none',
     top1=None,
     top5=None,
-    words='substantial overfitting',
+    words='substantial overfitting; ten views show it crops and mirrors it never saw, one view '
+    'is in table.csv',
 )
 
 

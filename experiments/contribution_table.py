@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from alexnet_jax import command, evaluate, figures
+from alexnet_jax import command, evaluate, figures, records
 from alexnet_jax.command import say
 from alexnet_jax.errors import RunError, UsageError
 from configs import ABLATIONS, Claim
@@ -233,9 +233,9 @@ def notes(found: Sequence[Row], runs: Sequence[Kept]) -> str:
     config, images = runs[0].config, len(runs[0].wrong['centre']['top1_error'])
     hours = sum(run.final()['secs'] for run in runs) / 3600
     devices = sorted({run.environment['device'] for run in runs})
-    commits = sorted({run.environment['commit'][:9] for run in runs})
-    decided = sum(row.finding('top1_error') in ('worse', 'better') for row in found)
-    ran = sum(bool(row.found) for row in found)
+    commits = sorted({records.short(run.environment['commit']) for run in runs})
+    asked = [row for row in found if row.found and not row.images_only]
+    decided = sum(row.finding('top1_error') in ('worse', 'better') for row in asked)
     return (
         f'Scale {config["scale"]}: {config["data"]["name"]}, all {images} images of '
         f'`{config["data"]["test"]}`, ten views. Points are error after the change minus error '
@@ -243,7 +243,9 @@ def notes(found: Sequence[Row], runs: Sequence[Kept]) -> str:
         f'images (experiments/intervals.py); p is for top-1, corrected for the number of rows '
         f'(Holm). An interval that holds zero decides nothing; "undecided among so many" is one '
         f'that does not, and has p >= 0.05. † over images alone: these very nets, new images. '
-        f'Decided in top-1: {decided} of {ran} rows that were run.\n\n'
+        f'"std of seeds" is that of the differences, in the first row of the error itself. '
+        f'Decided in top-1: {decided} of {len(asked)} rows that were run '
+        f'(ensembles apart).\n\n'
         f'{len(runs)} runs, {hours:.1f} h of training in all, on {", ".join(devices)}; code '
         f'{", ".join(commits)}.\n\n'
         f'It says what a change does to this recipe at this scale, with the rates of the recipe '
@@ -304,7 +306,9 @@ def differences_figure(found: Sequence[Row]) -> figures.Figure:
         if row.claim.top1 is not None:
             axes.plot(row.claim.top1, place + 0.25, 'D', color=figures.ORANGE, markersize=4)
     axes.axvline(0, color=figures.INK, linewidth=0.8)
-    axes.set_yticks(range(len(found)), [row.name for row in found], fontsize=7)
+    axes.set_yticks(
+        range(len(found)), [row.name + ' †' * row.images_only for row in found], fontsize=7
+    )
     axes.set(ylim=(len(found) - 0.4, -0.6), xlim=(-limit, limit))
     axes.set_xlabel('change of the top-1 error, points; worse to the right', fontsize=8)
     axes.tick_params(axis='x', labelsize=7)
@@ -413,9 +417,12 @@ def build(folder: Path) -> str:
     """Write table and figures of what is kept in `folder`; the table.
 
     Raises:
-        RunError: nothing is kept there, or it is damaged.
+        RunError: nothing is kept there, it is damaged, or the runs are not of one kind.
     """
     runs = digest.read(folder)
+    for key in ('epochs', 'batch_size', 'data'):
+        if len({str(run.config[key]) for run in runs}) > 1:
+            raise RunError(f'the runs in {folder} differ in {key}; a table is made of one sweep.')
     found = rows(runs, folder)
     table = markdown(found, runs)
     bodies = {

@@ -19,7 +19,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,41 +40,24 @@ FEWEST_STEPS = 5  # of a sample
 # ----------------------------------------------------------------------------------------- feeding
 
 
-def quickstart(scratch: Path) -> Any:
-    """Fashion-MNIST, 112 px, quarter widths."""
-    del scratch
-    return alexnet.get_config('quickstart')
-
-
-def fashion_mnist(scratch: Path) -> Any:
-    """Fashion-MNIST at 224 px, the full net."""
-    del scratch
-    return alexnet.get_config('fashion_mnist')
-
-
-def stored_images(scratch: Path) -> Any:
-    """Images of 256 x 256 x 3 in array_record, the full net; they are noise, made here."""
-    write_stored_images(scratch, STORED['images'])
-    config = alexnet.get_config('imagenet2012')
-    config.model.fc8.features = STORED['classes']
-    config.data.update(name=STORED['name'], data_dir=str(scratch))
-    config.data.update(train='train', validation='train[:64]', test='train[:64]')
+def config_of(name: str, scratch: Path) -> Any:
+    """The config that trains on an input; images of 256 x 256 x 3 are noise, made here."""
+    scale = throughput.INPUTS[name]
+    config = alexnet.get_config(scale)
+    if scale == 'imagenet2012':
+        write_stored_images(scratch, STORED['images'])
+        config.model.fc8.features = STORED['classes']
+        config.data.update(name=STORED['name'], data_dir=str(scratch))
+        config.data.update(train='train', validation='train[:64]', test='train[:64]')
     return config
-
-
-INPUTS: dict[str, Callable[[Path], Any]] = {
-    'quickstart': quickstart,
-    'Fashion-MNIST at 224 px': fashion_mnist,
-    '256 x 256 x 3 in array_record': stored_images,
-}
 
 
 def feeding(flags: argparse.Namespace) -> None:
     """Every input; one that cannot be read is a row that says so."""
-    for name, make in INPUTS.items():
+    for name in flags.inputs:
         with tempfile.TemporaryDirectory() as scratch:
             try:
-                config = make(Path(scratch))
+                config = config_of(name, Path(scratch))
                 config.model.compute_dtype = flags.dtype
                 found = feed(config, Path(scratch), flags.rounds, flags.sample_secs)
             except AlexNetError as error:

@@ -101,7 +101,7 @@ def keep(folder: Path, results: Path) -> Path:
     Raises:
         RunError: there are none.
     """
-    found = [path for path in sorted(folder.glob('figure1_net_*-rate*-*')) if records.read(path)]
+    found = [path for path in sorted(folder.glob('figure1_net_*-rate*-*')) if _ended(path)]
     if not found:
         raise RunError(f'{folder} holds no run of this figure; train with experiments.sweep.')
     configs = {path: digest.portable(path) for path in found}
@@ -117,6 +117,19 @@ def keep(folder: Path, results: Path) -> Path:
         digest.write_text(own / 'environment.json', (path / 'environment.json').read_text())
         digest.write_text(own / 'metrics.jsonl', digest.lines(_small(records.read(path))))
     return target
+
+
+def _ended(path: Path) -> bool:
+    """At its last epoch, or where its numbers turned infinite; what was cut off says nothing."""
+    if (path / 'config.json').exists():
+        epochs = json.loads((path / 'config.json').read_text())['epochs']
+        trained = [row['epoch'] for row in records.read(path) if row['kind'] == 'train']
+        log = path / 'log.txt'
+        diverged = log.exists() and 'is not finite' in log.read_text(errors='replace')
+        if diverged or (trained and trained[-1] >= epochs - 1e-6):
+            return True
+    say(f'{path} is not finished, and is left out.')
+    return False
 
 
 def _small(found: Sequence[Record]) -> list[Record]:
@@ -153,6 +166,8 @@ def chosen(found: Sequence[Curves], function: str, target: float) -> Curves:
         RunError: none reached it, or none was run.
     """
     own = [curves for curves in found if curves.function == function]
+    most = max((len(curves.seeds) for curves in own), default=0)
+    own = [curves for curves in own if len(curves.seeds) == most]
     best = min(own, key=lambda curves: curves.mean(target), default=None)
     if best is None or math.isinf(best.mean(target)):
         raise RunError(

@@ -25,16 +25,25 @@ STEPS = (
         '-m experiments.time_to_accuracy --workdir={workdirs}/time_to_accuracy',
     ),
     ('feeding', 400, '-m experiments.throughput --parts=feeding'),
+    (
+        'fashion_mnist',
+        500,
+        'main.py --config=configs/alexnet.py:fashion_mnist --workdir={workdirs}/fashion_mnist',
+    ),
+    *(
+        (
+            f'fashion_mnist_{name}',
+            500,
+            f'main.py --config=configs/variant_{name}.py:fashion_mnist '
+            f'--workdir={{workdirs}}/fashion_mnist_{name}',
+        )
+        for name in ('d2l', 'gluon')
+    ),
     ('start', 400, '-m experiments.throughput --parts=start --rounds=3'),
     (
         'steps_others',
         590,
         '-m experiments.throughput --parts=steps --nets=2012_without_LRN,torchvision,quickstart',
-    ),
-    (
-        'fashion_mnist',
-        500,
-        'main.py --config=configs/alexnet.py:fashion_mnist --workdir={workdirs}/fashion_mnist',
     ),
     (
         'fashion_mnist_lrn',

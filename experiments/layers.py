@@ -45,9 +45,9 @@ def measure_all(flags: argparse.Namespace) -> list[dict[str, Any]]:
     """The nets asked for, at one batch size each, measured, kept and said."""
     rows = []
     for net in flags.nets:
-        platform = 'cpu' if jax.default_backend() == 'cpu' else 'gpu'
-        default = throughput.QUICKSTART_BATCH if net == 'quickstart' else BATCH[platform]
-        batch_size = (flags.batches or (default,))[0]
+        usual = BATCH[throughput.platform()]
+        usual = throughput.QUICKSTART_BATCH if net == 'quickstart' else usual
+        batch_size = (flags.batches or (usual,))[0]
         rows.append(measure(net, batch_size, flags))
         throughput.keep(flags.out, 'layers', rows[-1:])
         say(rows[-1])

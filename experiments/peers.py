@@ -5,10 +5,11 @@
 * naive: Flax as one writes it first: `lax` convolutions with groups, `reduce_window`, `optax.sgd`.
 * prototype: naive, with LRN and max-pooling rewritten and a plain convolution a tower: the form
   that issue 4 counts from.
-* torch, ...: PyTorch in {NCHW, channels_last} x {eager, compiled} x {the library's LRN, a faster
-  one}, SGD with momentum and decay in its fused form.
+* torch, ...: PyTorch in {NCHW, channels_last} x {eager, compiled, on a GPU with CUDA graphs too} x
+  {the library's LRN, a faster one}, SGD with momentum and decay in its fused form.
 
-All take float32 images that lie on the device, but ours, which is given the same images as uint8.
+All take float32 images that lie on the device, but ours in training, which is given the same images
+as uint8.
 """
 
 import dataclasses

@@ -30,7 +30,8 @@ def quickstart() -> str:
             f'| {where["cpus"]} x {where["device"]} | {config["seed"]} '
             f'| {1 - final["centre"]["top1_error"]:.4f} '
             f'| {1 - final["ten_views"]["top1_error"]:.4f} '
-            f'| {final["secs"]:.0f} s, {config["epochs"]:g} epochs | {where["commit"][:9]} |'
+            f'| {final["secs"]:.0f} s, {config["epochs"]:g} epochs '
+            f'| {records.short(where["commit"])} |'
         )
     return '\n'.join(rows)
 
@@ -38,7 +39,10 @@ def quickstart() -> str:
 def contribution() -> str:
     """The table of the ablations, as the sweep's runs have made it."""
     path = RESULTS / 'contribution_table' / 'quickstart' / 'table.md'
-    return path.read_text().rstrip() if path.exists() else 'not run'
+    if not path.exists():
+        return 'not run'
+    figure = path.with_name('differences.svg').relative_to(ROOT)
+    return f'{path.read_text().rstrip()}\n\n![differences, with their intervals]({figure})'
 
 
 def speed() -> str:

@@ -13,9 +13,10 @@
 | feeding | training on real input against the step on a resident batch (feeding.py) |
 | start | seconds to the first step, with and without compiled programs at hand (feeding.py) |
 
-Everything that is compared takes turns: each round gives every contestant one sample, of as many
-steps as fill --sample_secs. Figures are medians over the rounds, ratios medians of each round's own
-ratio. Forms of PyTorch that were half as fast again as its best in the first round sit out the rest.
+What is compared takes turns: each round gives every contestant one sample, of as many steps as fill
+--sample_secs. Figures are medians over the rounds, ratios medians of each round's own ratio. On a
+CPU ours takes turns with each other kind of form in a process of its own. Forms of PyTorch that
+took half as long again as its best in the first round sit out the rest.
 Results go to experiments/results/throughput/<device>.json, row by row: a row that is measured again
 takes the place of the old one. tables.md and <device>.svg are made from it.
 """  # noqa: E501 (a table)
@@ -39,7 +40,7 @@ os.environ.setdefault('XLA_PYTHON_CLIENT_MEM_FRACTION', '0.5')
 import jax
 import numpy as np
 
-from alexnet_jax import command, files, records
+from alexnet_jax import command, files, parallel, records
 from alexnet_jax.errors import RunError, UsageError
 from configs import ablation_lrn, alexnet, variant_torchvision
 from experiments import limits, peers
@@ -53,6 +54,11 @@ NETS: dict[str, tuple[Any, str]] = {
     '2012_without_LRN': (ablation_lrn, 'imagenet2012'),
     'torchvision': (variant_torchvision, 'imagenet2012'),
     'quickstart': (alexnet, 'quickstart'),
+}
+INPUTS = {  # of the part 'feeding'; the scale of configs/alexnet.py that reads each
+    'quickstart': 'quickstart',
+    'Fashion-MNIST at 224 px': 'fashion_mnist',
+    '256 x 256 x 3 in array_record': 'imagenet2012',
 }
 BATCHES = {'cpu': (64, 128), 'gpu': (128, 1024)}
 QUICKSTART_BATCH = 128  # its config's
@@ -199,7 +205,7 @@ def steps(flags: argparse.Namespace) -> list[Row]:
     """All rows of the part."""
     rows = []
     for net in flags.nets:
-        batches = flags.batches or BATCHES[_platform()]
+        batches = flags.batches or BATCHES[platform()]
         for batch_size in (QUICKSTART_BATCH,) if net == 'quickstart' else batches:
             for what in flags.passes:
                 rows.append(measure(net, batch_size, flags.dtype, what, flags))
@@ -211,25 +217,43 @@ def steps(flags: argparse.Namespace) -> list[Row]:
 DEVICES = 'JAX_NUM_CPU_DEVICES'
 
 
-def steps_apart(flags: argparse.Namespace) -> None:
-    """The part, each pair of forms in a process of its own, a CPU as the config wants it shown.
+def apart(flags: argparse.Namespace) -> None:
+    """The parts asked for, in processes of their own, each with a CPU shown as its trainer has it.
 
-    Ours beside PyTorch, then beside each other form of Flax: memory that several large programs of
-    XLA hold and free in turn cost ours half of its speed, and a trainer has its process to itself.
+    Of the steps, ours beside PyTorch, then beside each other form of Flax: what several large
+    programs of XLA allocate in turn costs them time, and a trainer has its process to itself.
     """
+    for part in flags.parts:
+        if part == 'start':  # starts processes anyway
+            _alone(flags, part, 0)
+        elif part == 'feeding':
+            for name in flags.inputs:
+                devices = alexnet.get_config(INPUTS[name]).mesh.cpu_devices
+                _alone(flags, part, devices, f'--inputs={name}')
+        else:
+            for net in flags.nets:
+                module, scale = NETS[net]
+                devices = module.get_config(scale).mesh.cpu_devices
+                for words in _turns(flags) if part == 'steps' else [()]:
+                    _alone(flags, part, devices, f'--nets={net}', *words)
+
+
+def _turns(flags: argparse.Namespace) -> list[tuple[str, ...]]:
+    """Which forms of a net run beside each other, as flags."""
+    others = [kind for kind in ('torch', 'prototype', 'naive') if kind in flags.kinds]
+    kinds = [f'--kinds=ours,{kind}' for kind in others] or ['--kinds=ours']
+    return [(f'--passes={what}', words) for what in flags.passes for words in kinds]
+
+
+def _alone(flags: argparse.Namespace, part: str, cpu_devices: int, *words: str) -> None:
+    """This command again, for one part of it."""
     same = [f'--without={",".join(flags.without)}'] if flags.without else []
+    same += [f'--batches={",".join(map(str, flags.batches))}'] if flags.batches else []
     same += [f'--{key}={getattr(flags, key)}' for key in ('dtype', 'rounds', 'sample_secs', 'out')]
-    if flags.batches:
-        same.append(f'--batches={",".join(map(str, flags.batches))}')
-    for net in flags.nets:
-        module, scale = NETS[net]
-        devices = {DEVICES: str(max(1, module.get_config(scale).mesh.cpu_devices))}
-        for what in flags.passes:
-            for kind in [kind for kind in ('torch', 'prototype', 'naive') if kind in flags.kinds]:
-                words = [sys.executable, '-m', 'experiments.throughput', '--parts=steps']
-                words += [f'--nets={net}', f'--passes={what}', f'--kinds=ours,{kind}', *same]
-                if subprocess.run(words, env=os.environ | devices, check=False).returncode:
-                    raise RunError(f'{net}, {what}: not measured; see above.')
+    own = [sys.executable, '-m', 'experiments.throughput', f'--parts={part}', *words, *same]
+    devices = {DEVICES: str(max(1, cpu_devices))}
+    if subprocess.run(own, env=os.environ | devices, check=False).returncode:
+        raise RunError(f'{part} {" ".join(words)}: not measured; see above.')
 
 
 def say_row(row: Row) -> None:
@@ -313,13 +337,16 @@ def _joined(old: Row, new: Row) -> Row:
     if 'ratios' not in new or old.get('commit') != new['commit'] or 'ratios' not in old:
         return new
     first, other = (old, new) if old['torch'] and not new['torch'] else (new, old)
-    return other | first | {key: other[key] | first[key] for key in ('forms', 'ratios')}
+    joined = other | first | {key: old[key] | new[key] for key in ('forms', 'ratios')}
+    joined['forms']['ours'] = first['forms']['ours']
+    return joined
 
 
 # -------------------------------------------------------------------------------------- the command
 
 
-def _platform() -> str:
+def platform() -> str:
+    """'cpu' or 'gpu'."""
     return 'cpu' if jax.default_backend() == 'cpu' else 'gpu'
 
 
@@ -341,6 +368,7 @@ def _parser() -> command.Parser:
     add = parser.add_argument
     add('--parts', type=_words(PARTS), default=PARTS, help=', '.join(PARTS))
     add('--nets', type=_words(tuple(NETS)), default=tuple(NETS), help=', '.join(NETS))
+    add('--inputs', type=_words(tuple(INPUTS)), default=tuple(INPUTS), help='of feeding')
     add('--batches', type=_numbers, default=(), help='64,128 on a CPU, 128,1024 on a GPU')
     add('--passes', type=_words(peers.PASSES), default=peers.PASSES, help='train,forward')
     add('--kinds', type=_words(KINDS), default=KINDS, help=', '.join(KINDS))
@@ -368,15 +396,20 @@ def act(flags: argparse.Namespace) -> int:
     if flags.rounds < 1:
         raise UsageError('--rounds must be at least 1.')
     if not flags.page:
-        flags.dtype = flags.dtype or ('float32' if _platform() == 'cpu' else 'bfloat16')
+        parallel.set_up_cpu(0)  # as the trainer does, and before JAX looks at its devices
+        on_cpu = platform() == 'cpu'
+        flags.dtype = flags.dtype or ('float32' if on_cpu else 'bfloat16')
         measures = {
-            'steps': steps_apart if _platform() == 'cpu' and DEVICES not in os.environ else steps,
+            'steps': steps,
             'layers': layers.measure_all,
             'feeding': feeding.feeding,
             'start': feeding.start,
         }
-        for part in flags.parts:
-            measures[part](flags)
+        if on_cpu and DEVICES not in os.environ:
+            apart(flags)
+        else:
+            for part in flags.parts:
+                measures[part](flags)
     throughput_page.write(flags.out)
     return 0
 

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from alexnet_jax import command, figures, files
+from alexnet_jax import command, figures, files, records
 from alexnet_jax.errors import RunError
 from experiments import throughput
-from experiments.throughput import Row, best_torch, median
+from experiments.throughput import Row, median
 
 NOT_RUN = 'not run'
 TIME_TO_ACCURACY = 'time_to_accuracy_*.json'
@@ -48,7 +48,8 @@ def page(folder: Path) -> str:
         '# Throughput',
         'Written by `python -m experiments.throughput`; what is measured, and how, stands at the '
         'heads of `experiments/throughput.py`, `peers.py` and `limits.py`. Medians of rounds in '
-        'which all took turns.',
+        'which ours and what stands beside it took turns (on a CPU each pair in a process of its '
+        'own).',
     ]
     for path, rows in kept(folder):
         parts += _device(path, rows)
@@ -83,7 +84,8 @@ def _versions(rows: Sequence[Row]) -> str:
     keys = ('jax', 'flax', 'torch_version', 'python', 'commit')
     lines = []
     for key in keys:
-        values = sorted({str(row[key])[:10] for row in rows if key in row})
+        shown = records.short if key == 'commit' else str
+        values = sorted({shown(row[key]) for row in rows if key in row})
         if values:
             lines.append(f'{key.removesuffix("_version")} {" and ".join(values)}')
     return ', '.join(lines) + '.'
@@ -255,7 +257,8 @@ def accuracy_table(folder: Path) -> str:
     body = []
     for path in sorted(folder.glob(TIME_TO_ACCURACY)):
         row = json.loads(path.read_text())
-        cells = [row['config'], row['device'], f'{row["target"]:.4f}']
+        net = f'{row["config"]}, {row["dtype"]}'
+        cells = [net, row['device'], f'{row["target"]:.4f}']
         if row['secs'] is None:
             cells += ['not reached', '', f'{max(row["test_accuracy"]):.4f}']
         else:
@@ -312,7 +315,10 @@ def _draw(rows: Sequence[Row]) -> Any:
 
 def _paces(row: Row) -> dict[str, float]:
     size, forms = row['batch_size'], row['forms']
-    best = best_torch(forms)
-    found = {'ours': forms.get('ours'), 'torch': forms.get(best), 'naive': forms.get('naive')}
+    found = {
+        'ours': forms.get('ours'),
+        'torch': forms.get(row['torch']),
+        'naive': forms.get('naive'),
+    }
     paces = {name: size / median(form) for name, form in found.items() if form and 'secs' in form}
     return paces | {'limit': size / row['limit_secs']}

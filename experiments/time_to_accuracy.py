@@ -70,6 +70,7 @@ class Epochs:
 def measure(config: Any, workdir: Path, target: float, margin: float) -> dict[str, Any]:
     """Train, then look at the test images; `secs` is None where no epoch reached the target."""
     settings = configuration.unpack(config)
+    parallel.set_up_cpu(settings.mesh.cpu_devices)
     with workdirs.open_workdir(config, workdir):
         workdirs.use_compilation_cache(settings.loop.compilation_cache, workdir)
         job = train.open_job(config, settings, workdir)
@@ -83,6 +84,7 @@ def measure(config: Any, workdir: Path, target: float, margin: float) -> dict[st
     first = next((i for i, accuracy in enumerate(accuracies) if accuracy >= target), None)
     return {
         'config': f'{settings.name}:{settings.scale}',
+        'dtype': settings.net.compute_dtype,
         'target': target,
         'margin': margin,
         'secs': None if first is None else epochs.found[first]['secs'],
