@@ -6,6 +6,7 @@ data set is decoded once and mapped into memory; a large one stays in its files,
 processes gather each batch from there. Both have the same order and the same interface.
 """
 
+import collections
 import contextlib
 import functools
 import hashlib
@@ -229,8 +230,9 @@ def class_names(name: str, data_dir: str | Path) -> tuple[str, ...]:
             raise ValueError(f'{len(words)} words for {len(names)} classes')
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise prepared.damaged(folder, f'the description of its labels: {error}') from None
+    often = collections.Counter(words)
     return tuple(
-        word if words.count(word) == 1 else f'{word} ({name})'
+        word if often[word] == 1 else f'{word} ({name})'
         for word, name in zip(words, names, strict=True)
     )
 
@@ -323,7 +325,7 @@ class StoredImages:
             RunError: a record is damaged.
         """
         path = self._kept('labels.npy')
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, EOFError):
             labels = np.load(path)
             if labels.shape == (len(self),) and labels.dtype == np.int32:
                 return labels
@@ -446,8 +448,11 @@ def batch_indices(seed: int, step: int, batch_size: int, n: int) -> np.ndarray:
     """
     first, last = step * batch_size, (step + 1) * batch_size
     epochs = range(first // n, (last - 1) // n + 1)
-    chain = np.concatenate([permutation(seed, epoch, n) for epoch in epochs])
-    return chain[first - epochs[0] * n : last - epochs[0] * n]
+    parts = [
+        permutation(seed, epoch, n)[max(0, first - epoch * n) : last - epoch * n]
+        for epoch in epochs
+    ]
+    return np.concatenate(parts)
 
 
 @dataclass(frozen=True, eq=False)

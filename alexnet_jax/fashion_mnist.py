@@ -190,7 +190,8 @@ def _fetch_by_tfds(room: Path) -> Path:
         manager = tfds.download.DownloadManager(download_dir=room, dataset_name='fashion_mnist')
         paths: Any = manager.download(urls)
     except Exception as error:  # the library promises no set of exceptions
-        raise RunError(f'{type(error).__name__}: {str(error).splitlines()[0]}.') from error
+        reason = (str(error).splitlines() or [''])[0]
+        raise RunError(f'{type(error).__name__}: {reason}.') from error
     for name in urls:
         Path(paths[name]).rename(room / f'{name}.gz')
     return room

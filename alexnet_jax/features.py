@@ -117,6 +117,9 @@ class Rows(Protocol):
         ...
 
 
+IMAGES_HELD = 512  # 100 MB of 256 px
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Computed:
     """Features that are computed each time they are asked for."""
@@ -126,8 +129,10 @@ class Computed:
     shape: tuple[int, ...]
 
     def __getitem__(self, rows: slice, /) -> np.ndarray:
-        """Float32 [b, ...]."""
-        return self.extract(self.images(rows))
+        """Float32 [b, ...]; few images are held at a time."""
+        start, stop, _ = rows.indices(self.shape[0])
+        few = [slice(i, min(i + IMAGES_HELD, stop)) for i in range(start, stop, IMAGES_HELD)]
+        return np.concatenate([self.extract(self.images(part)) for part in few or [rows]])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

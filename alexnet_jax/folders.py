@@ -1,5 +1,6 @@
 """Anyone's own pictures: a folder a class."""
 
+import collections
 import hashlib
 import os
 import re
@@ -15,7 +16,7 @@ CALLED = {'train': 'train', 'training': 'train', 'val': 'validation', 'valid': '
           'validation': 'validation', 'test': 'test'}  # fmt: skip
 KINDS = frozenset(
     ('.bmp', '.gif', '.jfif', '.jpe', '.jpeg', '.jpg', '.pgm', '.png', '.ppm', '.tif', '.tiff',
-     '.webp')
+     '.webp', '.avif')
 )  # fmt: skip
 RESERVED = ('fashion_mnist', *OFFICIAL, 'decoded')
 
@@ -27,12 +28,12 @@ def source(
 ) -> Source:
     """The pictures of `folder`: train/CLASS/..., val/CLASS/..., test/CLASS/...; or CLASS/...
 
-    Where there is one split only it is divided, class by class, by a hash of the names: so a
-    picture stays in its split when others are added.
+    Where there is one split only it is divided, class by class, by a hash of the names: so nearly
+    all pictures stay in their split when others are added.
 
     Args:
-        folder: its subfolders are the classes, or the splits and theirs the classes; files whose
-            names end otherwise than pictures' do, and hidden ones, are passed over.
+        folder: its subfolders are the classes, or the splits and theirs the classes. Hidden files
+            are passed over, and those that do not end as pictures do; of these it is said.
         name: of the data set; that of the folder if not given.
         validation: the share of it that validates, where the folder has no split of its own.
         test: likewise.
@@ -63,10 +64,11 @@ def source(
         class_names=tuple(classes),
         words=(),
         made_of=dict(images=counts, validation=validation, test=test),
-        inputs=[
+        inputs=(
             folder / file for found in splits.values() for one in found.values() for file in one
-        ],
+        ),
         members=lambda report: _members(folder, splits, labels, report),
+        images=sum(counts.values()),
     )
 
 
@@ -87,6 +89,8 @@ def _splits(folder: Path) -> dict[str, Pictures]:
     inside = _folders(folder)
     named = [path for path in inside if path.name.lower() in CALLED]
     if not any(CALLED[path.name.lower()] == 'train' for path in named):
+        if named and len(named) == len(inside):
+            raise UsageError(f'{folder} has splits, and no folder train among them.')
         return {'train': {path.name: _pictures(folder, path) for path in inside}}
     found: dict[str, Pictures] = {}
     for path in named:
@@ -94,6 +98,11 @@ def _splits(folder: Path) -> dict[str, Pictures]:
         if split in found:
             raise UsageError(f'{folder} has two folders for the split {split}: leave one.')
         found[split] = {one.name: _pictures(folder, one) for one in _folders(path)}
+        if not found[split]:
+            raise UsageError(
+                f'{path} has no folder a class: sort its pictures into such folders, or move it '
+                'away.'
+            )
     for path in inside:
         if path not in named:
             raise UsageError(
@@ -115,13 +124,26 @@ def _pictures(root: Path, folder: Path) -> list[str]:
     for place, inside, found in os.walk(folder):
         inside[:] = [name for name in inside if not name.startswith('.')]
         names += [
-            Path(place, name).relative_to(root).as_posix()
-            for name in found
-            if Path(name).suffix.lower() in KINDS and not name.startswith('.')
+            Path(place, name).relative_to(root).as_posix() for name in found if _is_picture(name)
         ]
     if not names:
         raise UsageError(f'{folder} holds no picture: put some there, or remove it.')
     return sorted(names)
+
+
+def _is_picture(name: str) -> bool:
+    return Path(name).suffix.lower() in KINDS and not name.startswith('.')
+
+
+def _passed_over(folder: Path) -> str:
+    """How many files are none that can be read, by their endings: '.heic 812, .txt 1'; or ''."""
+    endings = collections.Counter(
+        Path(name).suffix.lower() or 'without an ending'
+        for place, _, found in os.walk(folder)
+        for name in found
+        if not name.startswith('.') and not _is_picture(name)
+    )
+    return ', '.join(f'{ending} {count:,}' for ending, count in endings.most_common())
 
 
 def _divide(folder: Path, found: Pictures, **shares: float) -> dict[str, Pictures]:
@@ -144,6 +166,8 @@ def _divide(folder: Path, found: Pictures, **shares: float) -> dict[str, Picture
 def _members(
     folder: Path, splits: dict[str, Pictures], labels: dict[str, int], report: Report
 ) -> Iterator[tuple[str, Member]]:
+    if passed_over := _passed_over(folder):
+        report(f'{folder}: passed over, as they do not end as pictures do: {passed_over}')
     for split, found in splits.items():
         report(f'{folder}: {split}, {sum(map(len, found.values())):,} pictures')
         for label, names in found.items():

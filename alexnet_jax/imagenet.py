@@ -132,9 +132,10 @@ def source(challenge: Challenge, folder: Path) -> Source:
             archive.name: archive.md5 or f'{archive.images:,} images'
             for archive in challenge.archives.values()
         },
-        inputs=[path for path in inputs if path.exists()],
+        inputs=sorted(path for path in inputs if path.exists()),
         members=lambda report: _members(challenge, folder, classes, report),
         constants=COLOURS,
+        images=sum(archive.images for archive in challenge.archives.values()),
     )
 
 

@@ -23,7 +23,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
-from alexnet_jax import memory
+from alexnet_jax import machine
 from alexnet_jax.config import MeshShape
 from alexnet_jax.errors import UsageError
 from alexnet_jax.model import AlexNet, Net, Split, Spread
@@ -90,10 +90,9 @@ def set_up_cpu(cpu_devices: int) -> None:
 
     As no more than the cores that this process may use. Call it before anything asks JAX for its
     devices. One device computes in the thread that calls it, several in threads of JAX's own:
-    memory.py says why that matters.
+    machine.py says why that matters.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    wanted = min(cpu_devices, cores or 1)
+    wanted = min(cpu_devices, machine.cores())
     forced = 'xla_force_host_platform_device_count' in os.environ.get('XLA_FLAGS', '')
     # JAX makes the attribute at run time.
     chosen = jax.config.jax_num_cpu_devices > 0  # ty: ignore[missing-attribute]
@@ -101,7 +100,7 @@ def set_up_cpu(cpu_devices: int) -> None:
         with contextlib.suppress(RuntimeError):  # JAX has looked
             jax.config.update('jax_num_cpu_devices', wanted)
     if forced or jax.config.jax_num_cpu_devices > 1:  # ty: ignore[missing-attribute]
-        memory.share_arena()
+        machine.share_arena()
     else:
         jax.config.update('jax_cpu_enable_async_dispatch', False)
 

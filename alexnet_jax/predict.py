@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from alexnet_jax import command, data, evaluate, pictures
+from alexnet_jax import archives, command, data, evaluate, pictures
 from alexnet_jax.checkpoint import Step
 from alexnet_jax.data import Dataset
 from alexnet_jax.errors import RunError, UsageError
@@ -65,6 +65,8 @@ def read(path: Path, shape: tuple[int, int, int]) -> np.ndarray:
     try:
         if path.is_dir():
             raise RunError(f'{shown(path)} holds no file.')
+        if path.stat().st_size > archives.MOST_BYTES:
+            raise RunError(f'{shown(path)} is too large to be a picture.')
         return pictures.decode(path.read_bytes(), shape)
     except pictures.BadImage as error:
         raise RunError(f'{shown(path)} {error}.') from None

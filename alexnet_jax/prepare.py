@@ -50,13 +50,14 @@ def from_tfds(name: str, data_dir: Path, tfds_dir: Path, report: Report = say) -
     prepared by it now in `data_dir`, for which it needs TensorFlow.
 
     Args:
-        name: as TFDS calls it: 'cifar10', or with a config 'food101/2.0.0'.
+        name: as TFDS calls it: 'cifar10', or with a config 'imagenet_resized/64x64'.
         data_dir: the folder of all data sets.
         tfds_dir: where TFDS has put what it prepared.
         report: called with lines of progress.
 
     Raises:
-        UsageError: TFDS knows no such data set, or it is none of labelled images.
+        UsageError: TFDS knows no such data set, it is none of labelled images, or another config of
+            it is linked already.
         RunError: it is not prepared, and cannot be.
     """
     found = _newest(name, data_dir) or _newest(name, tfds_dir)
@@ -69,6 +70,11 @@ def from_tfds(name: str, data_dir: Path, tfds_dir: Path, report: Report = say) -
         folder.parent.mkdir(parents=True, exist_ok=True)
         folder.symlink_to(found.resolve(), target_is_directory=True)
         report(f'{name}: linked to where it lies, {found}')
+    elif folder.resolve() != found.resolve():
+        raise UsageError(
+            f'{folder} is another config of {name.partition("/")[0]} already ({folder.resolve()}): '
+            'remove that link, or choose another --data_dir.'
+        )
     return folder
 
 
@@ -76,8 +82,9 @@ def _newest(name: str, folder: Path) -> Path | None:
     """The newest version of a data set in array_record that lies in a folder of TFDS's."""
     base, _, config = name.partition('/')
     found = []
-    for info in (folder / base).glob(
-        f'{config}/*/dataset_info.json' if config else '**/*_info.json'
+    depths = (config,) if config else ('.', '*')
+    for info in (
+        info for depth in depths for info in (folder / base).glob(f'{depth}/*/dataset_info.json')
     ):
         with contextlib.suppress(OSError, ValueError, KeyError):
             if json.loads(info.read_text())['fileFormat'] == 'array_record':

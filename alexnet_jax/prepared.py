@@ -70,7 +70,7 @@ def check_whole(folder: Path, sizes: Mapping[str, int]) -> None:
         try:
             records = sum(ArrayRecordReader(str(file)).num_records() for file in files)
         except Exception as error:  # array_record raises whatever its C++ status maps to
-            raise damaged(folder, str(error).splitlines()[0]) from None
+            raise damaged(folder, (str(error).splitlines() or [''])[0]) from None
         if records != count:
             raise damaged(folder, f'{records:,} records where {count:,} should be')
 
@@ -79,8 +79,10 @@ def damaged(folder: Path, reason: str) -> RunError:
     """The error for a prepared data set that cannot be used: says what to remove and to run."""
     name, data_dir = folder.parent.name, folder.parent.parent
     again = command(name, data_dir)
-    if (folder / PREPARATION).exists() and name not in OFFICIAL:
-        again = command(f'folder --name={name} --source=FOLDER', data_dir)
+    if name not in ('fashion_mnist', *OFFICIAL):
+        ours = (folder / PREPARATION).exists()
+        what = f'folder --name={name} --source=FOLDER' if ours else f'tfds --name={name}'
+        again = command(what, data_dir)
     return RunError(
         f'The data set in {folder} is damaged ({reason}): remove that folder and run `{again}`.'
     )
@@ -141,6 +143,12 @@ def _full_disk(message: str) -> str | None:
     return next((cause for cause in causes if cause in message), None)
 
 
+def clock(secs: float) -> str:
+    """Hours, minutes, seconds: '30:05:00'."""
+    minutes, rest = divmod(round(secs), 60)
+    return f'{minutes // 60:02d}:{minutes % 60:02d}:{rest:02d}'
+
+
 class Meter:
     """How far a long work is, how fast, how long it will take: a bar, or lines now and then."""
 
@@ -177,5 +185,4 @@ class Meter:
             self._bar.update(self._task, completed=done, description=line)
         elif now - self._said >= every_secs and rate > 0:
             self._said = now
-            left = time.strftime('%H:%M:%S', time.gmtime((self._total - done) / rate))
-            self._report(f'{line}, {left} left')
+            self._report(f'{line}, {clock((self._total - done) / rate)} left')

@@ -31,23 +31,17 @@ from pathlib import Path
 
 import numpy as np
 
+from alexnet_jax import machine
 from alexnet_jax.errors import RunError
 from alexnet_jax.stored import Source, Unreadable, close_files
 
 LEAST = 8  # images in a chunk: handing one out costs about 0.1 ms
 
 
-def cores() -> int:
-    """How many this process may use."""
-    if hasattr(os, 'sched_getaffinity'):  # what Slurm or taskset left it
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 @functools.cache
 def readers(count: int) -> 'Readers':
     """The reader processes, shared by all data sets of this process: `count`, -1 for all cores."""
-    return Readers(cores() if count == -1 else count)
+    return Readers(machine.cores() if count == -1 else count)
 
 
 class Readers:
@@ -153,9 +147,10 @@ class _Process:
         except (EOFError, OSError):
             code = self.child.wait()
             how = signal.Signals(-code).name if code < 0 else f'exit code {code}'
+            fewer = max(0, machine.cores() - 1)
             raise RunError(
                 f'a process that reads images was ended by {how}; the same command goes on from '
-                f'the latest checkpoint, and data.workers={max(0, cores() - 1)} needs less memory.'
+                f'the latest checkpoint, and data.workers={fewer} needs less memory.'
             ) from None
         if isinstance(answer, str):
             raise Unreadable(answer)

@@ -18,6 +18,7 @@ import signal
 import threading
 import time
 import warnings
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -30,14 +31,15 @@ import numpy as np
 import PIL
 from PIL import Image
 
-from alexnet_jax import archives, files, pictures, prepared, statistics
+from alexnet_jax import archives, files, machine, pictures, prepared, statistics
 from alexnet_jax.errors import RunError, UsageError
 from alexnet_jax.prepared import Meter, Report
 
 VERSION = '1.0.0'  # of the data sets made here
-PROGRAM = 1  # raise it when what is written changes: half-made sets are then begun anew
+PROGRAM = 2  # raise it when what is written changes: half-made sets are then begun anew
 SHARD_IMAGES = 2048  # ImageNet in 626 files: fewer than the 1,024 that may usually be open
 OPTIONS = 'group_size:1,uncompressed'  # a record each, as TFDS has it; JPEG cannot be compressed
+LEAST_BYTES = {'raw': 3.0, 'jpeg': 0.1}  # a pixel; photographs take more than twice that as JPEG
 SAMPLE_IMAGES = 48  # on which size and speed are measured beforehand
 AHEAD = 4  # pictures that the system is asked to fetch before they are needed
 SPLITS = ('train', 'validation', 'test')
@@ -86,9 +88,10 @@ class Source:
     class_names: tuple[str, ...]
     words: tuple[str, ...]  # for people, a line a class; or none at all
     made_of: Mapping[str, Any]  # what goes into preparation.json
-    inputs: Iterable[Path]  # files that must not have changed when a killed run goes on
+    inputs: Iterable[Path]  # files that must not have changed when a killed run goes on; in order
     members: Callable[[Report], Iterator[tuple[str, Member]]]  # (split, picture), in any order
     constants: statistics.Statistics | None = None  # what its colours are known to be
+    images: int = 0  # at least so many
 
 
 def make(
@@ -108,12 +111,12 @@ def make(
         data_dir: the folder of all data sets.
         form: how the images are stored.
         report: called with a line of progress now and then.
-        workers: processes; as many as there are cores if not given.
+        workers: processes; as many as this one may use cores if not given.
         skip_corrupt: how many pictures may be left out because they cannot be decoded.
         shard_images: pictures a shard, about.
 
     Raises:
-        UsageError: what is there already is stored in another form.
+        UsageError: what is there already is of other pictures, or stored in another form.
         RunError: the source is not whole or not the official one; a picture cannot be decoded; the
             disk is too small; a worker process died. What is done so far is kept.
     """
@@ -125,27 +128,34 @@ def make(
         ):
             if not folder.exists():  # else another process made it while this one waited
                 job = _begin(source, form, room, shard_images, report)
-                _write_shards(job, workers or os.cpu_count() or 1, skip_corrupt)
+                _write_shards(job, workers or machine.cores(), skip_corrupt)
                 made = _finish(job)
                 folder.parent.mkdir(exist_ok=True)
                 made.rename(folder)
                 report(f'{source.name}: prepared in {folder}')
             shutil.rmtree(room)
-    _same_form(folder, form)
+    _same(folder, form, source)
     prepared.check_whole(folder, {k: n for k, (n, _) in prepared.shards(folder).items()})
     return folder
 
 
-def _same_form(folder: Path, form: Form) -> None:
+def _same(folder: Path, form: Form, source: Source) -> None:
     try:
-        there = json.loads((folder / prepared.PREPARATION).read_text())
-        there = Form(there['px'], there['storage'], there['quality'])
-    except (OSError, ValueError, KeyError) as error:
+        about = json.loads((folder / prepared.PREPARATION).read_text())
+        there = Form(about['px'], about['storage'], about['quality'])
+        made_of = about['made_of']
+        names = tuple((folder / 'label.labels.txt').read_text(encoding='utf-8').splitlines())
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise prepared.damaged(folder, f'{prepared.PREPARATION}: {error}') from None
     if there != form:
         raise UsageError(
             f'{folder} is there already, {there.px} px and stored as {there}: remove that folder, '
             'or choose another one with --data_dir.'
+        )
+    if (made_of, names) != (json.loads(json.dumps(dict(source.made_of))), source.class_names):
+        raise UsageError(
+            f'{folder} is there already, made of other pictures: remove that folder, or choose '
+            'another one with --data_dir.'
         )
 
 
@@ -191,15 +201,17 @@ def _begin(source: Source, form: Form, room: Path, shard_images: int, report: Re
         PROGRAM, dataclasses.asdict(form), shard_images, PIL.__version__, _stamps(source)
     ]  # fmt: skip
     file = room / 'job.json'
-    with contextlib.suppress(OSError, ValueError, KeyError):
+    with contextlib.suppress(FileNotFoundError, ValueError, KeyError):
         job = json.loads(file.read_text())
         if job['identity'] == identity:
             report(f'{source.name}: going on where an interrupted run stopped')
             for scratch in room.glob('*/.*'):
-                scratch.unlink()  # what was being written then
+                with contextlib.suppress(OSError):  # a worker that dies late has done it
+                    scratch.unlink()  # what was being written then
             return Job(source, form, room, report, job['images'], job['shards'])
         report(f'{source.name}: what an interrupted run left is of other files or flags: anew')
     _sweep(room)
+    _check_space(room, source.name, form, source.images * LEAST_BYTES[form.storage] * form.px**2)
     for part in ('plan', 'partial', 'set'):
         (room / part).mkdir()
     images = _list(source, room, report)
@@ -213,16 +225,15 @@ def _begin(source: Source, form: Form, room: Path, shard_images: int, report: Re
 
 def _stamps(source: Source) -> str:
     """Changes when a file of the source does: a hash of names, sizes and times."""
-    lines = []
-    for path in sorted(source.inputs):
+    digest = hashlib.sha256(json.dumps(source.made_of).encode())
+    for path in source.inputs:
         try:
             status = path.stat()
         except OSError as error:
             raise archives.unreadable(path, error) from None
         name = str(path.relative_to(source.folder))
-        lines.append(f'{name!a} {status.st_size} {status.st_mtime_ns}')
-    lines.append(json.dumps(source.made_of))
-    return hashlib.sha256('\n'.join(lines).encode()).hexdigest()
+        digest.update(f'\n{name!a} {status.st_size} {status.st_mtime_ns}'.encode())
+    return digest.hexdigest()
 
 
 def _sweep(room: Path) -> None:
@@ -341,16 +352,26 @@ def write_shard(task: Task, most_skipped: int = 0, tick: Callable[[], None] = la
             if sums:
                 found |= dict(total=sums.total, products=sums.products)
             np.savez(file, **found)
+            file.flush()
+            os.fsync(file.fileno())
     return len(skipped)
+
+
+def _done(task: Task) -> _Part | None:
+    """What is known of a shard that was finished before; None if it is to be written."""
+    if not task.target.exists():
+        return None
+    try:
+        return _read_part(task.partial)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None  # the disk lost it: the shard is written again
 
 
 def _read_part(path: Path) -> _Part:
     with np.load(path) as file:
         images, sums = int(file['images']), None
         if 'total' in file:
-            channels, height, width = file['total'].shape
-            sums = statistics.Sums((height, width, channels))
-            sums.count, sums.total, sums.products = images, file['total'], file['products']
+            sums = statistics.Sums.of(images, file['total'], file['products'])
         return _Part(images, int(file['record_bytes']), json.loads(str(file['skipped'])), sums)
 
 
@@ -414,8 +435,9 @@ def _varint(value: int) -> bytes:
 def _write_shards(job: Job, workers: int, skip_corrupt: int) -> None:
     """Write the shards that are missing, in `workers` processes."""
     tasks = job.tasks()
-    missing = [task for task in tasks if not task.target.exists()]
-    parts = [_read_part(task.partial) for task in tasks if task.target.exists()]
+    before = [_done(task) for task in tasks]
+    missing = [task for task, part in zip(tasks, before, strict=True) if part is None]
+    parts = [part for part in before if part is not None]
     images, done = sum(job.images.values()), sum(part.images for part in parts)
     skipped = sum(len(part.skipped) for part in parts)
     if missing:
@@ -504,25 +526,28 @@ def _foretell(job: Job, task: Task, images: int, left: int, workers: int) -> Non
     job.report(f'{job.source.name}: {images:,} images of {job.form.px} x {job.form.px} px')
     for form, trial in trials.items():
         if trial:
-            secs = left * trial.write_secs / min(workers, os.cpu_count() or 1)
+            secs = left * trial.write_secs / min(workers, machine.cores())
             job.report(
                 f'  {form}{" (chosen)" if form == job.form else ""}: '
                 f'{images * trial.image_bytes / 1e9:,.1f} GB, '
-                f'{time.strftime("%H:%M:%S", time.gmtime(secs))} to make with {workers} processes, '
+                f'{prepared.clock(secs)} to make with {workers} processes, '
                 f'read back at {1 / trial.read_secs:,.0f} images/s a core'
             )
     trial = trials[job.form]
     if trial:
         partial = 4 * 3 * job.form.px**2 * job.shards.get('train', 0)
         needed = int(1.02 * left * trial.image_bytes) + partial
-        free = shutil.disk_usage(job.room).free
-        if needed > free:
-            other = ' or --storage=jpeg' if job.form.storage == 'raw' else ''
-            raise RunError(
-                f'{job.source.name} needs {needed / 1e9:,.1f} GB more in {job.room.parent}, and '
-                f'{free / 1e9:,.1f} GB are free: make space, or choose another folder with '
-                f'--data_dir{other}.'
-            )
+        _check_space(job.room, job.source.name, job.form, needed)
+
+
+def _check_space(room: Path, name: str, form: Form, needed: float) -> None:
+    free = shutil.disk_usage(room).free
+    if needed > free:
+        other = ' or --storage=jpeg' if form.storage == 'raw' else ''
+        raise RunError(
+            f'{name} needs {needed / 1e9:,.1f} GB more in {room.parent}, and {free / 1e9:,.1f} GB '
+            f'are free: make space, or choose another folder with --data_dir{other}.'
+        )
 
 
 class _Trial(NamedTuple):
@@ -557,6 +582,9 @@ def _finish(job: Job) -> Path:
     folder, source = job.room / 'set', job.source
     parts = {task.target.name: _read_part(task.partial) for task in job.tasks()}
     skipped = sorted(name for part in parts.values() for name in part.skipped)
+    written = sum(part.images for part in parts.values())
+    if written + len(skipped) != sum(job.images.values()):
+        raise RunError(f'Pictures are missing in the shards: remove {job.room} and run this again.')
     splits = []
     for split, count in job.shards.items():
         names = [prepared.shard_name(source.name, split, i, count) for i in range(count)]
@@ -584,6 +612,8 @@ def _finish(job: Job) -> Path:
     _write_json(folder / prepared.PREPARATION, preparation)
     for name in skipped:
         job.report(f'{source.name}: left out, as it cannot be decoded: {ascii(name)[1:-1]}')
+    for file in folder.glob('*.[jnt]*'):  # descriptions, words, statistics
+        _sync(file)
     return folder
 
 

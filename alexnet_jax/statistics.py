@@ -1,5 +1,6 @@
 """What the paper's preprocessing needs to know of the training images (section 4.1), streaming."""
 
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import numpy as np
 from alexnet_jax import files
 
 BLOCK_PX = 256  # 256 products of two bytes sum to less than 2^24: float32 is exact
+MOST_RECENT = (2**24 - 1) // 255  # bytes so many sum exactly in float32
 CHUNK_VALUES = 2**19  # taken at once: what fits a cache, and bounds the memory
 MOST_IMAGES = (2**32 - 1) // 255  # 16.8 million
 
@@ -32,10 +34,27 @@ class Sums:
         """Of images of `shape` [H, W, C]."""
         height, width, channels = shape
         self.count = 0
-        self.total = np.zeros((channels, height, width), np.uint32)  # fits MOST_IMAGES bytes
         self.products = np.zeros((channels, channels))  # float64 is exact up to 2^53
+        self._total = np.zeros((channels, height, width), np.uint32)  # fits MOST_IMAGES bytes
+        self._recent = np.zeros(self._total.shape, np.float32)  # not yet in _total
+        self._recent_count = 0
         self._blocks = np.zeros((0, 0, 0), np.float32)  # kept: new memory costs more than the sums
         self._pixel_count = 0  # in them
+
+    @classmethod
+    def of(cls, count: int, total: np.ndarray, products: np.ndarray) -> 'Sums':
+        """Those of `count` images, as they were kept."""
+        channels, height, width = total.shape
+        found = cls((height, width, channels))
+        found.count, found._total, found.products = count, total, products
+        return found
+
+    @property
+    def total(self) -> np.ndarray:
+        """Sums over images: uint32 [C, H, W]."""
+        self._total += self._recent.astype(np.uint32)
+        self._recent[:], self._recent_count = 0, 0
+        return self._total
 
     def add(self, images: np.ndarray) -> None:
         """Images uint8 [n, H, W, C] more.
@@ -43,34 +62,40 @@ class Sums:
         Raises:
             OverflowError: beyond MOST_IMAGES.
         """
-        at_once = max(1, CHUNK_VALUES // max(1, self.total.size))
+        at_once = max(1, CHUNK_VALUES // max(1, self._total.size))
         for start in range(0, len(images), at_once):
             self.add_planes(np.moveaxis(images[start : start + at_once], -1, 0))
 
     def add_planes(self, planes: np.ndarray) -> None:
         """As `add`, of images whose channels come first: uint8 [C, n, H, W]."""
         self._counted(planes.shape[1])
-        planes = np.ascontiguousarray(planes)
+        images = self._floats(planes)
         for i in range(planes.shape[1]):
-            self.total += planes[:, i]
-        self.products += self._products(planes.reshape(len(planes), -1))
+            if self._recent_count == MOST_RECENT:
+                _ = self.total
+            self._recent += images[:, i]
+            self._recent_count += 1
+        self.products += self._products()
 
     def merge(self, other: 'Sums') -> None:
         """What `other` has counted, added to this."""
         self._counted(other.count)
-        self.total += other.total
+        self._total += other.total
         self.products += other.products
 
-    def _products(self, planes: np.ndarray) -> np.ndarray:
-        """Sums over all pixels of uint8 [C, P] of the products of two channels: [C, C], exact.
-
-        Several times quicker than to convert to float64 first.
-        """
-        channels, pixel_count = planes.shape
+    def _floats(self, planes: np.ndarray) -> np.ndarray:
+        """The planes as float32, a view of `_blocks`: converted once, for both kinds of sums."""
+        channels, pixel_count = len(planes), planes[0].size
         if pixel_count != self._pixel_count:
             self._pixel_count, blocks = pixel_count, -(-pixel_count // BLOCK_PX)
             self._blocks = np.zeros((channels, blocks, BLOCK_PX), np.float32)
-        self._blocks.reshape(channels, -1)[:, :pixel_count] = planes
+        images = self._blocks.reshape(channels, -1)[:, :pixel_count].reshape(planes.shape)
+        images[...] = planes
+        return images
+
+    def _products(self) -> np.ndarray:
+        """Sums over all pixels of `_blocks` of the products of two channels: [C, C], exact."""
+        channels = len(self._blocks)
         products = np.empty((channels, channels))
         for i in range(channels):
             for j in range(i + 1):
@@ -85,13 +110,14 @@ class Sums:
 
     def result(self) -> Statistics:
         """Each vector is signed so that its entry of largest magnitude is positive."""
-        pixel_count = self.count * self.total.shape[1] * self.total.shape[2]
-        mean = self.total.sum(axis=(1, 2), dtype=np.int64) / pixel_count
+        total = self.total
+        pixel_count = self.count * total.shape[1] * total.shape[2]
+        mean = total.sum(axis=(1, 2), dtype=np.int64) / pixel_count
         variances, vectors = np.linalg.eigh(self.products / pixel_count - np.outer(mean, mean))
         variances, vectors = variances[::-1], vectors[:, ::-1]  # eigh sorts upwards
         largest = np.take_along_axis(vectors, np.abs(vectors).argmax(axis=0)[None, :], axis=0)
         return Statistics(
-            mean_image=(np.moveaxis(self.total, 0, -1) / self.count).astype(np.float32, order='C'),
+            mean_image=(np.moveaxis(total, 0, -1) / self.count).astype(np.float32, order='C'),
             colour_std=np.sqrt(np.maximum(variances, 0)).astype(np.float32),
             colour_vectors=(vectors * np.sign(largest)).astype(np.float32),
         )
@@ -109,9 +135,12 @@ def load(path: Path) -> tuple[Statistics, int]:
     Raises:
         OSError, ValueError, KeyError: they are not there, or damaged.
     """
-    with np.load(path) as file:
-        names = ('mean_image', 'colour_std', 'colour_vectors')
-        return Statistics(*(file[name] for name in names)), int(file['count'])
+    try:
+        with np.load(path) as file:
+            names = ('mean_image', 'colour_std', 'colour_vectors')
+            return Statistics(*(file[name] for name in names)), int(file['count'])
+    except (zipfile.BadZipFile, EOFError) as error:  # cut off
+        raise ValueError(str(error)) from None
 
 
 def far_from(found: Statistics, known: Statistics) -> str | None:

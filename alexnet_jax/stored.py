@@ -104,6 +104,8 @@ class Source:
         """Whatever goes wrong in the block, goes wrong with that record."""
         try:
             yield
+        except MemoryError:
+            raise
         except Exception as error:  # decoders and array_record raise whatever they stumble over
             segment, position = self._place(number)
             reason = (str(error).splitlines() or [type(error).__name__])[0]

@@ -6,6 +6,7 @@ What a started run needs of the source lies in its own workdir, so that it can b
 """
 
 import re
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,7 @@ def statistics(init_from: str, workdir: Path) -> Statistics:
     try:
         with np.load(path) as file:
             return Statistics(*(jnp.asarray(file[name]) for name in Statistics._fields))
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise RunError(
             f'{path} is damaged ({error}): remove it, and it is taken from {init_from} again.'
         ) from error

@@ -1,5 +1,5 @@
 """Measurements and sweeps; results/ holds their logs and tables."""
 
-from alexnet_jax import memory
+from alexnet_jax import machine
 
-memory.keep_freed()  # as main.py does, and before JAX comes
+machine.keep_freed()  # as main.py does, and before JAX comes

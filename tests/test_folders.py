@@ -41,6 +41,13 @@ def test_splits_that_are_folders(tmp_path):
     }
 
 
+def test_what_is_passed_over_is_said(tmp_path):
+    put(tmp_path, 'a/1.jpg', 'a/2.heic', 'a/3.HEIC', 'a/.hidden', 'b/1.png', 'b/deep/README')
+    said = []
+    list(folders.source(tmp_path, 'x', validation=0, test=0).members(said.append))
+    assert '.heic 2, without an ending 1' in said[0]
+
+
 def many(root, per_class):
     for label, count in per_class.items():
         put(root, *(f'{label}/{i}.jpg' for i in range(count)))
@@ -104,6 +111,8 @@ def test_names_that_cannot_be(tmp_path, name):
         (('train/a/1.jpg', 'train/b/1.jpg', 'val/c/1.jpg'), {}, "class 'c', which train has not"),
         (('train/a/1.jpg', 'val/a/1.jpg', 'valid/a/1.jpg'), {}, 'two folders for the split'),
         (('train/a/1.jpg', 'b/1.jpg'), {}, "'b', which is no split"),
+        (('train/a/1.jpg', 'train/b/1.jpg', 'val/1.jpg'), {}, 'val has no folder a class'),
+        (('val/a/1.jpg', 'test/a/1.jpg'), {}, 'no folder train among them'),
         (('a/1.jpg', 'b/1.jpg'), {'test': 0.6}, 'too few pictures'),
         (('a/1.jpg', 'b/1.jpg'), {'test': -0.1}, 'are shares'),
         (('a/1.jpg', 'b/1.jpg'), {'test': 0.5, 'validation': 0.5}, 'are shares'),

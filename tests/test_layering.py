@@ -28,7 +28,7 @@ FLOORS = (
     ('archives', 'prepared', 'pictures', 'statistics'),
     ('model', 'optimizer', 'augment'),
     ('ops', 'weight_files'),
-    ('command', 'files', 'memory'),
+    ('command', 'files', 'machine'),
     ('errors',),
 )
 FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}

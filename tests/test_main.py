@@ -1,12 +1,13 @@
 """The doorbell as a person rings it: real processes, exit codes, one sentence, no traceback."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
 
 import pytest
+
+from alexnet_jax import machine
 
 CONFIG = '--config=configs/smoke.py'
 
@@ -103,7 +104,7 @@ def trained(ring, tmp_path_factory):
     return workdir, done
 
 
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason='two cores are needed')
+@pytest.mark.skipif(machine.cores() < 2, reason='two cores are needed')
 @pytest.mark.parametrize('devices', [1, 2])
 def test_a_cpu_appears_as_so_many_devices(ring, tmp_path, devices):
     """Also to a run, which asks JAX about processes before it lays out its mesh."""

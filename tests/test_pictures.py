@@ -8,7 +8,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 
 from alexnet_jax import pictures, predict
 from experiments import official_tars
@@ -83,6 +83,16 @@ def test_the_stored_size_comes_through_unchanged():
     with Image.open(io.BytesIO(encoded)) as picture:
         assert picture.format == 'JPEG'
         np.testing.assert_array_equal(pictures.picture(encoded, 64), np.asarray(picture))
+
+
+def test_a_comment_does_not_come_along():
+    """One that a PNG can hold and a JPEG cannot would not even be written."""
+    buffer, about = io.BytesIO(), PngImagePlugin.PngInfo()
+    about.add_text('comment', 'x' * 70_000, zip=True)
+    Image.new('RGB', (256, 256)).save(buffer, 'png', pnginfo=about)
+    found = pictures.decode_image(buffer.getvalue(), (256, 256, 3))
+    assert found.info['comment']
+    assert b'xxx' not in pictures.jpeg(found, 90)
 
 
 @pytest.mark.filterwarnings('ignore:Corrupt EXIF data')  # as the commands do

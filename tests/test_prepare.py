@@ -170,6 +170,14 @@ def test_the_newest_version_and_a_config(tfds_dir, tmp_path):
     assert prepare.from_tfds('shapes/small', to, tmp_path / 'from').name == '3.0.0'
 
 
+def test_two_configs_of_one_version_are_not_taken_for_each_other(tfds_dir, tmp_path):
+    for place in ('shapes/small/3.0.0', 'shapes/large/3.0.0'):
+        shutil.copytree(tfds_dir / 'shapes/2.1.0', tmp_path / 'from' / place)
+    prepare.from_tfds('shapes/small', tmp_path / 'to', tmp_path / 'from')
+    with pytest.raises(UsageError, match='is another config of shapes already'):
+        prepare.from_tfds('shapes/large', tmp_path / 'to', tmp_path / 'from')
+
+
 def test_what_is_no_set_of_labelled_images(tmp_path):
     folder = by_tfds(tmp_path)
     features = json.loads((folder / 'features.json').read_text())

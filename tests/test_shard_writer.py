@@ -258,6 +258,12 @@ def test_interrupted_by_hand_it_leaves_at_once_without_a_traceback(many, tmp_pat
     wait_until(lambda: all(gone(pid) for pid in children))  # Python's tracker ends a moment later
 
 
+def test_other_pictures_of_the_same_name_are_not_taken_for_these(made, tmp_path):
+    others = draw(tmp_path / 'pets', {'cat': 20, 'dog': 20})
+    with pytest.raises(UsageError, match='made of other pictures'):
+        make(others, made.parents[1])
+
+
 def test_killed_between_its_last_two_deeds(pets, made, tmp_path):
     """Renamed, but its work folder not yet swept away."""
     shutil.copytree(made.parents[1], tmp_path / 'data')
@@ -297,6 +303,14 @@ def test_what_is_left_of_another_job_is_not_used(half, pets, change):
     assert len(rows) == 330 + (change == 'more pictures')
     if change == 'picture':
         assert next(image for name, image, _ in rows if name == 'cat/0000.jpg').max() == 0
+
+
+def test_a_shard_whose_sums_the_disk_lost_is_written_again(half, made):
+    copy, data_dir = half
+    lost = next(data_dir.glob('.prepare-pets/partial/train-*'))
+    lost.write_bytes(b'')
+    make(copy, data_dir)
+    assert sums(data_dir / 'pets/1.0.0') == sums(made)
 
 
 def test_left_shards_are_used_and_not_made_again(half, made, monkeypatch):

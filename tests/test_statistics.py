@@ -65,6 +65,16 @@ def test_the_largest_sums_are_exact():
     np.testing.assert_array_equal(sums.total, white.astype(np.int64).sum(axis=0).transpose(2, 0, 1))
 
 
+def test_more_images_than_float32_sums_exactly(monkeypatch):
+    """Here after every third; the totals are whole numbers all the same."""
+    monkeypatch.setattr(statistics, 'MOST_RECENT', 3)
+    images = np.random.default_rng(0).integers(0, 256, (10, 4, 5, 3), np.uint8)
+    sums = Sums(images.shape[1:])
+    for image in images:
+        sums.add(image[None])
+    np.testing.assert_array_equal(sums.total, images.astype(int).sum(axis=0).transpose(2, 0, 1))
+
+
 def test_planes_of_a_picture_are_its_image():
     image = some(1, (30, 20, 3))[0]
     planes = pictures.planes(Image.fromarray(image))
