@@ -1,7 +1,6 @@
-"""The doorbell: train, evaluate or describe what a config says. See README.md.
+"""Train, evaluate or describe what a config says: python main.py --config=configs/alexnet.py
 
-python main.py --config=configs/alexnet.py
-"""
+The doorbell of the house; see README.md."""
 
 import os
 import sys
@@ -24,6 +23,7 @@ STEP = flags.DEFINE_string('step', 'latest', 'The checkpoint to evaluate: latest
 COORDINATOR = flags.DEFINE_string('coordinator_address', None, 'Of several processes: host:port.')
 PROCESSES = flags.DEFINE_integer('num_processes', None, 'How many; launchers say it themselves.')
 PROCESS = flags.DEFINE_integer('process_id', None, 'Which of them this is, from 0.')
+DATA_DIR = flags.DEFINE_string('data_dir', '', 'Where the data to evaluate on lies, if moved.')
 SPLIT = flags.DEFINE_string('split', 'test', 'To evaluate on: train, validation, test, or TFDS.')
 
 
@@ -42,8 +42,8 @@ def main(argv: list[str]) -> str:
     if MODE.value == 'evaluate':
         from alexnet_jax import evaluate
 
-        folders = [Path(folder) for folder in workdir.split(',')]
-        return evaluate.line(evaluate.run(folders, step=STEP.value, split=SPLIT.value))
+        how = {'step': STEP.value, 'split': SPLIT.value, 'data_dir': DATA_DIR.value}
+        return evaluate.line(evaluate.run([Path(one) for one in workdir.split(',')], **how))
     from alexnet_jax import train
 
     return train.run(config, Path(workdir))
@@ -68,7 +68,7 @@ def complain(error: errors.AlexNetError) -> int:
 def guard(place: distributed.Place) -> int:
     """One of several processes: see that all do the same, and to the end."""
     config = CONFIG.value.to_dict() if CONFIG.value else {}
-    same = (MODE, WORKDIR, STEP, SPLIT)
+    same = (MODE, WORKDIR, STEP, SPLIT, DATA_DIR)
     asked = {'config': config, **{flag.name: flag.value for flag in same}}
     return distributed.guard(place, asked, **config.get('processes', {}))
 
@@ -90,7 +90,7 @@ def ring(argv: list[str]) -> int:
         return distributed.end(complain(error))
     except OSError as error:
         where = f' ({error.filename})' if error.filename else ''
-        what = f'{error.strerror}{where}; see to it, and the same command goes on.'
+        what = f'{error.strerror or error}{where}; see to it, and the same command goes on.'
         return distributed.end(complain(errors.RunError(what)))
     return distributed.end(0)
 

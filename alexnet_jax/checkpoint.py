@@ -490,7 +490,9 @@ def _read_leaf(reader: ocp.Checkpointer, path: Path, name: str) -> np.ndarray:
 
 def _check_fits(path: Path, saved: Mapping[str, Any], target: Mapping[str, Any]) -> None:
     def fault(name: str, what: str) -> RunError:
-        return RunError(f'checkpoint {path} does not fit: {name} {what}; was the config changed?')
+        return RunError(
+            f'checkpoint {path} does not fit: {name} {what}; was the config or the code changed?'
+        )
 
     for name, like in target.items():
         if name not in saved:

@@ -419,13 +419,14 @@ def activations(settings: Settings, layout: Layout) -> dict[str, int]:
     """Bytes by layer of what one device computes in a forward pass, traced and not run."""
     net, size = settings.net, settings.batch_size
     seen: dict[str, int] = {}
+    layer_of = {name: layer.name for layer in net.layers for name in model.steps(layer)}
 
     def local(params, images, masks):
         logits, sown = AlexNet(net, layout.spread).apply(
             {'params': params}, images, masks, mutable=['intermediates']
         )
         for name, (value,) in sown['intermediates'].items():
-            layer = name.partition('_')[0]
+            layer = layer_of[name]
             seen[layer] = seen.get(layer, 0) + value.dtype.itemsize * value.size
         return logits
 

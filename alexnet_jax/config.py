@@ -50,7 +50,11 @@ class Optimizer:
 
 @dataclasses.dataclass(frozen=True)
 class Loop:
-    """How a run goes about its work; none of it changes a number of the training."""
+    """How a run goes about its work.
+
+    None of it changes a number of the training, but that a plateau rule sees an error as often as
+    evaluate_every_epochs says.
+    """
 
     log_every_steps: int
     evaluate_every_epochs: float
@@ -256,6 +260,8 @@ def _net(tree: dict[str, Any]) -> Net:
         )
     rest = {key: value for key, value in tree.items() if key not in rows}
     reference = {name: _value(rows[name].get('fan_in_2012'), int, _fan(name)) for name in names}
+    for name, inputs in reference.items():
+        _at_least(inputs, 1, _fan(name))
     net = _build(Net, rest, 'model', layers=tuple(_layer(name, rows[name]) for name in names))
     for layer in net.layers[:-1]:  # the last one's 0 is 'as many as the data has classes'
         _at_least(layer.features, 1, f'model.{layer.name}.features')
@@ -333,6 +339,8 @@ def _check_net(net: Net) -> None:
 def _check(settings: Settings) -> None:
     for key, least in (('batch_size', 1), ('seed', 0), ('epochs', 0.0)):
         _at_least(getattr(settings, key), least, key)
+    _at_least(settings.optimizer.weight_decay, 0.0, 'optimizer.weight_decay')
+    _at_least(settings.mesh.cpu_devices, 0, 'mesh.cpu_devices')
     recipe = settings.preprocess
     if recipe.image_px < recipe.input_px:
         raise UsageError(
@@ -352,6 +360,12 @@ def _check(settings: Settings) -> None:
     for name, schedule in vars(settings.optimizer).items():
         if isinstance(schedule, optimizer.Schedule):
             _check_schedule(schedule, f'optimizer.{name}')
+    rates = settings.optimizer
+    if rates.biases.kind == 'plateau' and rates.weights.kind != 'plateau':
+        raise UsageError(
+            "optimizer.biases.kind 'plateau' follows the weights' rule: set "
+            'optimizer.weights.kind=plateau too.'
+        )
     if not 0 <= settings.optimizer.momentum < 1:
         raise UsageError('optimizer.momentum must lie in [0, 1).')
     names = tuple(layer.name for layer in settings.net.layers)

@@ -42,8 +42,8 @@ class Preflight:
             after: self.signal[after] / max(self.signal[before], 1e-30)
             for before, after in itertools.pairwise(names)
         }
-        name = min(gains, key=lambda key: gains[key])
-        return name, gains[name]
+        name = min(gains, key=lambda key: gains[key], default=names[-1])
+        return name, gains.get(name, 0.0)
 
 
 def preflight(net: Net, params: Any, pixels: Array, labels: Array) -> Preflight:

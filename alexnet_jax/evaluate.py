@@ -139,7 +139,11 @@ def all_probabilities(
     layout: Layout,
     batch_size: int,
 ) -> dict[str, np.ndarray]:
-    """`probabilities` of several choices of views, by name; each image is read once for all."""
+    """`probabilities` of several choices of views, by name; each image is read once for all.
+
+    Raises:
+        RunError: they are not finite.
+    """
     batch_size = -(-batch_size // layout.replicas) * layout.replicas
     rows = parallel.own_rows(layout, batch_size)
     numbers = sorted({view for views in wanted.values() for view in views})
@@ -154,8 +158,21 @@ def all_probabilities(
                 found[name] = np.empty((len(dataset), mean.shape[1]), mean.dtype)
             room = found[name][start : start + batch_size]
             room[:] = mean[: len(room)]  # what is behind it is padding
+            if not np.isfinite(room).all():
+                raise RunError(
+                    'the probabilities are not finite, the net has diverged: lower '
+                    'optimizer.weights.rate, or evaluate an earlier --step.'
+                )
         start += batch_size
     return found
+
+
+def ranks(probability: np.ndarray, label: np.ndarray) -> np.ndarray:
+    """How many classes come before the label's: int64 [N]; see `scores`."""
+    own = probability[np.arange(len(label)), label][:, None]
+    later = np.arange(probability.shape[1])[None, :] >= label[:, None]
+    behind = (probability < own) | ((probability == own) & later)  # itself too; never with a NaN
+    return probability.shape[1] - np.sum(behind, axis=1)
 
 
 def scores(probability: np.ndarray, label: np.ndarray) -> dict[str, float]:
@@ -165,10 +182,8 @@ def scores(probability: np.ndarray, label: np.ndarray) -> dict[str, float]:
     are ranked by their number, so that a constant prediction is right once in `classes` times. A
     probability that underflows to zero counts as the smallest normal float32.
     """
-    own = probability[np.arange(len(label)), label][:, None]
-    earlier = np.arange(probability.shape[1])[None, :] < label[:, None]
-    rank = np.sum((probability > own) | ((probability == own) & earlier), axis=1)
-    likelihood = np.maximum(own[:, 0], np.finfo(np.float32).tiny).astype(np.float64)
+    rank, own = ranks(probability, label), probability[np.arange(len(label)), label]
+    likelihood = np.maximum(own, np.finfo(np.float32).tiny).astype(np.float64)
     return {
         'top1_error': float(np.mean(rank >= 1)),
         'top5_error': float(np.mean(rank >= 5)),

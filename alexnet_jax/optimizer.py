@@ -34,7 +34,8 @@ class Schedule:
         with 250 and 3, the weights of run 170, switching at 25, 50 and 75 % of the run.
     plateau: `rate` divided by `drop` whenever the validation error has not fallen for
         `patience_epochs`, at most `max_drops` times and never below `floor` (paper, section 5:
-        by ten, three times; there it was done by hand).
+        by ten, three times; there it was done by hand). Of two plateaus the weights' patience and
+        number count for both.
     """
 
     kind: str

@@ -141,7 +141,7 @@ def compiler_options(net: Net) -> dict[str, str] | None:
     if jax.default_backend() != 'cpu':
         return None
     options = {'xla_cpu_scheduler_type': 'CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED'}
-    if max(layer.features for layer in net.layers if layer.kind == 'conv') >= WIDE:
+    if any(layer.kind == 'conv' and layer.features >= WIDE for layer in net.layers):
         kinds = ('INDIVIDUAL_DOT', 'REDUCE')
         by_ynnpack = ','.join(f'LIBRARY_FUSION_TYPE_{kind}' for kind in kinds)
         options['xla_cpu_experimental_ynn_fusion_type'] = by_ynnpack

@@ -138,7 +138,8 @@ def make_train_step(
         new = jax.tree.map(lambda a, b: jnp.where(sound, a, b), proposed, state)
         count = batch['label'].size
         wrong = jnp.sum(jnp.argmax(logits, axis=-1) != batch['label'])
-        metrics = {'loss': (loss * count, count), 'top1_error': (wrong, count)}
+        said = jnp.where(sound, loss, jnp.nan)  # so that the host need not look at the state
+        metrics = {'loss': (said * count, count), 'top1_error': (wrong, count)}
         return new.replace(sound=sound), metrics
 
     return train_step

@@ -40,6 +40,7 @@ from alexnet_jax.step import (
 )
 
 Array = jax.Array
+PREFLIGHT_IMAGES = 128  # enough for a standard deviation, and any one device holds them
 STALL = 0.05  # the share of its time that the loop may stand still before it says so
 
 # ---------------------------------------------------------------------------------- what is open
@@ -252,8 +253,9 @@ def preflight(job: Job, state: TrainState) -> None:
 
 
 def first_batch(job: Job) -> tuple[Array, Array]:
-    """Labels [B] of the first training batch, and its centre crops as conv1 sees them."""
-    batch, recipe = jax.tree.map(jnp.asarray, job.host_batch(0)), job.settings.preprocess
+    """Labels [B] of the first images of the first batch, and their crops as conv1 sees them."""
+    rows, recipe = slice(PREFLIGHT_IMAGES), job.settings.preprocess
+    batch = jax.tree.map(jnp.asarray, job.host_batch(0, rows))
     size, *_, channels = batch['image'].shape
     statistics = parallel.fetch(job.statistics, job.layout)
 
@@ -399,7 +401,7 @@ class StepLog:
 
     def _take(self, step: int, metrics: dict, state: TrainState) -> None:
         metrics = jax.device_get(metrics)
-        if not math.isfinite(metrics['loss'][0]) or not bool(state.sound):
+        if not math.isfinite(metrics['loss'][0]):
             raise not_finite(self.job, state)
         self.means.add(metrics)
         self.steps += 1

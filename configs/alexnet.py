@@ -227,7 +227,7 @@ def schedule(kind: str, rate: float, **values) -> dict:
 
 
 def loop() -> ConfigDict:
-    """How a run goes about its work; none of it changes a number of the training."""
+    """How a run goes about its work; only a plateau rule minds how often it evaluates."""
     return ConfigDict(
         dict(
             log_every_steps=50,

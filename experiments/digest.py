@@ -124,10 +124,7 @@ def wrong(arrays: Mapping[str, np.ndarray]) -> Wrong:
     """Which images were missed; ranked as evaluate.scores ranks them."""
     label, result = arrays['label'], {}
     for view in evaluate.VIEWS:
-        probability = arrays[view]
-        own = probability[np.arange(len(label)), label][:, None]
-        earlier = np.arange(probability.shape[1])[None, :] < label[:, None]
-        rank = np.sum((probability > own) | ((probability == own) & earlier), axis=1)
+        rank = evaluate.ranks(arrays[view], label)
         result[view] = {measure: rank >= k for measure, k in MEASURES.items()}
     return result
 

@@ -189,6 +189,14 @@ def test_activations_by_hand():
     assert held['fc6'] == FLOAT32 * images * (512 // 2) * 3
 
 
+def test_a_layer_may_have_any_name():
+    first = dataclasses.replace(SETTINGS.net.layers[0], name='first_of_all')
+    net = dataclasses.replace(SETTINGS.net, layers=(first, *SETTINGS.net.layers[1:]))
+    settings = dataclasses.replace(SETTINGS, net=net)
+    held = communication.activations(settings, lay_out(MeshShape(1, 1)))
+    assert next(iter(held)) == 'first_of_all'
+
+
 def test_one_weird_trick_splits_fully_connected_layers_over_all_devices():
     held = reading(4, placement='one_weird_trick').memory
     assert held.parameters['conv3'] == FLOAT32 * sum(PARAMETERS['conv3'])

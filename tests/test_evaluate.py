@@ -10,6 +10,7 @@ from alexnet_jax import config as configuration
 from alexnet_jax import data, evaluate, model, parallel
 from alexnet_jax.augment import Statistics
 from alexnet_jax.config import MeshShape
+from alexnet_jax.errors import RunError
 from configs import smoke
 
 
@@ -42,6 +43,11 @@ def test_a_constant_prediction_is_right_once_in_ten():
 def test_a_probability_of_zero_is_a_finite_loss():
     found = evaluate.scores(np.array([[1.0, 0.0]], np.float32), np.array([1]))
     assert found['nll'] == pytest.approx(-math.log(np.finfo(np.float32).tiny))
+
+
+def test_what_is_no_number_is_wrong():
+    found = evaluate.scores(np.full((2, 10), np.nan, np.float32), np.array([0, 9]))
+    assert found['top1_error'] == found['top5_error'] == 1.0
 
 
 def test_class_accuracy():
@@ -80,6 +86,15 @@ def test_every_image_is_counted_once(net, batch_size, mesh):
         batch_size=150,
     )
     np.testing.assert_allclose(one, reference, rtol=1e-5)
+
+
+def test_a_net_that_has_diverged_is_not_evaluated(net):
+    settings, params, statistics, dataset = net
+    broken = params | {'fc8': params['fc8'] | {'bias': params['fc8']['bias'] + np.inf}}
+    layout = parallel.lay_out(MeshShape(1, 1), 64)
+    predict = evaluate.make_predict(settings, layout)
+    with pytest.raises(RunError, match='the net has diverged'):
+        evaluate.probabilities(predict, broken, statistics, dataset, layout=layout, batch_size=150)
 
 
 def test_ten_views_average_probabilities(net):
