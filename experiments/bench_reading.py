@@ -14,7 +14,6 @@ experiments/results/reading/<device>.json.
 
 import argparse
 import contextlib
-import io
 import json
 import os
 import re
@@ -33,8 +32,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from alexnet_jax import data, records, stored
-from alexnet_jax.readers import Readers, cores
+from alexnet_jax import data, records, shard_writer, stored
+from alexnet_jax.machine import cores
+from alexnet_jax.readers import Readers
 
 RESULTS = Path(__file__).parent / 'results' / 'reading'
 FILES, CLASSES, BATCH, PX = 626, 1000, 128, 256
@@ -42,30 +42,6 @@ IMAGES = {'raw': 2000, 'jpeg': 4000}  # 400 MB and about 120 MB
 
 
 # ---- data sets ------------------------------------------------------------------------------
-
-
-def varint(number: int) -> bytes:
-    """In protobuf's wire format."""
-    head = []
-    while number > 127:
-        head.append(number & 127 | 128)
-        number >>= 7
-    return bytes([*head, number])
-
-
-def field(number: int, contents: bytes) -> bytes:
-    """A length-delimited field."""
-    return bytes([number << 3 | 2]) + varint(len(contents)) + contents
-
-
-def example(image: bytes, label: int) -> bytes:
-    """A tf.train.Example of an image and its label."""
-
-    def feature(name: bytes, kind: int, value: bytes) -> bytes:
-        return field(1, field(1, name) + field(2, field(kind, field(1, value))))
-
-    both = feature(b'image', 1, image) + feature(b'label', 3, varint(label))
-    return field(1, both)
 
 
 def write(folder: Path, count: int, files: int, px: int, encoded: Callable[[int], bytes]) -> None:
@@ -80,7 +56,7 @@ def write(folder: Path, count: int, files: int, px: int, encoded: Callable[[int]
         path = version / f'{folder.name}-train.array_record-{i:05d}-of-{files:05d}'
         writer = ArrayRecordWriter(str(path), 'group_size:1,uncompressed')
         for _ in range(length):
-            writer.write(example(encoded(number), number % CLASSES))
+            writer.write(shard_writer.example(str(number), encoded(number), number % CLASSES))
             number += 1
         writer.close()
     split = {'name': 'train', 'shardLengths': [str(length) for length in lengths]}
@@ -102,13 +78,6 @@ def drawn(rng: np.random.Generator) -> np.ndarray:
         part = Image.fromarray(noise).resize((PX, PX), Image.Resampling.BICUBIC)
         total += weight * np.asarray(part)
     return total.astype(np.uint8)
-
-
-def jpeg(image: np.ndarray) -> bytes:
-    """Quality 90, as prepared."""
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, 'jpeg', quality=90)
-    return buffer.getvalue()
 
 
 # ---- start-up -------------------------------------------------------------------------------
@@ -284,8 +253,8 @@ def workers_of_grain() -> dict[str, Any]:
 def rates(folder: Path, name: str, rounds: int) -> dict[str, Any]:
     """Median images/s of each way, measured in turn."""
     rng = np.random.default_rng(0)
-    pictures = [drawn(rng) for _ in range(100)]
-    encoded = [image.tobytes() if name == 'raw' else jpeg(image) for image in pictures]
+    form = shard_writer.Form(storage=name)
+    encoded = [form.encode(drawn(rng)) for _ in range(100)]
     count = IMAGES[name]
     write(folder / name, count, 4, PX, lambda i: encoded[i % len(encoded)])
     counts = sorted({1, 2, cores()})
