@@ -51,12 +51,15 @@ class Row:
     found: dict[str, Difference] = dataclasses.field(default_factory=dict)  # by measure
     p: dict[str, float] = dataclasses.field(default_factory=dict)  # corrected for the rows
     images_only: bool = False  # the interval is of other images, with these very nets
+    stuck: bool = False  # every run ended where a constant prediction is
 
     def finding(self, measure: str) -> str:
         """In a word: an interval that holds zero decides nothing."""
         if measure not in self.found:
             return 'not run'
         own = self.found[measure]
+        if self.stuck:
+            return 'did not train'
         if own.low is None:
             return 'one seed'
         if not own.decided:
@@ -91,7 +94,14 @@ def _ablation(name: str, own: Mapping[int, Kept], base: Mapping[int, Kept], view
     if not seeds:
         return Row(claim.row, claim)
     pairs = [(own[seed].wrong[view], base[seed].wrong[view]) for seed in seeds]
-    return _compared(claim, pairs)
+    stuck = all(_is_stuck(own[seed]) for seed in seeds)
+    return dataclasses.replace(_compared(claim, pairs), stuck=stuck)
+
+
+def _is_stuck(run: Kept) -> bool:
+    model = run.config['model']
+    chance = 1 - 1 / model[model['layers'][-1]]['features']
+    return run.final()['centre']['top1_error'] > 0.99 * chance
 
 
 def _one_view(base: Mapping[int, Kept]) -> Row:
@@ -242,7 +252,9 @@ def notes(found: Sequence[Row], runs: Sequence[Kept]) -> str:
         f'before it, in per cent: positive is worse. In brackets the 95 % interval over seeds and '
         f'images (experiments/intervals.py); p is for top-1, corrected for the number of rows '
         f'(Holm). An interval that holds zero decides nothing; "undecided among so many" is one '
-        f'that does not, and has p >= 0.05. † over images alone: these very nets, new images. '
+        f'that does not, and has p >= 0.05. "did not train": every seed ended where a constant '
+        f'prediction is, which tells of the rates rather than of the change. † over images alone: '
+        f'these very nets, new images. '
         f'"std of seeds" is that of the differences, in the first row of the error itself. '
         f'Decided in top-1: {decided} of {len(asked)} rows that were run '
         f'(ensembles apart).\n\n'
