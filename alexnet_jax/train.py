@@ -357,7 +357,7 @@ def finish(job: Job, state: TrainState, history: History, book: records.Records)
 
 
 class StepLog:
-    """Follows the loop one step behind, so that the host never waits for the step just started."""
+    """Follows the loop one step behind, so that an accelerator never waits for the host."""
 
     def __init__(self, job: Job, history: History, book: records.Records, start: int):
         self.job, self.history, self.book = job, history, book
@@ -378,6 +378,8 @@ class StepLog:
     def after(self, step: int, metrics: dict, state: TrainState) -> None:
         """Step `step` is under way: take in the one before."""
         previous, self.pending = self.pending, (step, metrics)
+        if jax.default_backend() == 'cpu':  # two steps at once cost each other a third
+            jax.block_until_ready(metrics)
         if previous is not None:
             self._take(*previous, state)
 
