@@ -378,8 +378,7 @@ class StepLog:
     def after(self, step: int, metrics: dict, state: TrainState) -> None:
         """Step `step` is under way: take in the one before."""
         previous, self.pending = self.pending, (step, metrics)
-        if jax.default_backend() == 'cpu':  # two steps at once cost each other a third
-            jax.block_until_ready(metrics)
+        parallel.pace(metrics)
         if previous is not None:
             self._take(*previous, state)
 

@@ -26,7 +26,7 @@ import jax
 import numpy as np
 
 from alexnet_jax import config as configuration
-from alexnet_jax import records, train
+from alexnet_jax import parallel, records, train
 from alexnet_jax.errors import AlexNetError, RunError
 from alexnet_jax.train import History, Job
 from configs import alexnet
@@ -95,7 +95,8 @@ def resident(job: Job, state: Any, batch: Any, steps: int) -> tuple[Any, float]:
     """Steps on one batch; seconds each."""
     start = time.perf_counter()
     for _ in range(steps):
-        state, _ = job.train_step(state, batch, job.statistics)
+        state, metrics = job.train_step(state, batch, job.statistics)
+        parallel.pace(metrics)
     jax.block_until_ready(state)
     return state, (time.perf_counter() - start) / steps
 

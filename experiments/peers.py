@@ -135,6 +135,7 @@ def _steps(step: Callable, start: Any, value: Callable) -> Contestant:
         state, metrics = states.pop(), None
         for _ in range(steps):
             state, metrics = step(state)
+            parallel.pace(metrics)
         states.append(jax.block_until_ready(state))
         return metrics
 
