@@ -9,7 +9,7 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from alexnet_jax import distributed, errors, machine
+from alexnet_jax import distributed, errors
 
 CONFIG = config_flags.DEFINE_config_file('config', None, 'A file of configs/; ":scale" may follow.')
 MODE = flags.DEFINE_enum('mode', 'train', ('train', 'evaluate', 'describe'), 'What to do.')
@@ -96,5 +96,4 @@ def ring(argv: list[str]) -> int:
 
 
 if __name__ == '__main__':
-    machine.keep_freed()
     app.run(ring, flags_parser=parse)

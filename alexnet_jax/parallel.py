@@ -89,8 +89,8 @@ def set_up_cpu(cpu_devices: int) -> None:
     """Have a CPU appear as so many devices, unless JAX or the environment has decided already.
 
     As no more than the cores that this process may use. Call it before anything asks JAX for its
-    devices. One device computes in the thread that calls it, several in threads of JAX's own:
-    machine.py says why that matters.
+    devices. One device computes in the thread that calls it: malloc keeps more for that than for
+    others (machine.py).
     """
     wanted = min(cpu_devices, machine.cores())
     forced = 'xla_force_host_platform_device_count' in os.environ.get('XLA_FLAGS', '')
@@ -99,9 +99,7 @@ def set_up_cpu(cpu_devices: int) -> None:
     if wanted and not forced and not chosen:
         with contextlib.suppress(RuntimeError):  # JAX has looked
             jax.config.update('jax_num_cpu_devices', wanted)
-    if forced or jax.config.jax_num_cpu_devices > 1:  # ty: ignore[missing-attribute]
-        machine.share_arena()
-    else:
+    if not forced and jax.config.jax_num_cpu_devices < 2:  # ty: ignore[missing-attribute]
         jax.config.update('jax_cpu_enable_async_dispatch', False)
 
 

@@ -19,7 +19,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from alexnet_jax import augment, data, diagnose, distributed, evaluate, parallel, records, transfer
+from alexnet_jax import (
+    augment,
+    data,
+    diagnose,
+    distributed,
+    evaluate,
+    machine,
+    parallel,
+    records,
+    transfer,
+)
 from alexnet_jax import config as configuration
 from alexnet_jax import optimizer as optimizers
 from alexnet_jax import workdir as workdirs
@@ -286,6 +296,8 @@ def train(
             batch = log.wait_for(batches)
             state, metrics = job.train_step(state, batch, job.statistics)
             log.after(step, metrics, state)
+            if step == start + 1:  # it is compiled
+                machine.keep_freed()
             leaving = interrupt.asks_to_leave(step)  # asked once: a signal may come at any line
             due = step in evaluations or step in saves or leaving
             if due:

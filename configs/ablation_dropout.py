@@ -7,8 +7,8 @@ the number of iterations required to converge" (4.2). No figure, no run found. W
 halving of fc6's and fc7's outputs at test.
 
 A run of few epochs hardly overfits, and sees the price of dropout rather than its worth. At
-quickstart it sees neither: with nothing dropped the logits are several times as large, its rates
-are too, and the loss jumps and stays at ln(10).
+quickstart it may see neither: with nothing dropped the logits are several times as large, its rates
+are too, and of some seeds the loss jumps and stays at ln(10).
 """
 
 from configs import Claim, alexnet

@@ -26,7 +26,7 @@ import jax
 import numpy as np
 
 from alexnet_jax import config as configuration
-from alexnet_jax import parallel, records, train
+from alexnet_jax import machine, parallel, records, train
 from alexnet_jax.errors import AlexNetError, RunError
 from alexnet_jax.train import History, Job
 from configs import alexnet
@@ -77,6 +77,7 @@ def feed(config: Any, scratch: Path, rounds: int, sample_secs: float) -> dict[st
     job = train.open_job(config, configuration.unpack(config), scratch)
     batch = job.batch(0)
     state, _ = resident(job, job.start(), batch, 1)
+    machine.keep_freed()
     state, secs = resident(job, state, batch, 1)
     steps = max(FEWEST_STEPS, round(10 * sample_secs / secs))
     state, *_ = real(job, state, FEWEST_STEPS, scratch)

@@ -40,7 +40,7 @@ os.environ.setdefault('XLA_PYTHON_CLIENT_MEM_FRACTION', '0.5')
 import jax
 import numpy as np
 
-from alexnet_jax import command, files, parallel, records
+from alexnet_jax import command, files, machine, parallel, records
 from alexnet_jax.errors import RunError, UsageError
 from configs import ablation_lrn, alexnet, variant_torchvision
 from experiments import limits, peers
@@ -101,6 +101,7 @@ def _warmed(make: Callable[[], Contestant], sample_secs: float) -> tuple[Contest
     start = time.perf_counter()
     contestant = make()
     contestant.run(1)
+    machine.keep_freed()
     first_secs = time.perf_counter() - start
     start = time.perf_counter()
     contestant.run(1)
