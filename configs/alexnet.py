@@ -51,7 +51,7 @@ def get_config(scale: str = 'quickstart') -> ConfigDict:
         # A run of a few epochs has no time for run 170's 250-fold fall.
         config.optimizer.weights.factor = 20.0
     if scale == 'quickstart':
-        # Its operations are too small to share: as two devices, two cores are an eighth faster.
+        # Its operations are too small to share: as two devices, two cores are a quarter faster.
         config.mesh.cpu_devices = 2
         config.model.input_px = config.preprocess.resize_px = 112
         config.preprocess.image_px = 120
