@@ -42,8 +42,8 @@ SOURCES = list(itertools.product((0.0, 0.05, 0.15), ((0.0, 0.5), (0.3, 0.5), (1.
 def test_the_interval_covers_the_true_difference(seeds, seed_std, of_images):
     """93 to 97 %: the Monte-Carlo error of 4,000 repeats is 0.3 %."""
     ours, base, true = simulate(seeds, seed_std, *of_images)
-    mean, of_seeds, images = intervals.crossed(ours.astype(np.float64) - base)
-    half = intervals.half_width(of_seeds, images, seeds)
+    mean, variances = intervals.crossed(ours.astype(np.float64) - base)
+    half = intervals.half_width(variances, seeds)
     coverage = np.mean(np.abs(mean - true) <= half)
     assert 0.93 <= coverage <= 0.97, coverage
 
@@ -51,11 +51,11 @@ def test_the_interval_covers_the_true_difference(seeds, seed_std, of_images):
 def test_seeing_one_source_alone_does_not_cover():
     """Why all this: the images' interval where seeds differ, the seeds' where images do."""
     ours, base, true = simulate(3, 0.15, 0.3, 0.5)
-    mean, of_seeds, images = intervals.crossed(ours.astype(np.float64) - base)
-    assert np.mean(np.abs(mean - true) <= 1.96 * np.sqrt(images)) < 0.5
-    assert np.mean(np.abs(mean - true) <= 1.96 * np.sqrt(of_seeds + images)) < 0.9
+    mean, (of_seeds, of_images, _) = intervals.crossed(ours.astype(np.float64) - base)
+    assert np.mean(np.abs(mean - true) <= 1.96 * np.sqrt(of_images)) < 0.5
+    assert np.mean(np.abs(mean - true) <= 1.96 * np.sqrt(of_seeds + of_images)) < 0.9
     ours, base, true = simulate(3, 0.0, 1.0, 0.1)
-    mean, of_seeds, images = intervals.crossed(ours.astype(np.float64) - base)
+    mean, (of_seeds, *_) = intervals.crossed(ours.astype(np.float64) - base)
     assert np.mean(np.abs(mean - true) <= stats.t.ppf(0.975, 2) * np.sqrt(of_seeds)) < 0.7
 
 
@@ -90,6 +90,22 @@ def test_one_by_hand():
     cochran, satterthwaite = share * t + (1 - share) * z, stats.t.ppf(0.975, 1 / share**2)
     half = (cochran + satterthwaite) / 2 * np.sqrt(of_seeds + of_images)
     assert (found.low, found.high) == pytest.approx((3 / 8 - half, 3 / 8 + half))
+    assert not found.decided
+
+
+def test_seeds_that_agree_by_chance_decide_nothing():
+    """Two seeds of one difference have no variance, but the images do."""
+    ours, base = np.zeros((2, 400), bool), np.zeros((2, 400), bool)
+    ours[0, :3], ours[1, 3:6], base[:, 6] = True, True, True
+    found = intervals.difference(ours, base)
+    assert found.mean == pytest.approx(2 / 400)
+    assert found.spread == 0
+    # d: each seed misses three images of its own, and not one that the base misses twice
+    mean, (_, of_images, of_rest) = intervals.crossed(ours.astype(float) - base)
+    assert of_rest > 0
+    half = 2 / 3 * 1.959963985 * np.sqrt(of_images + of_rest)
+    assert (found.low, found.high) == pytest.approx((mean - half, mean + half))
+    assert found.low < 0 < found.high
     assert not found.decided
 
 
