@@ -1,6 +1,7 @@
-"""Train, evaluate or describe what a config says: python main.py --config=configs/alexnet.py
+"""The doorbell: train, evaluate or describe what a config says. See README.md.
 
-The doorbell of the house; see README.md."""
+python main.py --config=configs/alexnet.py
+"""
 
 import os
 import sys

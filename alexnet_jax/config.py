@@ -339,8 +339,6 @@ def _check_net(net: Net) -> None:
 def _check(settings: Settings) -> None:
     for key, least in (('batch_size', 1), ('seed', 0), ('epochs', 0.0)):
         _at_least(getattr(settings, key), least, key)
-    _at_least(settings.optimizer.weight_decay, 0.0, 'optimizer.weight_decay')
-    _at_least(settings.mesh.cpu_devices, 0, 'mesh.cpu_devices')
     recipe = settings.preprocess
     if recipe.image_px < recipe.input_px:
         raise UsageError(
@@ -360,14 +358,15 @@ def _check(settings: Settings) -> None:
     for name, schedule in vars(settings.optimizer).items():
         if isinstance(schedule, optimizer.Schedule):
             _check_schedule(schedule, f'optimizer.{name}')
-    rates = settings.optimizer
-    if rates.biases.kind == 'plateau' and rates.weights.kind != 'plateau':
+    update = settings.optimizer
+    if update.biases.kind == 'plateau' and update.weights.kind != 'plateau':
         raise UsageError(
             "optimizer.biases.kind 'plateau' follows the weights' rule: set "
             'optimizer.weights.kind=plateau too.'
         )
-    if not 0 <= settings.optimizer.momentum < 1:
+    if not 0 <= update.momentum < 1:
         raise UsageError('optimizer.momentum must lie in [0, 1).')
+    _at_least(update.weight_decay, 0.0, 'optimizer.weight_decay')
     names = tuple(layer.name for layer in settings.net.layers)
     _one_of(settings.optimizer.late.layer, ('none', *names), 'optimizer.late.layer')
     for name, multiplier in settings.optimizer.multipliers:
@@ -399,6 +398,7 @@ def _check_schedule(schedule: optimizer.Schedule, path: str) -> None:
 
 
 def _check_mesh(settings: Settings) -> None:
+    _at_least(settings.mesh.cpu_devices, 0, 'mesh.cpu_devices')
     mesh, towers = settings.mesh, settings.net.towers
     if mesh.data < 1 and mesh.data != -1:
         raise UsageError(f'mesh.data must be positive, or -1 for all that are left: {mesh.data}.')

@@ -81,11 +81,9 @@ def from_tfds(name: str, data_dir: Path, tfds_dir: Path, report: Report = say) -
 def _newest(name: str, folder: Path) -> Path | None:
     """The newest version of a data set in array_record that lies in a folder of TFDS's."""
     base, _, config = name.partition('/')
+    places = [folder / base / config] if config else [folder / base, *(folder / base).glob('*')]
     found = []
-    depths = (config,) if config else ('.', '*')
-    for info in (
-        info for depth in depths for info in (folder / base).glob(f'{depth}/*/dataset_info.json')
-    ):
+    for info in (info for place in places for info in place.glob('*/dataset_info.json')):
         with contextlib.suppress(OSError, ValueError, KeyError):
             if json.loads(info.read_text())['fileFormat'] == 'array_record':
                 version = [int(part) for part in info.parent.name.split('.')]

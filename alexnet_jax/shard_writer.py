@@ -111,7 +111,7 @@ def make(
         data_dir: the folder of all data sets.
         form: how the images are stored.
         report: called with a line of progress now and then.
-        workers: processes; as many as this one may use cores if not given.
+        workers: processes; one a core if not given.
         skip_corrupt: how many pictures may be left out because they cannot be decoded.
         shard_images: pictures a shard, about.
 
@@ -469,8 +469,7 @@ def _write_shards(job: Job, workers: int, skip_corrupt: int) -> None:
 
 
 def _too_many(tasks: Sequence[Task], allowed: int) -> RunError:
-    parts = [_read_part(task.partial) for task in tasks if task.target.exists()]
-    names = [name for part in parts for name in part.skipped]
+    names = [name for task in tasks if (part := _done(task)) for name in part.skipped]
     shown = ', '.join(ascii(name)[1:-1] for name in names[:5])
     return RunError(
         f'{len(names)} pictures cannot be decoded ({shown}{", ..." if names[5:] else ""}), and '

@@ -52,8 +52,7 @@ class Sums:
     @property
     def total(self) -> np.ndarray:
         """Sums over images: uint32 [C, H, W]."""
-        self._total += self._recent.astype(np.uint32)
-        self._recent[:], self._recent_count = 0, 0
+        self._settle()
         return self._total
 
     def add(self, images: np.ndarray) -> None:
@@ -72,7 +71,7 @@ class Sums:
         images = self._floats(planes)
         for i in range(planes.shape[1]):
             if self._recent_count == MOST_RECENT:
-                _ = self.total
+                self._settle()
             self._recent += images[:, i]
             self._recent_count += 1
         self.products += self._products()
@@ -82,6 +81,10 @@ class Sums:
         self._counted(other.count)
         self._total += other.total
         self.products += other.products
+
+    def _settle(self) -> None:
+        self._total += self._recent.astype(np.uint32)
+        self._recent[:], self._recent_count = 0, 0
 
     def _floats(self, planes: np.ndarray) -> np.ndarray:
         """The planes as float32, a view of `_blocks`: converted once, for both kinds of sums."""

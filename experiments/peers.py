@@ -15,7 +15,6 @@ as uint8.
 import dataclasses
 import functools
 import importlib.util
-import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -26,7 +25,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from alexnet_jax import config, model, parallel
+from alexnet_jax import config, machine, model, parallel
 from alexnet_jax.augment import Statistics
 from alexnet_jax.config import Settings
 from alexnet_jax.model import Net
@@ -439,8 +438,7 @@ def torch_form(form: tuple[str, str, str], case: Case, what: str) -> Contestant:
 
 def _torch_settings(torch: Any) -> None:
     """All cores; on a GPU TF32 where float32 is asked for, as JAX does, and cuDNN's own search."""
-    cores = os.sched_getaffinity(0) if hasattr(os, 'sched_getaffinity') else range(os.cpu_count())
-    torch.set_num_threads(len(cores))
+    torch.set_num_threads(machine.cores())
     torch.set_float32_matmul_precision('high')
     torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True

@@ -218,25 +218,22 @@ def steps(flags: argparse.Namespace) -> list[Row]:
 DEVICES = 'JAX_NUM_CPU_DEVICES'
 
 
-def apart(flags: argparse.Namespace) -> None:
-    """The parts asked for, in processes of their own, each with a CPU shown as its trainer has it.
+def apart(flags: argparse.Namespace, part: str) -> None:
+    """A part, in processes of their own, each with a CPU shown as its trainer has it.
 
     Of the steps, ours beside PyTorch, then beside each other form of Flax: what several large
     programs of XLA allocate in turn costs them time, and a trainer has its process to itself.
     """
-    for part in flags.parts:
-        if part == 'start':  # starts processes anyway
-            _alone(flags, part, 0)
-        elif part == 'feeding':
-            for name in flags.inputs:
-                devices = alexnet.get_config(INPUTS[name]).mesh.cpu_devices
-                _alone(flags, part, devices, f'--inputs={name}')
-        else:
-            for net in flags.nets:
-                module, scale = NETS[net]
-                devices = module.get_config(scale).mesh.cpu_devices
-                for words in _turns(flags) if part == 'steps' else [()]:
-                    _alone(flags, part, devices, f'--nets={net}', *words)
+    if part == 'feeding':
+        for name in flags.inputs:
+            devices = alexnet.get_config(INPUTS[name]).mesh.cpu_devices
+            _alone(flags, part, devices, f'--inputs={name}')
+        return
+    for net in flags.nets:
+        module, scale = NETS[net]
+        devices = module.get_config(scale).mesh.cpu_devices
+        for words in _turns(flags) if part == 'steps' else [()]:
+            _alone(flags, part, devices, f'--nets={net}', *words)
 
 
 def _turns(flags: argparse.Namespace) -> list[tuple[str, ...]]:
@@ -406,10 +403,11 @@ def act(flags: argparse.Namespace) -> int:
             'feeding': feeding.feeding,
             'start': feeding.start,
         }
-        if on_cpu and DEVICES not in os.environ:
-            apart(flags)
-        else:
-            for part in flags.parts:
+        for part in flags.parts:
+            # 'start' starts processes anyway, which see the CPU as they like.
+            if on_cpu and part != 'start' and DEVICES not in os.environ:
+                apart(flags, part)
+            else:
                 measures[part](flags)
     throughput_page.write(flags.out)
     return 0

@@ -61,7 +61,8 @@ def one_sentence(done, code: int, *words: str) -> None:
         ((CONFIG, '--config.data.test=tset', '--workdir={tmp}/w'), 'tset'),
         ((CONFIG, '--config.data.name=fashion_mnist', '--config.model.fc8.features=7',
           '--workdir={tmp}/w'), 'set model.fc8.features=10'),
-        ((CONFIG, '--config.mesh.data=3', '--workdir={tmp}/w'), 'does not divide the'),
+        ((CONFIG, '--config.mesh.data=3', '--config.mesh.cpu_devices=1', '--workdir={tmp}/w'),
+         'does not divide the 1 device(s)'),
         (('--mode=evaluate', '--workdir={tmp}/w', '--step=soon'), ''),
     ],
 )  # fmt: skip
