@@ -7,7 +7,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from alexnet_jax.errors import UsageError
+from alexnet_jax import archives
+from alexnet_jax.errors import RunError, UsageError
 from alexnet_jax.prepared import OFFICIAL, Report
 from alexnet_jax.shard_writer import Member, Source
 
@@ -33,13 +34,15 @@ def source(
 
     Args:
         folder: its subfolders are the classes, or the splits and theirs the classes. Hidden files
-            are passed over, and those that do not end as pictures do; of these it is said.
+            are passed over, and those that do not end as pictures do or lie in no class's folder;
+            of these it is said.
         name: of the data set; that of the folder if not given.
         validation: the share of it that validates, where the folder has no split of its own.
         test: likewise.
 
     Raises:
         UsageError: there are no pictures, or the folders do not fit together.
+        RunError: a folder or picture cannot be read.
     """
     if not folder.is_dir():
         raise UsageError(f'--source={folder} is no folder: name one with a folder a class.')
@@ -63,13 +66,31 @@ def source(
         description=f'Pictures of {len(classes)} classes.',
         class_names=tuple(classes),
         words=(),
-        made_of=dict(images=counts, validation=validation, test=test),
+        made_of=dict(
+            images=counts, validation=validation, test=test, names_and_sizes=_digest(folder, splits)
+        ),
         inputs=(
             folder / file for found in splits.values() for one in found.values() for file in one
         ),
         members=lambda report: _members(folder, splits, labels, report),
         images=sum(counts.values()),
     )
+
+
+def _digest(folder: Path, splits: dict[str, Pictures]) -> str:
+    """Changes with the pictures, and not when they are copied elsewhere."""
+    digest = hashlib.sha256()
+    for split, found in splits.items():
+        for name in (name for names in found.values() for name in names):
+            digest.update(f'{split} {_size(folder / name)} {name!a}\n'.encode())
+    return digest.hexdigest()
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise archives.unreadable(path, error) from None
 
 
 def _name(name: str | None, folder: Path) -> str:
@@ -121,8 +142,13 @@ def _pictures(root: Path, folder: Path) -> list[str]:
     if not folder.name.isprintable():
         raise UsageError(f'{folder.name!a} is no name for a class: rename that folder.')
     names = []
-    for place, inside, found in os.walk(folder):
+    for place, inside, found in os.walk(folder, onerror=_refuse):
         inside[:] = [name for name in inside if not name.startswith('.')]
+        for link in (Path(place, name) for name in inside if Path(place, name).is_symlink()):
+            raise UsageError(
+                f'{link} is a link, and links within a class are not followed: put its pictures '
+                'there, or remove it.'
+            )
         names += [
             Path(place, name).relative_to(root).as_posix() for name in found if _is_picture(name)
         ]
@@ -131,17 +157,25 @@ def _pictures(root: Path, folder: Path) -> list[str]:
     return sorted(names)
 
 
+def _refuse(error: OSError) -> None:
+    raise RunError(
+        f'{error.filename} cannot be read ({error.strerror}): its pictures would be missing; give '
+        'read permission, or move it away.'
+    ) from None
+
+
 def _is_picture(name: str) -> bool:
     return Path(name).suffix.lower() in KINDS and not name.startswith('.')
 
 
-def _passed_over(folder: Path) -> str:
-    """How many files are none that can be read, by their endings: '.heic 812, .txt 1'; or ''."""
+def _passed_over(folder: Path, splits: dict[str, Pictures]) -> str:
+    """How many files belong to no class, by their endings: '.heic 812, .jpg 1'; or ''."""
+    taken = {name for found in splits.values() for names in found.values() for name in names}
+    paths = (Path(place, name) for place, _, found in os.walk(folder) for name in found)
     endings = collections.Counter(
-        Path(name).suffix.lower() or 'without an ending'
-        for place, _, found in os.walk(folder)
-        for name in found
-        if not name.startswith('.') and not _is_picture(name)
+        path.suffix.lower() or 'without an ending'
+        for path in paths
+        if not path.name.startswith('.') and path.relative_to(folder).as_posix() not in taken
     )
     return ', '.join(f'{ending} {count:,}' for ending, count in endings.most_common())
 
@@ -166,10 +200,10 @@ def _divide(folder: Path, found: Pictures, **shares: float) -> dict[str, Picture
 def _members(
     folder: Path, splits: dict[str, Pictures], labels: dict[str, int], report: Report
 ) -> Iterator[tuple[str, Member]]:
-    if passed_over := _passed_over(folder):
-        report(f'{folder}: passed over, as they do not end as pictures do: {passed_over}')
+    if passed_over := _passed_over(folder, splits):
+        report(f'{folder}: passed over, as no pictures in the folder of a class: {passed_over}')
     for split, found in splits.items():
         report(f'{folder}: {split}, {sum(map(len, found.values())):,} pictures')
         for label, names in found.items():
             for name in names:
-                yield split, Member(name, labels[label], name, 0, (folder / name).stat().st_size)
+                yield split, Member(name, labels[label], name, 0, _size(folder / name))

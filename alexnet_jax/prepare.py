@@ -66,6 +66,8 @@ def from_tfds(name: str, data_dir: Path, tfds_dir: Path, report: Report = say) -
     _check_features(name, found)
     shards(found)  # a sentence if files are missing
     folder = data_dir / name.partition('/')[0] / found.name
+    if folder.is_symlink() and not folder.exists():
+        folder.unlink()  # to where it lay before
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         folder.symlink_to(found.resolve(), target_is_directory=True)

@@ -116,7 +116,8 @@ def make(
         shard_images: pictures a shard, about.
 
     Raises:
-        UsageError: what is there already is of other pictures, or stored in another form.
+        UsageError: what is there already, or what an interrupted run has finished, is of other
+            pictures or stored in another form.
         RunError: the source is not whole or not the official one; a picture cannot be decoded; the
             disk is too small; a worker process died. What is done so far is kept.
     """
@@ -196,19 +197,34 @@ def _plan(room: Path, split: str, number: int) -> Path:
 
 
 def _begin(source: Source, form: Form, room: Path, shard_images: int, report: Report) -> Job:
-    """The job that a killed run left in `room`, if it is the same; else a new plan."""
-    identity = [
-        PROGRAM, dataclasses.asdict(form), shard_images, PIL.__version__, _stamps(source)
-    ]  # fmt: skip
+    """The job that a killed run left in `room`, if it is the same; else a new plan.
+
+    Raises:
+        UsageError: another one left finished shards there, which may be hours of work.
+    """
+    identity = {
+        'program': PROGRAM,
+        **dataclasses.asdict(form),
+        'shard_images': shard_images,
+        'Pillow': PIL.__version__,
+        'files of the source': _stamps(source),
+    }
     file = room / 'job.json'
-    with contextlib.suppress(FileNotFoundError, ValueError, KeyError):
+    with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
         job = json.loads(file.read_text())
-        if job['identity'] == identity:
+        differ = [key for key, value in identity.items() if job['identity'].get(key) != value]
+        if not differ:
             report(f'{source.name}: going on where an interrupted run stopped')
             for scratch in room.glob('*/.*'):
                 with contextlib.suppress(OSError):  # a worker that dies late has done it
                     scratch.unlink()  # what was being written then
             return Job(source, form, room, report, job['images'], job['shards'])
+        if any(room.glob('partial/*.npz')):
+            raise UsageError(
+                f'An interrupted run has left finished shards in {room}, and this one differs in '
+                f'{", ".join(differ)}: give the flags and files of then, or remove that folder to '
+                'begin anew.'
+            )
         report(f'{source.name}: what an interrupted run left is of other files or flags: anew')
     _sweep(room)
     _check_space(room, source.name, form, source.images * LEAST_BYTES[form.storage] * form.px**2)
@@ -308,7 +324,6 @@ class _Part(NamedTuple):
     images: int
     record_bytes: int
     skipped: list[str]
-    sums: statistics.Sums | None
 
 
 class Stopped(Exception):
@@ -335,6 +350,12 @@ def write_shard(task: Task, most_skipped: int = 0, tick: Callable[[], None] = la
                 skipped.append(member.name)
                 if len(skipped) > most_skipped:
                     raise RunError(_corrupt(member, str(error))) from None
+            except MemoryError:
+                raise RunError(
+                    f'{ascii(member.name)[1:-1]} in {ascii(member.file)[1:-1]} needs more memory '
+                    'than there is: run the same command again with fewer --workers; it goes on '
+                    'from here.'
+                ) from None
             else:
                 record = example(member.name, task.form.encode(image), member.label)
                 writer.write(record)
@@ -369,10 +390,15 @@ def _done(task: Task) -> _Part | None:
 
 def _read_part(path: Path) -> _Part:
     with np.load(path) as file:
-        images, sums = int(file['images']), None
-        if 'total' in file:
-            sums = statistics.Sums.of(images, file['total'], file['products'])
-        return _Part(images, int(file['record_bytes']), json.loads(str(file['skipped'])), sums)
+        for name in file.files:  # checks them, and keeps none: of all shards they are a gigabyte
+            file[name]
+        skipped = json.loads(str(file['skipped']))
+        return _Part(int(file['images']), int(file['record_bytes']), skipped)
+
+
+def _read_sums(path: Path) -> statistics.Sums:
+    with np.load(path) as file:
+        return statistics.Sums.of(int(file['images']), file['total'], file['products'])
 
 
 def _corrupt(member: Member, reason: str) -> str:
@@ -383,6 +409,8 @@ def _corrupt(member: Member, reason: str) -> str:
 
 
 def _read(root: Path, member: Member) -> bytes:
+    if member.size > archives.MOST_BYTES:
+        raise pictures.BadImage(f'has {member.size:,} bytes, which can be no picture')
     return archives.read(root / member.file, member.offset, member.size)
 
 
@@ -440,6 +468,8 @@ def _write_shards(job: Job, workers: int, skip_corrupt: int) -> None:
     parts = [part for part in before if part is not None]
     images, done = sum(job.images.values()), sum(part.images for part in parts)
     skipped = sum(len(part.skipped) for part in parts)
+    if skipped > skip_corrupt:  # an earlier run was allowed more, or was stopped by them
+        raise _too_many(tasks, skip_corrupt)
     if missing:
         _foretell(job, missing[0], images, images - done, workers)
     context = multiprocessing.get_context('spawn')  # a fork of a process with threads may hang
@@ -600,8 +630,7 @@ def _finish(job: Job) -> Path:
     _write_lines(folder / 'label.labels.txt', source.class_names)
     if source.words:
         _write_lines(folder / 'label.words.txt', source.words)
-    if any(part.sums for part in parts.values()):
-        _write_statistics(job, [part.sums for part in parts.values() if part.sums])
+    _write_statistics(job)
     preparation = dict(
         **dataclasses.asdict(job.form),
         made_of=dict(source.made_of),
@@ -616,11 +645,12 @@ def _finish(job: Job) -> Path:
     return folder
 
 
-def _write_statistics(job: Job, parts: Sequence[statistics.Sums]) -> None:
+def _write_statistics(job: Job) -> None:
     """Of the images before they were encoded: to decode each again would cost a fifth more."""
     sums = statistics.Sums((job.form.px, job.form.px, 3))
-    for part in parts:
-        sums.merge(part)
+    for task in job.tasks():
+        if task.summed:
+            sums.merge(_read_sums(task.partial))
     if sums.count == 0:
         return
     found = sums.result()

@@ -83,6 +83,8 @@ class Sums:
         self.products += other.products
 
     def _settle(self) -> None:
+        if not self._recent_count:
+            return
         self._total += self._recent.astype(np.uint32)
         self._recent[:], self._recent_count = 0, 0
 

@@ -1,9 +1,12 @@
 """Anyone's own pictures: which folders are classes and splits, and what does not fit together."""
 
+import errno
+import os
+
 import pytest
 
 from alexnet_jax import folders
-from alexnet_jax.errors import UsageError
+from alexnet_jax.errors import RunError, UsageError
 
 
 def ignore(line):
@@ -46,6 +49,34 @@ def test_what_is_passed_over_is_said(tmp_path):
     said = []
     list(folders.source(tmp_path, 'x', validation=0, test=0).members(said.append))
     assert '.heic 2, without an ending 1' in said[0]
+
+
+def test_pictures_of_no_class_are_said(tmp_path):
+    put(tmp_path, 'train/a/1.jpg', 'train/b/1.jpg', 'val/a/2.jpg', 'train/stray.jpg', 'top.png')
+    said = []
+    list(folders.source(tmp_path, 'x').members(said.append))
+    assert '.jpg 1' in said[0]
+    assert '.png 1' in said[0]
+
+
+def test_links_and_folders_that_cannot_be_read_are_refused(tmp_path, monkeypatch):
+    put(tmp_path, 'pets/a/1.jpg', 'pets/b/1.jpg', 'elsewhere/2.jpg')
+    (tmp_path / 'pets/a/more').symlink_to(tmp_path / 'elsewhere')
+    with pytest.raises(UsageError, match='a/more is a link, and links within a class are not'):
+        folders.source(tmp_path / 'pets', 'x')
+    (tmp_path / 'pets/a/more').unlink()
+    (tmp_path / 'pets/c').symlink_to(tmp_path / 'elsewhere')  # a class may be one
+    assert folders.source(tmp_path / 'pets', 'x', validation=0, test=0).class_names == tuple('abc')
+    scandir = os.scandir
+
+    def refuse(path):  # root may read everything
+        if str(path).endswith('a'):
+            raise PermissionError(errno.EACCES, 'Permission denied', str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, 'scandir', refuse)
+    with pytest.raises(RunError, match=r'a cannot be read \(Permission denied\)'):
+        folders.source(tmp_path / 'pets', 'x')
 
 
 def many(root, per_class):

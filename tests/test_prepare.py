@@ -157,6 +157,11 @@ def test_what_tfds_has_prepared_is_used_where_it_lies(tfds_dir, tmp_path, capsys
     assert link.resolve() == tfds_dir / 'shapes/2.1.0'
     assert prepared.shards(link)['train'][0] == 6
     assert sum(path.stat().st_size for path in tmp_path.rglob('*') if not path.is_symlink()) < 9999
+    link.unlink()
+    link.symlink_to(tmp_path / 'moved away since')
+    assert prepare.main(words) == 0
+    assert capsys.readouterr().out.strip() == str(link)
+    assert link.resolve() == tfds_dir / 'shapes/2.1.0'
     words[2:] = [f'--data_dir={tfds_dir}']  # where it lies already nothing is linked
     assert prepare.main(words) == 0
     assert capsys.readouterr().out.strip() == str(tfds_dir / 'shapes/2.1.0')

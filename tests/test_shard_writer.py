@@ -264,6 +264,15 @@ def test_other_pictures_of_the_same_name_are_not_taken_for_these(made, tmp_path)
         make(others, made.parents[1])
 
 
+def test_as_many_other_pictures_are_not_taken_for_these(pets, made, tmp_path):
+    others = shutil.copytree(pets, tmp_path / 'pets')
+    assert make(others, made.parents[1]) == made  # copied elsewhere they are the same
+    with (others / 'cat/0000.jpg').open('ab') as file:
+        file.write(b'one byte more')
+    with pytest.raises(UsageError, match='made of other pictures'):
+        make(others, made.parents[1])
+
+
 def test_killed_between_its_last_two_deeds(pets, made, tmp_path):
     """Renamed, but its work folder not yet swept away."""
     shutil.copytree(made.parents[1], tmp_path / 'data')
@@ -287,9 +296,25 @@ def interrupt(job):
     raise InterruptedError
 
 
+def test_hours_of_another_job_are_not_swept_away(half):
+    """A slip of a flag is a sentence, and the shards stay for who gives the flags of then."""
+    copy, data_dir = half
+    shards = sums(data_dir / '.prepare-pets/set')
+    for form, said in ((Form(32, quality=50), 'quality'), (Form(32, 'raw'), 'storage, quality')):
+        with pytest.raises(UsageError, match=f'finished shards .* differs in .*{said[:7]}'):
+            shard_writer.make(source(copy), data_dir, form, ignore, workers=2, shard_images=40)
+    (copy / 'cat/0000.jpg').write_bytes(official_tars.jpeg(Image.new('RGB', (50, 50))))
+    with pytest.raises(UsageError, match='differs in files of the source: give'):
+        make(copy, data_dir)
+    assert sums(data_dir / '.prepare-pets/set') == shards
+
+
 @pytest.mark.parametrize('change', ['quality', 'picture', 'more pictures'])
 def test_what_is_left_of_another_job_is_not_used(half, pets, change):
+    """Where it has finished no shard."""
     copy, data_dir = half
+    for part in data_dir.glob('.prepare-pets/partial/*'):
+        part.unlink()
     form = Form(32, quality=50) if change == 'quality' else SMALL
     if change == 'picture':
         (copy / 'cat/0000.jpg').write_bytes(official_tars.jpeg(Image.new('RGB', (50, 50))))
@@ -342,6 +367,9 @@ def test_a_bad_picture_is_named_and_allowed_by_number_only(spoilt, tmp_path):
     assert '\n' not in str(caught.value)
     with pytest.raises(RunError, match=r'cannot be decoded|is no image|cannot be read'):
         make(spoilt, data_dir, skip_corrupt=2)
+    for _ in range(4):  # what one run left does not count as allowed in the next
+        with pytest.raises(RunError, match=r'cannot be decoded|is no image|cannot be read'):
+            make(spoilt, data_dir, skip_corrupt=2)
     assert not (data_dir / 'pets').exists()
     said = []
     folder = shard_writer.make(
