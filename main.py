@@ -26,11 +26,17 @@ PROCESSES = flags.DEFINE_integer('num_processes', None, 'How many; launchers say
 PROCESS = flags.DEFINE_integer('process_id', None, 'Which of them this is, from 0.')
 DATA_DIR = flags.DEFINE_string('data_dir', '', 'Where the data to evaluate on lies, if moved.')
 SPLIT = flags.DEFINE_string('split', 'test', 'To evaluate on: train, validation, test, or TFDS.')
+# What absl and ml_collections raise of a command line that is wrong.
+WRONG = (flags.Error, AttributeError, ImportError, LookupError, OSError, TypeError, ValueError)
 
 
 def main(argv: list[str]) -> str:
     """Call the one function that was asked for; what it found is for stdout."""
     config, workdir = CONFIG.value, WORKDIR.value
+    if MODE.value != 'evaluate' and (
+        given := [f.name for f in (STEP, SPLIT, DATA_DIR) if f.present]
+    ):
+        raise errors.UsageError(f'--{given[0]} is of --mode=evaluate; leave it out.')
     if len(argv) > 1:
         raise errors.UsageError(f"'{argv[1]}' is not a flag; values are given as --flag=value.")
     if config is None and not (MODE.value == 'evaluate' and workdir):
@@ -43,8 +49,10 @@ def main(argv: list[str]) -> str:
     if MODE.value == 'evaluate':
         from alexnet_jax import evaluate
 
+        workdirs = [Path(one) for one in workdir.split(',')]
         how = {'step': STEP.value, 'split': SPLIT.value, 'data_dir': DATA_DIR.value}
-        return evaluate.line(evaluate.run([Path(one) for one in workdir.split(',')], **how))
+        overrides = config_flags.get_override_values(CONFIG) if config else {}
+        return evaluate.line(evaluate.run(workdirs, **how, overrides=overrides))
     from alexnet_jax import train
 
     return train.run(config, Path(workdir))
@@ -56,14 +64,8 @@ def parse(argv: list[str]) -> list[str]:
         rest = flags.FLAGS(argv)
         _ = CONFIG.value and CONFIG.value.name  # the file is read when a key is asked for
         return rest
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        return sys.exit(complain(errors.UsageError(errors.gist(error))))
-
-
-def complain(error: errors.AlexNetError) -> int:
-    """One sentence on stderr; exit code 1 is 'could not be done', 2 'makes no sense'."""
-    print(f'main.py: {error}', file=sys.stderr)
-    return error.exit_code
+    except WRONG as error:
+        return sys.exit(errors.complain(errors.UsageError(errors.gist(error)), 'main.py'))
 
 
 def guard(place: distributed.Place) -> int:
@@ -87,12 +89,8 @@ def ring(argv: list[str]) -> int:
             answer = main(argv)
         if distributed.is_first():
             print(answer)
-    except errors.AlexNetError as error:
-        return distributed.end(complain(error))
-    except OSError as error:
-        where = f' ({error.filename})' if error.filename else ''
-        what = f'{error.strerror or error}{where}; see to it, and the same command goes on.'
-        return distributed.end(complain(errors.RunError(what)))
+    except (Exception, KeyboardInterrupt) as error:
+        return distributed.end(errors.complain(error, 'main.py'))
     return distributed.end(0)
 
 

@@ -250,6 +250,15 @@ class Checkpoints:
 
     # -------------------------------------------------------------- restore
 
+    def extra(self, step: Step = 'latest') -> dict[str, Any]:
+        """What else a checkpoint was saved with, without its arrays and without asking for devices.
+
+        Raises:
+            UsageError, RunError: as `restore`.
+        """
+        with self._chosen(step) as (_, path):
+            return _read_manifest(path)['extra']
+
     def restore(self, target: PyTree | None, step: Step = 'latest') -> Restored:
         """Reads and verifies one checkpoint.
 
@@ -265,11 +274,16 @@ class Checkpoints:
             RunError: there is no checkpoint at all; it is damaged (names the leaf); or it does
                 not fit the target (names the first leaf that does not).
         """
+        with self._chosen(step) as (number, path):
+            return _placed(_read(path, number, target), target)
+
+    @contextlib.contextmanager
+    def _chosen(self, step: Step) -> Generator[tuple[int, Path]]:
+        """Number and folder of a step; damage found in the block comes with advice."""
         self.wait()
         number = self._resolve(step)
-        path = {s: p for s, _, p in self._whole()}[number]
         try:
-            return _placed(_read(path, number, target), target)
+            yield number, {s: p for s, _, p in self._whole()}[number]
         except _Damaged as damage:
             others = ', '.join(str(s) for s in self.steps() if s != number)
             advice = f'use another step: {others}' if others else 'there is no other step here'

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from alexnet_jax.errors import AlexNetError, RunError, UsageError
+from alexnet_jax.errors import RunError, UsageError, complain
 
 
 class Parser(argparse.ArgumentParser):
@@ -31,18 +31,11 @@ def run(
         with warnings.catch_warnings():  # Pillow's, of odd files that it reads nevertheless
             warnings.filterwarnings('ignore', module=r'PIL\.')
             return 1 if act(parser().parse_args(argv)) else 0
-    except AlexNetError as error:
-        say(f'{name}: {error}')
-        return error.exit_code
     except BrokenPipeError:  # who reads stdout has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
-    except OSError as error:
-        where = f' ({error.filename})' if error.filename else ''
-        say(f'{name}: {error.strerror or error}{where}; see to it and run it again.')
-        return RunError.exit_code
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
+    except (Exception, KeyboardInterrupt) as error:
+        return complain(error, name)
 
 
 def say(line: str) -> None:

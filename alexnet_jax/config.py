@@ -118,7 +118,7 @@ class Settings:
     init_statistics: str = 'source'
 
     def total_steps(self, images: int) -> int:
-        """Steps of the run; the last epoch is whole."""
+        """Steps of the run: enough to see all images `epochs` times."""
         return math.ceil(self.epochs * images / self.batch_size)
 
     def steps_per_epoch(self, images: int) -> float:
@@ -139,9 +139,9 @@ def unpack(config: Config) -> Settings:
     """
     tree = json.loads(as_json(config))
     net_tree, preprocess = dict(_section(tree, 'model')), dict(_section(tree, 'preprocess'))
-    noise_until_epoch = _value(
-        preprocess.pop('noise_until_epoch', None), float, 'noise_until_epoch'
-    )
+    if 'noise_until_epoch' not in preprocess:
+        raise UsageError('preprocess.noise_until_epoch is missing from this config; set it.')
+    until = _value(preprocess.pop('noise_until_epoch'), float, 'preprocess.noise_until_epoch')
     preprocess |= {key: net_tree.get(key) for key in ('input_px', 'channels')}
     top = {key: value for key, value in tree.items() if key not in ('model', 'preprocess')}
     settings = _build(
@@ -150,7 +150,7 @@ def unpack(config: Config) -> Settings:
         '',
         net=_net(net_tree),
         preprocess=_build(Preprocess, preprocess, 'preprocess'),
-        noise_until_epoch=noise_until_epoch,
+        noise_until_epoch=until,
     )
     _check(settings)
     return settings

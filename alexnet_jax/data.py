@@ -212,11 +212,11 @@ def _folder(name: str, data_dir: Path) -> Path:
     raise UsageError(f"There is no data set '{name}' in {data_dir}: choose from {known}.")
 
 
-def class_names(name: str, data_dir: str | Path) -> tuple[str, ...]:
+def class_names(name: str, data_dir: str | Path, *, words: bool = True) -> tuple[str, ...]:
     """Of a data set: words where they lie beside it ('tabby, tabby cat'), else TFDS's names.
 
-    They are '0', '1', ... where the labels have none. Of classes with the same words ('crane') each
-    carries its own name too.
+    Without `words` always TFDS's, of ImageNet the WordNet ids. They are '0', '1', ... where the
+    labels have none. Of classes with the same words ('crane') each carries its own name too.
 
     Raises:
         UsageError, RunError: as `load`.
@@ -225,22 +225,24 @@ def class_names(name: str, data_dir: str | Path) -> tuple[str, ...]:
     try:
         names = _names(folder)
         beside = folder / 'label.words.txt'
-        words = beside.read_text().splitlines() if beside.is_file() else names
-        if len(words) != len(names):
-            raise ValueError(f'{len(words)} words for {len(names)} classes')
+        called = names
+        if words and beside.is_file():
+            called = beside.read_text(encoding='utf-8').splitlines()
+        if len(called) != len(names):
+            raise ValueError(f'{len(called)} words for {len(names)} classes')
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise prepared.damaged(folder, f'the description of its labels: {error}') from None
-    often = collections.Counter(words)
+    often = collections.Counter(called)
     return tuple(
         word if often[word] == 1 else f'{word} ({name})'
-        for word, name in zip(words, names, strict=True)
+        for word, name in zip(called, names, strict=True)
     )
 
 
 def _names(folder: Path) -> list[str]:
     names = folder / 'label.labels.txt'
     if names.is_file():
-        return names.read_text().splitlines()
+        return names.read_text(encoding='utf-8').splitlines()
     features = json.loads((folder / 'features.json').read_text())['featuresDict']['features']
     return list(map(str, range(int(features['label']['classLabel']['numClasses']))))
 

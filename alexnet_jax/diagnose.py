@@ -18,6 +18,7 @@ from alexnet_jax import model
 from alexnet_jax.model import AlexNet, Net
 
 Array = jax.Array
+DARK = 2.0  # pixels of 0 to 1 differ across images by less, of 0 to 255 by more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,12 +29,14 @@ class Preflight:
     loss: mean cross-entropy in nats, beside `plateau`, which is ln(classes).
     signal: for each layer, what depends on the image in its result: standard deviation across
         images, root mean square over units.
+    pixels: the same of what conv1 sees; with 0-255 units it is some ten to a hundred.
     """
 
     logit_std: float
     loss: float
     plateau: float
     signal: dict[str, float]
+    pixels: float
 
     def weakest(self) -> tuple[str, float]:
         """The layer that passes on the least of the signal it gets, and that share."""
@@ -55,15 +58,16 @@ def preflight(net: Net, params: Any, pixels: Array, labels: Array) -> Preflight:
         last = {layer.name: seen[model.steps(layer)[-1]] for layer in net.layers}
         logits = last[net.layers[-1].name]
         signal = {name: _across_images(values) for name, values in last.items()}
-        return model.mean_loss(logits, labels), signal
+        return model.mean_loss(logits, labels), signal, _across_images(pixels)
 
-    loss, signal = jax.device_get(measure(params, pixels, labels))
+    loss, signal, spread = jax.device_get(measure(params, pixels, labels))
     signal = {layer.name: float(signal[layer.name]) for layer in net.layers}  # jit sorts its keys
     return Preflight(
         logit_std=signal[net.layers[-1].name],
         loss=float(loss),
         plateau=math.log(net.classes),
         signal=signal,
+        pixels=float(spread),
     )
 
 
@@ -72,12 +76,16 @@ def dead_start(found: Preflight, min_logit_std: float) -> str | None:
     if found.logit_std >= min_logit_std:
         return None
     layer, gain = found.weakest()
+    advice = f'{layer} passes on least ({gain:.0%}): raise its init_std, or set '
+    advice += "model.init_scaling='fan_in'."
+    if found.pixels < DARK:
+        advice = 'the pixels are wanted in 0-255 units: set preprocess.scale=1.'
     path = ', '.join(f'{name} {value:.1e}' for name, value in found.signal.items())
     return (
         f'dead start: across images the logits differ by only {found.logit_std:.1e} (standard '
         f'deviation; {min_logit_std:.0e} is wanted, run 145 had 3e-2), so the loss is to sit at '
-        f'ln(classes) = {found.plateau:.4f}; behind each layer it is {path}; {layer} passes on '
-        f"least ({gain:.0%}): raise its init_std, or set model.init_scaling='fan_in'."
+        f'ln(classes) = {found.plateau:.4f}; of the pixels it is {found.pixels:.1e}, behind each '
+        f'layer {path}; {advice}'
     )
 
 

@@ -1,5 +1,8 @@
 """The two ways in which a command ends badly: each carries one sentence that says what to do."""
 
+import signal
+import sys
+
 
 class AlexNetError(Exception):
     """Base of the errors a person can act on; `main.py` prints the sentence and exits."""
@@ -17,6 +20,34 @@ class RunError(AlexNetError):
     """What was asked for is sound, but could not be done (data, disk, numbers): exit code 1."""
 
     exit_code = 1
+
+
+def complain(error: BaseException, program: str) -> int:
+    """One sentence on stderr; the exit code: 1 'could not be done', 2 'makes no sense'.
+
+    Ctrl-C needs no sentence. What no person can act on is a fault in here, and raised again.
+    """
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + signal.SIGINT
+    told = _actionable(error)
+    if told is None:
+        raise error
+    print(f'{program}: {told}', file=sys.stderr, flush=True)
+    return told.exit_code
+
+
+def _actionable(error: BaseException) -> AlexNetError | None:
+    if isinstance(error, AlexNetError):
+        return error
+    if isinstance(error, OSError):
+        where = f' ({error.filename})' if error.filename else ''
+        return RunError(f'{error.strerror or error}{where}; see to it, and run it again.')
+    if 'RESOURCE_EXHAUSTED' in str(error):  # of JAX, whose class has had several names
+        return RunError(
+            'the device has not enough memory for this: set batch_size or loop.eval_batch_size '
+            'smaller; --mode=describe says what fits.'
+        )
+    return None
 
 
 def gist(error: BaseException) -> str:

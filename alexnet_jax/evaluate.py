@@ -4,7 +4,10 @@ Errors are fractions in [0, 1]. Every image is counted once.
 """
 
 import dataclasses
+import functools
 import json
+import operator
+import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +15,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from alexnet_jax import augment, checkpoint, data, distributed, files, parallel, prepare
+from alexnet_jax import augment, data, distributed, files, parallel, prepare
 from alexnet_jax import config as configuration
+from alexnet_jax import workdir as workdirs
 from alexnet_jax.augment import Statistics
 from alexnet_jax.checkpoint import Checkpoints, Step
 from alexnet_jax.config import MeshShape, Settings
@@ -23,6 +27,7 @@ from alexnet_jax.parallel import Layout
 from alexnet_jax.records import say
 
 VIEWS = {'centre': (0,), 'ten_views': tuple(range(10))}  # by the name used in results
+EMPTY: Mapping[str, Any] = types.MappingProxyType({})
 Predict = Callable[[Any, Statistics, jax.Array, int], jax.Array]
 
 
@@ -40,30 +45,34 @@ class Trained:
     layout: Layout
     params: Any  # on the layout's devices
     statistics: Statistics
-
-    @property
-    def stored(self) -> tuple[int, int, int]:
-        """The data set's images as stored: (height, width, channels)."""
-        height, width, channels = self.statistics.mean_image.shape
-        return height, width, channels
+    stored: tuple[int, int, int]  # the data set's images: (height, width, channels)
 
 
-def restore(workdir: str | Path, step: Step = 'latest') -> Trained:
+def restore(
+    workdir: str | Path, step: Step = 'latest', overrides: Mapping[str, Any] = EMPTY
+) -> Trained:
     """Read and verify a checkpoint, and place it on the devices that are here.
 
     It lies as it did in training where this machine has the devices for that, and on one device
     where it has not.
 
+    Args:
+        workdir: of the run.
+        step: 'latest', 'best' (lowest validation error) or the number of a step.
+        overrides: values of its config to be changed, by dotted keys: those that change no result.
+
     Raises:
-        UsageError: no such step.
+        UsageError: no such step, or an override that would change the net.
         RunError: no checkpoint, or a damaged one.
     """
     workdir = Path(workdir)
-    if not Checkpoints(workdir / 'checkpoints').steps():
+    checkpoints = Checkpoints(workdir / 'checkpoints')
+    if not checkpoints.steps():
         raise RunError(f'{workdir} holds no checkpoint; train first with --workdir={workdir}.')
     step = int(step) if isinstance(step, str) and step.isdigit() else step
-    restored = checkpoint.read(workdir / 'checkpoints', step)
-    settings = configuration.unpack(restored.extra['config'])
+    settings = configuration.unpack(_with(overrides, checkpoints.extra(step)['config']))
+    parallel.set_up_cpu(settings.mesh.cpu_devices)  # before reading asks JAX for its devices
+    restored = checkpoints.restore(None, step)
     layout, shardings = _placement(settings)
     return Trained(
         workdir=workdir,
@@ -75,7 +84,22 @@ def restore(workdir: str | Path, step: Step = 'latest') -> Trained:
         statistics=Statistics(
             **parallel.place(restored.state['statistics'], parallel.whole(layout))
         ),
+        stored=tuple(
+            restored.extra.get('stored', restored.state['statistics']['mean_image'].shape)
+        ),
     )
+
+
+def _with(overrides: Mapping[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    for key, value in overrides.items():
+        if key not in (*workdirs.MAY_DIFFER, 'loop.eval_batch_size'):
+            raise UsageError(
+                f'--config.{key} changes nothing in an evaluation: net and recipe are those of '
+                'the checkpoint; leave it out.'
+            )
+        *groups, name = key.split('.')
+        functools.reduce(operator.getitem, groups, config)[name] = value
+    return config
 
 
 def _placement(settings: Settings) -> tuple[Layout, Any]:
@@ -235,7 +259,12 @@ def save_predictions(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def run(
-    workdirs: Sequence[Path], *, step: Step = 'latest', split: str = 'test', data_dir: str = ''
+    workdirs: Sequence[Path],
+    *,
+    step: Step = 'latest',
+    split: str = 'test',
+    data_dir: str = '',
+    overrides: Mapping[str, Any] = EMPTY,
 ) -> dict[str, Any]:
     """Evaluate a checkpoint, or the ensemble of several, on every image of a split.
 
@@ -244,6 +273,7 @@ def run(
         step: 'latest', 'best' (lowest validation error) or the number of a step.
         split: 'train', 'validation' or 'test' of the run's config, or an expression of TFDS.
         data_dir: where the data lies, if not where the run had it.
+        overrides: see `restore`.
 
     Returns:
         The scores, as `report`, with the step of each workdir.
@@ -255,7 +285,8 @@ def run(
     members, steps, class_names = [], [], ()
     label, totals = np.zeros(0), dict[str, np.ndarray]()
     for workdir in workdirs:
-        arrays, found, class_names = predictions(workdir, step, split, data_dir)
+        trained = restore(workdir, step, overrides)
+        arrays, found, class_names = predictions(trained, split, data_dir)
         steps.append(found)
         if len(workdirs) > 1:
             members.append(summary(arrays, class_names))
@@ -276,12 +307,14 @@ def run(
 
 
 def predictions(
-    workdir: Path, step: Step, split: str, data_dir: str
+    trained: Trained, split: str, data_dir: str
 ) -> tuple[dict[str, np.ndarray], int, tuple[str, ...]]:
-    """Restore, predict every image, save predictions_<split>.npz: (arrays, step, class names)."""
-    trained = restore(workdir, step)
+    """Predict every image, save predictions_<split>.npz: (arrays, step, class names)."""
     dataset = open_split(trained.settings, split, data_dir)
-    say(f'{workdir}: step {trained.step}, {len(dataset)} images of {dataset.split}')
+    say(
+        f'{trained.workdir}: step {trained.step}, {len(dataset)} images of {dataset.split}, on '
+        f'{trained.layout}'
+    )
     _, arrays = report(
         make_predict(trained.settings, trained.layout),
         trained.params,
@@ -291,7 +324,7 @@ def predictions(
         batch_size=trained.settings.loop.eval_batch_size,
     )
     if distributed.is_first():
-        save_predictions(workdir / f'predictions_{_file_name(split)}.npz', arrays)
+        save_predictions(trained.workdir / f'predictions_{_file_name(split)}.npz', arrays)
     return arrays, trained.step, dataset.class_names
 
 
@@ -309,14 +342,22 @@ def open_splits(settings: Settings, splits: Sequence[str], data_dir: str = '') -
     """
     names, folder = settings.data, _fetched(settings, data_dir)
     named = ('train', 'validation', 'test')
-    expressions = (getattr(names, split) if split in named else split for split in splits)
     how: Any = {'workers': names.workers, 'resident_gib': names.resident_gib}
-    return [data.load(names.name, folder, expression, **how) for expression in expressions]
+
+    def load(split: str) -> Dataset:
+        if split not in named:
+            return data.load(names.name, folder, split, **how)
+        try:
+            return data.load(names.name, folder, getattr(names, split), **how)
+        except UsageError as error:
+            raise UsageError(f'data.{split}={getattr(names, split)}: {error}') from error
+
+    return [load(split) for split in splits]
 
 
-def class_names(settings: Settings) -> tuple[str, ...]:
+def class_names(settings: Settings, *, words: bool = True) -> tuple[str, ...]:
     """Of a run's data set; it is fetched where it is not there."""
-    return data.class_names(settings.data.name, _fetched(settings))
+    return data.class_names(settings.data.name, _fetched(settings), words=words)
 
 
 def _fetched(settings: Settings, data_dir: str = '') -> str:

@@ -321,12 +321,13 @@ class AlexNet(nn.Module):
 
     @nn.compact
     def __call__(self, images: Array, masks: Mapping[str, Array] | None = None) -> Array:
-        """Float `images` [B, H, W, C] -> float32 logits [B, classes].
+        """Float `images` [B, H, W, C] -> logits [B, classes], float32 of compute_dtype's precision.
 
         Args:
-            images: crops, mean subtracted.
+            images: crops, mean subtracted, in 0-255 units (0 to 1 is a dead start).
             masks: in training, for every layer with 'dropout' behind it, which units are kept:
-                bool [B, units] (this device's), see `draw_masks`. None means test time.
+                bool [B, units] (this device's), see `draw_masks`. None means test time, when all
+                units count and are multiplied by the share that training keeps.
 
         Every layer's output, and what each word of `then` makes of it, is sown into the collection
         'intermediates', under the names of `steps`.

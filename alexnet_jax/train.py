@@ -1,7 +1,8 @@
 """A training run, from a config and an empty folder to a net, its errors and its predictions.
 
-Every number of it is a function of (config, seed, step): batches, crops, dropout and rates are
-derived from the step, so that a run that was killed and started again ends in the same bits.
+On the same devices every number of it is a function of (config, seed, step): batches, crops,
+dropout and rates are derived from the step, so that a run that was killed and started again ends in
+the same bits.
 """
 
 import contextlib
@@ -204,7 +205,7 @@ def run(config: Config, workdir: Path) -> str:
         devices = job.layout.mesh.devices.flatten()
         say(f'on {len(devices)} device(s) of kind {devices[0].device_kind}: {job.layout}')
         with Checkpoints(workdir / 'checkpoints', report=say) as checkpoints:
-            state, history = resume_or_start(job, checkpoints)
+            job, state, history = resume_or_start(job, checkpoints)
             book = records.Records(workdir, int(state.step), settings.loop.tensorboard)
             try:
                 state = train(job, state, history, checkpoints, book)
@@ -214,8 +215,11 @@ def run(config: Config, workdir: Path) -> str:
                 book.close()
 
 
-def resume_or_start(job: Job, checkpoints: Checkpoints) -> tuple[TrainState, History]:
-    """The newest checkpoint that verifies, or step 0 and its pre-flight check."""
+def resume_or_start(job: Job, checkpoints: Checkpoints) -> tuple[Job, TrainState, History]:
+    """The newest checkpoint that verifies, or step 0 and its pre-flight check.
+
+    A run goes on with the mean image that it began with, whatever the data has become.
+    """
     shapes = jax.eval_shape(lambda: init_state(job.settings, job.optimizer))
     target = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -227,12 +231,13 @@ def resume_or_start(job: Job, checkpoints: Checkpoints) -> tuple[TrainState, His
     )
     if restored is not None:
         say(f'going on from step {restored.step} of {job.total_steps} in {job.workdir}')
-        return restored.state['state'], History(**restored.extra['history'])
+        job = dataclasses.replace(job, statistics=Statistics(**restored.state['statistics']))
+        return job, restored.state['state'], History(**restored.extra['history'])
     state = job.start()
     if job.settings.init_from != 'none':
         state = begin_with(job, state)
     preflight(job, state)
-    return state, History()
+    return job, state, History()
 
 
 def begin_with(job: Job, state: TrainState) -> TrainState:
@@ -242,7 +247,8 @@ def begin_with(job: Job, state: TrainState) -> TrainState:
     transfer.compare(job.config, restored, where)
     fresh = parallel.fetch(state.params, job.layout)
     layers = [layer.name for layer in job.settings.net.layers]
-    params = transfer.parameters(fresh, restored, layers, where)
+    names = [evaluate.class_names(job.settings, words=words) for words in (True, False)]
+    params = transfer.parameters(fresh, restored, layers, names, where)
     return state.replace(params=parallel.place(params, job.shardings.params))
 
 
@@ -344,6 +350,7 @@ def save(
         'config': job.config,
         'history': dataclasses.asdict(history),
         'class_names': list(job.train.class_names),
+        'stored': list(job.train.images.shape[1:]),
     }
     checkpoints.save(int(state.step), tree, extra, error=error)
 

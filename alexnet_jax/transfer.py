@@ -1,7 +1,8 @@
 """A run that begins with another run's net: fine-tuning.
 
 The weights come from a checkpoint, and with them what its pixels were measured by: the layers have
-learned to see images minus *that* mean. A last layer for another number of classes starts afresh.
+learned to see images minus *that* mean. The last layer starts afresh, unless the classes are the
+same by name.
 What a started run needs of the source lies in its own workdir, so that it can be resumed without.
 """
 
@@ -48,13 +49,20 @@ def read(init_from: str) -> Restored:
     return checkpoint.read(folder / 'checkpoints', step)
 
 
-def parameters(fresh: Params, restored: Restored, layers: Sequence[str], where: str) -> Params:
-    """The weights of the source; those of the last layer are `fresh` if their shape is another.
+def parameters(
+    fresh: Params,
+    restored: Restored,
+    layers: Sequence[str],
+    class_names: Sequence[Sequence[str]],
+    where: str,
+) -> Params:
+    """The weights of the source; those of the last layer are `fresh` if the classes are others.
 
     Args:
         fresh: of the new net, NumPy arrays.
         restored: the source's checkpoint.
         layers: of the new net, in order.
+        class_names: of the new data, by label; in each way to call them (words, WordNet ids).
         where: how to call the source.
 
     Raises:
@@ -70,18 +78,20 @@ def parameters(fresh: Params, restored: Restored, layers: Sequence[str], where: 
     def shapes(params: Params, layer: str) -> dict[str, tuple[int, ...]]:
         return {kind: tuple(leaf.shape) for kind, leaf in params[layer].items()}
 
-    differ = [layer for layer in layers if shapes(fresh, layer) != shapes(theirs, layer)]
-    if differ and differ != [layers[-1]]:
-        at_fault = [layer for layer in differ if layer != layers[-1]]
+    *below, last = layers
+    at_fault = [layer for layer in below if shapes(fresh, layer) != shapes(theirs, layer)]
+    if at_fault:
         first = at_fault[0]
         raise UsageError(
             f'init_from={where}: {", ".join(at_fault)} have other shapes there ({first}: '
             f'{shapes(theirs, first)["kernel"]} there, {shapes(fresh, first)["kernel"]} here), and '
-            f'only {layers[-1]} may; choose the config of that net.'
+            f'only {last} may; choose the config of that net.'
         )
-    afresh = f', {differ[0]} afresh' if differ else ''
-    say(f'starting from step {restored.step} of {where}{afresh}')
-    return {layer: (fresh if layer in differ else theirs)[layer] for layer in layers}
+    same = restored.extra['class_names'] in [list(names) for names in class_names]
+    same = same and shapes(fresh, last) == shapes(theirs, last)
+    how = f'its {last} too, as the classes are the same' if same else f'{last} afresh'
+    say(f'starting from step {restored.step} of {where}, {how}')
+    return {layer: (theirs if same or layer != last else fresh)[layer] for layer in layers}
 
 
 def compare(config: Mapping[str, Any], restored: Restored, where: str) -> None:

@@ -13,7 +13,7 @@ from alexnet_jax import distributed, files, records
 from alexnet_jax.config import Config
 from alexnet_jax.errors import RunError, UsageError
 
-# What a resumed run may change: where and how it works, but no number of it.
+# What a resumed run may change: where and how it works, but no number of it beyond rounding.
 MAY_DIFFER = (
     'data.data_dir',
     'data.resident_gib',

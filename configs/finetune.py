@@ -10,10 +10,11 @@ else is said; scale and config of another one follow the colon:
     --config=configs/finetune.py:imagenet2012,variant_torchvision      # of `weights import` too
     --config=configs/finetune.py:quickstart
 
-All of its layers are taken over, but the last where the number of classes differs: that starts
+All of its layers are taken over, but the last where the classes differ by name: that starts
 afresh, as wide as the data has classes (`model.fc8.features=0`). The mean image is the source's
 too, as its layers have learned to see images minus that one; init_statistics=data measures the new
-images. A started run needs its source no more.
+images. A started run needs its source no more. Pictures in train/ and val/ alone have no split to
+test on: --config.data.test=validation.
 
 Rates a layer: `--config.optimizer.multipliers.conv1=0` freezes conv1.
 

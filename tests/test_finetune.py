@@ -69,6 +69,7 @@ def test_the_net_is_taken_over_and_the_last_layer_is_as_wide_as_the_data(run, sm
     assert params['fc8']['kernel'].shape == (before['fc8']['kernel'].shape[0], 7)
     assert json.loads((workdir / 'config.json').read_text())['model']['fc8']['features'] == 7
     assert ours.extra['class_names'][6] == 'Shirt'
+    assert evaluate.restore(workdir).stored == tuple(ours.extra['stored']) == (28, 28, 1)
     for kind in ('kernel', 'bias'):  # multiplier 0: no step, no decay
         np.testing.assert_array_equal(params['conv1'][kind], before['conv1'][kind])
         moved = np.abs(params['fc7'][kind] - before['fc7'][kind])
@@ -101,17 +102,22 @@ def test_statistics_of_the_data_instead(run, smoke_run, seven, tmp_path):
     assert not (tmp_path / 'run/source_statistics.npz').exists()
 
 
-def test_as_many_classes_keep_the_last_layer(smoke_run, data_dir, capsys):
+def test_the_same_classes_keep_the_last_layer(smoke_run, data_dir, capsys):
     config = tuned(smoke_run, data_dir, data__name='fashion_mnist', model__fc8__features=10)
     restored = transfer.read(f'{smoke_run}:8')
     theirs = restored.state['state']['params']
     fresh = jax.tree.map(np.zeros_like, theirs)
     names = list(config.model.layers)
-    kept = transfer.parameters(fresh, restored, names, 'there')
+    classes = restored.extra['class_names']
+    kept = transfer.parameters(fresh, restored, names, [['0'], classes], 'there')
     np.testing.assert_array_equal(kept['fc8']['kernel'], theirs['fc8']['kernel'])
-    assert 'afresh' not in capsys.readouterr().err
+    assert 'its fc8 too, as the classes are the same' in capsys.readouterr().err
+    others = [classes[::-1], [str(i) for i in range(10)]]
+    assert transfer.parameters(fresh, restored, names, others, 'there')['fc8'] is fresh['fc8']
+    assert 'starting from step 8 of there, fc8 afresh' in capsys.readouterr().err
     fresh['fc8'] = {'kernel': np.zeros((3, 5), np.float32), 'bias': np.zeros(5, np.float32)}
-    assert transfer.parameters(fresh, restored, names, 'there')['fc8'] is fresh['fc8']
+    found = transfer.parameters(fresh, restored, names, [classes], 'there')
+    assert found['fc8'] is fresh['fc8']
     assert 'starting from step 8 of there, fc8 afresh' in capsys.readouterr().err
 
 

@@ -83,3 +83,9 @@ def test_the_readme_draws_every_room():
     readme = (ROOT / 'README.md').read_text()
     for room in FLOOR:
         assert re.search(rf'^\s+{room}\.py\s', readme, re.MULTILINE), f'{room}.py is not drawn'
+
+
+def test_the_readme_says_the_order():
+    readme = (ROOT / 'README.md').read_text()
+    said = re.search(r'Imports run downwards: (.*?)\. ', readme, re.DOTALL)[1]
+    assert tuple(tuple(re.split(r',\s+', floor)) for floor in re.split(r';\s+', said)) == FLOORS

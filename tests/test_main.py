@@ -63,13 +63,13 @@ def one_sentence(done, code: int, *words: str) -> None:
           '--workdir={tmp}/w'), 'set model.fc8.features=10'),
         ((CONFIG, '--config.mesh.data=3', '--config.mesh.cpu_devices=1', '--workdir={tmp}/w'),
          'does not divide the 1 device(s)'),
-        (('--mode=evaluate', '--workdir={tmp}/w', '--step=soon'), ''),
+        ((CONFIG, '--step=best', '--workdir={tmp}/w'), '--step is of --mode=evaluate'),
+        (('--config=configs/finetune.py:smoke,nonsense', '--workdir={tmp}/w'), 'nonsense'),
     ],
 )  # fmt: skip
 def test_what_makes_no_sense(ring, tmp_path, words, said):
     words = [word.replace('{tmp}', str(tmp_path)) for word in words]
-    done = ring(*words, data=CONFIG in words)
-    one_sentence(done, 1 if '--mode=evaluate' in words else 2, said)
+    one_sentence(ring(*words, data=CONFIG in words), 2, said)
 
 
 def test_no_data_and_no_way_to_get_it(ring, tmp_path):
@@ -112,7 +112,11 @@ def test_a_cpu_appears_as_so_many_devices(ring, tmp_path, devices):
     few = ('--config.data.train=train[:128]', '--config.data.test=test[:40]', '--config.epochs=1')
     flags = (f'--config.mesh.cpu_devices={devices}', '--config.loop.tensorboard=False')
     done = ring(CONFIG, f'--workdir={tmp_path}/w', *few, *flags)
+    assert done.returncode == 0, done.stderr
     assert f'on {devices} device(s) of kind cpu: data {devices} x tower 1' in done.stderr
+    done = ring('--mode=evaluate', f'--workdir={tmp_path}/w', data=False)
+    assert done.returncode == 0, done.stderr
+    assert f'40 images of test[:40], on data {devices} x tower 1' in done.stderr
 
 
 def test_train_says_what_was_reached_and_where(trained):
@@ -137,6 +141,18 @@ def test_evaluation_repeats_the_runs_figures(ring, trained):
     assert result['steps'] == [32]
     for key in ('centre', 'ten_views', 'class_accuracy'):
         assert result[key] == final[key]
+
+
+def test_an_evaluation_may_take_smaller_batches_but_no_other_net(ring, trained):
+    workdir, _ = trained
+    words = (CONFIG, '--mode=evaluate', f'--workdir={workdir}')
+    done = ring(*words, '--config.loop.eval_batch_size=64', data=False)
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+    found = json.loads(done.stdout)['centre']
+    assert found['nll'] == pytest.approx(records[-1]['centre']['nll'], rel=1e-5)
+    done = ring(*words, '--config.model.init_scaling=none', data=False)
+    one_sentence(done, 2, '--config.model.init_scaling changes nothing in an evaluation')
 
 
 def test_evaluation_of_the_best_and_of_a_step(ring, trained):

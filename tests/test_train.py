@@ -3,6 +3,7 @@
 The runs are the smoke config's, shrunk further or stretched; processes are real ones.
 """
 
+import dataclasses
 import json
 import random
 import shutil
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alexnet_jax import checkpoint, model, records, train
+from alexnet_jax import checkpoint, records, train
 from alexnet_jax import config as configuration
 from alexnet_jax.errors import RunError, UsageError
 from alexnet_jax.step import inputs
@@ -143,8 +144,13 @@ def test_a_run_goes_on_where_it_was_on_another_mesh(reference, data_dir, tmp_pat
     config = tiny(data_dir, **on(mesh))
     job = train.open_job(config, configuration.unpack(config), workdir)
     with checkpoint.Checkpoints(workdir / 'checkpoints') as checkpoints:
-        state, _ = train.resume_or_start(job, checkpoints)
-    saved = checkpoint.read(workdir / 'checkpoints').state['state']
+        otherwise = jax.tree.map(jax.numpy.zeros_like, job.statistics)  # as of data that changed
+        job, state, _ = train.resume_or_start(
+            dataclasses.replace(job, statistics=otherwise), checkpoints
+        )
+    found = checkpoint.read(workdir / 'checkpoints').state
+    jax.tree.map(np.testing.assert_array_equal, job.statistics._asdict(), found['statistics'])
+    saved = found['state']
     assert int(state.step) == saved['step'] == steps[-2]
     for name, layer in saved['params'].items():
         for kind, leaf in layer.items():
@@ -237,6 +243,10 @@ def test_a_dead_start_is_told_and_can_be_an_error(data_dir, tmp_path, capsys):
     small.loop.on_dead_start = 'error'
     with pytest.raises(RunError, match='dead start'):
         train.run(small, tmp_path / 'refused')
+    small.preprocess.scale = 1 / 255
+    with pytest.raises(RunError, match=r'wanted in 0-255 units: set preprocess\.scale=1'):
+        train.run(small, tmp_path / 'dark')
+    small.preprocess.scale = 1.0
     small.model.init_scaling = 'fan_in'
     assert 'test accuracy' in train.run(small, tmp_path / 'alive')
 
@@ -393,8 +403,9 @@ def test_draws_do_not_depend_on_the_batch_before(data_dir, tmp_path):
     job = train.open_job(config, settings, tmp_path)
     at_5, at_6 = (job.start().replace(step=jnp.int32(step)) for step in (5, 6))
     first = inputs(settings, 256, at_5, job.batch(5), job.statistics)
-    second = inputs(settings, 256, at_5, job.batch(5), job.statistics)
+    trained, _ = job.train_step(job.start(), job.batch(0), job.statistics)
+    after_another = trained.replace(step=at_5.step)
+    second = inputs(settings, 256, after_another, job.batch(5), job.statistics)
     other = inputs(settings, 256, at_6, job.batch(6), job.statistics)
     jax.tree.map(np.testing.assert_array_equal, first, second)
-    assert model.geometry(settings.net)[-1].output == (10,)
     assert np.any(np.asarray(first[0]) != np.asarray(other[0]))
