@@ -17,15 +17,17 @@ import dataclasses
 import importlib
 import io
 import itertools
+import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from alexnet_jax import command, evaluate, figures, records
+from alexnet_jax import command, evaluate, figures, records, workdir
+from alexnet_jax import config as configuration
 from alexnet_jax.command import say
 from alexnet_jax.errors import RunError, UsageError
 from configs import ABLATIONS, Claim
@@ -51,15 +53,17 @@ class Row:
     found: dict[str, Difference] = dataclasses.field(default_factory=dict)  # by measure
     p: dict[str, float] = dataclasses.field(default_factory=dict)  # corrected for the rows
     images_only: bool = False  # the interval is of other images, with these very nets
-    stuck: bool = False  # every run ended where a constant prediction is
+    dead: int = 0  # seeds that did not train: the figures are of the others, where there are any
+    asked: int = 0  # seeds in all
 
     def finding(self, measure: str) -> str:
         """In a word: an interval that holds zero decides nothing."""
+        if self.dead:
+            count = '' if self.dead == self.asked else f'{self.dead} of {self.asked} seeds '
+            return f'{count}did not train'
         if measure not in self.found:
             return 'not run'
         own = self.found[measure]
-        if self.stuck:
-            return 'did not train'
         if own.low is None:
             return 'one seed'
         if not own.decided:
@@ -82,20 +86,34 @@ def rows(runs: Sequence[Kept], folder: Path, view: str = 'ten_views') -> list[Ro
     base = by_row.get(BASE)
     if not base:
         raise RunError(f'there is no finished run of {BASE} to compare with.')
-    result = [_ablation(name, by_row.get(name, {}), base, view) for name in ABLATIONS]
+    lost = digest.read_diverged(folder)
+    result = [
+        _ablation(name, by_row.get(name, {}), base, view, {*lost.get(name, ())} & {*base})
+        for name in ABLATIONS
+    ]
     if view == 'ten_views':
         result.append(_one_view(base))
     return corrected(result) + _ensembles(base, folder, view)
 
 
-def _ablation(name: str, own: Mapping[int, Kept], base: Mapping[int, Kept], view: str) -> Row:
-    claim = importlib.import_module(f'configs.{name}').CLAIM
+def _ablation(
+    name: str, own: Mapping[int, Kept], base: Mapping[int, Kept], view: str, lost: Set[int]
+) -> Row:
+    """`lost`: seeds whose numbers turned infinite.
+
+    A seed that did not train is told of apart: its error and that of others have no common mean.
+    """
+    claim = _module(name).CLAIM
     seeds = sorted({*own} & {*base})
-    if not seeds:
-        return Row(claim.row, claim)
-    pairs = [(own[seed].wrong[view], base[seed].wrong[view]) for seed in seeds]
-    stuck = all(_is_stuck(own[seed]) for seed in seeds)
-    return dataclasses.replace(_compared(claim, pairs), stuck=stuck)
+    alive = [seed for seed in seeds if not _is_stuck(own[seed])]
+    pairs = [(own[seed].wrong[view], base[seed].wrong[view]) for seed in alive or seeds]
+    row = _compared(claim, pairs) if pairs else Row(claim.row, claim)
+    dead = len(seeds) - len(alive) + len(lost)
+    return dataclasses.replace(row, dead=dead, asked=len(seeds) + len(lost))
+
+
+def _module(name: str) -> Any:
+    return importlib.import_module(f'configs.{name}')
 
 
 def _is_stuck(run: Kept) -> bool:
@@ -129,15 +147,18 @@ def _compared(claim: Claim, pairs: Sequence[tuple[Mapping, Mapping]]) -> Row:
 
 def _ensembles(base: Mapping[int, Kept], folder: Path, view: str) -> list[Row]:
     """Ensembles of 2..n of the base's seeds, against their members' mean."""
-    found: dict[int, list] = {}
+    found: dict[int, list[tuple[tuple[int, ...], Any]]] = {}
     for seeds, missed in digest.read_ensembles(folder / 'ensembles.jsonl'):
         if {*seeds} <= {*base}:
             found.setdefault(len(seeds), []).append((seeds, missed[view]))
     return [_ensemble(count, own, base, view) for count, own in sorted(found.items())]
 
 
-def _ensemble(count: int, own: Sequence, base: Mapping[int, Kept], view: str) -> Row:
+def _ensemble(
+    count: int, own: Sequence[tuple[tuple[int, ...], Any]], base: Mapping[int, Kept], view: str
+) -> Row:
     error, differences = {}, {}
+    in_all = len({seed for seeds, _ in own for seed in seeds})
     for measure in MEASURES:
         gains = []
         for seeds, missed in own:
@@ -146,10 +167,10 @@ def _ensemble(count: int, own: Sequence, base: Mapping[int, Kept], view: str) ->
         error[measure] = float(np.mean([missed[measure] for _, missed in own]))
         mean, low, high = intervals.over_images(np.mean(gains, axis=0))
         images = len(own[0][1][measure])
-        differences[measure] = Difference(mean, len(base), images, low, high)
+        differences[measure] = Difference(mean, in_all, images, low, high)
     claimed = count == 5
     claim = Claim(
-        row=f'{count} nets averaged, of {len(base)} seeds',
+        row=f'{count} nets averaged, of {in_all} seeds',
         source='paper 6',
         data='ILSVRC-2012 val' if claimed else 'none',
         top1=-2.6 if claimed else None,  # 38.1 - 40.7
@@ -171,7 +192,7 @@ def corrected(found: Sequence[Row]) -> list[Row]:
 
 
 def _p(row: Row, measure: str) -> float | None:
-    return row.found[measure].p if measure in row.found else None
+    return row.found[measure].p if measure in row.found and not row.dead else None
 
 
 # ---------------------------------------------------------------------------------------- the table
@@ -197,7 +218,7 @@ def markdown(found: Sequence[Row], runs: Sequence[Kept]) -> str:
 def _line(row: Row) -> str:
     cells = [row.name]
     if not row.found:
-        cells += ['not run'] * 6
+        cells += [row.finding('top1_error')] * 6
     else:
         top1 = row.found['top1_error']
         cells += [
@@ -244,7 +265,7 @@ def notes(found: Sequence[Row], runs: Sequence[Kept]) -> str:
     hours = sum(run.final()['secs'] for run in runs) / 3600
     devices = sorted({run.environment['device'] for run in runs})
     commits = sorted({records.short(run.environment['commit']) for run in runs})
-    asked = [row for row in found if row.found and not row.images_only]
+    asked = [row for row in found if (row.found or row.dead) and not row.images_only]
     decided = sum(row.finding('top1_error') in ('worse', 'better') for row in asked)
     return (
         f'Scale {config["scale"]}: {config["data"]["name"]}, all {images} images of '
@@ -252,9 +273,10 @@ def notes(found: Sequence[Row], runs: Sequence[Kept]) -> str:
         f'before it, in per cent: positive is worse. In brackets the 95 % interval over seeds and '
         f'images (experiments/intervals.py); p is for top-1, corrected for the number of rows '
         f'(Holm). An interval that holds zero decides nothing; "undecided among so many" is one '
-        f'that does not, and has p >= 0.05. "did not train": every seed ended where a constant '
-        f'prediction is, which tells of the rates rather than of the change. † over images alone: '
-        f'these very nets, new images. '
+        f'that does not, and has p >= 0.05. Seeds that "did not train" ended where a constant '
+        f'prediction is or with infinite numbers, which tells of the rates as much as of the '
+        f'change; the figures are of the other seeds, where there are any, and decide nothing. '
+        f'† over images alone: these very nets, new images. '
         f'"std of seeds" is that of the differences, in the first row of the error itself. '
         f'Decided in top-1: {decided} of {len(asked)} rows that were run '
         f'(ensembles apart).\n\n'
@@ -394,7 +416,7 @@ def _top(runs: Sequence[Kept]) -> float:
 
 
 def _title(name: str) -> str:
-    return 'the recipe' if name == BASE else importlib.import_module(f'configs.{name}').CLAIM.row
+    return 'the recipe' if name == BASE else _module(name).CLAIM.row
 
 
 def _figure(height: float) -> figures.Figure:
@@ -420,7 +442,7 @@ def keep(folder: Path, results: Path) -> Path:
     """
     target, found = digest.keep_all(folder, results, CONFIGS)
     base = {seed: workdir for (row, seed), workdir in found.items() if row == BASE}
-    if len(base) > 1:
+    if base:
         digest.ensembles(base, target / 'ensembles.jsonl')
     return target
 
@@ -432,9 +454,7 @@ def build(folder: Path) -> str:
         RunError: nothing is kept there, it is damaged, or the runs are not of one kind.
     """
     runs = digest.read(folder)
-    for key in ('epochs', 'batch_size', 'data'):
-        if len({str(run.config[key]) for run in runs}) > 1:
-            raise RunError(f'the runs in {folder} differ in {key}; a table is made of one sweep.')
+    _check_recipes(runs, folder)
     found = rows(runs, folder)
     table = markdown(found, runs)
     bodies = {
@@ -446,6 +466,23 @@ def build(folder: Path) -> str:
     for name, body in bodies.items():
         figures.write(folder / name, body.encode())
     return table
+
+
+def _check_recipes(runs: Sequence[Kept], folder: Path) -> None:
+    """Each run differs from the base in what its config changes, and in nothing else."""
+    base = next((run for run in runs if run.row == BASE), None)
+    for run in runs if base else ():
+        recipes = [
+            json.loads(configuration.as_json(_module(row).get_config(run.config['scale'])))
+            for row in (BASE, run.row)
+        ]
+        should = {*configuration.differences(*recipes)}
+        does = {*configuration.differences(base.config, run.config)}
+        if odd := sorted((does ^ should) - {'seed', *workdir.MAY_DIFFER}):
+            raise RunError(
+                f'{folder}/{run.row}-{run.seed} is of another recipe than {BASE}-{base.seed}: see '
+                f'{", ".join(odd)}; a table is made of one sweep.'
+            )
 
 
 def act(args: argparse.Namespace) -> int:

@@ -2,6 +2,7 @@
 
     <run>/config.json, environment.json, metrics.jsonl (a training record an epoch), wrong.json
 
+Of a run whose numbers turned infinite there is no wrong.json, but an empty file `diverged`.
 wrong.json is one JSON object: for one view and ten, which test images were missed in the first
 place and among the first five, a bit an image (10,000 images are 1.7 kB of base64), and the labels'
 sha256, so that only runs on the same images are compared. `ensembles.jsonl` beside the runs holds
@@ -68,13 +69,17 @@ def keep(workdir: Path, folder: Path) -> None:
                 f'{workdir}/predictions_test.npz is not of the end of the run (its {measure} '
                 f'differs from metrics.jsonl); make it with --mode=evaluate --step=latest.'
             )
+    _keep_records(workdir, folder)
+    write_text(folder / 'wrong.json', lines([packed(missed, arrays['label'])]))
+
+
+def _keep_records(workdir: Path, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_text(
         folder / 'config.json', json.dumps(portable(workdir), indent=2, sort_keys=True) + '\n'
     )
     write_text(folder / 'environment.json', (workdir / 'environment.json').read_text())
-    write_text(folder / 'metrics.jsonl', lines(thinned(found)))
-    write_text(folder / 'wrong.json', lines([packed(missed, arrays['label'])]))
+    write_text(folder / 'metrics.jsonl', lines(thinned(records.read(workdir))))
 
 
 def keep_all(
@@ -88,23 +93,34 @@ def keep_all(
     Raises:
         RunError: there is none, one is damaged, or they are of several scales.
     """
-    found = {}
+    found, lost = {}, {}
     for path in sorted(folder.glob('*/metrics.jsonl')):
         row, _, seed = path.parent.name.rpartition('-')
         if row not in rows or not seed.isdigit():
             say(f'{path.parent} is no run of the table, and is left out.')
+        elif diverged(path.parent):
+            lost[row, int(seed)] = path.parent
         elif not (path.parent / 'predictions_test.npz').exists():
             say(f'{path.parent} is not finished, and is left out.')
         else:
             found[row, int(seed)] = path.parent
-    scales = {portable(workdir)['scale'] for workdir in found.values()}
+    scales = {portable(workdir)['scale'] for workdir in (found | lost).values()}
     if len(scales) != 1:
         what = f'runs of {len(scales)} scales' if scales else 'no finished run'
         raise RunError(f'{folder} holds {what}; a table is made of one sweep at one scale.')
     target = results / scales.pop()
     for (row, seed), workdir in found.items():
         keep(workdir, target / f'{row}-{seed}')
+    for (row, seed), workdir in lost.items():
+        _keep_records(workdir, target / f'{row}-{seed}')
+        write_text(target / f'{row}-{seed}' / 'diverged', '')
     return target, found
+
+
+def diverged(workdir: Path) -> bool:
+    """Whether a run of a sweep ended with infinite numbers."""
+    log = workdir / 'log.txt'
+    return log.exists() and 'is not finite' in log.read_text(errors='replace')
 
 
 def predictions(workdir: Path) -> dict[str, np.ndarray]:
@@ -165,12 +181,15 @@ def packed(missed: Wrong, label: np.ndarray) -> dict[str, Any]:
 def ensembles(workdirs: Mapping[int, Path], path: Path) -> None:
     """Write which images every ensemble of two and more seeds misses: probabilities averaged.
 
+    Those of other seeds that stand there stay.
+
     Args:
         workdirs: of one row's runs, by seed.
         path: a .jsonl file, a line an ensemble.
     """
     arrays = {seed: predictions(workdir) for seed, workdir in sorted(workdirs.items())}
-    found = []
+    before = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    found = [own for own in before if not {*own['seeds']} & {*workdirs}]
     for count in range(2, len(arrays) + 1):
         for seeds in itertools.combinations(arrays, count):
             members = [arrays[seed] for seed in seeds]
@@ -240,6 +259,15 @@ def unpacked(own: Mapping[str, Any]) -> Wrong:
         return np.unpackbits(raw)[: own['images']].astype(bool)
 
     return {v: {m: bits(own['wrong'][v][m]) for m in MEASURES} for v in evaluate.VIEWS}
+
+
+def read_diverged(folder: Path) -> dict[str, list[int]]:
+    """The seeds of each row that ended with infinite numbers."""
+    found: dict[str, list[int]] = {}
+    for path in sorted(folder.glob('*/diverged')):
+        row, _, seed = path.parent.name.rpartition('-')
+        found.setdefault(row, []).append(int(seed))
+    return found
 
 
 def read_ensembles(path: Path) -> Iterator[tuple[tuple[int, ...], Wrong]]:

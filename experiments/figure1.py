@@ -124,9 +124,7 @@ def _ended(path: Path) -> bool:
     if (path / 'config.json').exists():
         epochs = json.loads((path / 'config.json').read_text())['epochs']
         trained = [row['epoch'] for row in records.read(path) if row['kind'] == 'train']
-        log = path / 'log.txt'
-        diverged = log.exists() and 'is not finite' in log.read_text(errors='replace')
-        if diverged or (trained and trained[-1] >= epochs - 1e-6):
+        if digest.diverged(path) or (trained and trained[-1] >= epochs - 1e-6):
             return True
     say(f'{path} is not finished, and is left out.')
     return False
@@ -159,37 +157,32 @@ def read(folder: Path) -> list[Curves]:
 # ----------------------------------------------------------------------------------- what it says
 
 
-def chosen(found: Sequence[Curves], function: str, target: float) -> Curves:
-    """The rate with the fewest epochs to the target.
+def chosen(found: Sequence[Curves], function: str, target: float) -> Curves | None:
+    """The rate with the fewest epochs to the target, of those that were run with most seeds.
 
-    Raises:
-        RunError: none reached it, or none was run.
+    None where no rate reached it with all its seeds, or none was run.
     """
     own = [curves for curves in found if curves.function == function]
     most = max((len(curves.seeds) for curves in own), default=0)
     own = [curves for curves in own if len(curves.seeds) == most]
     best = min(own, key=lambda curves: curves.mean(target), default=None)
-    if best is None or math.isinf(best.mean(target)):
-        raise RunError(
-            f'no run with {function} reached {target:.0%} training error with all its seeds; run '
-            f'the sweep to its end, or with --config.epochs larger.'
-        )
-    return best
+    return None if best is None or math.isinf(best.mean(target)) else best
 
 
-def ratio(tanh: Curves, relu: Curves, target: float) -> tuple[float, float, float]:
-    """Epochs of tanh over those of ReLU, paired by seed: (geometric mean, low, high).
+def ratio(tanh: Curves, relu: Curves, target: float) -> tuple[int, float, float, float]:
+    """Epochs of tanh over those of ReLU: (seeds that both have, geometric mean, low, high).
 
     A 95 % interval over seeds, Student's t on the logarithms; that the rates were chosen on the
-    same seeds is not in it. nan with a single seed.
+    same seeds is not in it. nan where there are too few seeds.
     """
     slow, fast = tanh.epochs(target), relu.epochs(target)
     logs = np.log([slow[seed] / fast[seed] for seed in slow if seed in fast])
-    if len(logs) < 2:
-        return float(np.exp(logs.mean())), math.nan, math.nan
-    half = stats.t.ppf(0.975, len(logs) - 1) * logs.std(ddof=1) / math.sqrt(len(logs))
-    low, high = np.exp(logs.mean() - half), np.exp(logs.mean() + half)
-    return float(np.exp(logs.mean())), float(low), float(high)
+    seeds = len(logs)
+    mean = float(np.exp(logs.mean())) if seeds else math.nan
+    if seeds < 2:
+        return seeds, mean, math.nan, math.nan
+    half = stats.t.ppf(0.975, seeds - 1) * logs.std(ddof=1) / math.sqrt(seeds)
+    return seeds, mean, mean * math.exp(-half), mean * math.exp(half)
 
 
 def page(found: Sequence[Curves], scale: str, target: float = TARGET) -> str:
@@ -203,25 +196,38 @@ def page(found: Sequence[Curves], scale: str, target: float = TARGET) -> str:
     rows[0] += ' |'
     by_key = {(curves.function, curves.rate): curves for curves in found}
     for rate in rates:
-        cells = [_cell(by_key.get((f, rate)), both[f].rate == rate, target) for f in FUNCTIONS]
+        cells = [_cell(by_key.get((f, rate)), both[f], target) for f in FUNCTIONS]
         rows.append(f'| rate {rate:g} | ' + ' | '.join(cells) + ' |')
-    mean, low, high = ratio(both['tanh'], both['relu'], target)
-    seeds = len(both['relu'].seeds)
-    between = f' [{low:.2f}, {high:.2f}]' if math.isfinite(low) else ''
     edges = [
         f'{FUNCTIONS[f]} is fastest at the end of the grid, so that a rate beyond it may be faster.'
         for f, own in both.items()
-        if own.rate in (rates[0], rates[-1])
+        if own and own.rate in (rates[0], rates[-1])
     ]
-    said = (
-        f'ReLU at {both["relu"].rate:g} reaches it {mean:.2f}{between} times sooner than tanh at '
-        f'{both["tanh"].rate:g} ({seeds} seeds; in brackets 95 % over seeds). The paper: six '
-        f'times, on CIFAR-10, with a net that it does not describe (3.1, figure 1).'
+    said = _compared(both['relu'], both['tanh'], target)
+    paper = (
+        'The paper: six times, on CIFAR-10, with a net that it does not describe (3.1, figure 1).'
     )
-    return '\n'.join([*rows, '', ' '.join([said, *edges]), ''])
+    return '\n'.join([*rows, '', ' '.join([said, paper, *edges]), ''])
 
 
-def _cell(curves: Curves | None, is_chosen: bool, target: float) -> str:
+def _compared(relu: Curves | None, tanh: Curves | None, target: float) -> str:
+    if relu is None or tanh is None:
+        missed = [FUNCTIONS[f] for f, own in (('relu', relu), ('tanh', tanh)) if own is None]
+        return (
+            f'{" and ".join(missed)} reached it at no rate with all seeds, so there is no ratio: '
+            f'run the sweep to its end, or with --config.epochs larger.'
+        )
+    seeds, mean, low, high = ratio(tanh, relu, target)
+    if not seeds:
+        return 'The fastest rates have no seed in common, so there is no ratio.'
+    between = f' [{low:.2f}, {high:.2f}]' if math.isfinite(low) else ''
+    return (
+        f'ReLU at {relu.rate:g} reaches it {mean:.2f}{between} times sooner than tanh at '
+        f'{tanh.rate:g} ({seeds} seeds; in brackets 95 % over seeds).'
+    )
+
+
+def _cell(curves: Curves | None, best: Curves | None, target: float) -> str:
     if curves is None:
         return 'not run'
     values = list(curves.epochs(target).values())
@@ -230,21 +236,22 @@ def _cell(curves: Curves | None, is_chosen: bool, target: float) -> str:
         return f'not reached by {missed} of {len(values)} seeds'
     spread = f' ± {np.std(values, ddof=1):.3f}' if len(values) > 1 else ''
     text = f'{np.mean(values):.3f}{spread}'
-    return f'**{text}**' if is_chosen else text
+    return f'**{text}**' if curves is best else text
 
 
 def build(folder: Path, target: float = TARGET) -> str:
     """Write table.md and figure1.svg of what is kept in `folder`; the table.
 
     Raises:
-        RunError: it is damaged, or the target was never reached.
+        RunError: it is damaged.
     """
     found = read(folder)
     text = page(found, folder.name, target)
-    both = (chosen(found, function, target) for function in FUNCTIONS)
-    curves = {f'{FUNCTIONS[own.function]}, rate {own.rate:g}': own.records() for own in both}
+    both = [chosen(found, function, target) for function in FUNCTIONS]
+    curves = {f'{FUNCTIONS[own.function]}, rate {own.rate:g}': own.records() for own in both if own}
     digest.write_text(folder / 'table.md', text)
-    figures.write(folder / 'figure1.svg', figures.render(figures.fig1(curves), 'svg'))
+    if curves:
+        figures.write(folder / 'figure1.svg', figures.render(figures.fig1(curves), 'svg'))
     return text
 
 

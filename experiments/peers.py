@@ -120,8 +120,10 @@ def _mean_loss(metrics: Mapping[str, tuple[Any, Any]]) -> np.ndarray:
 
 def _forward(forward: Callable, params: Any, images: Any) -> Contestant:
     def run(steps: int) -> Any:
-        results = [forward(params, images) for _ in range(steps)]
-        return jax.block_until_ready(results)[-1]
+        for _ in range(steps):
+            result = forward(params, images)
+            parallel.pace(result)
+        return jax.block_until_ready(result)
 
     return Contestant(run)
 

@@ -45,7 +45,7 @@ from rich.table import Table
 from alexnet_jax import command, records, workdir
 from alexnet_jax import config as configuration
 from alexnet_jax.command import say
-from alexnet_jax.errors import UsageError, gist
+from alexnet_jax.errors import RunError, UsageError, gist
 from experiments import launchers
 from experiments.launchers import REPOSITORY, Handle, Place
 
@@ -151,11 +151,14 @@ def _run(
     if (place / 'config.json').exists():
         old = json.loads((place / 'config.json').read_text())
         new = json.loads(configuration.as_json(config))
-        keys = [k for k in configuration.differences(old, new) if k not in workdir.MAY_DIFFER]
+        keys = {*configuration.differences(old, new)} - {*workdir.MAY_DIFFER}
+        last = new['model']['layers'][-1]
+        if not new['model'][last]['features']:  # as many as the data had classes
+            keys -= {f'model.{last}.features'}
         if keys:
             raise UsageError(
-                f'{place} holds a run of another config, different in {", ".join(keys)}; move it '
-                f'away, or name other --workdirs.'
+                f'{place} holds a run of another config, different in {", ".join(sorted(keys))}; '
+                f'move it away, or name other --workdirs.'
             )
     return Run(row, seed, f'{file}:{words}', overrides, place, float(config.epochs))
 
@@ -302,12 +305,18 @@ class Sweep:
         for own in self.of(State.WAITING):
             if not self.free:
                 return
-            if busy(own.run):
-                own.state = State.ELSEWHERE
+            if busy(own.run) or finished(own.run):
+                own.state = State.DONE if finished(own.run) else State.ELSEWHERE
                 continue
             place = self.free.pop(0)
             own.run.workdir.mkdir(parents=True, exist_ok=True)
-            handle = self.launcher.start(own.run.command, own.run.log, place)
+            try:
+                handle = self.launcher.start(own.run.command, own.run.log, place)
+            except RunError:
+                self.free.append(place)
+                if not self.started:
+                    raise
+                return  # a cluster takes so many jobs at a time: later
             self.started[own.run.name] = (own, handle, place)
             own.state = State.RUNNING
 

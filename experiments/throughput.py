@@ -332,7 +332,8 @@ def _joined(old: Row, new: Row) -> Row:
     Each ratio stays that of its own process; the figures of ours, and the limit, are those of the
     process in which it ran beside PyTorch.
     """
-    if 'ratios' not in new or old.get('commit') != new['commit'] or 'ratios' not in old:
+    same = old.get('commit') == new['commit'] and not new['commit'].endswith('+')  # '+': edited
+    if not same or 'ratios' not in new or 'ratios' not in old:
         return new
     first, other = (old, new) if old['torch'] and not new['torch'] else (new, old)
     joined = other | first | {key: old[key] | new[key] for key in ('forms', 'ratios')}

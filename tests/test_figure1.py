@@ -71,12 +71,15 @@ def test_the_ratio_is_paired_by_seed(runs, tmp_path):
     folder = figure1.keep(runs, tmp_path / 'results')
     found = figure1.read(folder)
     relu, tanh = (figure1.chosen(found, function, 0.25) for function in ('relu', 'tanh'))
-    mean, low, high = figure1.ratio(tanh, relu, 0.25)
+    seeds, mean, low, high = figure1.ratio(tanh, relu, 0.25)
+    assert seeds == SEEDS
     each = [tanh.epochs()[seed] / relu.epochs()[seed] for seed in range(SEEDS)]
     assert mean == pytest.approx(np.exp(np.mean(np.log(each))))
     assert low < 3 < high
     one = figure1.Curves('relu', 0.016, {0: relu.seeds[0]})
-    assert math.isnan(figure1.ratio(tanh, one, 0.25)[1])
+    seeds, mean, low, _ = figure1.ratio(tanh, one, 0.25)
+    assert (seeds, mean) == (1, pytest.approx(each[0]))
+    assert math.isnan(low)
 
 
 def test_building_again_changes_nothing(runs, tmp_path):
@@ -117,16 +120,28 @@ def test_a_rate_at_the_end_of_the_grid_is_said(runs, tmp_path, capsys):
     ('argv', 'code', 'said'),
     [
         (('--target=2',), 2, 'a fraction'),
-        (('--target=0.0001',), 1, 'no run with relu reached'),
         ((), 1, 'name the --runs'),
     ],
 )
-def test_what_cannot_be_said(runs, tmp_path, capsys, argv, code, said):
-    results = tmp_path / 'results'
-    if argv == ('--target=0.0001',):
-        figure1.keep(runs, results)
-    assert figure1.main([*argv, f'--results={results}']) == code
+def test_what_cannot_be_said(tmp_path, capsys, argv, code, said):
+    assert figure1.main([*argv, f'--results={tmp_path / "results"}']) == code
     assert said in capsys.readouterr().err
+
+
+def test_where_one_never_gets_there_the_other_is_still_shown(runs, tmp_path):
+    for path in runs.glob('figure1_net_tanh-*'):
+        (path / 'metrics.jsonl').write_text(digest.lines(curve(9.0)))
+    folder = figure1.keep(runs, tmp_path / 'results')
+    text = figure1.build(folder)
+    assert 'tanh reached it at no rate with all seeds, so there is no ratio' in text
+    assert '**0.255' in text
+    assert (folder / 'figure1.svg').exists()
+
+
+def test_seeds_that_only_one_has_are_not_compared(runs, tmp_path):
+    for path in runs.glob('figure1_net_tanh-*-2'):
+        shutil.rmtree(path)
+    assert 'than tanh at 0.008 (2 seeds' in figure1.build(figure1.keep(runs, tmp_path / 'results'))
 
 
 def test_no_runs_and_damaged_ones(runs, tmp_path):
