@@ -2,6 +2,8 @@
 
 import re
 
+import numpy as np
+
 from experiments import readme
 
 
@@ -18,3 +20,17 @@ def test_configs_and_modules_it_names_exist():
         assert (readme.ROOT / (module.replace('.', '/') + '.py')).is_file(), module
     for link in re.findall(r'\]\((?!https?:)(\w[^)]*)\)', text):
         assert (readme.ROOT / link).exists(), link
+
+
+def test_its_python_does_what_it_says(smoke_run, data_dir):
+    (code,) = re.findall(r'```python\n(.*?)```', (readme.ROOT / 'README.md').read_text(), re.DOTALL)
+    own = np.random.default_rng(0)
+    names = {
+        'pixels': own.normal(0, 60, (2, 224, 224, 3)).astype(np.float32),
+        'images': own.integers(0, 256, (3, 28, 28, 1), np.uint8),
+    }
+    assert 'workdirs/alexnet-quickstart-0' in code
+    exec(code.replace('workdirs/alexnet-quickstart-0', str(smoke_run)), names)
+    assert names['logits'].shape == (2, 1000)
+    assert names['probabilities'].shape == (3, 10)
+    np.testing.assert_allclose(names['probabilities'].sum(axis=1), 1, rtol=1e-5)
