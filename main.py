@@ -51,7 +51,7 @@ def main(argv: list[str]) -> str:
 
         workdirs = [Path(one) for one in workdir.split(',')]
         how = {'step': STEP.value, 'split': SPLIT.value, 'data_dir': DATA_DIR.value}
-        overrides = config_flags.get_override_values(CONFIG) if config else {}
+        overrides = config_flags.get_override_values(flags.FLAGS['config']) if config else {}
         return evaluate.line(evaluate.run(workdirs, **how, overrides=overrides))
     from alexnet_jax import train
 

@@ -23,7 +23,9 @@ def test_configs_and_modules_it_names_exist():
 
 
 def test_its_python_does_what_it_says(smoke_run, data_dir):
-    (code,) = re.findall(r'```python\n(.*?)```', (readme.ROOT / 'README.md').read_text(), re.DOTALL)
+    code, *_ = re.findall(
+        r'```python\n(.*?)```', (readme.ROOT / 'README.md').read_text(), re.DOTALL
+    )
     own = np.random.default_rng(0)
     names = {
         'pixels': own.normal(0, 60, (2, 224, 224, 3)).astype(np.float32),
