@@ -7,6 +7,7 @@ python -m experiments.readme --check    # exit code 1 if the README says somethi
 import json
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from alexnet_jax import records
@@ -38,11 +39,31 @@ def quickstart() -> str:
 
 def contribution() -> str:
     """The table of the ablations, as the sweep's runs have made it."""
-    path = RESULTS / 'contribution_table' / 'quickstart' / 'table.md'
-    if not path.exists():
+    return _table(
+        'contribution_table/quickstart',
+        {'differences.svg': 'differences, with their intervals', 'curves.svg': 'learning curves'},
+    )
+
+
+def figure1() -> str:
+    """Epochs to 25 % training error with ReLU and with tanh."""
+    return _table('figure1/fashion_mnist', {'figure1.svg': 'training error of both'})
+
+
+def variants() -> str:
+    """The tutorials' nets and LeNet, trained here."""
+    return _table('variants/quickstart', {})
+
+
+def _table(kept: str, drawings: Mapping[str, str]) -> str:
+    """table.md of a folder of results, and drawings by what they show."""
+    folder = RESULTS / kept
+    if not (folder / 'table.md').exists():
         return 'not run'
-    figure = path.with_name('differences.svg').relative_to(ROOT)
-    return f'{path.read_text().rstrip()}\n\n![differences, with their intervals]({figure})'
+    text = (folder / 'table.md').read_text().rstrip()
+    for file, name in drawings.items():
+        text += f'\n\n![{name}]({(folder / file).relative_to(ROOT)})'
+    return text
 
 
 def speed() -> str:
@@ -98,6 +119,8 @@ def filled(text: str) -> str:
         'meshes': meshes,
         'speed': speed,
         'contribution': contribution,
+        'figure1': figure1,
+        'variants': variants,
     }
     for mark, table in tables.items():
         figures = table()
