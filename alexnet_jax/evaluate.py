@@ -92,13 +92,14 @@ def restore(
 
 def _with(overrides: Mapping[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     for key, value in overrides.items():
-        if key not in (*workdirs.MAY_DIFFER, 'loop.eval_batch_size'):
+        *groups, name = key.split('.')
+        section = functools.reduce(operator.getitem, groups, config)
+        if value != section[name] and key not in (*workdirs.MAY_DIFFER, 'loop.eval_batch_size'):
             raise UsageError(
                 f'--config.{key} changes nothing in an evaluation: net and recipe are those of '
-                'the checkpoint; leave it out.'
+                f'the checkpoint, which has {section[name]}; leave it out.'
             )
-        *groups, name = key.split('.')
-        functools.reduce(operator.getitem, groups, config)[name] = value
+        section[name] = value
     return config
 
 
