@@ -221,9 +221,10 @@ def _compared(relu: Curves | None, tanh: Curves | None, target: float) -> str:
     if not seeds:
         return 'The fastest rates have no seed in common, so there is no ratio.'
     between = f' [{low:.2f}, {high:.2f}]' if math.isfinite(low) else ''
+    undecided = '; which of them is faster is undecided' if low <= 1 <= high else ''
     return (
-        f'ReLU at {relu.rate:g} reaches it {mean:.2f}{between} times sooner than tanh at '
-        f'{tanh.rate:g} ({seeds} seeds; in brackets 95 % over seeds).'
+        f'tanh at {tanh.rate:g} takes {mean:.2f}{between} times as many epochs as ReLU at '
+        f'{relu.rate:g} ({seeds} seeds; in brackets 95 % over seeds){undecided}.'
     )
 
 

@@ -57,8 +57,8 @@ def test_each_function_gets_its_own_rate(runs, tmp_path, capsys):
     results = tmp_path / 'results'
     assert figure1.main([f'--runs={runs}', f'--results={results}']) == 0
     out = capsys.readouterr().out
-    assert 'ReLU at 0.016 reaches it 3.0' in out
-    assert 'than tanh at 0.008 (3 seeds' in out
+    assert 'tanh at 0.008 takes 3.0' in out
+    assert 'times as many epochs as ReLU at 0.016 (3 seeds; in brackets 95 % over seeds).' in out
     assert 'end of the grid' not in out
     by_rate = {line.split('|')[1].strip(): line for line in out.splitlines() if '| rate' in line}
     assert len(by_rate) == len(figure1.RATES)
@@ -141,7 +141,7 @@ def test_where_one_never_gets_there_the_other_is_still_shown(runs, tmp_path):
 def test_seeds_that_only_one_has_are_not_compared(runs, tmp_path):
     for path in runs.glob('figure1_net_tanh-*-2'):
         shutil.rmtree(path)
-    assert 'than tanh at 0.008 (2 seeds' in figure1.build(figure1.keep(runs, tmp_path / 'results'))
+    assert 'as ReLU at 0.016 (2 seeds' in figure1.build(figure1.keep(runs, tmp_path / 'results'))
 
 
 def test_no_runs_and_damaged_ones(runs, tmp_path):
