@@ -192,7 +192,10 @@ def short(commit: str) -> str:
 
 
 def commit() -> str:
-    """The code's version, with '+' behind it if tracked files were changed; or 'unknown'."""
+    """The code's version, with '+' behind it if tracked files were changed; or 'unknown'.
+
+    Logs do not count: a measurement writes them, and its second half is of the same code.
+    """
 
     def git(*words: str) -> str:
         here = Path(__file__).parent
@@ -202,7 +205,8 @@ def commit() -> str:
         return done.stdout.strip()
 
     try:
-        changed = git('status', '--porcelain', '--untracked-files=no')
+        logs = ':(top,exclude)experiments/results'
+        changed = git('status', '--porcelain', '--untracked-files=no', '--', ':(top)', logs)
         return git('rev-parse', 'HEAD') + ('+' if changed else '')
     except (OSError, subprocess.SubprocessError):
         return 'unknown'
