@@ -75,11 +75,12 @@ def dead_start(found: Preflight, min_logit_std: float) -> str | None:
     """One sentence about a start that will not train, or None."""
     if found.logit_std >= min_logit_std:
         return None
-    layer, gain = found.weakest()
-    advice = f'{layer} passes on least ({gain:.0%}): raise its init_std, or set '
-    advice += "model.init_scaling='fan_in'."
     if found.pixels < DARK:
         advice = 'the pixels are wanted in 0-255 units: set preprocess.scale=1.'
+    else:
+        layer, gain = found.weakest()
+        least = f'{layer} passes on least ({gain:.0%})'
+        advice = f"{least}: raise its init_std, or set model.init_scaling='fan_in'."
     path = ', '.join(f'{name} {value:.1e}' for name, value in found.signal.items())
     return (
         f'dead start: across images the logits differ by only {found.logit_std:.1e} (standard '

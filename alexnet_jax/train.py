@@ -247,7 +247,7 @@ def begin_with(job: Job, state: TrainState) -> TrainState:
     transfer.compare(job.config, restored, where)
     fresh = parallel.fetch(state.params, job.layout)
     layers = [layer.name for layer in job.settings.net.layers]
-    names = [evaluate.class_names(job.settings, words=words) for words in (True, False)]
+    names = [job.train.class_names, evaluate.class_names(job.settings, words=False)]
     params = transfer.parameters(fresh, restored, layers, names, where)
     return state.replace(params=parallel.place(params, job.shardings.params))
 

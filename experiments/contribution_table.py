@@ -471,12 +471,14 @@ def build(folder: Path) -> str:
 def _check_recipes(runs: Sequence[Kept], folder: Path) -> None:
     """Each run differs from the base in what its config changes, and in nothing else."""
     base = next((run for run in runs if run.row == BASE), None)
-    for run in runs if base else ():
-        recipes = [
-            json.loads(configuration.as_json(_module(row).get_config(run.config['scale'])))
-            for row in (BASE, run.row)
-        ]
-        should = {*configuration.differences(*recipes)}
+    if base is None:
+        return
+    recipes = {
+        row: json.loads(configuration.as_json(_module(row).get_config(base.config['scale'])))
+        for row in {run.row for run in runs}
+    }
+    for run in runs:
+        should = {*configuration.differences(recipes[BASE], recipes[run.row])}
         does = {*configuration.differences(base.config, run.config)}
         if odd := sorted((does ^ should) - {'seed', *workdir.MAY_DIFFER}):
             raise RunError(

@@ -69,17 +69,18 @@ def keep(workdir: Path, folder: Path) -> None:
                 f'{workdir}/predictions_test.npz is not of the end of the run (its {measure} '
                 f'differs from metrics.jsonl); make it with --mode=evaluate --step=latest.'
             )
-    _keep_records(workdir, folder)
+    _keep_records(workdir, found, folder)
     write_text(folder / 'wrong.json', lines([packed(missed, arrays['label'])]))
+    (folder / 'diverged').unlink(missing_ok=True)  # code has changed since
 
 
-def _keep_records(workdir: Path, folder: Path) -> None:
+def _keep_records(workdir: Path, found: Sequence[Mapping[str, Any]], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_text(
         folder / 'config.json', json.dumps(portable(workdir), indent=2, sort_keys=True) + '\n'
     )
     write_text(folder / 'environment.json', (workdir / 'environment.json').read_text())
-    write_text(folder / 'metrics.jsonl', lines(thinned(records.read(workdir))))
+    write_text(folder / 'metrics.jsonl', lines(thinned(found)))
 
 
 def keep_all(
@@ -98,12 +99,12 @@ def keep_all(
         row, _, seed = path.parent.name.rpartition('-')
         if row not in rows or not seed.isdigit():
             say(f'{path.parent} is no run of the table, and is left out.')
+        elif (path.parent / 'predictions_test.npz').exists():
+            found[row, int(seed)] = path.parent
         elif diverged(path.parent):
             lost[row, int(seed)] = path.parent
-        elif not (path.parent / 'predictions_test.npz').exists():
-            say(f'{path.parent} is not finished, and is left out.')
         else:
-            found[row, int(seed)] = path.parent
+            say(f'{path.parent} is not finished, and is left out.')
     scales = {portable(workdir)['scale'] for workdir in (found | lost).values()}
     if len(scales) != 1:
         what = f'runs of {len(scales)} scales' if scales else 'no finished run'
@@ -112,8 +113,10 @@ def keep_all(
     for (row, seed), workdir in found.items():
         keep(workdir, target / f'{row}-{seed}')
     for (row, seed), workdir in lost.items():
-        _keep_records(workdir, target / f'{row}-{seed}')
-        write_text(target / f'{row}-{seed}' / 'diverged', '')
+        kept = target / f'{row}-{seed}'
+        _keep_records(workdir, records.read(workdir), kept)
+        write_text(kept / 'diverged', '')
+        (kept / 'wrong.json').unlink(missing_ok=True)
     return target, found
 
 
@@ -188,8 +191,7 @@ def ensembles(workdirs: Mapping[int, Path], path: Path) -> None:
         path: a .jsonl file, a line an ensemble.
     """
     arrays = {seed: predictions(workdir) for seed, workdir in sorted(workdirs.items())}
-    before = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    found = [own for own in before if not {*own['seeds']} & {*workdirs}]
+    found = [own for own in _objects(path) if not {*own['seeds']} & {*workdirs}]
     for count in range(2, len(arrays) + 1):
         for seeds in itertools.combinations(arrays, count):
             members = [arrays[seed] for seed in seeds]
@@ -272,6 +274,10 @@ def read_diverged(folder: Path) -> dict[str, list[int]]:
 
 def read_ensembles(path: Path) -> Iterator[tuple[tuple[int, ...], Wrong]]:
     """Seeds of each kept ensemble, and what it misses; none if there is no file."""
-    for line in path.read_text().splitlines() if path.exists() else ():
-        own = json.loads(line)
+    for own in _objects(path):
         yield tuple(own['seeds']), unpacked(own)
+
+
+def _objects(path: Path) -> list[dict[str, Any]]:
+    text = path.read_text() if path.exists() else ''
+    return [json.loads(line) for line in text.splitlines()]

@@ -269,13 +269,16 @@ def act(args: argparse.Namespace) -> int:
         folders = sorted(path for path in args.results.glob('*') if path.is_dir())
     if not folders:
         raise RunError(f'nothing is kept in {args.results} yet; name the --runs of a sweep.')
+    missed = False
     for folder in folders:
+        found = read(folder)
+        missed |= any(chosen(found, function, args.target) is None for function in FUNCTIONS)
         if args.target != TARGET:  # to be looked at; what is kept is the paper's
-            print(page(read(folder), folder.name, args.target))
+            print(page(found, folder.name, args.target))
             continue
         print(build(folder))
         say(f'in {folder}')
-    return 0
+    return int(missed)
 
 
 def _parser() -> command.Parser:

@@ -32,7 +32,7 @@ Seeds that agree by chance make A too small, with two seeds even nothing. But A 
 less than what the images alone bring, var(rest) / (S N) + var(image) / N, which is well known. So
 no interval is narrower than two thirds of the normal one from that (the whole of it would cover
 98.7 % where seeds have no luck at all). All together the interval covers the true difference in
-94.2 to 96.6 % of the cases with 3 or 5 seeds, 93.4 to 97.2 % with two (tests/test_intervals.py).
+94.2 to 96.6 % of the cases with 3 or 5 seeds (tests/test_intervals.py holds it to 93 to 97 %).
 """
 
 import dataclasses

@@ -101,7 +101,7 @@ def ours(case: Case, what: str) -> Contestant:
         )
         params = jax.device_put(case.params, parallel.whole(layout))
         images = jax.device_put(case.images, parallel.batch_sharding(layout))
-        return _forward(forward, params, images)
+        return repeated(lambda: forward(params, images))
     optimizer = make_optimizer(settings, IMAGES)
     step, shardings = jit_train_step(settings, layout, optimizer, IMAGES)
     start = jit_init_state(settings, optimizer, shardings)
@@ -118,10 +118,12 @@ def _mean_loss(metrics: Mapping[str, tuple[Any, Any]]) -> np.ndarray:
     return np.float32(total) / np.float32(count)
 
 
-def _forward(forward: Callable, params: Any, images: Any) -> Contestant:
+def repeated(step: Callable[[], Any]) -> Contestant:
+    """One that computes the same again and again; all results together would fill a GPU."""
+
     def run(steps: int) -> Any:
         for _ in range(steps):
-            result = forward(params, images)
+            result = step()
             parallel.pace(result)
         return jax.block_until_ready(result)
 
@@ -332,7 +334,8 @@ def flax(forms: Forms, case: Case, what: str) -> Contestant:
     module: Any = Naive(case.net, forms)
     if what == 'forward':
         forward = jax.jit(lambda p, images: module.apply({'params': p}, images, train=False))
-        return _forward(forward, jax.device_put(case.params), jax.device_put(case.images))
+        params, images = jax.device_put(case.params), jax.device_put(case.images)
+        return repeated(lambda: forward(params, images))
     optimizer = _sgd(case.settings)
     images, labels = jax.device_put(case.images), jax.device_put(case.labels)
 

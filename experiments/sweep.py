@@ -305,8 +305,11 @@ class Sweep:
         for own in self.of(State.WAITING):
             if not self.free:
                 return
-            if busy(own.run) or finished(own.run):
-                own.state = State.DONE if finished(own.run) else State.ELSEWHERE
+            if finished(own.run):
+                own.state = State.DONE
+                continue
+            if busy(own.run):
+                own.state = State.ELSEWHERE
                 continue
             place = self.free.pop(0)
             own.run.workdir.mkdir(parents=True, exist_ok=True)

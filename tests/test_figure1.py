@@ -136,6 +136,13 @@ def test_where_one_never_gets_there_the_other_is_still_shown(runs, tmp_path):
     assert 'tanh reached it at no rate with all seeds, so there is no ratio' in text
     assert '**0.255' in text
     assert (folder / 'figure1.svg').exists()
+    assert figure1.main([f'--results={folder.parent}']) == 1
+
+
+def test_a_target_that_nobody_reaches(runs, tmp_path, capsys):
+    figure1.keep(runs, tmp_path / 'results')
+    assert figure1.main(['--target=0.0001', f'--results={tmp_path / "results"}']) == 1
+    assert 'ReLU and tanh reached it at no rate' in capsys.readouterr().out
 
 
 def test_seeds_that_only_one_has_are_not_compared(runs, tmp_path):

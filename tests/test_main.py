@@ -198,6 +198,8 @@ def test_a_step_that_is_not_there(ring, trained):
     workdir, _ = trained
     done = ring('--mode=evaluate', f'--workdir={workdir}', '--step=17', data=False)
     one_sentence(done, 2, '17', '16, 32')
+    done = ring('--mode=evaluate', f'--workdir={workdir}', '--step=soon', data=False)
+    one_sentence(done, 2, 'soon', '16, 32')
 
 
 def test_evaluating_an_empty_workdir(ring, tmp_path):
