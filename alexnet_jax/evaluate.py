@@ -132,7 +132,11 @@ def make_predict(settings: Settings, layout: Layout) -> Predict:
         pixels = augment.apply(images, draws, statistics, settings.preprocess)
         return jax.nn.softmax(forward(params, pixels, None))
 
-    return jax.jit(predict, out_shardings=parallel.whole(layout))
+    return jax.jit(
+        predict,
+        out_shardings=parallel.whole(layout),
+        compiler_options=parallel.compiler_options(),
+    )
 
 
 def probabilities(

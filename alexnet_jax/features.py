@@ -97,7 +97,8 @@ def _activations(settings: Settings, layout: Layout, layer: str) -> Callable[...
 
     batch = P('data')
     return jax.jit(
-        jax.shard_map(run, mesh=layout.mesh, in_specs=(P(), P(), batch), out_specs=batch)
+        jax.shard_map(run, mesh=layout.mesh, in_specs=(P(), P(), batch), out_specs=batch),
+        compiler_options=parallel.compiler_options(),
     )
 
 

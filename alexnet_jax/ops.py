@@ -1,7 +1,8 @@
 """The array operations of AlexNet on `[B, H, W, C]`: pure functions, fast on a CPU too.
 
-XLA's own gradients of these are several times slower than its forward passes on a CPU, so the
-vector-Jacobian products are written out here. Only reverse-mode differentiation is defined.
+XLA's own gradients of normalisation and max-pooling are several times slower than its forward
+passes on a CPU, so their vector-Jacobian products are written out here: of these only reverse-mode
+differentiation is defined.
 """
 
 import functools
@@ -20,6 +21,16 @@ _NO_PAD = (0, 0, 0)  # before, behind, between, as `lax.pad` has them
 def _on_cpu():
     """Whether the program being traced is for a CPU: the one place where forms are chosen."""
     return jax.default_backend() == 'cpu'
+
+
+def _kept(x):
+    """`x`, and its gradient, written to memory once before anything reads them.
+
+    On a CPU XLA computes what several loops read anew in each of them: a max-pool in every tap of
+    the next layer's gradient, the border of a window at every element. It heeds this under
+    `parallel.compiler_options`.
+    """
+    return lax.optimization_barrier(x) if _on_cpu() else x
 
 
 # --- convolution ---------------------------------------------------------------------------
@@ -52,9 +63,9 @@ def conv(x, kernel, *, stride: int = 1, padding=((0, 0), (0, 0)), groups: int = 
     padding = tuple(map(tuple, padding))
     if not _on_cpu():
         return _xla_conv(x, kernel, stride, padding, groups)
-    kernel = _vary_like(kernel, x)
     pairs = zip(jnp.split(x, groups, -1), jnp.split(kernel, groups, -1), strict=True)
-    return jnp.concatenate([_conv(a, b, stride, padding) for a, b in pairs], -1)
+    maps = [_kept(_xla_conv(_kept(a), b, stride, padding)) for a, b in pairs]
+    return jnp.concatenate(maps, -1)
 
 
 def _xla_conv(x, kernel, stride, padding, groups=1):
@@ -66,77 +77,6 @@ def _xla_conv(x, kernel, stride, padding, groups=1):
         dimension_numbers=_DIMENSIONS,
         feature_group_count=groups,
     )
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _conv(x, kernel, stride, padding):
-    return _xla_conv(x, kernel, stride, padding)
-
-
-def _conv_forward(x, kernel, stride, padding):
-    return _xla_conv(x, kernel, stride, padding), (x, kernel)
-
-
-def _conv_backward(stride, padding, residuals, dy):
-    # Two separate outputs: what nobody asks for (conv1's dx) is dropped by XLA.
-    x, kernel = residuals
-    to_x = jax.linear_transpose(lambda a: _xla_conv(a, kernel, stride, padding), x)
-    return to_x(dy)[0], _kernel_gradient(x, dy, kernel.shape, stride, padding)
-
-
-_conv.defvjp(_conv_forward, _conv_backward)
-
-
-def _kernel_gradient(x, dy, shape, stride, padding):
-    """Gradient with respect to the kernel: one matrix product a tap, `[Cin, BHW] @ [BHW, Cout]`."""
-    (kh, kw, _, features), (_, height, width, _) = shape, dy.shape
-    rows, columns = -(-kh // stride), -(-kw // stride)  # taps, counted in blocks of stride pixels
-    x = _pad_to(x, padding, (height + rows - 1) * stride, (width + columns - 1) * stride)
-    x = _space_to_depth(x, stride)
-    # Rows of pixels and channels together: XLA copies a tap as long runs, and does not compute the
-    # middle one, which the padding leaves as it was, anew from whatever made x (a max-pool).
-    channels = x.shape[-1]
-    x = x.reshape(*x.shape[:2], -1)
-    # Two-dimensional operands: of an einsum over b, h and w XLA would first make a transposed copy.
-    sample = (((0,), (0,)), ((), ()))
-    flat = dy.reshape(-1, features)
-    taps = [
-        lax.dot_general(
-            x[:, i : i + height, j * channels : (j + width) * channels].reshape(len(flat), -1),
-            flat,
-            sample,
-        )
-        for i in range(rows)
-        for j in range(columns)
-    ]
-    blocks = jnp.stack(taps).reshape(rows, columns, stride, stride, -1, features)
-    blocks = blocks.transpose(0, 2, 1, 3, 4, 5)
-    return blocks.reshape(rows * stride, columns * stride, -1, features)[:kh, :kw]
-
-
-def _pad_to(x, padding, height, width):
-    """Zeros as `padding` says at the top left; bottom right cut or filled to `height`, `width`."""
-    edges = [
-        (before, side - before - have, 0)
-        for (before, _), side, have in zip(padding, (height, width), x.shape[1:3], strict=True)
-    ]
-    return lax.pad(x, jnp.zeros((), x.dtype), (_NO_PAD, *edges, _NO_PAD))
-
-
-def _space_to_depth(x, block):
-    """`[B, H, W, C]` -> `[B, H / block, W / block, block * block * C]`."""
-    if block == 1:
-        return x
-    batch, height, width, channels = x.shape
-    x = x.reshape(batch, height // block, block, width // block, block, channels)
-    return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, height // block, width // block, -1)
-
-
-def _vary_like(a, b):
-    """Inside shard_map: marks `a` as varying where `b` does, so that autodiff sums its gradient."""
-    varying = [jax.typeof(v).manual_axis_type.varying for v in (b, a)]
-    axes = tuple(varying[0] - varying[1])
-    return lax.pcast(a, axes, to='varying') if axes else a
 
 
 # --- normalisation -------------------------------------------------------------------------
@@ -165,7 +105,9 @@ def lrn(x, *, groups: int = 1, size=5, k=2.0, alpha=1e-4 / 5, beta=0.75):
     """
     if x.shape[-1] % groups:
         raise UsageError(f'{x.shape[-1]} channels do not divide into {groups} groups for LRN')
-    return _normalise(x, functools.partial(_channel_sum, groups), size, k, alpha, beta)
+    towers = jnp.split(_kept(x), groups, -1)
+    towers = [_normalise(tower, _channel_sum, size, k, alpha, beta) for tower in towers]
+    return jnp.concatenate(towers, -1)
 
 
 def spatial_norm(x, *, size=5, k=1.0, alpha=0.001 / 25, beta=0.75):
@@ -183,7 +125,7 @@ def spatial_norm(x, *, size=5, k=1.0, alpha=0.001 / 25, beta=0.75):
     Returns:
       `[B, H, W, C]`, of x's type.
     """
-    return _normalise(x, _pixel_sum, size, k, alpha, beta)
+    return _normalise(_kept(x), _pixel_sum, size, k, alpha, beta)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4, 5))
@@ -211,18 +153,9 @@ def _normalise_backward(window_sum, size, k, alpha, beta, x, dy):
 _normalise.defvjp(_normalise_forward, _normalise_backward)
 
 
-def _channel_sum(groups, x, before, size):
-    """Sums over the `size` channels of the same group that start `before` channels earlier."""
-    channels, width = x.shape[-1], x.shape[-1] // groups
-    if _on_cpu():
-        # A product with a band matrix: loops over a dozen channels do not vectorise. (A NaN
-        # spreads to all channels of its pixel this way.)
-        reads, writes = np.ogrid[:channels, :channels]
-        offset = reads - writes + before
-        band = (offset >= 0) & (offset < size) & (reads // width == writes // width)
-        return x @ jnp.asarray(band, x.dtype)
-    towers = x.reshape(*x.shape[:-1], groups, width)
-    return _axis_sum(towers, 4, before, size).reshape(x.shape)
+def _channel_sum(x, before, size):
+    """Sums over the `size` channels that start `before` channels earlier."""
+    return _axis_sum(x, 3, before, size)
 
 
 def _pixel_sum(x, before, size):
@@ -233,7 +166,7 @@ def _pixel_sum(x, before, size):
 def _axis_sum(x, axis, before, size):
     """Sums over the `size` elements along `axis` that start `before` elements earlier."""
     pads = [(before, size - 1 - before) if a == axis else (0, 0) for a in range(x.ndim)]
-    padded, length = jnp.pad(x, pads), x.shape[axis]
+    padded, length = _kept(jnp.pad(x, pads)), x.shape[axis]
     parts = [lax.slice_in_dim(padded, i, i + length, axis=axis) for i in range(size)]
     return functools.reduce(jnp.add, parts)
 
@@ -269,7 +202,7 @@ def max_pool(x, *, window=3, stride=2):
     """
     _check_window('pooling window', (window, window), x)
     if _on_cpu():
-        return _max_pool(x, window, stride, x.shape[1:3])
+        return _kept(_max_pool(_kept(x), window, stride, x.shape[1:3]))
     sizes, strides = (1, window, window, 1), (1, stride, stride, 1)
     lowest = np.array(-np.inf, x.dtype)  # a constant: JAX then knows the gradient
     return lax.reduce_window(x, lowest, lax.max, sizes, strides, 'VALID')
@@ -281,7 +214,7 @@ def avg_pool(x, *, window=3, stride=2):
     Args, returns and errors as for `max_pool`.
     """
     _check_window('pooling window', (window, window), x)
-    wide = x.astype(jnp.float32)
+    wide = _kept(x).astype(jnp.float32)
     total = functools.reduce(jnp.add, _taps(wide, window, stride))
     return (total / window**2).astype(x.dtype)
 
@@ -307,7 +240,7 @@ def _max_pool_forward(x, window, stride, sides):
     for number, tap in enumerate(taps, 1):
         chosen = jnp.where(tap > best, jnp.asarray(number, chosen.dtype), chosen)
         best = jnp.maximum(best, tap)
-    return best, chosen
+    return best, _kept(chosen)
 
 
 def _max_pool_backward(window, stride, sides, chosen, dy):

@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
@@ -132,23 +133,32 @@ def _split(mesh: Mesh, axis: str) -> Split:
     return Split(axis, mesh.shape[axis]) if mesh.shape[axis] > 1 else Split()
 
 
-WIDE = 256  # channels: from here on Eigen's convolutions outrun YNNPACK's
+def advance_if(sound: Any, advance: Callable[[Any], Any], state: Any) -> Any:
+    """`advance(state)` where the scalar `sound` holds, else `state`; chosen by platform.
+
+    A CPU runs one branch, in place. On a GPU the host would have to wait for `sound`, so that
+    nothing could be queued behind it: there each array is selected.
+    """
+    if jax.default_backend() == 'cpu':
+        return jax.lax.cond(sound, advance, lambda same: same, state)
+    return jax.tree.map(lambda new, old: jnp.where(sound, new, old), advance(state), state)
 
 
-def compiler_options(net: Net) -> dict[str, str] | None:
-    """XLA's options for a net on this platform; `python -m experiments.throughput` measures them.
+def compiler_options() -> dict[str, str] | None:
+    """XLA's options on this platform; `python -m experiments.throughput` measures what they give.
 
-    On a CPU the scheduler that saves memory: half the scratch space, more of which stays in caches.
-    And for wide nets convolutions by Eigen, all else by YNNPACK as XLA has it: the 2012 net's step
-    is an eighth faster for it, and quickstart's a fourteenth slower.
+    On a CPU: the scheduler that saves memory, half the scratch space, more of which stays in
+    caches; matrix products and sums by YNNPACK, the rest, convolutions above all, by Eigen; and
+    optimisation barriers that last until loops have been fused, which `ops` counts on.
     """
     if jax.default_backend() != 'cpu':
         return None
-    options = {'xla_cpu_scheduler_type': 'CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED'}
-    if any(layer.kind == 'conv' and layer.features >= WIDE for layer in net.layers):
-        kinds = ('INDIVIDUAL_DOT', 'REDUCE')
-        by_ynnpack = ','.join(f'LIBRARY_FUSION_TYPE_{kind}' for kind in kinds)
-        options['xla_cpu_experimental_ynn_fusion_type'] = by_ynnpack
+    kinds = ('INDIVIDUAL_DOT', 'REDUCE')
+    options = {
+        'xla_cpu_scheduler_type': 'CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED',
+        'xla_cpu_experimental_ynn_fusion_type': ','.join(f'LIBRARY_FUSION_TYPE_{k}' for k in kinds),
+        'xla_disable_hlo_passes': 'cse_barrier_expander',
+    }
     return {name: value for name, value in options.items() if _understood(name, value)}
 
 

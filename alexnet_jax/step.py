@@ -127,15 +127,15 @@ def make_train_step(
         # A sum is not finite where one of its terms is not; a norm would first write all squares.
         total = sum(jnp.sum(leaf) for leaf in jax.tree.leaves(grads))
         sound = state.sound & jnp.isfinite(loss) & jnp.isfinite(total)
-        updates, opt_state = optimizer.update(
-            grads, state.opt_state, state.params, drops=state.drops
-        )
-        proposed = state.replace(
-            step=state.step + 1,
-            params=optax.apply_updates(state.params, updates),
-            opt_state=opt_state,
-        )
-        new = jax.tree.map(lambda a, b: jnp.where(sound, a, b), proposed, state)
+
+        def advance(state):
+            updates, opt_state = optimizer.update(
+                grads, state.opt_state, state.params, drops=state.drops
+            )
+            params = optax.apply_updates(state.params, updates)
+            return state.replace(step=state.step + 1, params=params, opt_state=opt_state)
+
+        new = parallel.advance_if(sound, advance, state)
         count = batch['label'].size
         wrong = jnp.sum(jnp.argmax(logits, axis=-1) != batch['label'])
         said = jnp.where(sound, loss, jnp.nan)  # so that the host need not look at the state
@@ -162,7 +162,6 @@ def jit_train_step(
         make_train_step(settings, layout, optimizer, images),
         donate_argnums=0,
         out_shardings=(shardings, parallel.whole(layout)),
-        compiler_options={**(parallel.compiler_options(settings.net) or {}), **compiler_options}
-        or None,
+        compiler_options={**(parallel.compiler_options() or {}), **compiler_options} or None,
     )
     return step, shardings

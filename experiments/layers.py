@@ -128,10 +128,10 @@ def _linear(stage: Stage, case: Case) -> Iterator[Piece]:
     def make(direction: str) -> Contestant:
         params, x = jax.device_put(case.params[layer.name]), _noise((size, *inputs), net)
         if direction == 'forward':
-            return _forward(net, run, params, x)
+            return _forward(run, params, x)
         if layer is net.layers[0]:  # nobody asks for the gradient of the image
-            return _backward(net, lambda params: run(params, x), params)
-        return _backward(net, run, params, x)
+            return _backward(lambda params: run(params, x), params)
+        return _backward(run, params, x)
 
     for direction in ('forward', 'backward'):
         work = limits.linear(stage, net, size, direction)
@@ -149,7 +149,7 @@ def _follower(layer: Layer, word: str, before: Shape, after: Shape, case: Case) 
         def run(x):
             return module.apply({}, word, x, layer, masks, method='_follow')
 
-        return _forward(net, run, x) if direction == 'forward' else _backward(net, run, x)
+        return _forward(run, x) if direction == 'forward' else _backward(run, x)
 
     for direction in ('forward', 'backward'):
         work = limits.follower(before, after, net, size, direction)
@@ -176,7 +176,7 @@ def _update(case: Case) -> Piece:
             updates, opt_state = optimizer.update(grads, opt_state, params)
             return jax.tree.map(jnp.add, params, updates), opt_state
 
-        options = parallel.compiler_options(case.net)
+        options = parallel.compiler_options()
         step = jax.jit(update, donate_argnums=0, compiler_options=options)
 
         def run(steps: int):
@@ -191,14 +191,14 @@ def _update(case: Case) -> Piece:
     return Piece('all', 'update', 'backward', limits.update(case.net), make)
 
 
-def _forward(net: Net, function: Callable, *arguments: Any) -> Contestant:
-    run = jax.jit(function, compiler_options=parallel.compiler_options(net))
+def _forward(function: Callable, *arguments: Any) -> Contestant:
+    run = jax.jit(function, compiler_options=parallel.compiler_options())
     return _repeat(lambda: run(*arguments))
 
 
-def _backward(net: Net, function: Callable, *arguments: Any) -> Contestant:
+def _backward(function: Callable, *arguments: Any) -> Contestant:
     """The transposed program alone: `jax.vjp`'s second result is a pytree and leaves a jit."""
-    options = parallel.compiler_options(net)
+    options = parallel.compiler_options()
     y, back = jax.jit(lambda *a: jax.vjp(function, *a), compiler_options=options)(*arguments)
     run = jax.jit(lambda back, dy: back(dy), compiler_options=options)
     return _repeat(lambda: run(back, y))  # any gradient will do

@@ -97,7 +97,7 @@ def ours(case: Case, what: str) -> Contestant:
     if what == 'forward':
         forward = jax.jit(
             functools.partial(parallel.forward(settings.net, layout), masks=None),
-            compiler_options=parallel.compiler_options(settings.net),
+            compiler_options=parallel.compiler_options(),
         )
         params = jax.device_put(case.params, parallel.whole(layout))
         images = jax.device_put(case.images, parallel.batch_sharding(layout))
