@@ -14,15 +14,17 @@
 | start | seconds to the first step, with and without compiled programs at hand (feeding.py) |
 
 What is compared takes turns: each round gives every contestant one sample, of as many steps as fill
---sample_secs. Figures are medians over the rounds, ratios medians of each round's own ratio. On a
-CPU ours takes turns with each other kind of form in a process of its own. Forms of PyTorch that
-took half as long again as its best in the first round sit out the rest.
+--sample_secs. Figures are medians over the rounds, ratios medians of each round's own ratio. Forms
+of PyTorch that took half as long again as its best in the first round sit out the rest. On a CPU
+PyTorch's forms run in a process of their own, and ours takes turns with the best of them in
+another, and in others with each other form of Flax.
 Results go to experiments/results/throughput/<device>.json, row by row: a row that is measured again
 takes the place of the old one. tables.md and <device>.svg are made from it.
 """  # noqa: E501 (a table)
 
 import argparse
 import gc
+import itertools
 import json
 import os
 import re
@@ -30,7 +32,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +162,7 @@ def measure(net: str, batch_size: int, dtype: str, what: str, flags: argparse.Na
         name: make
         for name, make in peers.contestants(case, what, flags.kinds)
         if not any(word in name for word in flags.without)
+        and (not flags.form or name in (flags.form, *KINDS))
     }
     makers |= {'product': lambda: limits.product(dtype), 'copy': limits.copying}
     rows, values = alternate(makers, flags.rounds, flags.sample_secs)
@@ -206,13 +209,18 @@ def steps(flags: argparse.Namespace) -> list[Row]:
     """All rows of the part."""
     rows = []
     for net in flags.nets:
-        batches = flags.batches or BATCHES[platform()]
-        for batch_size in (QUICKSTART_BATCH,) if net == 'quickstart' else batches:
-            for what in flags.passes:
-                rows.append(measure(net, batch_size, flags.dtype, what, flags))
-                say_row(rows[-1])
-                keep(flags.out, 'steps', rows[-1:])
+        for batch_size, what in itertools.product(batches(net, flags), flags.passes):
+            rows.append(measure(net, batch_size, flags.dtype, what, flags))
+            say_row(rows[-1])
+            keep(flags.out, 'steps', rows[-1:])
     return rows
+
+
+def batches(net: str, flags: argparse.Namespace) -> tuple[int, ...]:
+    """Images in a step of a net's rows."""
+    if net == 'quickstart':
+        return (QUICKSTART_BATCH,)
+    return flags.batches or BATCHES[platform()]
 
 
 DEVICES = 'JAX_NUM_CPU_DEVICES'
@@ -221,8 +229,9 @@ DEVICES = 'JAX_NUM_CPU_DEVICES'
 def apart(flags: argparse.Namespace, part: str) -> None:
     """A part, in processes of their own, each with a CPU shown as its trainer has it.
 
-    Of the steps, ours beside PyTorch, then beside each other form of Flax: what several large
-    programs of XLA allocate in turn costs them time, and a trainer has its process to itself.
+    Of the steps, PyTorch's forms among themselves, ours beside the best of them, then ours beside
+    each other form of Flax: what several large programs allocate in turn costs XLA time, and a
+    trainer has its process to itself.
     """
     if part == 'feeding':
         for name in flags.inputs:
@@ -232,21 +241,35 @@ def apart(flags: argparse.Namespace, part: str) -> None:
     for net in flags.nets:
         module, scale = NETS[net]
         devices = module.get_config(scale).mesh.cpu_devices
-        for words in _turns(flags) if part == 'steps' else [()]:
-            _alone(flags, part, devices, f'--nets={net}', *words)
+        if part != 'steps':
+            _alone(flags, part, devices, f'--nets={net}')
+            continue
+        for size, what in itertools.product(batches(net, flags), flags.passes):
+            same = (f'--nets={net}', f'--batches={size}', f'--passes={what}')
+            for words in _turns(flags, (net, size, flags.dtype, what)):
+                _alone(flags, part, devices, *same, *words)
 
 
-def _turns(flags: argparse.Namespace) -> list[tuple[str, ...]]:
-    """Which forms of a net run beside each other, as flags."""
-    others = [kind for kind in ('torch', 'prototype', 'naive') if kind in flags.kinds]
-    kinds = [f'--kinds=ours,{kind}' for kind in others] or ['--kinds=ours']
-    return [(f'--passes={what}', words) for what in flags.passes for words in kinds]
+def _turns(flags: argparse.Namespace, name: tuple[Any, ...]) -> Iterator[tuple[str, ...]]:
+    """Which forms of a row run beside each other, as flags."""
+    ours = '--kinds=ours'
+    if 'torch' in flags.kinds and peers.torch_is_here():
+        yield ('--kinds=torch',)
+        if 'ours' in flags.kinds:
+            kept = read(_path(flags.out))['steps']
+            best = next(row['torch'] for row in kept if _name('steps', row) == name)
+            yield f'{ours},torch', f'--form={best}'
+    others = [kind for kind in ('prototype', 'naive') if kind in flags.kinds]
+    yield from ((f'{ours},{kind}',) for kind in others)
+    if 'ours' in flags.kinds and not others and not peers.torch_is_here():
+        yield (ours,)
 
 
 def _alone(flags: argparse.Namespace, part: str, cpu_devices: int, *words: str) -> None:
     """This command again, for one part of it."""
     same = [f'--without={",".join(flags.without)}'] if flags.without else []
-    same += [f'--batches={",".join(map(str, flags.batches))}'] if flags.batches else []
+    if flags.batches and part != 'steps':
+        same += [f'--batches={",".join(map(str, flags.batches))}']
     same += [f'--{key}={getattr(flags, key)}' for key in ('dtype', 'rounds', 'sample_secs', 'out')]
     own = [sys.executable, '-m', 'experiments.throughput', f'--parts={part}', *words, *same]
     devices = {DEVICES: str(max(1, cpu_devices))}
@@ -313,12 +336,11 @@ def read(path: Path) -> dict[str, list[Row]]:
 
 def keep(folder: Path, part: str, rows: Sequence[Row]) -> Path:
     """Put rows among those of their device, in the place of those of the same name."""
-    path = folder / f'{slug(records.device_name())}.json'
+    path = _path(folder)
     kept = read(path)
-    named = {tuple(row[key] for key in KEYS[part]): row for row in kept[part]}
+    named = {_name(part, row): row for row in kept[part]}
     for row in rows:
-        name = tuple(row[key] for key in KEYS[part])
-        named[name] = _joined(named.get(name, {}), row)
+        named[_name(part, row)] = _joined(named.get(_name(part, row), {}), row)
     kept[part] = list(named.values())
     folder.mkdir(parents=True, exist_ok=True)
     with files.whole(path) as scratch:
@@ -326,19 +348,30 @@ def keep(folder: Path, part: str, rows: Sequence[Row]) -> Path:
     return path
 
 
+def _path(folder: Path) -> Path:
+    return folder / f'{slug(records.device_name())}.json'
+
+
+def _name(part: str, row: Row) -> tuple[Any, ...]:
+    return tuple(row[key] for key in KEYS[part])
+
+
 def _joined(old: Row, new: Row) -> Row:
-    """A row of 'steps' in which ours ran beside other forms joins what is kept of the same commit.
+    """A row of 'steps', run in several processes, joins what is kept of it of the same commit.
 
     Each ratio stays that of its own process; the figures of ours, and the limit, are those of the
     process in which it ran beside PyTorch.
     """
     same = old.get('commit') == new['commit'] and not new['commit'].endswith('+')  # '+': edited
-    if not same or 'ratios' not in new or 'ratios' not in old:
+    if not same or 'forms' not in new:
         return new
-    first, other = (old, new) if old['torch'] and not new['torch'] else (new, old)
-    joined = other | first | {key: old[key] | new[key] for key in ('forms', 'ratios')}
-    joined['forms']['ours'] = first['forms']['ours']
-    return joined
+    first, other = (old, new) if _beside_torch(old) and not _beside_torch(new) else (new, old)
+    merged = {key: other.get(key, {}) | first.get(key, {}) for key in ('forms', 'ratios')}
+    return other | first | {key: found for key, found in merged.items() if found}
+
+
+def _beside_torch(row: Row) -> bool:
+    return bool(row['torch'] and 'ours' in row['forms'])
 
 
 # -------------------------------------------------------------------------------------- the command
@@ -372,6 +405,7 @@ def _parser() -> command.Parser:
     add('--passes', type=_words(peers.PASSES), default=peers.PASSES, help='train,forward')
     add('--kinds', type=_words(KINDS), default=KINDS, help=', '.join(KINDS))
     add('--without', type=_some, default=(), help='forms of PyTorch to leave out: compiled,NCHW')
+    add('--form', default='', help='the one form of PyTorch to run, as it is called in the tables')
     add('--dtype', choices=('float32', 'bfloat16'), help='float32 on a CPU, bfloat16 on a GPU')
     add('--rounds', type=int, default=5)
     add('--sample_secs', type=float, default=0.5, help='of each contestant in each round, about')

@@ -49,7 +49,7 @@ def page(folder: Path) -> str:
         'Written by `python -m experiments.throughput`; what is measured, and how, stands at the '
         'heads of `experiments/throughput.py`, `peers.py` and `limits.py`. Medians of rounds in '
         'which ours and what stands beside it took turns (on a CPU each pair in a process of its '
-        'own).',
+        "own, PyTorch's best form being found in another).",
     ]
     for path, rows in kept(folder):
         parts += _device(path, rows)

@@ -1,6 +1,7 @@
 """The comparison is fair, the limit is arithmetic, and what is kept is what is shown."""
 
 import argparse
+import itertools
 import json
 from pathlib import Path
 
@@ -240,6 +241,30 @@ def test_a_row_measured_again_takes_the_place_of_the_old_one(tmp_path):
         ('torchvision', [2.0, 4.0]),
     ]
     assert path.name == f'{throughput.slug(records.device_name())}.json'
+
+
+def test_the_processes_of_a_row_join_if_they_ran_the_same_commit(tmp_path):
+    whole = step_row()
+    ours, torch = whole['forms']['ours'], whole['forms']['torch, NCHW, eager']
+    slow = {**torch, 'secs': [9.0]}
+    heat = whole | {'forms': {'torch, NCHW, eager': slow, 'torch, channels_last, eager': slow}}
+    del heat['ratios']
+    beside = whole | {'forms': {'ours': ours, 'torch, NCHW, eager': torch}, 'ratios': {'torch': 2}}
+    lonely = {**ours, 'secs': [1.0]}
+    naive = whole | {'forms': {'ours': lonely, 'naive': slow}, 'ratios': {'naive': 9}}
+    naive['torch'] = None
+    for rows in itertools.permutations((heat, beside, naive)):
+        for row in rows:
+            path = throughput.keep(tmp_path, 'steps', [row | {'commit': 'abc'}])
+        [found] = throughput.read(path)['steps']
+        assert found['forms']['ours'] == ours  # as it ran beside PyTorch
+        assert set(found['forms']) == {'ours', 'naive', *heat['forms']}
+        assert found['ratios'] == {'torch': 2, 'naive': 9}
+        assert found['torch'] == 'torch, NCHW, eager'
+        path.unlink()
+    throughput.keep(tmp_path, 'steps', [beside | {'commit': 'abc'}])
+    throughput.keep(tmp_path, 'steps', [naive | {'commit': 'xyz'}])
+    assert throughput.read(path)['steps'] == [naive | {'commit': 'xyz'}]
 
 
 def test_the_page_says_what_is_kept(tmp_path):
