@@ -152,8 +152,8 @@ class _Process:
                 f'a process that reads images was ended by {how}; the same command goes on from '
                 f'the latest checkpoint, and data.workers={fewer} needs less memory.'
             ) from None
-        if isinstance(answer, str):
-            raise Unreadable(answer)
+        if isinstance(answer, Exception):
+            raise answer
         return answer
 
     def close(self) -> None:
@@ -248,14 +248,14 @@ def serve(connection: Connection, memory: int) -> None:
 
 def _read(
     source: Source, memory: mmap.mmap, start: int, numbers: np.ndarray
-) -> tuple[np.ndarray, float] | str:
+) -> tuple[np.ndarray, float] | Exception:
     pixels = int(np.prod(source.shape))
     flat = np.frombuffer(memory, np.uint8, pixels * len(numbers), offset=pixels * start)
     begin = time.perf_counter()
     try:
         labels = source.read(numbers.tolist(), flat.reshape(len(numbers), *source.shape))
-    except Unreadable as problem:
-        return str(problem)
+    except (Unreadable, OSError) as problem:
+        return problem
     return labels, time.perf_counter() - begin
 
 

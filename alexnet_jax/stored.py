@@ -69,6 +69,7 @@ class Source:
 
         Raises:
             Unreadable: a record is damaged, or holds another image than the description says.
+            OSError: the system cannot read the file, which may be sound.
         """
         labels = np.empty(len(numbers), np.int32)
         for row, number in enumerate(numbers):
@@ -82,6 +83,7 @@ class Source:
 
         Raises:
             Unreadable: a record is damaged.
+            OSError: as `read`.
         """
         labels = np.empty(len(self), np.int32)
         for number in range(len(self)):
@@ -108,6 +110,7 @@ class Source:
             raise
         except Exception as error:  # decoders and array_record raise whatever they stumble over
             segment, position = self._place(number)
+            _read_through(segment.file)
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise Unreadable(f'{Path(segment.file).name}, record {position}: {reason}') from error
 
@@ -118,6 +121,17 @@ class Source:
             row[:] = pictures.decode(bytes(image), self.shape)
         else:
             row[:] = pictures.picture(bytes(image), self.shape[0])
+
+
+def _read_through(file: str) -> None:
+    """Whether the system can: no descriptor left or a failing disk is no fault of the data.
+
+    Raises:
+        OSError: it cannot. (A file that is gone is for the data set to say.)
+    """
+    with contextlib.suppress(FileNotFoundError), open(file, 'rb') as bytes_of:
+        while bytes_of.read(2**20):
+            pass
 
 
 @functools.cache
@@ -152,6 +166,7 @@ def form_of(folder: Path) -> tuple[tuple[int, int, int], str]:
 
     Raises:
         Unreadable: there is no description, or one of something else than labelled images.
+        OSError: the system cannot read it.
     """
     try:
         features = json.loads((folder / 'features.json').read_text())['featuresDict']['features']
@@ -159,7 +174,7 @@ def form_of(folder: Path) -> tuple[tuple[int, int, int], str]:
         inner = about.get('image') or about['tensor']
         sides = [int(side) for side in inner['shape']['dimensions']]
         dtype, encoding = inner.get('dtype', 'uint8'), inner.get('encoding', 'none')
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise Unreadable(f'the description of its images: {error}') from None
     height, width, channels = sides if len(sides) == 3 else (0, 0, 0)
     if dtype != 'uint8' or channels not in (1, 3):

@@ -71,6 +71,73 @@ def speed() -> str:
     return throughput_page.readme_table(RESULTS / 'throughput')
 
 
+def datasets() -> str:
+    """Preparation and reading, and the way of ImageNet rehearsed, by the command that measures."""
+    lines = ['| measured by `python -m experiments.` | |', '|---|---|']
+    for path in sorted((RESULTS / 'prepare').glob('*.json')):
+        lines += [f'| bench_prepare | {fact} |' for fact in _prepared(json.loads(path.read_text()))]
+    for path in sorted((RESULTS / 'reading').glob('*.json')):
+        lines += [f'| bench_reading | {fact} |' for fact in _read(json.loads(path.read_text()))]
+    path = RESULTS / 'rehearsal.jsonl'
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines += [f'| rehearsal | {fact} |' for fact in _rehearsed(rows)]
+    return '\n'.join(lines)
+
+
+def _prepared(found: dict) -> list[str]:
+    speed, memory = found['speed'], found['memory']
+    ours = speed['preparation']
+    others = ', '.join(
+        f'{row["of_pillow"]:.2f} times as fast with {name}'
+        for name, row in speed.items()
+        if name not in ('Pillow', 'preparation')
+    )
+    return [
+        f'{found["device"]}, pictures of 500 x 375 px: {ours["images_per_sec"]:.0f} images/s a '
+        f"core, {ours['of_pillow']:.2f} of a bare loop of Pillow's decoding, resizing and encoding;"
+        f' such a loop is {others}',
+        'memory: '
+        + '; '.join(
+            f'{kind}: {row["main_mib"]} MiB, a worker {row["worker_mib"]} MiB'
+            for kind, row in memory.items()
+        ),
+    ]
+
+
+def _read(found: dict) -> list[str]:
+    start, facts = found['start_up'], []
+    for form in ('raw', 'jpeg'):
+        paces = found[form]['images_per_sec']
+        ratio = found[form]['ratios']['ours, 0 to grain, bare records, 0']
+        facts.append(
+            f'{form} pictures of 256 x 256 px, images/s: {paces["ours, 0"]:,} in one process '
+            f'({ratio:.2f} of grain reading bare records), {paces["ours, 2"]:,} with two readers'
+        )
+    return [
+        *facts,
+        f'{start["records"]:,} images in {start["files"]} files: first batch after '
+        f'{start["first_batch_secs"]:.1f} s, {start["total_mib"]:.0f} MiB with two readers',
+    ]
+
+
+def _rehearsed(rows: list[dict]) -> list[str]:
+    if not rows:
+        return ['not run']
+    by_act = {row['act']: row for row in rows}
+    made, again = by_act['prepare'], by_act['prepare, the same command again']
+    whole = by_act['evaluate run on validation']
+    pair = [by_act[f'evaluate {name} on validation[:2000]'] for name in ('run', 'cut_off')]
+    alike = all(pair[0][key] == pair[1][key] for key in ('centre', 'ten_views'))
+    return [
+        f'{sum(made["images"].values()):,} pictures prepared in {made["secs"]:.0f} s; killed and '
+        f'gone on with: {"the same bytes" if again["same_bytes"] else "OTHER BYTES"}',
+        f'{by_act["train"]["steps"]} steps of a narrow net at 224 px in '
+        f'{by_act["train"]["secs"]:.0f} s; killed and gone on with: '
+        + ('the same errors' if alike else 'OTHER ERRORS'),
+        f'{whole["images"]:,} pictures evaluated, ten views each, in {whole["secs"]:.0f} s',
+    ]
+
+
 def starts() -> str:
     """The signal at the logits by recipe, as preflight measured it."""
     rows = [
@@ -114,6 +181,7 @@ def filled(text: str) -> str:
     """The README with its figures put in between their marks."""
     tables = {
         'figures': quickstart,
+        'datasets': datasets,
         'starts': starts,
         'communication': communication,
         'meshes': meshes,

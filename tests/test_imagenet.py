@@ -9,9 +9,11 @@ import pytest
 from PIL import Image
 
 from alexnet_jax import archives, imagenet
+from alexnet_jax import config as configuration
 from alexnet_jax.errors import RunError, UsageError
 from alexnet_jax.imagenet import ILSVRC_2010, ILSVRC_2012
-from experiments import official_tars
+from configs import alexnet
+from experiments import official_tars, rehearsal
 from experiments.official_tars import tar_bytes, write_devkit, write_tar
 
 WNIDS = ('n03', 'n01', 'n02')  # by the kit's numbers 1, 2, 3; sorted they are labels 2, 0, 1
@@ -274,3 +276,37 @@ def test_built_archives_can_be_read_back(tmp_path, monkeypatch):
     truth = imagenet.tfds_lists().truths['validation']
     assert [labels[f'ILSVRC2012_val_{i + 1:08d}.JPEG'] for i in range(50_000)] == truth
     assert source.class_names == imagenet.tfds_lists().wnids
+
+
+def test_the_rehearsal_trains_the_recipe_of_imagenet():
+    """Its flags are keys of the config, of their types, and it kills what it starts."""
+    config = alexnet.get_config('imagenet2012')
+    config.update_from_flattened_dict(rehearsal.TRAINING)
+    settings = configuration.unpack(config)
+    assert settings.net.classes == 1000
+    assert settings.batch_size == 128
+
+
+def test_the_rehearsal_kills_and_waits(tmp_path):
+    log = tmp_path / 'log'
+    row = rehearsal.run(['-c', 'print(1)'], log)
+    assert log.read_text() == '1\n'
+    assert row['main_process_mib'] > 0
+    asleep = ['-c', 'import time; print("begins", flush=True); time.sleep(60)']
+    rehearsal.run(asleep, log, kill_when=lambda secs: 'begins' in log.read_text())
+    for code, kill_when in (('1 / 0', None), ('1', lambda secs: False)):
+        with pytest.raises(RunError, match='ended with exit code'):
+            rehearsal.run(['-c', code], log, kill_when=kill_when)
+
+
+def test_a_data_set_s_digest_sees_names_and_bytes(tmp_path):
+    folder = tmp_path / 'a'
+    (folder / 'b').mkdir(parents=True)
+    (folder / 'b/c').write_bytes(b'1')
+    first = rehearsal.digest(folder)
+    assert rehearsal.digest(folder) == first
+    (folder / 'b/c').write_bytes(b'2')
+    assert rehearsal.digest(folder) != first
+    (folder / 'b/c').rename(folder / 'b/d')
+    (folder / 'b/d').write_bytes(b'1')
+    assert rehearsal.digest(folder) != first

@@ -269,6 +269,25 @@ def test_readers_know_neither_jax_nor_tfds(sets, pool):
         assert int(re.search(r'RssAnon:\s+(\d+)', status)[1]) < 128 << 10
 
 
+@pytest.mark.parametrize('workers', [0, 2])
+def test_what_the_system_cannot_read_is_not_called_damaged(sets, repository, workers):
+    """With no descriptor left the data set is as sound as before, and nobody is to remove it."""
+    script = (
+        'import os, resource, sys\n'
+        'from alexnet_jax import data, stored\n'
+        'stored._allow_files()\n'  # once: raised again later, the limit below would be gone
+        f'd = data.load("drawn", {str(sets["picture"])!r}, "train", workers={workers},'
+        ' resident_gib=0.0)\n'
+        'if d.images.readers.pids: d.images[:1]; pids = d.images.readers.pids\n'
+        'else: pids = [os.getpid()]\n'
+        'for pid in pids: resource.prlimit(pid, resource.RLIMIT_NOFILE, (3, 4096))\n'
+        'try: d.images[:300]\n'
+        'except Exception as error: print(type(error).__name__, error)\n'
+    )
+    said = subprocess.check_output([sys.executable, '-c', script], cwd=repository, text=True)
+    assert said.startswith('OSError [Errno 24] Too many open files'), said
+
+
 def test_no_image_is_no_error(sets, pool):
     images, labels = large(sets['picture']).take(np.arange(0))
     assert images.shape == (0, PX, PX, 3)
