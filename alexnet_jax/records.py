@@ -1,11 +1,13 @@
 """What a run says of itself: metrics.jsonl, TensorBoard, and a line or a bar on the terminal."""
 
+import contextlib
 import json
 import os
 import platform
 import re
 import subprocess
-from collections.abc import Mapping
+import sys
+from collections.abc import Generator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -101,11 +103,25 @@ def read(workdir: Path) -> list[dict[str, Any]]:
 
 def _board(folder: Path, resume_step: int):
     try:
-        from tensorboardX import SummaryWriter
+        with _without('torch'):  # tensorboardX looks for it, and needs it for nothing written here
+            from tensorboardX import SummaryWriter
     except ImportError:
         say('tensorboardX is not installed, so no TensorBoard files: pip install tensorboardX.')
         return None
     return SummaryWriter(str(folder), purge_step=resume_step + 1)
+
+
+@contextlib.contextmanager
+def _without(module: str) -> Generator[None]:
+    """As if it were not installed, unless it has been imported: PyTorch's import takes seconds."""
+    if module in sys.modules:
+        yield
+        return
+    sys.modules[module] = None  # ty: ignore[invalid-assignment] (Python's way to say so)
+    try:
+        yield
+    finally:
+        del sys.modules[module]
 
 
 class ProgressBar:

@@ -125,7 +125,7 @@ def _rehearsed(rows: list[dict]) -> list[str]:
         return ['not run']
     by_act = {row['act']: row for row in rows}
     made, again = by_act['prepare'], by_act['prepare, the same command again']
-    whole = by_act['evaluate run on validation']
+    whole = by_act['evaluate run on validation[:]']
     pair = [by_act[f'evaluate {name} on validation[:2000]'] for name in ('run', 'cut_off')]
     alike = all(pair[0][key] == pair[1][key] for key in ('centre', 'ten_views'))
     return [

@@ -137,7 +137,8 @@ def _checkpoints(workdir: Path) -> int:
 def evaluate(scratch: Path) -> list[dict[str, Any]]:
     """Both nets on 2,000 pictures, one on all 50,000; one view and ten."""
     rows = []
-    for split, workdirs in (('validation[:2000]', ('run', 'cut_off')), ('validation', ('run',))):
+    # 'validation' alone would be the thousand of the config.
+    for split, workdirs in (('validation[:2000]', ('run', 'cut_off')), ('validation[:]', ('run',))):
         for workdir in workdirs:
             log = scratch / f'evaluate_{len(rows)}.log'
             words = ['main.py', '--mode=evaluate', f'--workdir={scratch / workdir}']

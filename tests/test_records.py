@@ -1,6 +1,8 @@
 """What a run says of itself, also after a crash in the middle of a line."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 from rich.console import Console
@@ -45,6 +47,20 @@ def test_tensorboard_reads_the_same_values(tmp_path):
     files = list((tmp_path / 'tensorboard').iterdir())
     assert len(files) == 1
     assert b'train/loss' in files[0].read_bytes()
+
+
+def test_tensorboard_does_not_bring_pytorch_along(tmp_path):
+    """Its import takes longer than all else of a start."""
+    pytest.importorskip('tensorboardX')
+    script = (
+        'import pathlib, sys\n'
+        'from alexnet_jax import records\n'
+        f'book = records.Records(pathlib.Path({str(tmp_path)!r}), 0, tensorboard=True)\n'
+        'book.write("train", 1, loss=0.5); book.close()\n'
+        'print("tensorboardX" in sys.modules, "torch" in sys.modules)'
+    )
+    said = subprocess.check_output([sys.executable, '-c', script], text=True)
+    assert said == 'True False\n'
 
 
 def test_plain_lines_when_not_a_terminal(capsys):
