@@ -73,14 +73,20 @@ def speed() -> str:
 
 def datasets() -> str:
     """Preparation and reading, and the way of ImageNet rehearsed, by the command that measures."""
-    lines = ['| measured by `python -m experiments.` | |', '|---|---|']
+    lines = ['| measured by | |', '|---|---|']
     for path in sorted((RESULTS / 'prepare').glob('*.json')):
-        lines += [f'| bench_prepare | {fact} |' for fact in _prepared(json.loads(path.read_text()))]
+        lines += [
+            f'| `experiments.bench_prepare` | {fact} |'
+            for fact in _prepared(json.loads(path.read_text()))
+        ]
     for path in sorted((RESULTS / 'reading').glob('*.json')):
-        lines += [f'| bench_reading | {fact} |' for fact in _read(json.loads(path.read_text()))]
+        lines += [
+            f'| `experiments.bench_reading` | {fact} |'
+            for fact in _read(json.loads(path.read_text()))
+        ]
     path = RESULTS / 'rehearsal.jsonl'
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    lines += [f'| rehearsal | {fact} |' for fact in _rehearsed(rows)]
+    lines += [f'| `experiments.rehearsal` | {fact} |' for fact in _rehearsed(rows)]
     return '\n'.join(lines)
 
 
