@@ -19,15 +19,15 @@ _NO_PAD = (0, 0, 0)  # before, behind, between, as `lax.pad` has them
 
 
 def _on_cpu():
-    """Whether the program being traced is for a CPU: the one place where forms are chosen."""
+    """Whether the program being traced is for a CPU: the one place where operations have forms."""
     return jax.default_backend() == 'cpu'
 
 
 def _kept(x):
     """`x`, and its gradient, written to memory once before anything reads them.
 
-    On a CPU XLA computes what several loops read anew in each of them: a max-pool in every tap of
-    the next layer's gradient, the border of a window at every element. It heeds this under
+    On a CPU XLA computes what several loops read anew in each of them: a max-pool wherever the next
+    layer's gradient reads it, the border of a window at every element. It heeds this under
     `parallel.compiler_options`.
     """
     return lax.optimization_barrier(x) if _on_cpu() else x
