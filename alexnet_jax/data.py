@@ -314,6 +314,7 @@ class StoredImages:
 
         Raises:
             RunError: a record is damaged, or a reader process was killed.
+            OSError: the system cannot read a file, which may be sound.
         """
         try:
             return self.readers.take(self.source, numbers)
@@ -325,6 +326,7 @@ class StoredImages:
 
         Raises:
             RunError: a record is damaged.
+            OSError: as `take`.
         """
         path = self._kept('labels.npy')
         with contextlib.suppress(OSError, ValueError, EOFError):

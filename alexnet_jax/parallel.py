@@ -145,7 +145,7 @@ def advance_if(sound: Any, advance: Callable[[Any], Any], state: Any) -> Any:
 
 
 def compiler_options() -> dict[str, str] | None:
-    """XLA's options on this platform; `python -m experiments.throughput` measures what they give.
+    """XLA's options on this platform, by what `python -m experiments.throughput` gave with each.
 
     On a CPU: the scheduler that saves memory, half the scratch space, more of which stays in
     caches; matrix products and sums by YNNPACK, the rest, convolutions above all, by Eigen; and

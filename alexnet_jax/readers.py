@@ -61,6 +61,7 @@ class Readers:
 
         Raises:
             Unreadable: a record is damaged.
+            OSError: the system cannot read a file, which may be sound.
             RunError: a process was killed.
         """
         wanted = np.asarray(numbers, np.int64)

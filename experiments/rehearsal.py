@@ -150,7 +150,7 @@ def evaluate(scratch: Path) -> list[dict[str, Any]]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """All of it, kept line by line."""
+    """All of it; see the head of this file."""
     return command.run('rehearsal', _parser, _act, argv)
 
 

@@ -252,8 +252,8 @@ def apart(flags: argparse.Namespace, part: str) -> None:
 
 def _turns(flags: argparse.Namespace, name: tuple[Any, ...]) -> Iterator[tuple[str, ...]]:
     """Which forms of a row run beside each other, as flags."""
-    ours = '--kinds=ours'
-    if 'torch' in flags.kinds and peers.torch_is_here():
+    ours, torch = '--kinds=ours', 'torch' in flags.kinds and peers.torch_is_here()
+    if torch:
         yield ('--kinds=torch',)
         if 'ours' in flags.kinds:
             kept = read(_path(flags.out))['steps']
@@ -261,7 +261,7 @@ def _turns(flags: argparse.Namespace, name: tuple[Any, ...]) -> Iterator[tuple[s
             yield f'{ours},torch', f'--form={best}'
     others = [kind for kind in ('prototype', 'naive') if kind in flags.kinds]
     yield from ((f'{ours},{kind}',) for kind in others)
-    if 'ours' in flags.kinds and not others and not peers.torch_is_here():
+    if not torch and not others:
         yield (ours,)
 
 

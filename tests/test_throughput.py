@@ -267,6 +267,27 @@ def test_the_processes_of_a_row_join_if_they_ran_the_same_commit(tmp_path):
     assert throughput.read(path)['steps'] == [naive | {'commit': 'xyz'}]
 
 
+@pytest.mark.parametrize(
+    ('here', 'kinds', 'turns'),
+    [
+        (True, 'ours,naive,prototype,torch', 'torch best ours,prototype ours,naive'),
+        (True, 'ours,torch', 'torch best'),
+        (True, 'torch', 'torch'),
+        (True, 'ours', 'ours'),
+        (True, 'ours,naive', 'ours,naive'),
+        (False, 'ours,naive,torch', 'ours,naive'),
+        (False, 'ours,torch', 'ours'),
+    ],
+)
+def test_each_kind_that_is_asked_for_gets_a_turn(tmp_path, monkeypatch, here, kinds, turns):
+    monkeypatch.setattr(peers, 'torch_is_here', lambda: here)
+    throughput.keep(tmp_path, 'steps', [step_row()])
+    flags = argparse.Namespace(out=tmp_path, kinds=tuple(kinds.split(',')))
+    best = ('--kinds=ours,torch', '--form=torch, NCHW, eager')
+    expected = [best if turn == 'best' else (f'--kinds={turn}',) for turn in turns.split()]
+    assert list(throughput._turns(flags, ('2012', 64, 'float32', 'train'))) == expected
+
+
 def test_the_page_says_what_is_kept(tmp_path):
     pytest.importorskip('matplotlib')
     path = throughput.keep(tmp_path, 'steps', [step_row()])
