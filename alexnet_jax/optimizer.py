@@ -98,29 +98,48 @@ def plateau_drops(errors: Sequence[float], schedule: Schedule, epochs_per_error:
     return drops
 
 
-class ScaleByRatesState(NamedTuple):
-    """Steps taken so far."""
+class VelocityState(NamedTuple):
+    """Steps taken so far, and the velocity: a tree like the parameters."""
 
     step: Array
+    velocity: optax.Updates
 
 
-def scale_by_rates(rates: Callable[[tuple[str, str]], Rate]) -> optax.GradientTransformation:
-    """Multiply each update by minus its parameter's rate.
+def velocity_2012(
+    rates: Callable[[tuple[str, str]], Rate], momentum: float
+) -> optax.GradientTransformationExtraArgs:
+    """Add each update, times minus its parameter's rate, to a velocity that decays by `momentum`.
+
+    A parameter whose rate is 0 is not updated at all, and its velocity stays as it is: freezing a
+    layer stops it at once (source: `Weights::update` in weights.cu).
 
     Args:
         rates: gives for a parameter (layer, 'kernel' or 'bias') its rate as a function of
             (step, drops). `drops` comes as an extra argument of `update`, 0 if absent.
+        momentum: share of the velocity that is left after a step.
     """
 
     def update(updates, state, params=None, *, drops=0, **unused):
         del params, unused
-        scaled = jax.tree_util.tree_map_with_path(
-            lambda path, g: -rates((path[-2].key, path[-1].key))(state.step, drops) * g, updates
+
+        def rate_at(path):
+            return rates((path[-2].key, path[-1].key))(state.step, drops)
+
+        def advance(path, g, v):
+            rate = rate_at(path)
+            return jnp.where(rate == 0, v, momentum * v - rate * g)
+
+        velocity = jax.tree_util.tree_map_with_path(advance, updates, state.velocity)
+        moved = jax.tree_util.tree_map_with_path(
+            lambda path, v: jnp.where(rate_at(path) == 0, 0, v), velocity
         )
-        return scaled, ScaleByRatesState(state.step + 1)
+        return moved, VelocityState(state.step + 1, velocity)
 
     return optax.GradientTransformationExtraArgs(
-        lambda params: ScaleByRatesState(jnp.zeros((), jnp.int32)), update
+        lambda params: VelocityState(
+            jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params)
+        ),
+        update,
     )
 
 
@@ -132,11 +151,10 @@ def decays(params: optax.Params) -> optax.Params:
 def sgd_2012(
     rates: Callable[[tuple[str, str]], Rate], *, momentum: float, weight_decay: float
 ) -> optax.GradientTransformationExtraArgs:
-    """The update of this file's head, as a chain: decay, rate, and only then the velocity."""
+    """The update of this file's head, as a chain: weight decay, then rate and velocity."""
     return optax.chain(
         optax.add_decayed_weights(weight_decay, mask=decays),
-        scale_by_rates(rates),
-        optax.trace(decay=momentum),
+        velocity_2012(rates, momentum),
     )
 
 
@@ -145,9 +163,9 @@ class Late:
     """One layer slowed, then frozen, late in the run (source: conv1 in runs 145 and 170)."""
 
     layer: str  # 'none': no layer
-    slow_epoch: float  # from here its rates are multiplied by ...
+    slow_epoch: float  # from here the rate of its weights, not its biases, is multiplied by ...
     slow_multiplier: float
-    freeze_epoch: float  # from here its rates are 0: it coasts to a halt on its velocity
+    freeze_epoch: float  # from here it is not updated, and its velocity is kept
 
 
 def parameter_rates(
@@ -182,9 +200,10 @@ def parameter_rates(
         rate = multiplied(layer, kind)
         if layer != late.layer:
             return rate
+        slowed = late.slow_multiplier if kind == 'kernel' else 1.0  # source: `epsW` alone
         return lambda step, drops: (
             rate(step, drops)
-            * jnp.where(step >= slow, late.slow_multiplier, 1.0)
+            * jnp.where(step >= slow, slowed, 1.0)
             * jnp.where(step >= freeze, 0.0, 1.0)
         )
 

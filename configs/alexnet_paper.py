@@ -4,7 +4,9 @@
 
 Differs from configs/alexnet.py in: conv1's order (section 3.5), no spatial norm, LRN's alpha not
 divided by the window (3.3), init 0.01 everywhere (5), no division by 1.1 with the colour noise
-(4.1), one rate for weights and biases, divided by ten three times on a plateau (5), 90 epochs.
+(4.1; the noise keeps the program's standard deviations along the components, where the text says
+"eigenvalues"), one rate for weights and biases, divided by ten three times on a plateau (5), 90
+epochs.
 
 The init is what matters: 0.01 in conv3 to conv5 lets 14 times less of the signal through to the
 logits than the source's 0.03. Narrowed without regard to the fan-in, nothing is left of it:

@@ -7,12 +7,12 @@ Reported there: nothing. 62,378,344 parameters with 1000 classes, 58,691,044 wit
 text.
 
 Differs from 2012 in: one tower, no LRN, ReLU before every pooling, 227 px unpadded (the text prints
-277, where 227 is meant: its fc6 would read 7 x 7 maps), inverted dropout, weights uniform in +-0.05
-(Keras' 'uniform') in every layer, biases of 0, plain SGD at Keras' default of 0.01.
+277, where 227 is meant: its fc6 would read 7 x 7 maps), inverted dropout, biases of 0, plain SGD at
+Keras' default of 0.01. The five convolutions start uniform in +-0.05 (`kernel_initializer=
+'uniform'`), the three dense layers with Keras' default, Glorot's uniform.
 
-Not said there, and chosen here: pixels in 0-1 (in 0-255 such weights give logits in the hundreds);
-batches, epochs and splits of the base; as many classes as the data has. A narrowed net scales
-+-0.05 with the fan-in.
+Not said there, and chosen here: pixels in 0-1; batches, epochs and splits of the base; as many
+classes as the data has. A narrowed net scales +-0.05 with the fan-in.
 """
 
 import math
@@ -30,6 +30,6 @@ def get_config(scale: str = 'quickstart'):
     model = config.model
     model.conv1.padding_px = ((0, 0), (0, 0))
     model.init_scaling = 'none' if scale.startswith('imagenet') else 'fan_in'
-    for name in model.layers:
+    for name in ('conv1', 'conv2', 'conv3', 'conv4', 'conv5'):
         model[name].update(init='uniform', init_std=LIMIT / math.sqrt(3))
     return config
