@@ -60,11 +60,13 @@ test-cluster: data
 golden: env
 	$(BIN)/python -m tests.golden.configs
 
-# What each idea is worth: the base and every ablation, five seeds. Hours on a CPU; it goes on where
-# it was stopped.
+# The contribution table: the base and every ablation, five seeds, and the rates of rows that do not
+# train at the base's. Hours on a CPU; the same command resumes.
 table: data
 	$(BIN)/python -m experiments.sweep contribution_table --seeds=5 --parallel=2
-	$(BIN)/python -m experiments.contribution_table --runs=workdirs/contribution_table-quickstart
+	$(BIN)/python -m experiments.sweep contribution_rates --seeds=3 --parallel=2
+	$(BIN)/python -m experiments.contribution_table \
+	  --runs workdirs/contribution_table-quickstart workdirs/contribution_rates-quickstart
 
 # Everything that wants a GPU, in the order of its worth; see experiments/gpu.py.
 gpu: data

@@ -1,6 +1,6 @@
 """Smaller weight rates for the rows of the contribution table that do not train at the base's.
 
-    python -m experiments.sweep contribution_rates --scale=quickstart --seeds=3
+python -m experiments.sweep contribution_rates --scale=quickstart --seeds=3
 """
 
 CONFIGS = ('ablation_dropout', 'ablation_sigmoid')

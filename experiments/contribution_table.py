@@ -1,14 +1,23 @@
-"""What each idea of 2012 is worth: the ablations, retrained with seeds, beside what was claimed.
+"""Rebuild the contribution table: every ablation with seeds, beside what was reported in 2012.
 
-    python -m experiments.sweep contribution_table --scale=quickstart --seeds=3     # trains
+    python -m experiments.sweep contribution_table --scale=quickstart --seeds=5     # trains
     python -m experiments.contribution_table --runs=workdirs/contribution_table-quickstart
-    python -m experiments.contribution_table        # again, from what is kept in the repository
+    python -m experiments.contribution_table        # again, from the logs in the repository
 
-With --runs, what the table needs of each finished run is kept in
+With --runs, the small part of each finished run that the table needs is written to
 experiments/results/contribution_table/<scale>/ (digest.py). From that alone come table.md,
 table.csv, differences.svg and curves.svg there. Scales never share a table.
 
 All differences are paired by seed and by test image, with intervals for both (intervals.py).
+A row is "worse" or "better" where its p-value, corrected for the number of rows, is below 0.05;
+otherwise "equivalent" where its top-1 interval is inside +-0.3 points, and else "inconclusive".
+The margin of 0.3 points is the smallest effect that the paper reports (3.4), and was fixed before
+any row was compared with it. Top-5 has no such margin: with ten classes the base's top-5 error
+itself is smaller.
+
+A net that does not train at the base's rates says nothing about its idea. For such rows the weight
+rate is chosen by the validation error of seeds 0 to 2 (experiments/contribution_rates.py), and the
+row appears twice, at the base's rate and at its own.
 """
 
 import argparse
@@ -31,13 +40,22 @@ from alexnet_jax import config as configuration
 from alexnet_jax.command import say
 from alexnet_jax.errors import RunError, UsageError
 from configs import ABLATIONS, Claim
-from experiments import digest, intervals
+from experiments import contribution_bfloat16, contribution_rates, digest, intervals
 from experiments.digest import MEASURES, Kept
 from experiments.intervals import Difference
 
 BASE = 'alexnet'
 CONFIGS = (BASE, *ABLATIONS)  # what experiments.sweep runs
-SEEDS = 3
+SEEDS = 5
+MARGIN = 0.003  # effects smaller than this are called equivalent; see the head of this file
+# Rows that are a config and an override: {row: (config, overrides)}.
+OVERRIDDEN = {
+    f'{config}-{name}': (config, values)
+    for sweep in (contribution_rates, contribution_bfloat16)
+    for config in sweep.CONFIGS
+    for name, values in sweep.OVERRIDES.items()
+}
+RATE_SEEDS = (0, 1, 2)  # whose validation errors choose a rate
 RESULTS = Path(__file__).parent / 'results' / 'contribution_table'
 
 # ----------------------------------------------------------------------------------------- the rows
@@ -57,7 +75,7 @@ class Row:
     asked: int = 0  # seeds in all
 
     def finding(self, measure: str) -> str:
-        """In a word: an interval that holds zero decides nothing."""
+        """Return the row's result in a word."""
         if self.dead:
             count = '' if self.dead == self.asked else f'{self.dead} of {self.asked} seeds '
             return f'{count}did not train'
@@ -65,12 +83,12 @@ class Row:
             return 'not run'
         own = self.found[measure]
         if own.low is None:
-            return 'one seed'
-        if not own.decided:
-            return 'undecided'
-        if self.p.get(measure, 0.0) >= 1 - intervals.LEVEL:
-            return 'undecided among so many'
-        return 'worse' if own.mean > 0 else 'better'
+            return 'too few seeds'
+        if own.significant and self.p.get(measure, 0.0) < 1 - intervals.LEVEL:
+            return 'worse' if own.mean > 0 else 'better'
+        if measure == 'top1_error' and own.within(MARGIN):
+            return 'equivalent'
+        return 'inconclusive, n.s. after Holm' if own.significant else 'inconclusive'
 
 
 def rows(runs: Sequence[Kept], folder: Path, view: str = 'ten_views') -> list[Row]:
@@ -87,10 +105,14 @@ def rows(runs: Sequence[Kept], folder: Path, view: str = 'ten_views') -> list[Ro
     if not base:
         raise RunError(f'there is no finished run of {BASE} to compare with.')
     lost = digest.read_diverged(folder)
-    result = [
-        _ablation(name, by_row.get(name, {}), base, view, {*lost.get(name, ())} & {*base})
-        for name in ABLATIONS
-    ]
+    result = []
+    for name in ABLATIONS:
+        chosen = chosen_rate(name, by_row, lost)
+        for row in (name, chosen) if chosen else (name,):
+            gone = {*lost.get(row, ())} & {*base}
+            result.append(_ablation(row, by_row.get(row, {}), base, view, gone))
+    for row in (row for row in by_row if row.startswith(f'{BASE}-')):
+        result.append(_ablation(row, by_row[row], base, view, {*lost.get(row, ())} & {*base}))
     if view == 'ten_views':
         result.append(_one_view(base))
     return corrected(result) + _ensembles(base, folder, view)
@@ -103,7 +125,7 @@ def _ablation(
 
     A seed that did not train is told of apart: its error and that of others have no common mean.
     """
-    claim = _module(name).CLAIM
+    claim = _claim_of(name)
     seeds = sorted({*own} & {*base})
     alive = [seed for seed in seeds if not _is_stuck(own[seed])]
     pairs = [(own[seed].wrong[view], base[seed].wrong[view]) for seed in alive or seeds]
@@ -112,8 +134,57 @@ def _ablation(
     return dataclasses.replace(row, dead=dead, asked=len(seeds) + len(lost))
 
 
+def chosen_rate(
+    name: str, by_row: Mapping[str, Mapping[int, Kept]], lost: Mapping[str, Sequence[int]]
+) -> str | None:
+    """Return the row of an ablation at the rate with the lowest validation error.
+
+    None where no other rate was tried, some seeds of RATE_SEEDS are missing, or the base's rate is
+    the best.
+    """
+    tried = [name, *(row for row, (config, _) in OVERRIDDEN.items() if config == name != BASE)]
+    errors = {row: _validation_error(by_row.get(row, {}), lost.get(row, ())) for row in tried}
+    if len(tried) == 1 or None in errors.values():
+        return None
+    best = min(tried, key=lambda row: errors[row] or 0.0)
+    return None if best == name else best
+
+
+def _validation_error(own: Mapping[int, Kept], lost: Sequence[int]) -> float | None:
+    """Return the mean of the last validation errors of RATE_SEEDS; 1 for a seed that diverged."""
+    if not {*RATE_SEEDS} <= {*own, *lost}:
+        return None
+    last = [
+        [record for record in own[seed].records if record['kind'] == 'validation'][-1]['top1_error']
+        if seed in own
+        else 1.0
+        for seed in RATE_SEEDS
+    ]
+    return float(np.mean(last))
+
+
 def _module(name: str) -> Any:
     return importlib.import_module(f'configs.{name}')
+
+
+def _config_of(row: str, scale: str) -> dict[str, Any]:
+    """Return the resolved config of a row, as JSON has it."""
+    name, values = OVERRIDDEN.get(row, (row, {}))
+    config = _module(name).get_config(scale)
+    config.update_from_flattened_dict(values)
+    return json.loads(configuration.as_json(config))
+
+
+def _claim_of(row: str) -> Claim:
+    """Return what was reported for a row."""
+    name, values = OVERRIDDEN.get(row, (row, {}))
+    if name == BASE:
+        return Claim('bfloat16 compute, float32 parameters', 'none', 'none', None, None, '')
+    claim = _module(name).CLAIM
+    rate = values.get('optimizer.weights.rate')
+    if rate is None:
+        return claim
+    return claim._replace(row=f'{claim.row}, weight rate {rate:g} (chosen on validation)')
 
 
 def _is_stuck(run: Kept) -> bool:
@@ -198,21 +269,47 @@ def _p(row: Row, measure: str) -> float | None:
 # ---------------------------------------------------------------------------------------- the table
 
 
+HEAD = (
+    '| change | top-1 error | top-1, points | p | top-5, points | seeds | std of seeds '
+    '| reported in 2012: top-1 / top-5, points |\n|---|---|---|---|---|---|---|---|'
+)
+
+
 def markdown(found: Sequence[Row], runs: Sequence[Kept]) -> str:
-    """The table and what must be known to read it."""
-    head = (
-        '| change | top-1 error | top-1, points | p | top-5, points | seeds | std of seeds '
-        '| then: top-1 / top-5, points |\n|---|---|---|---|---|---|---|---|'
+    """Return the table and the notes that it needs."""
+    body = '\n'.join(_line(row) for row in found)
+    return f'{HEAD}\n{_first_line(runs)}\n{body}\n\n{notes(found, runs)}\n'
+
+
+def short(found: Sequence[Row], runs: Sequence[Kept]) -> str:
+    """Return the rows with a figure of 2012, at most ten lines, and a count of the findings."""
+    claimed = [row for row in found if row.claim.top1 is not None and not row.images_only]
+    body = '\n'.join(_line(row) for row in claimed[:8])
+    return f'{HEAD}\n{body}\n\n{count(found)}'
+
+
+def count(found: Sequence[Row]) -> str:
+    """Return how many rows are significant, equivalent and inconclusive, in a sentence."""
+    asked = [row for row in found if (row.found or row.dead) and not row.images_only]
+    words = [row.finding('top1_error') for row in asked]
+    significant = sum(word in ('worse', 'better') for word in words)
+    dead = sum('did not train' in word for word in words)
+    open_ = sum(word.startswith(('inconclusive', 'too few')) for word in words)
+    return (
+        f'Top-1, of {len(asked)} rows that were run: {significant} significant, '
+        f'{words.count("equivalent")} equivalent (no effect larger than {100 * MARGIN:g} points), '
+        f'{open_} inconclusive, {dead} with seeds that did not train.'
     )
+
+
+def _first_line(runs: Sequence[Kept]) -> str:
     base = [run for run in runs if run.row == BASE]
     errors = {m: np.array([run.wrong['ten_views'][m].mean() for run in base]) for m in MEASURES}
-    first = (
+    return (
         f'| *the recipe as run* | {errors["top1_error"].mean():.2%} | | '
         f'| *{errors["top5_error"].mean():.2%} top-5 error* | {len(base)} '
         f'| {_std(errors["top1_error"])} | |'
     )
-    body = '\n'.join(_line(row) for row in found)
-    return f'{head}\n{first}\n{body}\n\n{notes(found, runs)}\n'
 
 
 def _line(row: Row) -> str:
@@ -260,31 +357,27 @@ def _std(values: np.ndarray) -> str:
 
 
 def notes(found: Sequence[Row], runs: Sequence[Kept]) -> str:
-    """How to read it, what ran, and what it does not say."""
+    """Return how to read the table, what ran, and what it does not show."""
     config, images = runs[0].config, len(runs[0].wrong['centre']['top1_error'])
     hours = sum(run.final()['secs'] for run in runs) / 3600
     devices = sorted({run.environment['device'] for run in runs})
     commits = sorted({records.short(run.environment['commit']) for run in runs})
-    asked = [row for row in found if (row.found or row.dead) and not row.images_only]
-    decided = sum(row.finding('top1_error') in ('worse', 'better') for row in asked)
     return (
         f'Scale {config["scale"]}: {config["data"]["name"]}, all {images} images of '
         f'`{config["data"]["test"]}`, ten views. Points are error after the change minus error '
         f'before it, in per cent: positive is worse. In brackets the 95 % interval over seeds and '
         f'images (experiments/intervals.py); p is for top-1, corrected for the number of rows '
-        f'(Holm). An interval that holds zero decides nothing; "undecided among so many" is one '
-        f'that does not, and has p >= 0.05. Seeds that "did not train" ended where a constant '
-        f'prediction is or with infinite numbers, which tells of the rates as much as of the '
-        f'change; the figures are of the other seeds, where there are any, and decide nothing. '
-        f'† over images alone: these very nets, new images. '
-        f'"std of seeds" is that of the differences, in the first row of the error itself. '
-        f'Decided in top-1: {decided} of {len(asked)} rows that were run '
-        f'(ensembles apart).\n\n'
+        f'(Holm). "Equivalent" rows are not significant, and their top-1 interval is inside '
+        f'+-{100 * MARGIN:g} points: no effect larger than that. "n.s. after Holm" rows have an '
+        f'interval without zero and p >= 0.05. Seeds that "did not train" ended at the error of '
+        f'a constant prediction or with infinite numbers; the figures are of the other seeds. '
+        f'† over images alone: these nets, new images. "std of seeds" is that of the differences, '
+        f'in the first row of the error itself.\n\n{count(found)}\n\n'
         f'{len(runs)} runs, {hours:.1f} h of training in all, on {", ".join(devices)}; code '
         f'{", ".join(commits)}.\n\n'
-        f'It says what a change does to this recipe at this scale, with the rates of the recipe '
-        f'and not with rates chosen for the change. It does not say what the change does on '
-        f'ImageNet: the last column is from other data, there and then one run with one seed each.'
+        f"The table shows what a change does to this recipe at this scale, with the recipe's rates "
+        f'unless the row names another. It does not show what the change does on ImageNet: the '
+        f'last column is from other data, one run with one seed each.'
     )
 
 
@@ -440,7 +533,7 @@ def keep(folder: Path, results: Path) -> Path:
     Raises:
         RunError: there is none, or one is damaged.
     """
-    target, found = digest.keep_all(folder, results, CONFIGS)
+    target, found = digest.keep_all(folder, results, (*CONFIGS, *OVERRIDDEN))
     base = {seed: workdir for (row, seed), workdir in found.items() if row == BASE}
     if base:
         digest.ensembles(base, target / 'ensembles.jsonl')
@@ -459,6 +552,7 @@ def build(folder: Path) -> str:
     table = markdown(found, runs)
     bodies = {
         'table.md': table,
+        'short.md': short(found, runs) + '\n',
         'table.csv': table_csv(runs, folder),
         'differences.svg': svg(differences_figure, found),
         'curves.svg': svg(curves_figure, runs),
@@ -473,10 +567,8 @@ def _check_recipes(runs: Sequence[Kept], folder: Path) -> None:
     base = next((run for run in runs if run.row == BASE), None)
     if base is None:
         return
-    recipes = {
-        row: json.loads(configuration.as_json(_module(row).get_config(base.config['scale'])))
-        for row in {run.row for run in runs}
-    }
+    rows = {run.row for run in runs}
+    recipes = {row: _config_of(row, base.config['scale']) for row in rows}
     for run in runs:
         should = {*configuration.differences(recipes[BASE], recipes[run.row])}
         does = {*configuration.differences(base.config, run.config)}
@@ -492,7 +584,7 @@ def act(args: argparse.Namespace) -> int:
     if not re.fullmatch(r'\w*', args.scale):
         raise UsageError(f'--scale={args.scale} is not a word.')
     if args.runs is not None:
-        folders = [keep(args.runs, args.results)]
+        folders = sorted({keep(runs, args.results) for runs in args.runs})
     else:
         folders = sorted(path for path in args.results.glob(args.scale or '*') if path.is_dir())
     if not folders:
@@ -510,7 +602,7 @@ def _parser() -> command.Parser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add('--runs', type=Path, help="a sweep's folder of workdirs, to be kept first")
+    add('--runs', type=Path, nargs='+', help='folders of workdirs of sweeps, to be kept first')
     add('--scale', default='', help='of what is kept; all by default')
     add('--results', type=Path, default=RESULTS, help='where runs are kept')
     return parser

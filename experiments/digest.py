@@ -27,6 +27,7 @@ from alexnet_jax.command import say
 from alexnet_jax.errors import RunError
 
 MEASURES = {'top1_error': 1, 'top5_error': 5}
+ENSEMBLES = (2, 3, 5)  # sizes, beside that of all seeds
 Wrong = dict[str, dict[str, np.ndarray]]  # view, measure -> bool [N]
 RATHER = {'data.data_dir': 'data', 'loop.compilation_cache': 'beside'}  # no paths of this machine
 
@@ -182,18 +183,21 @@ def packed(missed: Wrong, label: np.ndarray) -> dict[str, Any]:
 
 
 def ensembles(workdirs: Mapping[int, Path], path: Path) -> None:
-    """Write which images every ensemble of two and more seeds misses: probabilities averaged.
+    """Write which images ensembles of seeds miss, their probabilities averaged.
 
-    Those of other seeds that stand there stay.
+    For each size of ENSEMBLES there are as many ensembles as seeds, of seeds that follow each other
+    in a circle, so that every seed counts as often. Ensembles of other seeds in the file stay.
 
     Args:
         workdirs: of one row's runs, by seed.
-        path: a .jsonl file, a line an ensemble.
+        path: a .jsonl file, one ensemble a line.
     """
     arrays = {seed: predictions(workdir) for seed, workdir in sorted(workdirs.items())}
     found = [own for own in _objects(path) if not {*own['seeds']} & {*workdirs}]
-    for count in range(2, len(arrays) + 1):
-        for seeds in itertools.combinations(arrays, count):
+    order = list(arrays)
+    for count in sorted({*ENSEMBLES, len(order)} & {*range(2, len(order) + 1)}):
+        chosen = {tuple(sorted((order[i:] + order[:i])[:count])): None for i in range(len(order))}
+        for seeds in chosen:
             members = [arrays[seed] for seed in seeds]
             mean = {view: np.mean([m[view] for m in members], axis=0) for view in evaluate.VIEWS}
             label = members[0]['label']

@@ -1,7 +1,7 @@
-"""Writes the README's figures from the logs in experiments/results/.
+"""Write the figures of README.md and docs/results.md from the logs in experiments/results/.
 
 python -m experiments.readme            # write them
-python -m experiments.readme --check    # exit code 1 if the README says something else
+python -m experiments.readme --check    # exit code 1 if a page differs from the logs
 """
 
 import json
@@ -37,8 +37,14 @@ def quickstart() -> str:
     return '\n'.join(rows)
 
 
+def contribution_short() -> str:
+    """Return the rows of the contribution table that have a figure of 2012, and the counts."""
+    path = RESULTS / 'contribution_table/quickstart/short.md'
+    return path.read_text().rstrip() if path.exists() else 'not run'
+
+
 def contribution() -> str:
-    """The table of the ablations, as the sweep's runs have made it."""
+    """Return the whole contribution table."""
     return _table(
         'contribution_table/quickstart',
         {'differences.svg': 'differences, with their intervals', 'curves.svg': 'learning curves'},
@@ -62,7 +68,7 @@ def _table(kept: str, drawings: Mapping[str, str]) -> str:
         return 'not run'
     text = (folder / 'table.md').read_text().rstrip()
     for file, name in drawings.items():
-        text += f'\n\n![{name}]({(folder / file).relative_to(ROOT)})'
+        text += f'\n\n![{name}](../{(folder / file).relative_to(ROOT)})'
     return text
 
 
@@ -180,38 +186,44 @@ def communication() -> str:
     return f'```\n{table}\n```'
 
 
-def filled(text: str) -> str:
-    """The README with its figures put in between their marks."""
-    tables = {
+PAGES = {
+    'README.md': {
         'figures': quickstart,
         'datasets': datasets,
         'starts': starts,
         'communication': communication,
         'meshes': meshes,
         'speed': speed,
+        'contribution': contribution_short,
+    },
+    'docs/results.md': {
         'contribution': contribution,
         'figure1': figure1,
         'variants': variants,
-    }
-    for mark, table in tables.items():
+    },
+}
+
+
+def filled(page: str) -> str:
+    """Return a page of PAGES, its figures put in between their marks."""
+    text = (ROOT / page).read_text()
+    for mark, table in PAGES[page].items():
         figures = table()
         pattern = rf'(<!-- {mark}: .*? -->\n).*?(<!-- end of {mark} -->)'
         text, found = re.subn(
             pattern, lambda m, f=figures: f'{m[1]}{f}\n{m[2]}', text, flags=re.DOTALL
         )
         if found != 1:
-            raise SystemExit(f'README.md needs one pair of marks for {mark}, and has {found}.')
+            raise SystemExit(f'{page} needs one pair of marks for {mark}, and has {found}.')
     return text
 
 
 def main() -> int:
     """Write or check; see the head of this file."""
-    path = ROOT / 'README.md'
-    text = path.read_text()
-    new = filled(text)
     if '--check' in sys.argv[1:]:
-        return int(new != text)
-    path.write_text(new)
+        return int(any(filled(page) != (ROOT / page).read_text() for page in PAGES))
+    for page in PAGES:
+        (ROOT / page).write_text(filled(page))
     return 0
 
 

@@ -12,8 +12,8 @@ import pytest
 from alexnet_jax import config as configuration
 from alexnet_jax import evaluate, records
 from alexnet_jax.errors import RunError
-from configs import ABLATIONS
-from experiments import contribution_table, digest, variants
+from configs import ABLATIONS, Claim
+from experiments import contribution_table, digest, intervals, variants
 
 IMAGES, CLASSES, SEEDS = 2000, 10, 3
 # The true change of the top-1 error, and what the table must say of it.
@@ -98,7 +98,7 @@ def test_findings_are_those_that_were_put_in(lines):
     for change, true, finding in (
         ('no normalisation', 0.08, 'worse'),
         ('tanh for ReLU', -0.06, 'better'),
-        ('pooling windows do not overlap', 0.0, 'undecided'),
+        ('pooling windows do not overlap', 0.0, 'inconclusive'),
         ('sigmoid for ReLU', 0.8, 'did not train'),
     ):
         row = lines[change, 'centre', 'top1_error']
@@ -139,6 +139,50 @@ def test_seeds_that_did_not_train_are_counted_and_not_averaged(lines):
     assert (row['seeds'], row['p_holm']) == ('2', '')
 
 
+def test_a_row_that_does_not_train_gets_a_rate_chosen_on_validation(runs, tmp_path):
+    """The lowest validation error of seeds 0 to 2 wins, whatever the test errors are."""
+    folder = tmp_path / 'rates'
+    for rate, validation, change in ((0.01, 0.2, 0.05), (0.005, 0.3, 0.0)):
+        for seed in range(SEEDS):
+            workdir = fake_run(folder, 'ablation_dropout', seed, change)
+            config = json.loads((workdir / 'config.json').read_text())
+            config['optimizer']['weights']['rate'] = rate
+            (workdir / 'config.json').write_text(json.dumps(config))
+            records_ = (workdir / 'metrics.jsonl').read_text().splitlines()
+            lines_ = [json.loads(line) for line in records_]
+            for line in lines_:
+                if line['kind'] == 'validation':
+                    line['top1_error'] = validation
+            (workdir / 'metrics.jsonl').write_text(digest.lines(lines_))
+            workdir.rename(folder / f'ablation_dropout-rate{rate}-{seed}')
+    base = tmp_path / 'base'
+    shutil.copytree(runs, base)
+    for seed in range(SEEDS):  # at the base's rate: worse on validation
+        path = base / f'ablation_dropout-{seed}/metrics.jsonl'
+        path.write_text(path.read_text().replace('"top1_error": 0.1125', '"top1_error": 0.9'))
+    argv = ['--runs', str(base), str(folder), f'--results={tmp_path / "results"}']
+    assert contribution_table.main(argv) == 0
+    table = (tmp_path / 'results/quickstart/table.md').read_text()
+    assert '| no dropout, weight rate 0.01 (chosen on validation) |' in table
+    assert 'weight rate 0.005' not in table
+    assert '| no dropout | ' in table
+
+
+def test_an_interval_inside_the_margin_is_a_finding():
+    def row(low: float, high: float, p: float) -> str:
+        found = intervals.Difference((low + high) / 2, 5, 100, low, high, p)
+        claim = Claim('', '', '', None, None, '')
+        return contribution_table.Row(
+            '', claim, {}, {'top1_error': found}, {'top1_error': p}
+        ).finding('top1_error')
+
+    assert row(-0.002, 0.001, 0.4) == 'equivalent'
+    assert row(-0.004, 0.001, 0.4) == 'inconclusive'
+    assert row(0.001, 0.009, 0.2) == 'inconclusive, n.s. after Holm'
+    assert row(0.001, 0.009, 0.01) == 'worse'
+    assert row(-0.0025, -0.001, 0.01) == 'better'
+
+
 def test_all_seeds_lost(runs, tmp_path):
     folder = tmp_path / 'sweep'
     shutil.copytree(runs, folder)
@@ -175,7 +219,7 @@ def test_the_claims_name_their_data(built):
 def test_building_again_from_what_is_kept_changes_nothing(built, tmp_path):
     again = tmp_path / 'quickstart'
     shutil.copytree(built, again)
-    for made in ('table.md', 'table.csv', 'differences.svg', 'curves.svg'):
+    for made in ('table.md', 'short.md', 'table.csv', 'differences.svg', 'curves.svg'):
         (again / made).unlink()
     assert contribution_table.main([f'--results={tmp_path}']) == 0
     assert {p.name: p.read_bytes() for p in again.iterdir() if p.is_file()} == {
@@ -199,7 +243,7 @@ def test_committed_tables_are_those_of_the_committed_runs(tmp_path):
         again = tmp_path / folder.name
         shutil.copytree(folder, again)
         contribution_table.build(again)
-        for made in ('table.md', 'table.csv', 'differences.svg', 'curves.svg'):
+        for made in ('table.md', 'short.md', 'table.csv', 'differences.svg', 'curves.svg'):
             assert (again / made).read_bytes() == (folder / made).read_bytes(), folder / made
 
 
@@ -281,15 +325,15 @@ def test_scales_do_not_share_a_table(runs, tmp_path, capsys):
     assert not (tmp_path / 'results').exists()
 
 
-def test_one_seed_decides_nothing(runs, tmp_path):
+def test_one_seed_has_no_interval(runs, tmp_path):
     few = tmp_path / 'few'
     for row in KNOWN:
         shutil.copytree(runs / f'{row}-0', few / f'{row}-0')
     results = tmp_path / 'results'
     assert contribution_table.main([f'--runs={few}', f'--results={results}']) == 0
     table = (results / 'quickstart' / 'table.md').read_text()
-    assert 'one seed' in table
-    assert 'worse' not in table.partition('\n\n')[0].replace('one seed', '')
+    assert 'too few seeds' in table
+    assert 'worse' not in table.partition('\n\n')[0]
 
 
 def test_nothing_kept_yet(tmp_path, capsys):

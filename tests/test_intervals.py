@@ -37,26 +37,28 @@ def simulate(seeds: int, seed_std: float, idea_std: float, rest_std: float):
 SOURCES = list(itertools.product((0.0, 0.05, 0.15), ((0.0, 0.5), (0.3, 0.5), (1.0, 0.1))))
 
 
-@pytest.mark.parametrize('seeds', [3, 5])
+@pytest.mark.parametrize('seeds', [3, 5, 10])
 @pytest.mark.parametrize(('seed_std', 'of_images'), SOURCES)
 def test_the_interval_covers_the_true_difference(seeds, seed_std, of_images):
     """93 to 97 %: the Monte-Carlo error of 4,000 repeats is 0.3 %."""
     ours, base, true = simulate(seeds, seed_std, *of_images)
-    mean, variances = intervals.crossed(ours.astype(np.float64) - base)
-    half = intervals.half_width(variances, seeds)
-    coverage = np.mean(np.abs(mean - true) <= half)
+    mean, variance, freedom = intervals.variance_of_mean(ours.astype(np.float64) - base)
+    coverage = np.mean(np.abs(mean - true) <= intervals.half_width(variance, freedom))
     assert 0.93 <= coverage <= 0.97, coverage
 
 
-def test_seeing_one_source_alone_does_not_cover():
-    """Why all this: the images' interval where seeds differ, the seeds' where images do."""
+def test_an_interval_for_one_source_alone_does_not_cover():
+    """Counting the images where seeds differ, or the seeds where images do, is not enough."""
     ours, base, true = simulate(3, 0.15, 0.3, 0.5)
-    mean, (of_seeds, of_images, _) = intervals.crossed(ours.astype(np.float64) - base)
-    assert np.mean(np.abs(mean - true) <= 1.96 * np.sqrt(of_images)) < 0.5
-    assert np.mean(np.abs(mean - true) <= 1.96 * np.sqrt(of_seeds + of_images)) < 0.9
+    d = ours.astype(np.float64) - base
+    off = np.abs(d.mean(axis=(-2, -1)) - true)
+    of_images = d.mean(axis=-2).var(axis=-1, ddof=1) / IMAGES
+    assert np.mean(off <= 1.96 * np.sqrt(of_images)) < 0.7
     ours, base, true = simulate(3, 0.0, 1.0, 0.1)
-    mean, (of_seeds, *_) = intervals.crossed(ours.astype(np.float64) - base)
-    assert np.mean(np.abs(mean - true) <= stats.t.ppf(0.975, 2) * np.sqrt(of_seeds)) < 0.7
+    d = ours.astype(np.float64) - base
+    of_seeds = d.mean(axis=-1).var(axis=-1, ddof=1) / 3
+    off = np.abs(d.mean(axis=(-2, -1)) - true)
+    assert np.mean(off <= stats.t.ppf(0.975, 2) * np.sqrt(of_seeds)) < 0.7
 
 
 def test_without_a_difference_p_values_are_small_as_seldom_as_they_say():
@@ -71,55 +73,59 @@ def test_without_a_difference_p_values_are_small_as_seldom_as_they_say():
     p = np.array([own.p for own in found])
     assert 0.02 < np.mean(p < 0.05) < 0.08
     assert 0.4 < np.mean(p < 0.5) < 0.6
-    assert [own.decided for own in found] == [own.p < 0.05 for own in found]
+    assert [own.significant for own in found] == [own.p < 0.05 for own in found]
 
 
 def test_one_by_hand():
-    """Two seeds, four images; the sums of squares of a two-way table without replication."""
-    ours = np.array([[1, 1, 0, 1], [1, 0, 0, 1]], bool)
-    base = np.array([[0, 1, 0, 0], [0, 0, 0, 1]], bool)
+    """Three seeds, four images; the mean squares of a two-way table without replication."""
+    ours = np.array([[1, 1, 0, 1], [1, 0, 0, 1], [1, 0, 0, 1]], bool)
+    base = np.array([[0, 1, 0, 0], [0, 0, 0, 1], [0, 0, 0, 0]], bool)
     found = intervals.difference(ours, base)
-    # d = [[1, 0, 0, 1], [1, 0, 0, 0]]: the seeds' means 1/2 and 1/4, the images' 1, 0, 0, 1/2
-    assert found.mean == 3 / 8
-    assert found.spread == pytest.approx(0.25 / np.sqrt(2))
-    rest = 2 * (0.125**2 + 0.125**2 + 0.125**2 + 0.375**2) / 3
-    of_images = (np.var([1, 0, 0, 0.5], ddof=1) - rest / 2) / 4
-    of_seeds = 0.03125 / 2
-    t, z = 12.706204736, 1.959963985
-    share = of_seeds / (of_seeds + of_images)
-    cochran, satterthwaite = share * t + (1 - share) * z, stats.t.ppf(0.975, 1 / share**2)
-    half = (cochran + satterthwaite) / 2 * np.sqrt(of_seeds + of_images)
-    assert (found.low, found.high) == pytest.approx((3 / 8 - half, 3 / 8 + half))
-    assert not found.decided
+    # d = [[1, 0, 0, 1], [1, 0, 0, 0], [1, 0, 0, 1]]: sums of seeds 2, 1, 2; of images 3, 0, 0, 2
+    assert found.mean == pytest.approx(5 / 12)
+    total = 5 - 25 / 12
+    of_seeds, of_images = 9 / 4 - 25 / 12, 13 / 3 - 25 / 12  # sums of squares
+    squares = of_seeds / 2, of_images / 3, (total - of_seeds - of_images) / 6
+    a, b, c = (square / 12 for square in squares)
+    assert a + b - c > a
+    variance = a + b - c
+    freedom = variance**2 / (a**2 / 2 + b**2 / 3 + c**2 / 6)
+    half = stats.t.ppf(0.975, freedom) * np.sqrt(variance)
+    assert (found.low, found.high) == pytest.approx((5 / 12 - half, 5 / 12 + half))
+    assert found.p == pytest.approx(2 * stats.t.sf(5 / 12 / np.sqrt(variance), freedom))
+    assert found.spread == pytest.approx(np.std([0.5, 0.25, 0.5], ddof=1))
+    assert not found.significant
 
 
-def test_seeds_that_agree_by_chance_decide_nothing():
-    """Two seeds of one difference have no variance, but the images do."""
-    ours, base = np.zeros((2, 400), bool), np.zeros((2, 400), bool)
-    ours[0, :3], ours[1, 3:6], base[:, 6] = True, True, True
+def test_equivalence_is_an_interval_inside_the_margin():
+    inside = intervals.Difference(0.001, 5, 100, low=-0.001, high=0.003)
+    assert inside.within(0.003)
+    assert not inside.within(0.0029)
+    assert not intervals.Difference(0.0, 1, 100).within(1.0)
+
+
+def test_seeds_that_agree_exactly_have_no_interval():
+    """Each of three seeds misses three images of its own, and none twice: no variance is seen."""
+    ours, base = np.zeros((3, 400), bool), np.zeros((3, 400), bool)
+    ours[0, :3], ours[1, 3:6], ours[2, 6:9] = True, True, True
     found = intervals.difference(ours, base)
-    assert found.mean == pytest.approx(2 / 400)
-    assert found.spread == 0
-    # d: each seed misses three images of its own, and not one that the base misses twice
-    mean, (_, of_images, of_rest) = intervals.crossed(ours.astype(float) - base)
-    assert of_rest > 0
-    half = 2 / 3 * 1.959963985 * np.sqrt(of_images + of_rest)
-    assert (found.low, found.high) == pytest.approx((mean - half, mean + half))
-    assert found.low < 0 < found.high
-    assert not found.decided
+    assert found.mean == pytest.approx(3 / 400)
+    assert (found.spread, found.low, found.p) == (0, None, None)
+    assert not found.significant
 
 
-def test_one_seed_says_nothing_of_others():
-    found = intervals.difference(np.ones((1, 9), bool), np.zeros((1, 9), bool))
-    assert (found.mean, found.low, found.p, found.spread) == (1.0, None, None, None)
-    assert not found.decided
+@pytest.mark.parametrize('seeds', [1, 2])
+def test_too_few_seeds_have_no_interval(seeds):
+    found = intervals.difference(np.ones((seeds, 9), bool), np.zeros((seeds, 9), bool))
+    assert (found.mean, found.low, found.p) == (1.0, None, None)
+    assert not found.significant
 
 
 def test_the_same_nets_do_not_differ():
     wrong = np.random.default_rng(0).random((3, 50)) < 0.3
     found = intervals.difference(wrong, wrong)
     assert (found.mean, found.low, found.high, found.p) == (0, 0, 0, 1)
-    assert not found.decided
+    assert not found.significant
 
 
 def test_seeds_are_paired():
@@ -130,8 +136,8 @@ def test_seeds_are_paired():
     paired = intervals.difference(worse, base)
     crossed_over = intervals.difference(worse[[1, 2, 0]], base)
     assert paired.mean == pytest.approx(crossed_over.mean)
-    assert paired.decided
-    assert not crossed_over.decided
+    assert paired.significant
+    assert not crossed_over.significant
 
 
 @pytest.mark.parametrize(

@@ -1,25 +1,32 @@
-"""The README says what the logs say, and names commands and files that are there."""
+"""README and docs have the figures of the logs, and name commands and files that exist."""
 
 import re
 
 import numpy as np
+import pytest
 
 from experiments import readme
 
 
-def test_figures_are_those_of_the_logs():
-    text = (readme.ROOT / 'README.md').read_text()
-    assert readme.filled(text) == text, 'run `python -m experiments.readme`'
+PAGES = ['README.md', *sorted(f'docs/{p.name}' for p in (readme.ROOT / 'docs').glob('*.md'))]
 
 
-def test_configs_and_modules_it_names_exist():
-    text = (readme.ROOT / 'README.md').read_text()
+@pytest.mark.parametrize('page', readme.PAGES)
+def test_figures_are_those_of_the_logs(page):
+    text = (readme.ROOT / page).read_text()
+    assert readme.filled(page) == text, 'run `python -m experiments.readme`'
+
+
+@pytest.mark.parametrize('page', PAGES)
+def test_configs_modules_and_links_it_names_exist(page):
+    text = (readme.ROOT / page).read_text()
     for config in re.findall(r'--config=(configs/\w+\.py)', text):
         assert (readme.ROOT / config).is_file(), config
     for module in re.findall(r'python -m ([\w.]+)', text):
-        assert (readme.ROOT / (module.replace('.', '/') + '.py')).is_file(), module
-    for link in re.findall(r'\]\((?!https?:)(\w[^)]*)\)', text):
-        assert (readme.ROOT / link).exists(), link
+        path = readme.ROOT / module.replace('.', '/')
+        assert path.with_suffix('.py').is_file() or (path / '__main__.py').is_file(), module
+    for link in re.findall(r'\]\((?!https?:|#)([\w.][^)#]*)[^)]*\)', text):
+        assert ((readme.ROOT / page).parent / link).exists(), link
 
 
 def test_its_python_does_what_it_says(smoke_run, data_dir):
