@@ -16,6 +16,7 @@ Differs from 2012 in what variant_d2l.py names, but for conv1's padding, which i
 from configs import _tutorial
 
 REPORTED = 0.866  # test accuracy
+REPORTED_BY_EPOCH = {1: 0.756, 2: 0.804, 3: 0.835, 4: 0.854, 5: 0.866}
 
 
 def get_config(scale: str = 'quickstart'):

@@ -13,6 +13,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -47,7 +48,37 @@ def table(runs: Sequence[Kept], scale: str) -> str:
     test = runs[0].config['data']['test']
     rows += ['', f'Means ± standard deviation over seeds; all images of `{test}`.']
     rows += [f'On {devices}; code {commits}.', '']
+    if scale == REPORTED_AT:
+        rows += by_epoch(runs)
     return '\n'.join(rows)
+
+
+def by_epoch(runs: Sequence[Kept]) -> list[str]:
+    """Return a table of the test accuracy after each epoch, beside what a tutorial printed.
+
+    At the scale of REPORTED_AT the split that validates is the test set, as in the tutorials.
+    """
+    rows = []
+    for run in runs:
+        printed = getattr(_module(run.row), 'REPORTED_BY_EPOCH', {})
+        found = [record for record in run.records if record['kind'] == 'validation']
+        here = [f'{1 - record["top1_error"]:.3f}' for record in found]
+        there = [f'{printed[e]:.3f}' if e in printed else '-' for e in (r['epoch'] for r in found)]
+        if printed:
+            hours = run.final()['secs'] / 3600
+            epochs = ' | '.join(f'{record["epoch"]:g}' for record in found)
+            rows += [
+                f'| {run.row}, seed {run.seed}: test accuracy after epoch | {epochs} |',
+                '|---' * (len(here) + 1) + '|',
+                f'| here, {run.environment["device"]}, {hours:.1f} h | {" | ".join(here)} |',
+                f'| reported there | {" | ".join(there)} |',
+                '',
+            ]
+    return rows
+
+
+def _module(name: str) -> Any:
+    return importlib.import_module(f'configs.{name}')
 
 
 def _accuracy(own: Sequence[Kept], view: str) -> str:
@@ -57,7 +88,7 @@ def _accuracy(own: Sequence[Kept], view: str) -> str:
 
 
 def _reported(name: str, scale: str) -> str:
-    value = getattr(importlib.import_module(f'configs.{name}'), 'REPORTED', None)
+    value = getattr(_module(name), 'REPORTED', None)
     return f'{value:.3f}' if value is not None and scale == REPORTED_AT else '-'
 
 

@@ -352,6 +352,11 @@ def test_the_variants_stand_beside_what_was_reported(tmp_path, capsys):
         rows = {line.split(' | ')[0]: line for line in capsys.readouterr().out.splitlines()}
         assert rows['| variant_d2l'].endswith(f'| {reported} |')
         assert '| not run | not run |' in rows['| variant_lenet']
+        by_epoch = [rows[row] for row in rows if 'variant_d2l, seed 0' in row]
+        assert len(by_epoch) == (reported != '-')
+        if by_epoch:
+            assert by_epoch[0].endswith('test accuracy after epoch | 2 | 4 |')
+            assert '| 0.775 | 0.887 |' in rows['| here, a processor, 1.0 h']
         right = [1 - np.mean(_missed(folder / f'variant_d2l-{seed}')) for seed in range(2)]
         spread = np.std(right, ddof=1)
         assert f'| 2 | {np.mean(right):.4f} ± {spread:.4f} |' in rows['| variant_d2l']

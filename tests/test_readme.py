@@ -7,7 +7,6 @@ import pytest
 
 from experiments import readme
 
-
 PAGES = ['README.md', *sorted(f'docs/{p.name}' for p in (readme.ROOT / 'docs').glob('*.md'))]
 
 
