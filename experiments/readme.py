@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from alexnet_jax import records
-from experiments import throughput_page
+from experiments.throughput import tables
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / 'results'
@@ -74,7 +74,7 @@ def _table(kept: str, drawings: Mapping[str, str]) -> str:
 
 def speed() -> str:
     """Ours, PyTorch's best, a naive Flax form and the machine's limit, as throughput measured."""
-    return throughput_page.readme_table(RESULTS / 'throughput')
+    return tables.readme_table(RESULTS / 'throughput')
 
 
 def datasets() -> str:

@@ -26,7 +26,7 @@ from alexnet_jax import config as configuration
 from alexnet_jax import workdir as workdirs
 from alexnet_jax.errors import RunError, UsageError
 from alexnet_jax.train import Job
-from experiments import throughput
+from experiments.throughput import results
 
 TARGET = 0.885
 NOT_HERE = (
@@ -93,7 +93,7 @@ def measure(config: Any, workdir: Path, target: float, margin: float) -> dict[st
         'epoch_secs': [epoch['secs'] for epoch in epochs.found],
         'validation_accuracy': [epoch['validation'] for epoch in epochs.found],
         'test_accuracy': accuracies,
-        **throughput.environment(),
+        **results.environment(),
     }
 
 
@@ -130,7 +130,7 @@ def _parser() -> command.Parser:
     add('--margin', type=float, default=0.01, help='validation above it ends the training')
     add('--dtype', choices=('float32', 'bfloat16'), default='bfloat16')
     add('--workdir', type=Path, required=True, help='a new folder')
-    add('--out', type=Path, default=throughput.RESULTS, help='where the result is kept')
+    add('--out', type=Path, default=results.RESULTS, help='where the result is kept')
     add('--anyway', action='store_true', help='without a GPU too')
     return parser
 
@@ -146,7 +146,7 @@ def act(flags: argparse.Namespace) -> int:
     config.model.compute_dtype = flags.dtype
     row = measure(config, flags.workdir, flags.target, flags.margin)
     flags.out.mkdir(parents=True, exist_ok=True)
-    path = flags.out / f'time_to_accuracy_{throughput.slug(row["device"])}.json'
+    path = flags.out / f'time_to_accuracy_{results.slug(row["device"])}.json'
     with files.whole(path) as scratch:
         scratch.write_text(json.dumps(row, indent=1) + '\n')
     if row['secs'] is None:

@@ -13,24 +13,26 @@ from alexnet_jax import data, records
 from alexnet_jax.errors import RunError
 from alexnet_jax.model import geometry
 from configs import alexnet, smoke, variant_torchvision
-from experiments import (
-    feeding,
+from experiments import scaling, time_to_accuracy
+from experiments.throughput import __main__ as throughput
+from experiments.throughput import (
+    baselines,
+    input_pipeline,
     layers,
-    limits,
-    peers,
-    scaling,
-    throughput,
-    throughput_page,
-    time_to_accuracy,
+    results,
+    roofline,
+    steps,
+    tables,
+    timing,
 )
-from experiments.limits import Rates, Work
-from experiments.peers import Contestant
+from experiments.throughput.roofline import Rates, Work
+from experiments.throughput.timing import Benchmark
 
 RATES = Rates(flops=1e9, bytes=1e8)
 NETS = {'2012': alexnet, 'torchvision': variant_torchvision}
 
 
-def small(net: str, dropout: bool = True, batch_size: int = 4) -> peers.Case:
+def small(net: str, dropout: bool = True, batch_size: int = 4) -> baselines.Case:
     """A net of the table at an eighth of its widths, 112 px."""
     config = NETS[net].get_config('quickstart')
     config.model.channels = 3
@@ -39,15 +41,15 @@ def small(net: str, dropout: bool = True, batch_size: int = 4) -> peers.Case:
         for name in config.model.layers:
             then = config.model[name].then
             config.model[name].then = tuple(word for word in then if word != 'dropout')
-    return peers.case_of(config, batch_size)
+    return baselines.case_of(config, batch_size)
 
 
-def forms(case: peers.Case, what: str) -> dict[str, Contestant]:
+def forms(case: baselines.Case, what: str) -> dict[str, Benchmark]:
     """Every form; PyTorch's, where it is installed, without its compiler, which takes minutes."""
-    kinds = ('ours', 'naive', 'prototype', 'torch')
+    kinds = ('ours', 'naive', 'torch')
     return {
         name: make()
-        for name, make in peers.contestants(case, what, kinds)
+        for name, make in baselines.benchmarks(case, what, kinds)
         if 'compiled' not in name and 'CUDA' not in name
     }
 
@@ -55,11 +57,11 @@ def forms(case: peers.Case, what: str) -> dict[str, Contestant]:
 # --------------------------------------------------------------------------------- the same net
 
 
-@pytest.mark.parametrize(('net', 'count'), [('2012', 7), ('torchvision', 5)])
+@pytest.mark.parametrize(('net', 'count'), [('2012', 6), ('torchvision', 4)])
 def test_every_form_gives_the_same_logits(net, count):
     case = small(net)
     logits = {name: form.value(form.run(1)) for name, form in forms(case, 'forward').items()}
-    assert len(logits) == (count if peers.torch_is_here() else 3)
+    assert len(logits) == (count if baselines.torch_is_here() else 2)
     for name, found in logits.items():
         error = np.linalg.norm(found - logits['ours']) / np.linalg.norm(logits['ours'])
         assert error < 1e-5, name  # float32 summed in other orders; found: 1e-6 at most
@@ -81,10 +83,10 @@ def test_a_form_that_computes_something_else_is_found_out():
     row = {'net': '2012', 'pass': 'forward', 'forms': {'ours': {}, 'other': {}}}
     values = {'ours': np.ones((4, 10)), 'other': np.ones((4, 10)) * 1.01}
     with pytest.raises(RunError, match=r"the logits of \['other'\] are not those of ours"):
-        throughput._check(row, values, case)
+        steps._check(row, values, case)
     row['pass'] = 'train'
     with pytest.raises(RunError, match='is not finite'):
-        throughput._check(row, {'ours': np.float32('nan')}, case)
+        steps._check(row, {'ours': np.float32('nan')}, case)
 
 
 # ------------------------------------------------------------------------------------- the clock
@@ -95,8 +97,8 @@ class Clock:
 
     def __init__(self, monkeypatch):
         self.now, self.order = 0.0, []
-        monkeypatch.setattr(throughput.time, 'perf_counter', lambda: self.now)
-        monkeypatch.setattr(throughput.time, 'process_time', lambda: 2 * self.now)
+        monkeypatch.setattr(timing.time, 'perf_counter', lambda: self.now)
+        monkeypatch.setattr(timing.time, 'process_time', lambda: 2 * self.now)
 
     def contestant(self, name: str, *secs: float):
         """How to make one whose steps take these times in turn, the last one again and again."""
@@ -108,17 +110,17 @@ class Clock:
                 self.order.append(name)
             return np.zeros(())
 
-        return lambda: Contestant(run)
+        return lambda: Benchmark(run)
 
 
 def test_contestants_take_turns(monkeypatch):
     clock = Clock(monkeypatch)
     makers = {'a': clock.contestant('a', 9.0, 1.0), 'b': clock.contestant('b', 9.0, 0.5)}
-    rows, _ = throughput.alternate(makers, rounds=3, sample_secs=1.0)
+    rows, _ = timing.alternate(makers, rounds=3, sample_secs=1.0)
     assert ''.join(clock.order) == 'aabb' + 'abb' * 3  # the first call compiles, the second counts
     assert rows['a']['secs'] == [1.0] * 3
     assert rows['b'] == {'first_secs': 9.0, 'steps': 2, 'secs': [0.5] * 3, 'cpu_secs': [1.0] * 3}
-    assert throughput.ratio(rows['a'], rows['b']) == 2.0
+    assert timing.ratio(rows['a'], rows['b']) == 2.0
 
 
 def test_slow_forms_of_pytorch_sit_out_and_broken_ones_say_so(monkeypatch):
@@ -134,14 +136,14 @@ def test_slow_forms_of_pytorch_sit_out_and_broken_ones_say_so(monkeypatch):
         'torch, slow': clock.contestant('s', 1.6),
         'torch, broken': broken,
     }
-    rows, _ = throughput.alternate(makers, rounds=3, sample_secs=0.1)
+    rows, _ = timing.alternate(makers, rounds=3, sample_secs=0.1)
     assert {name: len(row.get('secs', ())) for name, row in rows.items()} == {
         'ours': 3, 'torch, eager': 3, 'torch, fast': 3, 'torch, slow': 1, 'torch, broken': 0,
     }  # fmt: skip
     assert rows['torch, broken'] == {'failed': 'ValueError: no compiler'}
-    assert throughput.best_torch(rows) == 'torch, fast'
+    assert timing.best_torch(rows) == 'torch, fast'
     with pytest.raises(ValueError, match='no compiler'):
-        throughput.alternate({'ours': broken}, rounds=1, sample_secs=1.0)
+        timing.alternate({'ours': broken}, rounds=1, sample_secs=1.0)
 
 
 # ------------------------------------------------------------------------------------- the limit
@@ -149,24 +151,24 @@ def test_slow_forms_of_pytorch_sit_out_and_broken_ones_say_so(monkeypatch):
 
 def test_operations_of_a_step_are_those_counted_elsewhere():
     settings = scaling.settings_of('2012', 'data', 1)
-    found = limits.step_flops(settings.net, settings.batch_size, 'train')
+    found = roofline.step_flops(settings.net, settings.batch_size, 'train')
     assert found == scaling.flops_by_hand(settings)
-    assert limits.step_flops(settings.net, 1, 'forward') == 2 * 724_406_816
+    assert roofline.step_flops(settings.net, 1, 'forward') == 2 * 724_406_816
 
 
 def test_bytes_of_a_layer_by_hand():
     net = scaling.settings_of('2012', 'data', 1).net
     conv1, conv2, *_ = geometry(net)
     image, maps = 4 * 224 * 224 * 3, 4 * 27 * 27 * 96
-    assert limits.layer(conv1, net, 10, 'forward').bytes == 10 * (image + maps) + 4 * 34_944
+    assert roofline.layer(conv1, net, 10, 'forward').bytes == 10 * (image + maps) + 4 * 34_944
     # No gradient of the image: read image and gradient, write 34,944 gradients of parameters.
-    assert limits.layer(conv1, net, 10, 'backward').bytes == 10 * (image + maps) + 4 * 34_944
+    assert roofline.layer(conv1, net, 10, 'backward').bytes == 10 * (image + maps) + 4 * 34_944
     result, parameters = 4 * 13 * 13 * 256, 4 * conv2.parameters
     assert (
-        limits.layer(conv2, net, 10, 'backward').bytes
+        roofline.layer(conv2, net, 10, 'backward').bytes
         == 10 * (maps + result + maps) + 2 * parameters
     )
-    assert limits.update(net).bytes == 5 * 4 * 60_965_224
+    assert roofline.update(net).bytes == 5 * 4 * 60_965_224
 
 
 def test_the_limit_is_the_scarcer_of_the_two():
@@ -187,7 +189,7 @@ def test_pieces_are_the_whole_step():
         for word in ('linear', *layer.then):
             assert {(layer.name, word, 'forward'), (layer.name, word, 'backward')} <= names
     total = sum(piece.work.flops for piece in found)
-    assert total == limits.step_flops(case.net, case.settings.batch_size, 'train')
+    assert total == roofline.step_flops(case.net, case.settings.batch_size, 'train')
 
 
 class ShortNet:
@@ -201,13 +203,13 @@ class ShortNet:
 
 
 def test_a_table_of_layers(monkeypatch):
-    monkeypatch.setitem(throughput.NETS, 'short', (ShortNet, 'quickstart'))
+    monkeypatch.setitem(steps.NETS, 'short', (ShortNet, 'quickstart'))
     flags = argparse.Namespace(dtype='float32', rounds=1, sample_secs=0.001)
-    monkeypatch.setattr(limits, 'product_side', lambda: 64)
-    monkeypatch.setattr(limits, 'copy_bytes', lambda: 2**20)
+    monkeypatch.setattr(roofline, 'product_side', lambda: 64)
+    monkeypatch.setattr(roofline, 'copy_bytes', lambda: 2**20)
     row = layers.measure('short', 4, flags)
     assert all(secs > 0 for piece in row['pieces'] for secs in piece['secs'])
-    table = throughput_page.layer_table(row).splitlines()
+    table = tables.layer_table(row).splitlines()
     rows = [
         line for line in table if line.startswith(('| conv', '| fc', '| all', '| sum', '| as '))
     ]
@@ -233,14 +235,14 @@ def step_row(net='2012', secs=(2.0, 4.0), **more) -> dict:
 
 
 def test_a_row_measured_again_takes_the_place_of_the_old_one(tmp_path):
-    path = throughput.keep(tmp_path, 'steps', [step_row('2012'), step_row('torchvision')])
-    throughput.keep(tmp_path, 'steps', [step_row('2012', (7.0,))])
-    kept = throughput.read(path)
+    path = results.keep(tmp_path, 'steps', [step_row('2012'), step_row('torchvision')])
+    results.keep(tmp_path, 'steps', [step_row('2012', (7.0,))])
+    kept = results.read(path)
     assert [(row['net'], row['forms']['ours']['secs']) for row in kept['steps']] == [
         ('2012', [7.0]),
         ('torchvision', [2.0, 4.0]),
     ]
-    assert path.name == f'{throughput.slug(records.device_name())}.json'
+    assert path.name == f'{results.slug(records.device_name())}.json'
 
 
 def test_the_processes_of_a_row_join_if_they_ran_the_same_commit(tmp_path):
@@ -255,22 +257,22 @@ def test_the_processes_of_a_row_join_if_they_ran_the_same_commit(tmp_path):
     naive['torch'] = None
     for rows in itertools.permutations((heat, beside, naive)):
         for row in rows:
-            path = throughput.keep(tmp_path, 'steps', [row | {'commit': 'abc'}])
-        [found] = throughput.read(path)['steps']
+            path = results.keep(tmp_path, 'steps', [row | {'commit': 'abc'}])
+        [found] = results.read(path)['steps']
         assert found['forms']['ours'] == ours  # as it ran beside PyTorch
         assert set(found['forms']) == {'ours', 'naive', *heat['forms']}
         assert found['ratios'] == {'torch': 2, 'naive': 9}
         assert found['torch'] == 'torch, NCHW, eager'
         path.unlink()
-    throughput.keep(tmp_path, 'steps', [beside | {'commit': 'abc'}])
-    throughput.keep(tmp_path, 'steps', [naive | {'commit': 'xyz'}])
-    assert throughput.read(path)['steps'] == [naive | {'commit': 'xyz'}]
+    results.keep(tmp_path, 'steps', [beside | {'commit': 'abc'}])
+    results.keep(tmp_path, 'steps', [naive | {'commit': 'xyz'}])
+    assert results.read(path)['steps'] == [naive | {'commit': 'xyz'}]
 
 
 @pytest.mark.parametrize(
     ('here', 'kinds', 'turns'),
     [
-        (True, 'ours,naive,prototype,torch', 'torch best ours,prototype ours,naive'),
+        (True, 'ours,naive,torch', 'torch best ours,naive'),
         (True, 'ours,torch', 'torch best'),
         (True, 'torch', 'torch'),
         (True, 'ours', 'ours'),
@@ -280,8 +282,8 @@ def test_the_processes_of_a_row_join_if_they_ran_the_same_commit(tmp_path):
     ],
 )
 def test_each_kind_that_is_asked_for_gets_a_turn(tmp_path, monkeypatch, here, kinds, turns):
-    monkeypatch.setattr(peers, 'torch_is_here', lambda: here)
-    throughput.keep(tmp_path, 'steps', [step_row()])
+    monkeypatch.setattr(baselines, 'torch_is_here', lambda: here)
+    results.keep(tmp_path, 'steps', [step_row()])
     flags = argparse.Namespace(out=tmp_path, kinds=tuple(kinds.split(',')))
     best = ('--kinds=ours,torch', '--form=torch, NCHW, eager')
     expected = [best if turn == 'best' else (f'--kinds={turn}',) for turn in turns.split()]
@@ -290,34 +292,32 @@ def test_each_kind_that_is_asked_for_gets_a_turn(tmp_path, monkeypatch, here, ki
 
 def test_the_page_says_what_is_kept(tmp_path):
     pytest.importorskip('matplotlib')
-    path = throughput.keep(tmp_path, 'steps', [step_row()])
-    throughput_page.write(tmp_path)
+    path = results.keep(tmp_path, 'steps', [step_row()])
+    tables.write(tmp_path)
     text = (tmp_path / 'tables.md').read_text()
     # Medians: 64 images in 3 s, PyTorch 6 s; the limit is 1.5 s.
     assert '| 2012 | 64 | float32 | train | **21.3** | 16.0 to 32.0 | 10.7 (NCHW, eager) |' in text
-    assert '| **2.00** | 10.7 | 2.00 | not run | 42.7 | 50% | 3 | 2 |' in text
+    assert '| **2.00** | 10.7 | 2.00 | 42.7 | 50% | 3 | 2 |' in text
     row = '| 2 x A box | 2012, float32 | 64 | train | **21.3** | 10.7 (NCHW, eager) | **2.00** |'
-    assert row in throughput_page.readme_table(tmp_path)
+    assert row in tables.readme_table(tmp_path)
     assert text.endswith('## Time to accuracy\n\nnot run\n')
     chart = path.with_suffix('.svg').read_bytes()
-    throughput_page.write(tmp_path)
+    tables.write(tmp_path)
     assert path.with_suffix('.svg').read_bytes() == chart
 
 
 def test_without_pytorch_our_rows_stand_alone(tmp_path, capsys):
     row = step_row(torch=None, ratios={'naive': 2.0})
     del row['forms']['torch, NCHW, eager']
-    throughput.say_row(row)
+    steps.print_row(row)
     assert 'no PyTorch here' in capsys.readouterr().out
-    assert '| **21.3** | 16.0 to 32.0 | not run | not run |' in throughput_page.steps_table([row])
+    assert '| **21.3** | 16.0 to 32.0 | not run | not run |' in tables.steps_table([row])
 
 
 def test_the_page_in_the_repository_is_that_of_its_figures():
-    if not (throughput.RESULTS / 'tables.md').exists():
+    if not (results.RESULTS / 'tables.md').exists():
         pytest.skip('nothing is kept yet: python -m experiments.throughput')
-    assert (throughput.RESULTS / 'tables.md').read_text() == throughput_page.page(
-        throughput.RESULTS
-    )
+    assert (results.RESULTS / 'tables.md').read_text() == tables.page(results.RESULTS)
 
 
 @pytest.mark.parametrize(
@@ -348,7 +348,7 @@ def tiny(data_dir: Path):
 
 
 def test_feeding_runs_the_trainers_loop(data_dir, tmp_path):
-    row = feeding.feed(tiny(data_dir), tmp_path, rounds=2, sample_secs=0.001)
+    row = input_pipeline.feed(tiny(data_dir), tmp_path, rounds=2, sample_secs=0.001)
     assert len(row['real_secs']) == len(row['resident_secs']) == 2
     assert all(0 <= share < 1 for share in row['stall_share'])
     real = [r['step'] for r in records.read(tmp_path) if r['kind'] == 'train']
@@ -357,18 +357,20 @@ def test_feeding_runs_the_trainers_loop(data_dir, tmp_path):
 
 
 def test_stored_images_are_read_back(tmp_path):
-    feeding.write_stored_images(tmp_path, 6)
-    found = data.load(feeding.STORED['name'], tmp_path, 'train')
+    input_pipeline.write_stored_images(tmp_path, 6)
+    found = data.load(input_pipeline.STORED['name'], tmp_path, 'train')
     assert found.images.shape == (6, 256, 256, 3)
     assert sorted(found.labels) == list(range(6))
 
 
 def test_the_first_step_of_a_process(data_dir, tmp_path):
     more = (f'--config.data.data_dir={data_dir}',)
-    assert feeding.first_step_secs('configs/smoke.py', tmp_path, 'cold', more) > 0
+    assert input_pipeline.first_step_secs('configs/smoke.py', tmp_path, 'cold', more) > 0
     assert list((tmp_path / 'cache').iterdir())  # for the next start
     with pytest.raises(RunError, match=r'no first step of .*: main.py: .*batch_sice'):
-        feeding.first_step_secs('configs/smoke.py', tmp_path, 'bad', ('--config.batch_sice=1',))
+        input_pipeline.first_step_secs(
+            'configs/smoke.py', tmp_path, 'bad', ('--config.batch_sice=1',)
+        )
 
 
 def test_time_to_accuracy(data_dir, tmp_path):
@@ -385,7 +387,7 @@ def test_time_to_accuracy(data_dir, tmp_path):
     # The same seed: the first epoch ended in the same parameters.
     assert again['test_accuracy'][0] == row['test_accuracy'][0]
     (tmp_path / 'time_to_accuracy_box.json').write_text(json.dumps(again))
-    assert '| not reached |' in throughput_page.accuracy_table(tmp_path)
+    assert '| not reached |' in tables.accuracy_table(tmp_path)
 
 
 def test_without_a_gpu_the_full_net_is_not_run(tmp_path, capsys):

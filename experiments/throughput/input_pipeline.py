@@ -1,10 +1,8 @@
-"""What stands round the step: feeding it, and coming to the first one.
-
-Parts 'feeding' and 'start' of experiments.throughput.
+"""Time training on real input, and the time to the first step.
 
 Feeding: the trainer's own loop, reading, prefetching and logging as in any run, takes turns with
-the same compiled step on one batch that stays on the device. How long the loop stood still for
-input is what it says itself in metrics.jsonl.
+the same compiled step on one batch that stays on the device. The loop itself logs how long it
+waited for input.
 
 Start: `main.py` in a process of its own, from the command to the record of its first step, with an
 empty folder of compiled programs and again with the folder that this left. The data is prepared.
@@ -30,9 +28,15 @@ from alexnet_jax import machine, parallel, records, train
 from alexnet_jax.errors import AlexNetError, RunError
 from alexnet_jax.train import History, Job
 from configs import alexnet
-from experiments import peers, throughput
+from experiments.throughput import baselines
+from experiments.throughput.results import environment, keep
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
+INPUTS = {  # the scale of configs/alexnet.py that reads each
+    'quickstart': 'quickstart',
+    'Fashion-MNIST at 224 px': 'fashion_mnist',
+    '256 x 256 x 3 in array_record': 'imagenet2012',
+}
 STORED = {'name': 'stored_images', 'images': 1024, 'px': 256, 'classes': 10}
 FEWEST_STEPS = 5  # of a sample
 
@@ -42,7 +46,7 @@ FEWEST_STEPS = 5  # of a sample
 
 def config_of(name: str, scratch: Path) -> Any:
     """The config that trains on an input; images of 256 x 256 x 3 are noise, made here."""
-    scale = throughput.INPUTS[name]
+    scale = INPUTS[name]
     config = alexnet.get_config(scale)
     if scale == 'imagenet2012':
         write_stored_images(scratch, STORED['images'])
@@ -64,14 +68,14 @@ def feeding(flags: argparse.Namespace) -> None:
                 found = feed(config, Path(scratch), flags.rounds, flags.sample_secs)
             except AlexNetError as error:
                 found = {'not_run': str(error)}
-        row = {'input': name, **found, **throughput.environment()}
-        throughput.keep(flags.out, 'feeding', [row])
+        row = {'input': name, **found, **environment()}
+        keep(flags.out, 'feeding', [row])
         print(name, {key: row[key] for key in found}, flush=True)
 
 
 def feed(config: Any, scratch: Path, rounds: int, sample_secs: float) -> dict[str, Any]:
     """Seconds a step of the trainer's loop and of the step alone, a value a round."""
-    config.mesh.update(data=peers.as_devices(config), tower=1)
+    config.mesh.update(data=baselines.as_devices(config), tower=1)
     config.loop.eval_batch_size = 64
     config.loop.log_every_steps = FEWEST_STEPS
     if config.data.name == 'fashion_mnist':
@@ -177,7 +181,7 @@ def start(flags: argparse.Namespace) -> None:
                 for kind in ('cold', 'warm'):
                     secs = first_step_secs(config, Path(scratch), kind)
                     row[f'{kind}_secs'].append(secs)
-        throughput.keep(flags.out, 'start', [row | throughput.environment()])
+        keep(flags.out, 'start', [row | environment()])
         print(config, {key: row[key] for key in ('cold_secs', 'warm_secs')}, flush=True)
 
 
@@ -195,11 +199,11 @@ def first_step_secs(
     words = [sys.executable, 'main.py', f'--config={config}', f'--workdir={folder}']
     words += ['--config.loop.log_every_steps=1', f'--config.loop.compilation_cache={scratch}/cache']
     # On a GPU this process holds half of the memory.
-    environment = os.environ | {'XLA_PYTHON_CLIENT_MEM_FRACTION': '0.4'}
+    variables = os.environ | {'XLA_PYTHON_CLIENT_MEM_FRACTION': '0.4'}
     with (scratch / f'{workdir}.log').open('w+') as log:
         begin = time.perf_counter()
         child = subprocess.Popen(
-            [*words, *more], cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
+            [*words, *more], cwd=ROOT, env=variables, stdout=log, stderr=subprocess.STDOUT
         )
         try:
             while not any(record['kind'] == 'train' for record in records.read(folder)):

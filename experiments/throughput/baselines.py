@@ -1,15 +1,12 @@
-"""The contestants of experiments.throughput: the same net and the same batch in several forms.
+"""The same net and the same batch in several forms.
 
 * ours: the trainer's own jitted step (its finiteness check and metrics included), and the net as
   evaluation runs it.
-* naive: Flax as one writes it first: `lax` convolutions with groups, `reduce_window`, `optax.sgd`.
-* prototype: naive, with LRN and max-pooling rewritten and a plain convolution a tower: the form
-  that issue 4 counts from.
+* naive: plain Flax: `lax` convolutions with groups, `reduce_window`, `optax.sgd`.
 * torch, ...: PyTorch in {NCHW, channels_last} x {eager, compiled, on a GPU with CUDA graphs too} x
   {the library's LRN, a faster one}, SGD with momentum and decay in its fused form.
 
-All take float32 images that lie on the device, but ours in training, which is given the same images
-as uint8.
+All take float32 images on the device, but ours in training, which takes the same images as uint8.
 """
 
 import dataclasses
@@ -30,12 +27,11 @@ from alexnet_jax.augment import Statistics
 from alexnet_jax.config import Settings
 from alexnet_jax.model import Net
 from alexnet_jax.step import init_key, jit_init_state, jit_train_step, make_optimizer, seed_of
+from experiments.throughput.timing import Benchmark
 
 IMAGES = 1_281_167  # ILSVRC-2012's; only the schedules depend on it
 GREY = 128.0  # taken from each pixel
 PASSES = ('train', 'forward')
-
-Run = Callable[[int], Any]  # does n steps one behind the other, waits, gives the last one's result
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,25 +45,17 @@ class Case:
 
     @property
     def net(self) -> Net:
-        """Its layer table."""
+        """Return its layer table."""
         return self.settings.net
 
     @property
     def images(self) -> np.ndarray:
-        """What the first layer sees: float32 [B, H, W, C]."""
+        """Return the input of the first layer: float32 [B, H, W, C]."""
         return (self.pixels.astype(np.float32) - GREY) * np.float32(self.settings.preprocess.scale)
 
 
-@dataclasses.dataclass(frozen=True)
-class Contestant:
-    """A form of the net, ready to run: after `run(n)`, its loss or logits as NumPy's by `value`."""
-
-    run: Run
-    value: Callable[[Any], np.ndarray] = lambda result: np.asarray(result, np.float32)
-
-
 def case_of(source: Any, batch_size: int, dtype: str = 'float32') -> Case:
-    """A config's net and a batch of noise; crops, mirrors and colour noise are switched off."""
+    """Make a config's net and a batch of noise, without crops, mirrors and colour noise."""
     source.mesh.update(data=as_devices(source), tower=1)
     source.batch_size, source.model.compute_dtype = batch_size, dtype
     px = source.model.input_px
@@ -82,7 +70,7 @@ def case_of(source: Any, batch_size: int, dtype: str = 'float32') -> Case:
 
 
 def as_devices(source: Any) -> int:
-    """As how many devices the trainer would use this CPU, where JAX shows so many; else one."""
+    """Return how many CPU devices the trainer would use, where JAX shows so many; else 1."""
     wanted = source.mesh.cpu_devices if jax.default_backend() == 'cpu' else 1
     return wanted if 1 <= wanted <= jax.device_count() else 1
 
@@ -90,8 +78,8 @@ def as_devices(source: Any) -> int:
 # ------------------------------------------------------------------------------------------- ours
 
 
-def ours(case: Case, what: str) -> Contestant:
-    """The trainer's step, or the net at test time."""
+def ours(case: Case, what: str) -> Benchmark:
+    """Make the trainer's step, or the net at test time."""
     settings = case.settings
     layout = parallel.lay_out(settings.mesh, settings.batch_size)
     if what == 'forward':
@@ -118,8 +106,8 @@ def _mean_loss(metrics: Mapping[str, tuple[Any, Any]]) -> np.ndarray:
     return np.float32(total) / np.float32(count)
 
 
-def repeated(step: Callable[[], Any]) -> Contestant:
-    """One that computes the same again and again; all results together would fill a GPU."""
+def repeated(step: Callable[[], Any]) -> Benchmark:
+    """Make a benchmark that repeats a computation and keeps only the last result."""
 
     def run(steps: int) -> Any:
         for _ in range(steps):
@@ -127,11 +115,11 @@ def repeated(step: Callable[[], Any]) -> Contestant:
             parallel.pace(result)
         return jax.block_until_ready(result)
 
-    return Contestant(run)
+    return Benchmark(run)
 
 
-def _steps(step: Callable, start: Any, value: Callable) -> Contestant:
-    """Of a step whose state is donated: (state) -> (state, metrics)."""
+def _steps(step: Callable, start: Any, value: Callable) -> Benchmark:
+    """Make a benchmark of a step whose state is donated: (state) -> (state, metrics)."""
     states = [start]
 
     def run(steps: int) -> Any:
@@ -142,36 +130,14 @@ def _steps(step: Callable, start: Any, value: Callable) -> Contestant:
         states.append(jax.block_until_ready(state))
         return metrics
 
-    return Contestant(run, value)
+    return Benchmark(run, value)
 
 
-# --------------------------------------------------------------------------- Flax, and a prototype
-
-
-@dataclasses.dataclass(frozen=True)
-class Forms:
-    """What `Naive` is made of: (x [B, H, W, C], kernel, ...) -> [B, H', W', C'], and so on."""
-
-    conv: Callable
-    lrn: Callable
-    spatial_norm: Callable
-    max_pool: Callable
-
-
-def plain_conv(x, kernel, *, stride=1, padding=((0, 0), (0, 0)), groups=1):
-    """Convolution with `feature_group_count`, differentiated by XLA."""
-    return lax.conv_general_dilated(
-        x,
-        kernel,
-        (stride, stride),
-        padding,
-        dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
-        feature_group_count=groups,
-    )
+# ------------------------------------------------------------------------------------ naive Flax
 
 
 def plain_lrn(x, *, groups=1, size=5, k=2.0, alpha=1e-4 / 5, beta=0.75):
-    """LRN by `reduce_window` and a power, tower by tower."""
+    """Apply LRN by `reduce_window` and a power, tower by tower."""
     towers = x.reshape(*x.shape[:-1], groups, -1)
     window, before = (1, 1, 1, 1, size), size // 2
     padding = ((0, 0),) * 4 + ((before, size - 1 - before),)
@@ -180,7 +146,7 @@ def plain_lrn(x, *, groups=1, size=5, k=2.0, alpha=1e-4 / 5, beta=0.75):
 
 
 def plain_spatial_norm(x, *, size=5, k=1.0, alpha=0.001 / 25, beta=0.75):
-    """Spatial normalisation by `reduce_window` and a power."""
+    """Apply spatial normalisation by `reduce_window` and a power."""
     before = size // 2
     pad = (before, size - 1 - before)
     zero, padding = np.array(0, x.dtype), ((0, 0), pad, pad, (0, 0))
@@ -189,106 +155,19 @@ def plain_spatial_norm(x, *, size=5, k=1.0, alpha=0.001 / 25, beta=0.75):
 
 
 def plain_max_pool(x, *, window=3, stride=2):
-    """Max-pooling by `reduce_window`, as `flax.linen.max_pool` does it."""
+    """Max-pool by `reduce_window`, as `flax.linen.max_pool` does it."""
     sizes, strides = (1, window, window, 1), (1, stride, stride, 1)
     return lax.reduce_window(x, np.array(-np.inf, x.dtype), lax.max, sizes, strides, 'VALID')
 
 
-def conv_by_tower(x, kernel, *, stride=1, padding=((0, 0), (0, 0)), groups=1):
-    """The prototype's: a plain convolution a tower, differentiated by XLA."""
-    pairs = zip(jnp.split(x, groups, -1), jnp.split(kernel, groups, -1), strict=True)
-    parts = [plain_conv(a, b, stride=stride, padding=padding) for a, b in pairs]
-    return jnp.concatenate(parts, -1)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4, 5))
-def _band_lrn(x, groups, size, k, alpha, beta):
-    return x * _power(k + alpha * ((x * x) @ _band(x.shape[-1], groups, size)), beta)
-
-
-def _band(channels, groups, size):
-    reads, writes = np.ogrid[:channels, :channels]
-    width = channels // groups
-    near = (abs(reads - writes) <= size // 2) & (reads // width == writes // width)
-    return jnp.asarray(near, jnp.float32)
-
-
-def _power(scale, beta):
-    root = lax.rsqrt(scale)
-    return root * jnp.sqrt(root) if beta == 0.75 else scale**-beta
-
-
-def _band_lrn_backward(groups, size, k, alpha, beta, x, dy):
-    band = _band(x.shape[-1], groups, size)  # symmetric: `size` is odd
-    scale = k + alpha * ((x * x) @ band)
-    direct = dy * _power(scale, beta)
-    return (direct - 2 * alpha * beta * x * ((direct * x / scale) @ band),)
-
-
-_band_lrn.defvjp(lambda x, *how: (_band_lrn(x, *how), x), _band_lrn_backward)
-
-
-def band_lrn(x, *, groups=1, size=5, k=2.0, alpha=1e-4 / 5, beta=0.75):
-    """The prototype's: a product with a band matrix, two roots, a gradient by hand."""
-    return _band_lrn(x, groups, size, k, alpha, beta)
-
-
-def _nine(x, window, stride):
-    tall, broad = ((n - window) // stride * stride + 1 for n in x.shape[1:3])
-    return [
-        x[:, i : i + tall : stride, j : j + broad : stride]
-        for i in range(window)
-        for j in range(window)
-    ]
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _sliced_pool(x, window, stride, sides):
-    return functools.reduce(jnp.maximum, _nine(x, window, stride))
-
-
-def _sliced_pool_forward(x, window, stride, sides):
-    best, *rest = _nine(x, window, stride)
-    chosen = jnp.zeros(best.shape, jnp.int8)
-    for number, part in enumerate(rest, 1):
-        chosen = jnp.where(part > best, jnp.int8(number), chosen)
-        best = jnp.maximum(best, part)
-    return best, chosen
-
-
-def _sliced_pool_backward(window, stride, sides, chosen, dy):
-    total = 0.0
-    for number in range(window * window):
-        edges = [
-            (start, side - start - stride * (steps - 1) - 1, stride - 1)
-            for start, side, steps in zip(divmod(number, window), sides, dy.shape[1:3], strict=True)
-        ]
-        here, zero = jnp.where(chosen == number, dy, 0), np.array(0, dy.dtype)
-        total += lax.pad(here, zero, ((0, 0, 0), *edges, (0, 0, 0)))
-    return (total,)
-
-
-_sliced_pool.defvjp(_sliced_pool_forward, _sliced_pool_backward)
-
-
-def sliced_pool(x, *, window=3, stride=2):
-    """The prototype's: nine strided slices, and their transposes."""
-    return _sliced_pool(x, window, stride, x.shape[1:3])
-
-
-NAIVE = Forms(plain_conv, plain_lrn, plain_spatial_norm, plain_max_pool)
-PROTOTYPE = Forms(conv_by_tower, band_lrn, plain_spatial_norm, sliced_pool)
-
-
 class Naive(nn.Module):
-    """The layer table in the plainest Flax there is; parameters as ours."""
+    """The layer table in plain Flax; parameters as ours."""
 
     net: Net
-    forms: Forms = NAIVE
 
     @nn.compact
     def __call__(self, x, *, train: bool):
-        """Images [B, H, W, C] -> logits [B, classes], float32."""
+        """Map images [B, H, W, C] to logits [B, classes], float32."""
         x = x.astype(self.net.compute_dtype)
         for stage in model.geometry(self.net):
             x = self._linear(stage, x)
@@ -302,13 +181,13 @@ class Naive(nn.Module):
             if stage.groups > 1:
                 raise NotImplementedError('a fully connected layer that reads its own tower')
             return nn.Dense(layer.features, dtype=x.dtype, name=layer.name)(x.reshape(len(x), -1))
-        how = dict(stride=layer.stride_px, padding=layer.padding_px, groups=stage.groups)
         return nn.Conv(
             layer.features,
             (layer.kernel_px, layer.kernel_px),
-            dtype=x.dtype,
+            layer.stride_px,
+            layer.padding_px,
             feature_group_count=stage.groups,
-            conv_general_dilated=lambda x, kernel, *_, **__: self.forms.conv(x, kernel, **how),
+            dtype=x.dtype,
             name=layer.name,
         )(x)
 
@@ -318,20 +197,20 @@ class Naive(nn.Module):
             return model.ACTIVATIONS[word](x)
         if word == 'lrn':
             groups = net.towers if net.lrn_reads == 'own' else 1
-            return self.forms.lrn(x, groups=groups, **dataclasses.asdict(net.lrn))
+            return plain_lrn(x, groups=groups, **dataclasses.asdict(net.lrn))
         if word == 'spatial_norm':
-            return self.forms.spatial_norm(x, **dataclasses.asdict(net.spatial_norm))
+            return plain_spatial_norm(x, **dataclasses.asdict(net.spatial_norm))
         if word == 'pool' and net.pool.kind == 'max':
-            return self.forms.max_pool(x, window=net.pool.window_px, stride=net.pool.stride_px)
+            return plain_max_pool(x, window=net.pool.window_px, stride=net.pool.stride_px)
         if word == 'dropout':
             kept = nn.Dropout(1 - net.dropout.keep, deterministic=not train)(x)
             return kept * net.dropout.keep if net.dropout.kind == 'mask' else kept
         raise NotImplementedError(word)
 
 
-def flax(forms: Forms, case: Case, what: str) -> Contestant:
-    """A form of `Naive`: jitted, its state donated, no option of the compiler's touched."""
-    module: Any = Naive(case.net, forms)
+def naive(case: Case, what: str) -> Benchmark:
+    """Make `Naive`: jitted, its state donated, with the compiler's default options."""
+    module: Any = Naive(case.net)
     if what == 'forward':
         forward = jax.jit(lambda p, images: module.apply({'params': p}, images, train=False))
         params, images = jax.device_put(case.params), jax.device_put(case.images)
@@ -358,7 +237,7 @@ def flax(forms: Forms, case: Case, what: str) -> Contestant:
 
 
 def _sgd(settings: Settings) -> optax.GradientTransformation:
-    """The recipe's constants in optax's own form: decay on weights, biases with their own rate."""
+    """Return the recipe's constants in optax.sgd: decay on weights, biases at their own rate."""
     recipe = settings.optimizer
 
     def kind(params):
@@ -376,7 +255,7 @@ def _sgd(settings: Settings) -> optax.GradientTransformation:
 
 
 def torch_is_here() -> bool:
-    """Whether PyTorch is installed, and where JAX has an accelerator, sees it too."""
+    """Return whether PyTorch is installed and, where JAX has an accelerator, sees it too."""
     if importlib.util.find_spec('torch') is None:
         return False
     import torch
@@ -385,8 +264,8 @@ def torch_is_here() -> bool:
 
 
 def torch_forms() -> Iterator[tuple[str, str, str]]:
-    """(layout, 'eager' or how it is compiled, form of LRN) of every form that is tried."""
-    from experiments.torch_net import LRN_FORMS
+    """Yield (layout, 'eager' or how it is compiled, form of LRN) of every form."""
+    from experiments.throughput.torch_net import LRN_FORMS
 
     modes = ['eager', 'compiled'] + (['CUDA graphs'] if jax.default_backend() == 'gpu' else [])
     for layout in ('NCHW', 'channels_last'):
@@ -395,11 +274,11 @@ def torch_forms() -> Iterator[tuple[str, str, str]]:
                 yield layout, mode, lrn
 
 
-def torch_form(form: tuple[str, str, str], case: Case, what: str) -> Contestant:
-    """PyTorch's form; see the head of the file."""
+def torch_form(form: tuple[str, str, str], case: Case, what: str) -> Benchmark:
+    """Make a form of PyTorch's; see the head of the file."""
     import torch
 
-    from experiments.torch_net import TorchAlexNet
+    from experiments.throughput.torch_net import TorchAlexNet
 
     layout, mode, lrn = form
     _torch_settings(torch)
@@ -438,11 +317,11 @@ def torch_form(form: tuple[str, str, str], case: Case, what: str) -> Contestant:
         return loss.detach()
 
     value: Any = lambda result: result.float().cpu().numpy()  # noqa: E731
-    return Contestant(forward if what == 'forward' else train, value)
+    return Benchmark(forward if what == 'forward' else train, value)
 
 
 def _torch_settings(torch: Any) -> None:
-    """All cores; on a GPU TF32 where float32 is asked for, as JAX does, and cuDNN's own search."""
+    """Use all cores; on a GPU TF32 for float32, as JAX does, and cuDNN's own search."""
     torch.set_num_threads(machine.cores())
     torch.set_float32_matmul_precision('high')
     torch.backends.cudnn.allow_tf32 = True
@@ -450,7 +329,7 @@ def _torch_settings(torch: Any) -> None:
 
 
 def _forget_compiled() -> None:
-    """PyTorch compiles a module's code a few times only, and then runs it eagerly: not here."""
+    """Lift the limit after which PyTorch runs a module eagerly instead of compiling it."""
     import torch
 
     torch._dynamo.reset()
@@ -478,15 +357,14 @@ def _torch_sgd(torch: Any, net: Any, settings: Settings) -> Any:
 # ------------------------------------------------------------------------------------------- all
 
 
-def contestants(
+def benchmarks(
     case: Case, what: str, kinds: tuple[str, ...]
-) -> Iterator[tuple[str, Callable[[], Contestant]]]:
-    """(name, how to make it) of the kinds asked for: of 'ours', 'naive', 'prototype', 'torch'."""
+) -> Iterator[tuple[str, Callable[[], Benchmark]]]:
+    """Yield (name, function that makes it) of the kinds asked for: 'ours', 'naive', 'torch'."""
     if 'ours' in kinds:
         yield 'ours', lambda: ours(case, what)
-    for name, forms in (('naive', NAIVE), ('prototype', PROTOTYPE)):
-        if name in kinds:
-            yield name, lambda forms=forms: flax(forms, case, what)
+    if 'naive' in kinds:
+        yield 'naive', lambda: naive(case, what)
     if 'torch' in kinds and torch_is_here():
         _forget_compiled()
         normed = any(word in ('lrn', 'spatial_norm') for x in case.net.layers for word in x.then)

@@ -1,9 +1,9 @@
-"""Where a step's time goes: each layer's operations alone, forward and backward, and their limits.
+"""Time each layer's operations alone, forward and backward, beside their rooflines.
 
-Part 'layers' of experiments.throughput. An operation is run as the net runs it, jitted by itself,
-on noise of the real shapes; backward is the transposed program alone, given what forward kept. In
-the whole step the compiler fuses neighbours, so that it may take less than the sum; what it takes
-more is spent between the operations.
+An operation is run as the net runs it, jitted by itself, on noise of the real shapes; backward is
+the transposed program alone, given what forward saved. In the complete step the compiler fuses
+neighbours, so that it may take less than the sum; what it takes more is spent between the
+operations.
 """
 
 import argparse
@@ -18,9 +18,12 @@ import numpy as np
 from alexnet_jax import model, parallel
 from alexnet_jax.model import AlexNet, Layer, Linear, Net, Shape, Stage, geometry
 from alexnet_jax.step import make_optimizer
-from experiments import limits, peers, throughput
-from experiments.limits import Work
-from experiments.peers import Case, Contestant
+from experiments.throughput import baselines, roofline, steps
+from experiments.throughput.baselines import Case
+from experiments.throughput.results import environment, keep
+from experiments.throughput.roofline import Work
+from experiments.throughput.tables import layer_table
+from experiments.throughput.timing import Benchmark, alternate, median
 
 BATCH = {'cpu': 64, 'gpu': 128}
 
@@ -33,38 +36,38 @@ class Piece:
     word: str  # 'linear', a word of `then`, 'update' or 'masks'
     direction: str
     work: Work
-    make: Callable[[], Contestant]
+    make: Callable[[], Benchmark]
 
     @property
     def name(self) -> str:
-        """For the clock."""
+        """Return the name of its benchmark."""
         return f'{self.layer} {self.word} {self.direction}'
 
 
 def measure_all(flags: argparse.Namespace) -> list[dict[str, Any]]:
-    """The nets asked for, at one batch size each, measured, kept and said."""
+    """Measure, store and print the nets asked for, at one batch size each."""
     rows = []
     for net in flags.nets:
-        usual = BATCH[throughput.platform()]
-        usual = throughput.QUICKSTART_BATCH if net == 'quickstart' else usual
+        usual = BATCH[steps.platform()]
+        usual = steps.QUICKSTART_BATCH if net == 'quickstart' else usual
         batch_size = (flags.batches or (usual,))[0]
         rows.append(measure(net, batch_size, flags))
-        throughput.keep(flags.out, 'layers', rows[-1:])
-        say(rows[-1])
+        keep(flags.out, 'layers', rows[-1:])
+        print(layer_table(rows[-1]), flush=True)
     return rows
 
 
 def measure(net: str, batch_size: int, flags: argparse.Namespace) -> dict[str, Any]:
-    """One net: every piece and the whole step, in turn."""
-    module, scale = throughput.NETS[net]
-    case = peers.case_of(module.get_config(scale), batch_size, flags.dtype)
+    """Measure one net: every piece and the complete step, in turn."""
+    module, scale = steps.NETS[net]
+    case = baselines.case_of(module.get_config(scale), batch_size, flags.dtype)
     found = list(pieces(case))
     makers = {piece.name: piece.make for piece in found}
-    makers |= {what: lambda what=what: peers.ours(case, what) for what in peers.PASSES}
-    makers |= {'product': lambda: limits.product(flags.dtype), 'copy': limits.copying}
-    rows, _ = throughput.alternate(makers, flags.rounds, min(flags.sample_secs, 0.1))
-    secs = {name: throughput.median(row) for name, row in rows.items()}
-    rates = limits.rates(secs['product'], secs['copy'])
+    makers |= {what: lambda what=what: baselines.ours(case, what) for what in baselines.PASSES}
+    makers |= {'product': lambda: roofline.product(flags.dtype), 'copy': roofline.copying}
+    rows, _ = alternate(makers, flags.rounds, min(flags.sample_secs, 0.1))
+    secs = {name: median(row) for name, row in rows.items()}
+    rates = roofline.rates(secs['product'], secs['copy'])
     return {
         'net': net,
         'batch_size': batch_size,
@@ -72,9 +75,9 @@ def measure(net: str, batch_size: int, flags: argparse.Namespace) -> dict[str, A
         'rounds': flags.rounds,
         'flops_per_sec': rates.flops,
         'bytes_per_sec': rates.bytes,
-        'step_secs': {what: secs[what] for what in peers.PASSES},
+        'step_secs': {what: secs[what] for what in baselines.PASSES},
         'step_limit_secs': {
-            what: limits.step_secs(case.net, batch_size, what, rates) for what in peers.PASSES
+            what: roofline.step_secs(case.net, batch_size, what, rates) for what in baselines.PASSES
         },
         'pieces': [
             {
@@ -90,22 +93,15 @@ def measure(net: str, batch_size: int, flags: argparse.Namespace) -> dict[str, A
             }
             for piece in found
         ],
-        **throughput.environment(),
+        **environment(),
     }
-
-
-def say(row: dict[str, Any]) -> None:
-    """The largest gaps first."""
-    from experiments import throughput_page
-
-    print(throughput_page.layer_table(row), flush=True)
 
 
 # -------------------------------------------------------------------------------------- the pieces
 
 
 def pieces(case: Case) -> Iterator[Piece]:
-    """Every operation of the step in the order of the net, then the masks and the update."""
+    """Yield every operation of the step in the order of the net, then masks and update."""
     net, size = case.net, case.settings.batch_size
     for stage in geometry(net):
         yield from _linear(stage, case)
@@ -125,16 +121,16 @@ def _linear(stage: Stage, case: Case) -> Iterator[Piece]:
     def run(params, x):
         return module.apply({'params': params}, x)
 
-    def make(direction: str) -> Contestant:
+    def make(direction: str) -> Benchmark:
         params, x = jax.device_put(case.params[layer.name]), _noise((size, *inputs), net)
         if direction == 'forward':
             return _forward(run, params, x)
-        if layer is net.layers[0]:  # nobody asks for the gradient of the image
+        if layer is net.layers[0]:  # the image needs no gradient
             return _backward(lambda params: run(params, x), params)
         return _backward(run, params, x)
 
     for direction in ('forward', 'backward'):
-        work = limits.linear(stage, net, size, direction)
+        work = roofline.linear(stage, net, size, direction)
         yield Piece(layer.name, 'linear', direction, work, lambda d=direction: make(d))
 
 
@@ -142,7 +138,7 @@ def _follower(layer: Layer, word: str, before: Shape, after: Shape, case: Case) 
     net, size = case.net, case.settings.batch_size
     module = AlexNet(net)
 
-    def make(direction: str) -> Contestant:
+    def make(direction: str) -> Benchmark:
         x = _noise((size, *before), net)
         masks = {layer.name: x > 0}
 
@@ -152,7 +148,7 @@ def _follower(layer: Layer, word: str, before: Shape, after: Shape, case: Case) 
         return _forward(run, x) if direction == 'forward' else _backward(run, x)
 
     for direction in ('forward', 'backward'):
-        work = limits.follower(before, after, net, size, direction)
+        work = roofline.follower(before, after, net, size, direction)
         yield Piece(layer.name, word, direction, work, lambda d=direction: make(d))
 
 
@@ -164,9 +160,9 @@ def _masks(net: Net, size: int) -> Piece:
 
 
 def _update(case: Case) -> Piece:
-    optimizer = make_optimizer(case.settings, peers.IMAGES)
+    optimizer = make_optimizer(case.settings, baselines.IMAGES)
 
-    def make() -> Contestant:
+    def make() -> Benchmark:
         params = jax.device_put(case.params)
         grads = jax.tree.map(lambda p: 1e-3 * p, params)
         states = [(jax.tree.map(jnp.copy, params), optimizer.init(params))]
@@ -186,17 +182,17 @@ def _update(case: Case) -> Piece:
             states.append(jax.block_until_ready(state))
             return jnp.zeros(())
 
-        return Contestant(run)
+        return Benchmark(run)
 
-    return Piece('all', 'update', 'backward', limits.update(case.net), make)
+    return Piece('all', 'update', 'backward', roofline.update(case.net), make)
 
 
-def _forward(function: Callable, *arguments: Any) -> Contestant:
+def _forward(function: Callable, *arguments: Any) -> Benchmark:
     run = jax.jit(function, compiler_options=parallel.compiler_options())
     return _repeat(lambda: run(*arguments))
 
 
-def _backward(function: Callable, *arguments: Any) -> Contestant:
+def _backward(function: Callable, *arguments: Any) -> Benchmark:
     """The transposed program alone: `jax.vjp`'s second result is a pytree and leaves a jit."""
     options = parallel.compiler_options()
     y, back = jax.jit(lambda *a: jax.vjp(function, *a), compiler_options=options)(*arguments)
@@ -204,9 +200,9 @@ def _backward(function: Callable, *arguments: Any) -> Contestant:
     return _repeat(lambda: run(back, y))  # any gradient will do
 
 
-def _repeat(step: Callable[[], Any]) -> Contestant:
-    """Timed alone: nobody looks at the result."""
-    return dataclasses.replace(peers.repeated(step), value=lambda result: np.zeros(()))
+def _repeat(step: Callable[[], Any]) -> Benchmark:
+    """Make a benchmark whose result is not looked at."""
+    return dataclasses.replace(baselines.repeated(step), value=lambda result: np.zeros(()))
 
 
 def _noise(shape: tuple[int, ...], net: Net) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Tables and charts of what experiments.throughput has kept: tables.md, and <device>.svg.
+"""Write tables.md and <device>.svg from the stored rows.
 
 python -m experiments.throughput --page
 """
@@ -11,8 +11,8 @@ from typing import Any
 
 from alexnet_jax import command, figures, files, records
 from alexnet_jax.errors import RunError
-from experiments import throughput
-from experiments.throughput import Row, median
+from experiments.throughput import results
+from experiments.throughput.timing import Row, median
 
 NOT_RUN = 'not run'
 TIME_TO_ACCURACY = 'time_to_accuracy_*.json'
@@ -36,7 +36,7 @@ def write(folder: Path) -> None:
 def kept(folder: Path) -> list[tuple[Path, dict[str, list[Row]]]]:
     """(file, rows by part) of every device."""
     paths = [p for p in sorted(folder.glob('*.json')) if not p.name.startswith(_NOT_DEVICES)]
-    return [(path, throughput.read(path)) for path in paths]
+    return [(path, results.read(path)) for path in paths]
 
 
 _NOT_DEVICES = ('ops_', 'time_to_accuracy_')
@@ -46,10 +46,10 @@ def page(folder: Path) -> str:
     """The text of tables.md."""
     parts = [
         '# Throughput',
-        'Written by `python -m experiments.throughput`; what is measured, and how, stands at the '
-        'heads of `experiments/throughput.py`, `peers.py` and `limits.py`. Medians of rounds in '
-        'which ours and what stands beside it took turns (on a CPU each pair in a process of its '
-        "own, PyTorch's best form being found in another).",
+        'Written by `python -m experiments.throughput`; what is measured, and how, is at the '
+        'heads of the files in `experiments/throughput/`. Medians of rounds in which ours and '
+        'its baseline took turns (on a CPU each pair in a process of its own, and the best form of '
+        'PyTorch is found in another).',
     ]
     for path, rows in kept(folder):
         parts += _device(path, rows)
@@ -102,7 +102,7 @@ def steps_table(rows: Sequence[Row]) -> str:
     """Ours, the best of PyTorch, the plain form, the limit: a row a net, batch and pass."""
     head = [
         'net', 'batch', 'dtype', 'pass', 'ours, images/s', 'spread', "PyTorch's best", 'ratio',
-        'naive Flax', 'ratio', 'over the prototype', 'limit', 'share of it', 'GFLOP/s reached',
+        'naive Flax', 'ratio', 'roofline', 'share of it', 'GFLOP/s reached',
         'rounds',
     ]  # fmt: skip
     return markdown([head, *map(_step_cells, rows)])
@@ -114,14 +114,13 @@ def _step_cells(row: Row) -> list[str]:
     ratios, torch = row.get('ratios', {}), row['torch']
     cells = [row['net'], str(size), row['dtype'], row['pass']]
     if 'ours' not in pace:
-        return [*cells, *[NOT_RUN] * 11]
+        return [*cells, *[NOT_RUN] * 10]
     secs = forms['ours']['secs']
     cells += [f'**{pace["ours"]:.1f}**', f'{size / max(secs):.1f} to {size / min(secs):.1f}']
     cells += [f'{pace[torch]:.1f} ({torch.removeprefix("torch, ")})' if torch else NOT_RUN]
     cells += [f'**{ratios[torch]:.2f}**' if torch else NOT_RUN]
     cells += [f'{pace["naive"]:.1f}' if 'naive' in pace else NOT_RUN]
     cells += [f'{ratios["naive"]:.2f}' if 'naive' in ratios else NOT_RUN]
-    cells += [f'{ratios["prototype"]:.2f}' if 'prototype' in ratios else NOT_RUN]
     limit, ours = row['limit_secs'], median(forms['ours'])
     cells += [f'{size / limit:.1f}', f'{limit / ours:.0%}']
     return [*cells, f'{row["flops"] / ours / 1e9:.0f}', str(len(secs))]
@@ -130,6 +129,7 @@ def _step_cells(row: Row) -> list[str]:
 def forms_table(rows: Sequence[Row]) -> str:
     """Images/s of every form; those with one round were too slow to go on."""
     names = list(dict.fromkeys(name for row in rows for name in row['forms']))
+    names = [name for name in names if name != 'prototype']  # in older rows
     head = ['form', *(f'{_named(row)}, {row["pass"]}' for row in rows)]
     body = [[name, *(_pace(row, name) for row in rows)] for name in names]
     return markdown([head, *body])
@@ -155,8 +155,8 @@ def readme_table(folder: Path) -> str:
     for _, parts in kept(folder):
         for row in parts['steps']:
             if 'secs' in row['forms'].get('ours', {}):
-                net, size, dtype, what, ours, _, torch, ratio, _, naive, _, _, share, *_ = (
-                    _step_cells(row)
+                net, size, dtype, what, ours, _, torch, ratio, _, naive, _, share, *_ = _step_cells(
+                    row
                 )
                 where = f'{row["cpus"]} x {row["device"]}' if row['platform'] == 'cpu' else ''
                 body.append(

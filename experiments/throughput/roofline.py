@@ -1,6 +1,6 @@
-"""How fast a step could be: its operations and bytes over what the machine was measured to do.
+"""Bound a step's time from below by its operations and bytes: a roofline.
 
-A roofline, layer by layer and direction by direction: each takes at least
+Layer by layer and direction by direction, each takes at least
 
     max(FLOPs / rate of matrix products, bytes / rate of copying)
 
@@ -26,14 +26,14 @@ import jax
 import jax.numpy as jnp
 
 from alexnet_jax.model import Net, Shape, Stage, geometry
-from experiments.peers import Contestant
+from experiments.throughput.timing import Benchmark
 
 FLOAT32_BYTES = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
-    """What the machine does in a second: FLOPs in matrix products, bytes in a copy."""
+    """The machine's FLOPs a second in matrix products, and bytes a second in a copy."""
 
     flops: float
     bytes: float
@@ -41,29 +41,29 @@ class Rates:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What has to be done at least."""
+    """The least operations and bytes of a piece of work."""
 
     flops: int = 0
     bytes: int = 0
 
     def secs(self, rates: Rates) -> float:
-        """The longer of the two."""
+        """Return the longer of the two times."""
         return max(self.flops / rates.flops, self.bytes / rates.bytes)
 
     def bound(self, rates: Rates) -> str:
-        """By which of the two it is limited."""
+        """Return which of the two bounds it."""
         return 'FLOPs' if self.flops / rates.flops >= self.bytes / rates.bytes else 'bytes'
 
 
 def layer(stage: Stage, net: Net, batch_size: int, direction: str) -> Work:
-    """A layer with all that follows it in one piece."""
+    """Return the work of a layer fused with its ops."""
     return linear(stage, net, batch_size, direction, result=stage.result)
 
 
 def linear(
     stage: Stage, net: Net, batch_size: int, direction: str, result: Shape | None = None
 ) -> Work:
-    """A layer's linear operation alone, or up to a later `result`."""
+    """Return the work of a layer's linear operation, or of all up to a later `result`."""
     first = stage.layer is net.layers[0]
     flops, parameters = 2 * batch_size * stage.multiply_adds, FLOAT32_BYTES * stage.parameters
     read, written = (activations(net, batch_size, s) for s in (stage.input, result or stage.output))
@@ -74,35 +74,35 @@ def linear(
 
 
 def follower(before: Shape, after: Shape, net: Net, batch_size: int, direction: str) -> Work:
-    """A word of `then` alone; backward it reads its input and a gradient, and writes one."""
+    """Return the work of one op; backward it reads input and gradient, and writes a gradient."""
     read, written = (activations(net, batch_size, shape) for shape in (before, after))
     return Work(bytes=read + written + (read if direction == 'backward' else 0))
 
 
 def update(net: Net) -> Work:
-    """Of all parameters."""
+    """Return the work of the update of all parameters."""
     return Work(bytes=5 * FLOAT32_BYTES * sum(stage.parameters for stage in geometry(net)))
 
 
 def activations(net: Net, batch_size: int, shape: Shape) -> int:
-    """Bytes of a batch of them."""
+    """Return the bytes of a batch of activations."""
     return jnp.dtype(net.compute_dtype).itemsize * batch_size * math.prod(shape)
 
 
 def step(net: Net, batch_size: int, what: str) -> list[Work]:
-    """The parts of a 'train' step, or of a 'forward' pass."""
+    """Return the parts of a 'train' step, or of a 'forward' pass."""
     directions = ('forward', 'backward') if what == 'train' else ('forward',)
     parts = [layer(s, net, batch_size, d) for s in geometry(net) for d in directions]
     return [*parts, update(net)] if what == 'train' else parts
 
 
 def step_secs(net: Net, batch_size: int, what: str, rates: Rates) -> float:
-    """Of all parts, one after the other."""
+    """Return the seconds of all parts in sequence."""
     return sum(part.secs(rates) for part in step(net, batch_size, what))
 
 
 def step_flops(net: Net, batch_size: int, what: str) -> int:
-    """Of all parts."""
+    """Return the FLOPs of all parts."""
     return sum(part.flops for part in step(net, batch_size, what))
 
 
@@ -110,12 +110,12 @@ def step_flops(net: Net, batch_size: int, what: str) -> int:
 
 
 def product_side() -> int:
-    """Side of the square matrices: large enough that the rate no longer grows."""
+    """Return the side of the square matrices, large enough that the rate no longer grows."""
     return 2048 if jax.default_backend() == 'cpu' else 8192
 
 
-def product(dtype: str) -> Contestant:
-    """Products of square matrices, one feeding the next: 2 * side ** 3 FLOPs each."""
+def product(dtype: str) -> Benchmark:
+    """Make products of square matrices, each fed by the one before: 2 * side ** 3 FLOPs."""
     side = product_side()
     a = jnp.full((side, side), 1 / side, dtype)
     multiply = jax.jit(lambda a, b: a @ b)
@@ -126,16 +126,16 @@ def product(dtype: str) -> Contestant:
             b = multiply(a, b)
         return jax.block_until_ready(b)
 
-    return Contestant(run)
+    return Benchmark(run)
 
 
 def copy_bytes() -> int:
-    """Read and written by one step of `copying`."""
+    """Return the bytes read and written by one step of `copying`."""
     return 2 * (2**28 if jax.default_backend() == 'cpu' else 2**30)
 
 
-def copying() -> Contestant:
-    """One added to a large float32 array, in place: it is read once and written once."""
+def copying() -> Benchmark:
+    """Add one to a large float32 array in place: it is read once and written once."""
     increment = functools.partial(jax.jit, donate_argnums=0)(lambda x: x + 1)
     arrays = [jnp.zeros(copy_bytes() // 2 // FLOAT32_BYTES, jnp.float32)]
 
@@ -146,9 +146,9 @@ def copying() -> Contestant:
         arrays.append(jax.block_until_ready(x))
         return x[0]
 
-    return Contestant(run)
+    return Benchmark(run)
 
 
 def rates(product_secs: float, copy_secs: float) -> Rates:
-    """From the seconds that a step of each took."""
+    """Return the rates from the seconds that a step of each took."""
     return Rates(2 * product_side() ** 3 / product_secs, copy_bytes() / copy_secs)

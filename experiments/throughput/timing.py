@@ -1,0 +1,107 @@
+"""Time benchmarks in turn, and compare them by the medians of rounds."""
+
+import dataclasses
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from alexnet_jax import machine
+
+SLOW = 1.5  # a form of PyTorch that takes so many times its best form's time is dropped
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Benchmark:
+    """Something to time. `run(n)` does n steps, waits, and returns the last one's result.
+
+    value: that result (a loss, or logits) as a NumPy array.
+    """
+
+    run: Callable[[int], Any]
+    value: Callable[[Any], np.ndarray] = lambda result: np.asarray(result, np.float32)
+
+
+def alternate(
+    makers: Mapping[str, Callable[[], Benchmark]], rounds: int, sample_secs: float
+) -> tuple[dict[str, Row], dict[str, np.ndarray]]:
+    """Run benchmarks in turn; one that cannot be made or run is a row with the reason.
+
+    Returns:
+        {name: {'secs': [of a step, a value a round], 'cpu_secs': [...], 'steps': in a sample}} or
+        {name: {'failed': sentence}}; and the last result of each, by name.
+    """
+    rows: dict[str, Row] = {}
+    ready: dict[str, Benchmark] = {}
+    values: dict[str, np.ndarray] = {}
+    for name, make in makers.items():
+        try:
+            ready[name], rows[name] = _warmed(make, sample_secs)
+        except Exception as error:  # PyTorch's compiler may fail in any way; ours may not
+            if not name.startswith('torch'):
+                raise
+            rows[name] = {'failed': f'{type(error).__name__}: {str(error).strip()[:200]}'}
+    for number in range(rounds):
+        if number:
+            ready = {name: ready[name] for name in _still_running(rows)}
+        gc.collect()
+        for name in ready:
+            values[name] = _sample(ready[name], rows[name])
+    return rows, values
+
+
+def _warmed(make: Callable[[], Benchmark], sample_secs: float) -> tuple[Benchmark, Row]:
+    """Compile and run twice; return the benchmark and the number of steps that fill a sample."""
+    start = time.perf_counter()
+    benchmark = make()
+    benchmark.run(1)
+    machine.keep_freed()
+    first_secs = time.perf_counter() - start
+    start = time.perf_counter()
+    benchmark.run(1)
+    steps = max(1, round(sample_secs / (time.perf_counter() - start)))
+    return benchmark, {'first_secs': first_secs, 'steps': steps, 'secs': [], 'cpu_secs': []}
+
+
+def _sample(benchmark: Benchmark, row: Row) -> np.ndarray:
+    start, start_cpu = time.perf_counter(), time.process_time()
+    result = benchmark.run(row['steps'])
+    row['secs'].append((time.perf_counter() - start) / row['steps'])
+    row['cpu_secs'].append((time.process_time() - start_cpu) / row['steps'])
+    return benchmark.value(result)
+
+
+def _still_running(rows: Mapping[str, Row]) -> list[str]:
+    """Return all but the forms of PyTorch that were slow in the first round."""
+    best = min((rows[name]['secs'][0] for name in _torch(rows)), default=0.0)
+    return [
+        name
+        for name, row in rows.items()
+        if 'secs' in row and not (name in _torch(rows) and row['secs'][0] > SLOW * best)
+    ]
+
+
+def _torch(rows: Mapping[str, Row]) -> list[str]:
+    """Return the forms of PyTorch that run."""
+    return [name for name, row in rows.items() if name.startswith('torch') and 'secs' in row]
+
+
+def median(row: Row) -> float:
+    """Return the seconds of a step."""
+    return statistics.median(row['secs'])
+
+
+def ratio(slow: Row, fast: Row) -> float:
+    """Return how many times as fast, the median of the rounds' own ratios."""
+    return statistics.median(a / b for a, b in zip(slow['secs'], fast['secs'], strict=False))
+
+
+def best_torch(rows: Mapping[str, Row]) -> str | None:
+    """Return the fastest form of PyTorch among those that ran in every round."""
+    most = max((len(rows[name]['secs']) for name in _torch(rows)), default=0)
+    complete = [name for name in _torch(rows) if len(rows[name]['secs']) == most]
+    return min(complete, key=lambda name: median(rows[name])) if complete else None
