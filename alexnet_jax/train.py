@@ -244,11 +244,13 @@ def begin_with(job: Job, state: TrainState) -> TrainState:
     """The state of step 0 with the weights of another run's net; see transfer.py."""
     where = job.settings.init_from
     restored = transfer.read(where)
-    transfer.compare(job.config, restored, where)
     fresh = parallel.fetch(state.params, job.layout)
     layers = [layer.name for layer in job.settings.net.layers]
     names = [job.train.class_names, evaluate.class_names(job.settings, words=False)]
-    params = transfer.parameters(fresh, restored, layers, names, where)
+    params, carried = transfer.parameters(
+        fresh, restored, layers, names, where, job.settings.init_layers
+    )
+    transfer.compare(job.config, restored, where, carried)
     return state.replace(params=parallel.place(params, job.shardings.params))
 
 
