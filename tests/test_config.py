@@ -321,7 +321,7 @@ def test_lenet_with_sigmoid_differs_in_the_function_alone():
     changed = configuration.differences(relu, tree_of(sigmoid))
     assert changed == sorted([*(f'model.{name}.then' for name in layers), 'name'])
     assert [sigmoid.model[name].then[0] for name in layers] == ['sigmoid'] * 3
-    alone, both = variant_lenet.get_config('sigmoid'), variant_lenet.get_config('quickstart,sigmoid')
+    alone, both = map(variant_lenet.get_config, ('sigmoid', 'quickstart,sigmoid'))
     assert tree_of(alone) == tree_of(both)
     assert parameters(net_of(alone)) == 170_988
 
