@@ -487,7 +487,8 @@ class Interrupt:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> 'Interrupt':
-        if distributed.child() is not None:  # JAX listens for SIGTERM itself
+        if distributed.several():  # JAX handles SIGTERM from the first step to the last
+            self._before[signal.SIGTERM] = signal.SIG_DFL
             return self
         with contextlib.suppress(ValueError):  # handlers belong to the main thread
             for number in (signal.SIGTERM, signal.SIGINT):
@@ -500,7 +501,7 @@ class Interrupt:
 
     def asks_to_leave(self, step: int) -> bool:
         """Whether to leave after this step."""
-        if distributed.child() is not None:
+        if distributed.several():
             return distributed.asked_to_leave(step)
         return self.signal is not None
 

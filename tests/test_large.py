@@ -503,10 +503,10 @@ def command(repository, data_dir, cache_dir, tmp_path):
 def test_a_stopped_run_goes_on_and_leaves_no_reader(smoke_run, command, tmp_path):
     crew = Crew(command, tmp_path, 1, devices=8)
     crew.wait_for_step(2)
-    tasks = Path(f'/proc/{crew.guards[0].pid}/task').glob('*/children')
+    tasks = Path(f'/proc/{crew.processes[0].pid}/task').glob('*/children')
     children = {child for task in tasks for child in task.read_text().split()}
     assert len(children) == 2
-    crew.guards[0].send_signal(signal.SIGTERM)
+    crew.processes[0].send_signal(signal.SIGTERM)
     assert crew.wait() == {0: 143}, crew.said(0)
     assert all(gone(child) for child in children)
     assert 'Traceback' not in crew.said(0)
