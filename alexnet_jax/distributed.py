@@ -42,7 +42,7 @@ LAUNCHERS = (
     ('WORLD_SIZE', ('RANK',), ADDRESS),  # torchrun
 )
 # How gloo, NCCL and JAX's coordination service word the loss of a process.
-LOST = re.compile(r'gloo|nccl|coordination|heartbeat|connection (closed|reset)', re.IGNORECASE)
+LOST = re.compile(r'gloo|nccl|coordination|heartbeat', re.IGNORECASE)
 LAST_WORDS = 'alexnet_jax/last_words'  # a key of JAX's key-value store, as is the next one
 REQUEST = 'alexnet_jax/request'
 
@@ -97,9 +97,9 @@ def _from_launcher(environ: Mapping[str, str]) -> dict[str, Any]:
     """Return what the first launcher of several processes says; JAX_NUM_PROCESSES=1 counts too."""
     address = {'coordinator': environ[ADDRESS]} if ADDRESS in environ else {}
     for size, indices, source in LAUNCHERS:
-        hosts = environ.get(size, '').split(',')
-        processes = len(hosts) if len(hosts) > 1 else _number(environ, size)
-        if processes > 1 or size == 'JAX_NUM_PROCESSES' in environ:
+        hosts = size == 'TPU_WORKER_HOSTNAMES'
+        processes = environ.get(size, '').count(',') + 1 if hosts else _number(environ, size)
+        if processes > 1 or (size == 'JAX_NUM_PROCESSES' and size in environ):
             index = next((name for name in indices if name in environ), None)
             values = {} if index is None else {'process': _number(environ, index)}
             found = {'coordinator': None} if source in environ else {}
@@ -187,11 +187,13 @@ def joined(
     global _joined
     _initialize(info, max(1, int(join_timeout_secs)), max(1, int(peer_timeout_secs)))
     _joined = info
-    threading.Thread(target=_obey_last_words, daemon=True).start()
+    listener = threading.Thread(target=_obey_last_words, daemon=True)
+    listener.start()
     try:
         _check_request(request, 1000 * max(1, int(join_timeout_secs)))
         yield
         jax.distributed.shutdown()
+        listener.join()  # Python would not survive its return from C++ at exit
     except Exception as error:
         _end(error)
 

@@ -211,7 +211,7 @@ def test_nonsense_that_one_task_alone_meets_is_not_started_again(undisturbed, su
 
 def test_two_steps_of_a_job_side_by_side(cluster, repository):
     """Each has a port of its own; JAX's would be the job's."""
-    srun = 'srun --overlap --ntasks=2 --mem=0'
+    srun = 'srun --overlap --ntasks=2'
     script = f"""#!/bin/bash
         {srun} python -c "$CONNECT" & first=$!
         {srun} python -c "$CONNECT" && wait $first
@@ -238,8 +238,22 @@ def mpirun(cluster, repository, data_dir, cache_dir):
     """Starts two processes under Open MPI: mpirun(workdir, *more_flags)."""
 
     def call(workdir: Path, *words: str) -> subprocess.Popen:
-        command = ['mpirun', '-n', '2', '--allow-run-as-root', '--oversubscribe', sys.executable,
-                   'main.py', *flags(workdir, data_dir, cache_dir), *words]  # fmt: skip
+        launcher = [
+            'mpirun',
+            '--allow-run-as-root',
+            '--oversubscribe',
+            '--bind-to',
+            'none',
+            '-n',
+            '2',
+        ]
+        command = [
+            *launcher,
+            sys.executable,
+            'main.py',
+            *flags(workdir, data_dir, cache_dir),
+            *words,
+        ]
         pipe = subprocess.PIPE
         return subprocess.Popen(
             command, cwd=repository, env=cluster, stdout=pipe, stderr=pipe, text=True
