@@ -229,7 +229,7 @@ def _keep_stdout_for_python() -> None:
     sys.stdout.flush()
     python = os.dup(1)
     os.dup2(2, 1)
-    sys.stdout = os.fdopen(python, 'w')
+    sys.stdout = os.fdopen(python, 'w', errors='backslashreplace')
 
 
 def end(code: int, last_words: str = '') -> int:

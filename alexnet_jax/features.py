@@ -179,7 +179,7 @@ def of_split(trained: Trained, layer: str, split: str, data_dir: str = '') -> Fe
         RunError: no data.
     """
     extract = make_extract(trained, layer)
-    dataset = evaluate.open_split(trained.settings, split, data_dir)
+    dataset = evaluate.open_split(trained, split, data_dir)
     shape = (len(dataset), *shapes(trained.settings.net)[layer])
     rows = Computed(lambda rows: dataset.images[rows], extract, shape)
     return Features(rows, dataset.labels, None, _about(trained, layer, dataset.split))

@@ -23,8 +23,6 @@ import io
 import json
 import sys
 import warnings
-import zipfile
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -108,18 +106,13 @@ class Run:
     @functools.cached_property
     def predictions(self) -> dict[str, np.ndarray]:
         """Its predictions_test.npz: 'label' [N]; 'centre' and 'ten_views' [N, classes]."""
-        path = self.workdir / 'predictions_test.npz'
-        make = f'make it with python main.py --mode=evaluate --workdir={self.workdir}'
-        try:
-            with path.open('rb') as opened, np.load(opened, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in ('label', *evaluate.VIEWS)}
-        except FileNotFoundError:
-            raise RunError(f'{self.workdir} holds no {path.name}: {make}.') from None
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise RunError(f'{path} is damaged ({error}): {make}.') from error
+        arrays = evaluate.load_predictions(self.workdir)
         classes = self.settings.net.classes
         if any(arrays[view].shape != (len(arrays['label']), classes) for view in evaluate.VIEWS):
-            raise RunError(f'{path} is not of {classes} classes, as this net is: {make}.')
+            raise RunError(
+                f'{self.workdir}/predictions_test.npz is not of {classes} classes, as this net is: '
+                f'make it with python main.py --mode=evaluate --workdir={self.workdir}.'
+            )
         return arrays
 
     @functools.cached_property
@@ -130,8 +123,9 @@ class Run:
     @functools.cached_property
     def test(self) -> Dataset:
         """The test split: the images of which `predictions` speaks."""
-        dataset = evaluate.open_split(self.settings, 'test', self.data_dir)
-        if not np.array_equal(dataset.labels, self.predictions['label']):
+        predictions = self.predictions
+        dataset = evaluate.open_split(self.trained, 'test', self.data_dir)
+        if not np.array_equal(dataset.labels, predictions['label']):
             raise RunError(
                 f"{self.workdir}'s predictions_test.npz is of other images than its test split is "
                 f'now: make it anew with python main.py --mode=evaluate --workdir={self.workdir}.'
@@ -599,7 +593,7 @@ def _fig4_left_of(run: Run) -> Figure:
 def _fig4_right_of(run: Run, k: int = 6) -> Figure:
     trained, test = run.trained, run.test
     chosen = run.choose(5)
-    among = evaluate.open_split(trained.settings, run.among, run.data_dir)
+    among = evaluate.open_split(trained, run.among, run.data_dir)
     layer = last_hidden(trained.settings.net)
     say(f'{run.workdir}: {layer} of {len(among)} images of {among.split}')
     extract = features.make_extract(trained, layer)

@@ -31,7 +31,7 @@ AMONG = 'train[:5000]'  # neighbours are looked for in a part of the data: this 
 
 def save_images(run: Run, folder: Path) -> None:
     """Eight test images as files, named by their class."""
-    test = evaluate.open_split(run.trained.settings, 'test', run.data_dir)
+    test = evaluate.open_split(run.trained, 'test', run.data_dir)
     folder.mkdir(exist_ok=True)
     for row, (image, label) in enumerate(zip(test.images[:8], test.labels[:8], strict=True)):
         name = ''.join(c if c.isalnum() else '-' for c in test.class_names[label])
