@@ -289,13 +289,18 @@ def specialisation(kernels: np.ndarray, towers: int, divisions: int = 9_999) -> 
     return Specialisation(means, gap, as_large / (divisions + 1))
 
 
+def sees_colour(run: Run) -> bool:
+    """Return whether a run's images have colour; repeated for three channels, grey has none."""
+    return run.trained.stored[2] == 3
+
+
 def of_run(run: Run) -> Specialisation:
     """The towers' specialisation in a run.
 
     Raises:
         UsageError: the net or its images are grey, or there is one tower.
     """
-    if run.trained.stored[2] != 3:  # repeated for three channels, grey teaches no colour
+    if not sees_colour(run):
         raise UsageError('the net saw grey images, of which colour saturation is not defined.')
     return specialisation(run.kernels, run.trained.settings.net.towers)
 

@@ -7,7 +7,7 @@
 Each stop is a function of a few lines, to be taken from here; in `tour` lie, when it is over,
 
     images/              eight test images as PNG files, which are then classified
-    features.npz         the last hidden layer's activations of 1,000 training images
+    features.npy, .json  the last hidden layer's activations of 1,000 training images
     fig3.png, ...        the paper's figures, as PNG and as SVG
     report.html          the run on one page
     net.stablehlo        preprocessing, net and weights in one file that runs with jax alone
@@ -98,8 +98,8 @@ def tour(workdir: Path, output: Path, data_dir: str) -> None:
     output.mkdir(parents=True, exist_ok=True)
     save_images(run, output / 'images')
     images, probability = classify_files(run, output / 'images')
-    save_features(run, output / 'features.npz')
-    find_neighbours(run, output / 'features.npz')
+    save_features(run, output / 'features.npy')
+    find_neighbours(run, output / 'features.npy')
     draw_figures(run, output)
     report.write(run, output / 'report.html')
     export_and_run(run, output / 'net.stablehlo', images, probability)

@@ -410,7 +410,8 @@ def test_damaged_predictions(copy, capsys, left):
     assert 'predictions_test.npz is damaged' in line
 
 
-def test_predictions_of_other_images_or_classes(copy, capsys, run):
+def test_predictions_of_other_images_or_classes(copy, capsys, run, monkeypatch):
+    monkeypatch.setattr(evaluate, 'restore', lambda *_: run.trained)
     arrays = dict(run.predictions)
     evaluate.save_predictions(
         copy / 'predictions_test.npz', arrays | {'label': arrays['label'][::-1]}
