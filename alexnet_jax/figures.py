@@ -698,8 +698,10 @@ def run(args: argparse.Namespace) -> int:
         Run(Path(workdir), args.step, args.data_dir, args.among, args.rows)
         for workdir in args.workdir.split(',')
     ]
-    figure = make(args.figure, runs)
     output = args.output or runs[0].workdir / f'{args.figure}.png'
+    if runs[0].workdir.is_dir():
+        files.check_writable(output)
+    figure = make(args.figure, runs)
     write(output, render(figure, output.suffix[1:]))
     print(output)
     return 0

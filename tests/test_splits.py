@@ -1,18 +1,22 @@
 """Data beside a checkpoint: the same classes in another order, other classes, other channels."""
 
 import dataclasses
+import io
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from alexnet_jax import data, evaluate, features, figures, prepare, report, splits, train
+from alexnet_jax import data, evaluate, features, figures, predict, prepare, report, splits, train
 from alexnet_jax.errors import UsageError
 from configs import smoke
 
-COLOURS = {'red': (220, 30, 40), 'green': (30, 200, 60), 'blue': (40, 60, 210)}
+COLOURS = {'red': (220, 30, 40), 'grün': (30, 200, 60), 'blau蓝': (40, 60, 210)}
 EACH = 40
 
 
@@ -45,16 +49,16 @@ def shades(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def permuted(tmp_path_factory):
-    """The same pictures and names; classes 1red, 2green, 3blue, renamed."""
+    """The same pictures and names; classes 1red, 2grün, 3blau蓝, renamed."""
     folder = tmp_path_factory.mktemp('permuted')
-    prepared(folder, {'red': '1', 'green': '2', 'blue': '3'})
-    labels_file(folder).write_text('red\ngreen\nblue\n')
+    prepared(folder, {'red': '1', 'grün': '2', 'blau蓝': '3'})
+    labels_file(folder).write_text('red\ngrün\nblau蓝\n')
     return folder
 
 
 @pytest.fixture(scope='module')
 def renamed(tmp_path_factory):
-    return prepared(tmp_path_factory.mktemp('renamed'), {'red': 'a_', 'green': '', 'blue': ''})
+    return prepared(tmp_path_factory.mktemp('renamed'), {'red': 'a_', 'grün': '', 'blau蓝': ''})
 
 
 @pytest.fixture(scope='module')
@@ -127,7 +131,7 @@ def test_features_of_permuted_data_have_their_names(copy, shades, permuted):
         images = [image.astype(float).mean(axis=(0, 1)).argmax() for image in found_images(found)]
         for row, channel in enumerate(images):
             names.setdefault(int(channel), set()).add(found.class_name(row))
-    assert names == {0: {'red'}, 1: {'green'}, 2: {'blue'}}
+    assert names == {0: {'red'}, 1: {'grün'}, 2: {'blau蓝'}}
 
 
 def found_images(found):
@@ -147,7 +151,7 @@ def test_an_ensemble_averages_class_by_class(copy, shades, permuted, tmp_path):
     train.run(recipe(permuted), tmp_path / 'other')
     both = evaluate.run([copy, tmp_path / 'other'], data_dir=str(shades))
     arrays = [evaluate.load_predictions(path) for path in (copy, tmp_path / 'other')]
-    order = [('red', 'green', 'blue').index(name) for name in ('blue', 'green', 'red')]
+    order = [('red', 'grün', 'blau蓝').index(name) for name in ('blau蓝', 'grün', 'red')]
     mean = (arrays[0]['centre'] + arrays[1]['centre'][:, order]) / np.float32(2)
     assert both['centre'] == evaluate.scores(mean, arrays[0]['label'])
     assert both['members'][1]['centre'] == evaluate.scores(arrays[1]['centre'], arrays[1]['label'])
@@ -167,7 +171,53 @@ def test_resuming_on_data_prepared_again(workdir, shades, permuted, renamed, tmp
     saved = json.loads((workdir / 'metrics.jsonl').read_text().splitlines()[-1])
     again = json.loads((copy / 'metrics.jsonl').read_text().splitlines()[-1])
     assert saved['kind'] == again['kind'] == 'test'
-    assert evaluate.restore(copy).class_names == ('blue', 'green', 'red')
+    assert evaluate.restore(copy).class_names == ('blau蓝', 'grün', 'red')
+
+
+# ----------------------------------------------------- names on a terminal that is not UTF-8
+
+
+@pytest.mark.parametrize(
+    ('act', 'words'),
+    [
+        (predict.main, ['{d}/source/test', '--top=3']),
+        (predict.main, ['{d}/source/test', '--json']),
+        (features.main, ['--split=test', '--nearest=2']),
+        (features.main, ['{d}/source/test', '--nearest=2', '--json']),
+        (figures.main, ['fig4_left', '--output={t}/蓝.png']),
+        (figures.main, ['towers', '--output={t}/蓝.svg']),
+        (report.main, ['--output={t}/蓝.html']),
+    ],
+)
+def test_names_that_the_terminal_cannot_show(workdir, shades, tmp_path, monkeypatch, act, words):
+    printed = io.BytesIO()
+    monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(printed, 'ascii'))
+    words = [word.replace('{d}', str(shades)).replace('{t}', str(tmp_path)) for word in words]
+    assert act([f'--workdir={workdir}', *words]) == 0
+    sys.stdout.flush()
+    text = printed.getvalue().decode('ascii')
+    assert r'gr\xfcn' in text or r'gr\u00fcn' in text or r'\u84dd' in text
+
+
+@pytest.mark.parametrize('mode', ['evaluate', 'describe'])
+def test_main_on_such_a_terminal(workdir, repository, cache_dir, tmp_path, mode):
+    linked = tmp_path / 'lauf蓝'
+    shutil.copytree(workdir, linked)
+    config = ['--config=configs/alexnet.py', '--config.name=lauf蓝'] if mode == 'describe' else []
+    done = subprocess.run(
+        [sys.executable, 'main.py', f'--mode={mode}', f'--workdir={linked}', *config],
+        cwd=repository,
+        env=os.environ | {'PYTHONIOENCODING': 'ascii', 'JAX_COMPILATION_CACHE_DIR': str(cache_dir)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert r'\u84dd' in done.stdout
+    assert 'Traceback' not in done.stderr
+
+
+# ------------------------------------------------------------------------------------ one by one
 
 
 def dataset(names, labels=(0, 1, 2)):
