@@ -313,7 +313,7 @@ def test_no_run(tmp_path, capsys):
         output = tmp_path / 'r.html'
         code, line = complaint(capsys, f'--workdir={folder}', f'--output={output}')
         assert code == 1
-        assert f'{folder} holds no config.json, so it is no whole run' in line
+        assert f'{folder} holds no config.json, so it is no run' in line
     assert list(tmp_path.iterdir()) == []
 
 
