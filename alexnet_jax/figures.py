@@ -436,7 +436,7 @@ def confusion(probability: np.ndarray, label: np.ndarray, names: Sequence[str]) 
     """Draw the share of the images of each class (row) that is taken for each class (column).
 
     The blue's strength is the share's square root, as errors are few. Up to 12 classes have their
-    shares of 0.5 % or more written in %. More than 100 classes are drawn in groups of neighbours,
+    shares written in %, where not 0. More than 100 classes are drawn in groups of neighbours,
     where a share is the group's mean. A class without images has an empty row.
 
     Args:
@@ -461,8 +461,8 @@ def confusion(probability: np.ndarray, label: np.ndarray, names: Sequence[str]) 
         axes.set_yticks(range(count), short, fontsize=8)
     if count <= 12:
         for (row, column), value in np.ndenumerate(share):
-            if value >= 0.005:
-                axes.text(column, row, f'{100 * value:.0f}', ha='center', va='center', fontsize=8)
+            if (text := f'{100 * value:.0f}') != '0':
+                axes.text(column, row, text, ha='center', va='center', fontsize=8)
     return figure
 
 

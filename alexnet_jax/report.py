@@ -295,7 +295,8 @@ def write(run: Run, output: Path) -> None:
     Raises:
         RunError: the folder holds no run, the file cannot be written, or a library is missing.
     """
-    files.check_writable(output)
+    if run.workdir.is_dir():  # otherwise `page` reports that there is no run
+        files.check_writable(output)
     figures.write(output, page(run).encode())
 
 
