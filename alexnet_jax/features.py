@@ -309,7 +309,7 @@ def read(path: Path) -> Features:
         RunError: it or its .json does not exist, is damaged, or is of other features.
     """
     try:
-        rows = np.load(path, mmap_mode='r', allow_pickle=False)
+        rows = np.lib.format.open_memmap(path, mode='r')
         rest = json.loads(path.with_suffix('.json').read_text())
         about, label, names = (rest[key] for key in ('about', 'label', 'path'))
         for known in (label, names):

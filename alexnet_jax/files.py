@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import tempfile
+import zipfile
 from collections.abc import Generator, Sequence
 from pathlib import Path
 
@@ -65,8 +66,12 @@ def read_npz(path: Path, names: Sequence[str], advice: str) -> dict[str, np.ndar
         RunError: the file does not exist, is damaged or lacks an array; ends with `advice`.
     """
     try:
-        with path.open('rb') as file, np.load(file, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in names}
+        with path.open('rb') as file:
+            if not zipfile.is_zipfile(file):
+                raise ValueError('it is no .npz file, or cut off')
+            file.seek(0)
+            with np.load(file, allow_pickle=False) as arrays:
+                return {name: arrays[name] for name in names}
     except FileNotFoundError:
         raise RunError(f'{path.parent} holds no {path.name}: {advice}.') from None
     except OSError as error:
