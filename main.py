@@ -11,7 +11,7 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from alexnet_jax import distributed, errors
+from alexnet_jax import command, distributed, errors
 
 CONFIG = config_flags.DEFINE_config_file('config', None, 'A file of configs/; ":scale" may follow.')
 MODE = flags.DEFINE_enum('mode', 'train', ('train', 'evaluate', 'describe'), 'What to do.')
@@ -61,6 +61,7 @@ def main(argv: list[str]) -> str:
 
 def parse(argv: list[str]) -> list[str]:
     """Absl's flags, or one sentence about what is wrong with them."""
+    command.escape_unencodable()
     try:
         rest = flags.FLAGS(argv)
         _ = CONFIG.value and CONFIG.value.name  # the file is read when a key is asked for

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import io
 import os
 import signal
 import sys
@@ -27,6 +28,7 @@ def run(
     argv: Sequence[str] | None,
 ) -> int:
     """Run a command to its exit code: 0 done; 1 not, or not all of it; 2 it makes no sense."""
+    escape_unencodable()
     try:
         with warnings.catch_warnings():  # Pillow's, of odd files that it reads nevertheless
             warnings.filterwarnings('ignore', module=r'PIL\.')
@@ -36,6 +38,13 @@ def run(
         return 128 + signal.SIGPIPE
     except (Exception, KeyboardInterrupt) as error:
         return complain(error, name)
+
+
+def escape_unencodable() -> None:
+    """Make stdout and stderr escape what their encoding lacks: names come from users' files."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors='backslashreplace')
 
 
 def say(line: str) -> None:

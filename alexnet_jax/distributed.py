@@ -254,7 +254,7 @@ def _keep_stdout_for_python() -> None:
     sys.stdout.flush()
     python = os.dup(1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    sys.stdout = os.fdopen(python, 'w')
+    sys.stdout = os.fdopen(python, 'w', errors='backslashreplace')
 
 
 def _interrupt(number: int, frame: Any) -> None:

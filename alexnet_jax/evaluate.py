@@ -1,4 +1,4 @@
-"""From a checkpoint, or a run's parameters, to errors: one view, ten views, ensembles.
+"""Compute errors from a checkpoint or a run's parameters: one view, ten views, ensembles.
 
 Errors are fractions in [0, 1]. Every image is counted once.
 """
@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from alexnet_jax import augment, data, distributed, files, parallel, prepare
+from alexnet_jax import augment, data, distributed, files, parallel, splits
 from alexnet_jax import config as configuration
 from alexnet_jax import workdir as workdirs
 from alexnet_jax.augment import Statistics
@@ -31,17 +31,17 @@ EMPTY: Mapping[str, Any] = types.MappingProxyType({})
 Predict = Callable[[Any, Statistics, jax.Array, int], jax.Array]
 
 
-# ----------------------------------------------------------------------------- a checkpoint, opened
+# ------------------------------------------------------------------------- restoring a checkpoint
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Trained:
-    """What a checkpoint holds, ready for use on this machine."""
+    """A checkpoint restored for use on this machine."""
 
     workdir: Path
     step: int
     settings: Settings
-    class_names: tuple[str, ...]
+    class_names: tuple[str, ...]  # by label
     layout: Layout
     params: Any  # on the layout's devices
     statistics: Statistics
@@ -51,19 +51,18 @@ class Trained:
 def restore(
     workdir: str | Path, step: Step = 'latest', overrides: Mapping[str, Any] = EMPTY
 ) -> Trained:
-    """Read and verify a checkpoint, and place it on the devices that are here.
+    """Read and verify a checkpoint, and put it on this machine's devices.
 
-    It lies as it did in training where this machine has the devices for that, and on one device
-    where it has not.
+    The mesh is the training's if this machine has enough devices for it, otherwise one device.
 
     Args:
-        workdir: of the run.
+        workdir: the run's folder.
         step: 'latest', 'best' (lowest validation error) or the number of a step.
-        overrides: values of its config to be changed, by dotted keys: those that change no result.
+        overrides: config values to change, by dotted keys; only those that change no result.
 
     Raises:
-        UsageError: no such step, or an override that would change the net.
-        RunError: no checkpoint, or a damaged one.
+        UsageError: the step does not exist, or an override would change the net.
+        RunError: there is no checkpoint, or it is damaged.
     """
     workdir = Path(workdir)
     checkpoints = Checkpoints(workdir / 'checkpoints')
@@ -103,6 +102,29 @@ def _with(overrides: Mapping[str, Any], config: dict[str, Any]) -> dict[str, Any
     return config
 
 
+def open_split(trained: Trained, split: str, data_dir: str = '') -> Dataset:
+    """Open a split of the run's data set with the checkpoint's classes; see `splits.match`.
+
+    Args:
+        trained: the checkpoint.
+        split: 'train', 'validation', 'test', or a split expression of TFDS.
+        data_dir: the folder of all data sets; the config's if empty.
+
+    Raises:
+        UsageError: the split does not exist, or the data has other classes or channels.
+        RunError: the data set does not exist or is damaged.
+    """
+    config = trained.settings.data
+    (dataset,) = splits.open_splits(config, (split,), data_dir)
+    channels, expected = dataset.images.shape[-1], trained.settings.net.channels
+    if channels not in (1, expected):
+        raise UsageError(
+            f'{dataset.name} has images of {channels} channels, and the net in {trained.workdir} '
+            f'takes {expected}; choose the data of its training.'
+        )
+    return splits.match(dataset, trained.class_names, config, trained.workdir, data_dir)
+
+
 def _placement(settings: Settings) -> tuple[Layout, Any]:
     def place(shape: MeshShape, batch_size: int) -> tuple[Layout, Any]:
         layout = parallel.lay_out(shape, batch_size)
@@ -116,11 +138,11 @@ def _placement(settings: Settings) -> tuple[Layout, Any]:
         return place(MeshShape(data=1, tower=1), 1)
 
 
-# ----------------------------------------------------------------------------- from nets to errors
+# ---------------------------------------------------------------------------------------- scoring
 
 
 def make_predict(settings: Settings, layout: Layout) -> Predict:
-    """(params, statistics, uint8 images [B, H, W, C], view 0..9) -> probabilities [B, classes].
+    """Compile (params, statistics, images [B, H, W, C], view 0..9) -> probabilities [B, classes].
 
     Images are split over 'data'; every device, and so every process, gets all probabilities.
     """
@@ -149,7 +171,7 @@ def probabilities(
     batch_size: int,
     views: Sequence[int] = (0,),
 ) -> np.ndarray:
-    """Class probabilities of every image, averaged over `views`: float32 [N, classes].
+    """Return the class probabilities of every image, averaged over `views`: float32 [N, classes].
 
     The average is over softmax probabilities, not logits (paper, section 4.1). Of several
     processes each reads its own share of the images, and all get the whole result.
@@ -168,10 +190,10 @@ def all_probabilities(
     layout: Layout,
     batch_size: int,
 ) -> dict[str, np.ndarray]:
-    """`probabilities` of several choices of views, by name; each image is read once for all.
+    """Return `probabilities` for several choices of views, by name, reading each image once.
 
     Raises:
-        RunError: they are not finite.
+        RunError: a probability is not finite.
     """
     batch_size = -(-batch_size // layout.replicas) * layout.replicas
     rows = parallel.own_rows(layout, batch_size)
@@ -185,9 +207,9 @@ def all_probabilities(
             mean = np.asarray(sum(seen[view] for view in views) / len(views))
             if name not in found:
                 found[name] = np.empty((len(dataset), mean.shape[1]), mean.dtype)
-            room = found[name][start : start + batch_size]
-            room[:] = mean[: len(room)]  # what is behind it is padding
-            if not np.isfinite(room).all():
+            rows_here = found[name][start : start + batch_size]
+            rows_here[:] = mean[: len(rows_here)]  # the rest is padding
+            if not np.isfinite(rows_here).all():
                 raise RunError(
                     'the probabilities are not finite, the net has diverged: lower '
                     'optimizer.weights.rate, or evaluate an earlier --step.'
@@ -197,7 +219,7 @@ def all_probabilities(
 
 
 def ranks(probability: np.ndarray, label: np.ndarray) -> np.ndarray:
-    """How many classes come before the label's: int64 [N]; see `scores`."""
+    """Count the classes ranked before the label's: int64 [N]; see `scores`."""
     own = probability[np.arange(len(label)), label][:, None]
     later = np.arange(probability.shape[1])[None, :] >= label[:, None]
     behind = (probability < own) | ((probability == own) & later)  # itself too; never with a NaN
@@ -205,7 +227,11 @@ def ranks(probability: np.ndarray, label: np.ndarray) -> np.ndarray:
 
 
 def scores(probability: np.ndarray, label: np.ndarray) -> dict[str, float]:
-    """Top-1 and top-5 error and negative log-likelihood (nats an image) of [N, classes] and [N].
+    """Return top-1 error, top-5 error and negative log-likelihood (nats an image).
+
+    Args:
+        probability: [N, classes].
+        label: int [N].
 
     A label is among the top k when fewer than k classes are more probable; equally probable ones
     are ranked by their number, so that a constant prediction is right once in `classes` times. A
@@ -221,7 +247,7 @@ def scores(probability: np.ndarray, label: np.ndarray) -> dict[str, float]:
 
 
 def class_accuracy(probability: np.ndarray, label: np.ndarray, names: Sequence[str]) -> dict:
-    """Share of each class's images whose top-1 is right; classes without an image are left out."""
+    """Return the top-1 accuracy of each class that has images, by name."""
     right = np.argmax(probability, axis=1) == label
     return {
         name: float(np.mean(right[label == i]))
@@ -233,11 +259,11 @@ def class_accuracy(probability: np.ndarray, label: np.ndarray, names: Sequence[s
 def report(
     predict: Predict, params: Any, statistics: Statistics, dataset: Dataset, **how: Any
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """All scores of one view and of ten, and the predictions they come from.
+    """Score one view and ten views of every image.
 
     Returns:
-        Scores as JSON can hold them, and arrays 'centre' and 'ten_views' (float32 [N, classes])
-        and 'label' (int32 [N]): 400 MB for the 50,000 images and 1,000 classes of ImageNet.
+        Scores for JSON, and the predictions: arrays 'centre' and 'ten_views' (float32 [N, classes])
+        and 'label' (int32 [N]), 400 MB for ImageNet's 50,000 images and 1,000 classes.
     """
     arrays = all_probabilities(predict, params, statistics, dataset, VIEWS, **how)
     arrays['label'] = dataset.labels
@@ -245,7 +271,7 @@ def report(
 
 
 def summary(arrays: Mapping[str, np.ndarray], class_names: Sequence[str]) -> dict[str, Any]:
-    """The scores of saved predictions."""
+    """Return the scores of predictions, for JSON."""
     label = arrays['label']
     result: dict[str, Any] = {'images': len(label)}
     for name in VIEWS:
@@ -254,13 +280,44 @@ def summary(arrays: Mapping[str, np.ndarray], class_names: Sequence[str]) -> dic
     return result
 
 
+# ------------------------------------------------------------------------- predictions on disk
+
+
+def predictions_path(workdir: Path, split: str = 'test') -> Path:
+    """Return the path of a split's predictions in a workdir."""
+    name = ''.join(c if c.isalnum() else '_' for c in split).strip('_')
+    return workdir / f'predictions_{name}.npz'
+
+
 def save_predictions(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write an .npz that is whole or not there."""
+    """Write predictions as an .npz file, atomically."""
     with files.whole(path) as scratch, scratch.open('wb') as file:
         np.savez(file, allow_pickle=False, **arrays)
 
 
-# ---------------------------------------------------------------------------------- the command
+def keep_predictions(workdir: Path, split: str, arrays: Mapping[str, np.ndarray]) -> None:
+    """Save predictions in a workdir, or print a warning where it cannot be written to.
+
+    The scores took minutes, and do not depend on this file.
+    """
+    path = predictions_path(workdir, split)
+    try:
+        save_predictions(path, arrays)
+    except OSError as error:
+        say(f'warning: {path} cannot be written ({error.strerror}): the predictions are not kept')
+
+
+def load_predictions(workdir: Path) -> dict[str, np.ndarray]:
+    """Return the predictions of a run's test split: 'label' [N]; each of VIEWS [N, classes].
+
+    Raises:
+        RunError: they do not exist or are damaged.
+    """
+    advice = f'make it with python main.py --mode=evaluate --workdir={workdir}'
+    return files.read_npz(predictions_path(workdir), ('label', *VIEWS), advice)
+
+
+# ------------------------------------------------------------------------------------ the command
 
 
 def run(
@@ -274,34 +331,36 @@ def run(
     """Evaluate a checkpoint, or the ensemble of several, on every image of a split.
 
     Args:
-        workdirs: of the runs; the probabilities of several are averaged.
+        workdirs: of the runs; the probabilities of several are averaged, class by class.
         step: 'latest', 'best' (lowest validation error) or the number of a step.
         split: 'train', 'validation' or 'test' of the run's config, or an expression of TFDS.
-        data_dir: where the data lies, if not where the run had it.
+        data_dir: the folder of all data sets; the config's if empty.
         overrides: see `restore`.
 
     Returns:
         The scores, as `report`, with the step of each workdir.
 
     Raises:
-        UsageError: a step that is not there, a split that is not there, nets that do not fit.
-        RunError: no checkpoint, a damaged one, or no data.
+        UsageError: a step or split does not exist, or nets and data do not fit together.
+        RunError: there is no checkpoint, it is damaged, or there is no data.
     """
     members, steps, class_names = [], [], ()
     label, totals = np.zeros(0), dict[str, np.ndarray]()
     for workdir in workdirs:
         trained = restore(workdir, step, overrides)
-        arrays, found, class_names = predictions(trained, split, data_dir)
-        steps.append(found)
+        arrays = predictions(trained, split, data_dir)
+        steps.append(trained.step)
         if len(workdirs) > 1:
-            members.append(summary(arrays, class_names))
+            members.append(summary(arrays, trained.class_names))
         if not totals:
+            class_names = trained.class_names
             label, totals = arrays['label'], {name: arrays[name] for name in VIEWS}
             continue
+        arrays = reordered(arrays, trained.class_names, class_names)
+        if totals['centre'].shape[1] != arrays['centre'].shape[1]:
+            raise UsageError(f'{workdir} has other classes than {workdirs[0]}; leave it out.')
         if not np.array_equal(label, arrays['label']):
             raise UsageError(f'{workdir} was evaluated on other images than {workdirs[0]}.')
-        if totals['centre'].shape != arrays['centre'].shape:
-            raise UsageError(f'{workdir} has other classes than {workdirs[0]}; leave it out.')
         for name in VIEWS:  # two nets' probabilities are in memory, however many there are
             totals[name] += arrays[name]
     result = {'workdirs': [str(w) for w in workdirs], 'steps': steps, 'split': split}
@@ -311,11 +370,11 @@ def run(
     return result | summary({'label': label, **mean}, class_names)
 
 
-def predictions(
-    trained: Trained, split: str, data_dir: str
-) -> tuple[dict[str, np.ndarray], int, tuple[str, ...]]:
-    """Predict every image, save predictions_<split>.npz: (arrays, step, class names)."""
-    dataset = open_split(trained.settings, split, data_dir)
+def predictions(trained: Trained, split: str, data_dir: str) -> dict[str, np.ndarray]:
+    """Predict every image of a split, and save the predictions in the workdir if possible."""
+    dataset = open_split(trained, split, data_dir)
+    if np.any(dataset.labels < 0):
+        raise UsageError(f'{dataset.split} holds images without a label; choose another --split.')
     say(
         f'{trained.workdir}: step {trained.step}, {len(dataset)} images of {dataset.split}, on '
         f'{trained.layout}'
@@ -329,55 +388,22 @@ def predictions(
         batch_size=trained.settings.loop.eval_batch_size,
     )
     if distributed.is_first():
-        save_predictions(trained.workdir / f'predictions_{_file_name(split)}.npz', arrays)
-    return arrays, trained.step, dataset.class_names
+        keep_predictions(trained.workdir, split, arrays)
+    return arrays
 
 
-def open_split(settings: Settings, split: str, data_dir: str = '') -> Dataset:
-    """One split of a run's data set; see `open_splits`."""
-    return open_splits(settings, (split,), data_dir)[0]
-
-
-def open_splits(settings: Settings, splits: Sequence[str], data_dir: str = '') -> list[Dataset]:
-    """Splits of a run's data set: 'train', 'validation', 'test', or expressions of TFDS.
-
-    Raises:
-        UsageError: no such split.
-        RunError: no data.
-    """
-    names, folder = settings.data, _fetched(settings, data_dir)
-    named = ('train', 'validation', 'test')
-    how: Any = {'workers': names.workers, 'resident_gib': names.resident_gib}
-
-    def load(split: str) -> Dataset:
-        if split not in named:
-            return data.load(names.name, folder, split, **how)
-        try:
-            return data.load(names.name, folder, getattr(names, split), **how)
-        except UsageError as error:
-            raise UsageError(f'data.{split}={getattr(names, split)}: {error}') from error
-
-    return [load(split) for split in splits]
-
-
-def class_names(settings: Settings, *, words: bool = True) -> tuple[str, ...]:
-    """Of a run's data set; it is fetched where it is not there."""
-    return data.class_names(settings.data.name, _fetched(settings), words=words)
-
-
-def _fetched(settings: Settings, data_dir: str = '') -> str:
-    """Where the data lies, once it is there."""
-    folder = data_dir or settings.data.data_dir
-    if distributed.is_first():
-        prepare.ensure(settings.data.name, folder)
-    distributed.wait_for_all('data')
-    return folder
-
-
-def _file_name(split: str) -> str:
-    return ''.join(c if c.isalnum() else '_' for c in split).strip('_')
+def reordered(
+    arrays: dict[str, np.ndarray], names: Sequence[str], wanted: Sequence[str]
+) -> dict[str, np.ndarray]:
+    """Number the classes of predictions as in `wanted`, if that is another order of `names`."""
+    if names == wanted or sorted(names) != sorted(wanted):
+        return arrays
+    own = {name: label for label, name in enumerate(names)}
+    order = np.array([own[name] for name in wanted])
+    label = np.argsort(order).astype(np.int32)[arrays['label']]
+    return {'label': label, **{view: arrays[view][:, order] for view in VIEWS}}
 
 
 def line(result: Mapping[str, Any]) -> str:
-    """A result as the one JSON line of stdout."""
+    """Return a result as the one JSON line of stdout."""
     return json.dumps(result)

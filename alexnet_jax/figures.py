@@ -1,8 +1,8 @@
-"""The paper's figures and a few more, from a workdir: one command each, PNG or SVG.
+"""Draw the paper's figures and a few more from a workdir: one command each, PNG or SVG.
 
     python -m alexnet_jax.figures fig3 --workdir=W --output=fig3.svg
 
-| name | what is to be seen | what it reads |
+| name | shows | reads |
 |---|---|---|
 | fig1 | training error against epochs of several runs, `--workdir=A,B` (figure 1) | metrics |
 | fig3 | the first layer's filters, tower by tower (paper, figure 3) | checkpoint |
@@ -13,7 +13,7 @@
 | towers | how colourful each tower's filters are (section 6.1), see `specialisation` | checkpoint |
 
 matplotlib is imported when a figure is drawn: `pip install 'alexnet_jax[figures]'`. The functions
-that draw take arrays and return a matplotlib Figure; `Run` is what finds the arrays in a workdir.
+that draw take arrays and return a matplotlib Figure; `Run` reads the arrays from a workdir.
 """
 
 import argparse
@@ -23,8 +23,6 @@ import io
 import json
 import sys
 import warnings
-import zipfile
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,13 +47,13 @@ Record = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Run:
-    """A workdir, read as far as a figure asks for it.
+    """A workdir, of which each property reads one part at its first use.
 
-    Every property raises RunError, in one sentence, where what it reads is not there or damaged.
+    Every property raises RunError where what it reads is missing or damaged.
 
     step: of its checkpoints: a number, 'latest' or 'best'.
-    data_dir: where the data lies, if not where the run had it.
-    among: the split in which neighbours are looked for.
+    data_dir: the folder of all data sets; the config's if empty.
+    among: the split that neighbours are searched in.
     rows: of the test images to show; () for some at even distances.
     """
 
@@ -67,22 +65,22 @@ class Run:
 
     @functools.cached_property
     def settings(self) -> Settings:
-        """Of its config.json."""
+        """Return its config.json, validated."""
         return configuration.unpack(self.config)
 
     @functools.cached_property
     def config(self) -> dict[str, Any]:
-        """Its config.json."""
+        """Return its config.json."""
         return self.json('config.json')
 
     def json(self, name: str) -> dict[str, Any]:
-        """One of its JSON files."""
+        """Return one of its JSON files."""
         path = self.workdir / name
         try:
             found = json.loads(path.read_text())
         except (FileNotFoundError, NotADirectoryError):
             raise RunError(
-                f'{self.workdir} holds no {name}, so it is no whole run; name the --workdir of one.'
+                f'{self.workdir} holds no {name}, so it is no run; name the --workdir of one.'
             ) from None
         except (OSError, ValueError) as error:
             raise RunError(f'{path} cannot be read ({error}); copy it from a backup.') from error
@@ -92,7 +90,7 @@ class Run:
 
     @functools.cached_property
     def records(self) -> list[dict[str, Any]]:
-        """Its metrics.jsonl; with a training record in it."""
+        """Return its metrics.jsonl, which has a training record."""
         try:
             found = records.read(self.workdir)
             trained = any(record['kind'] == 'train' for record in found)
@@ -107,31 +105,27 @@ class Run:
 
     @functools.cached_property
     def predictions(self) -> dict[str, np.ndarray]:
-        """Its predictions_test.npz: 'label' [N]; 'centre' and 'ten_views' [N, classes]."""
-        path = self.workdir / 'predictions_test.npz'
-        make = f'make it with python main.py --mode=evaluate --workdir={self.workdir}'
-        try:
-            with path.open('rb') as opened, np.load(opened, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in ('label', *evaluate.VIEWS)}
-        except FileNotFoundError:
-            raise RunError(f'{self.workdir} holds no {path.name}: {make}.') from None
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise RunError(f'{path} is damaged ({error}): {make}.') from error
+        """Return its predictions_test.npz; see `evaluate.load_predictions`."""
+        arrays = evaluate.load_predictions(self.workdir)
         classes = self.settings.net.classes
         if any(arrays[view].shape != (len(arrays['label']), classes) for view in evaluate.VIEWS):
-            raise RunError(f'{path} is not of {classes} classes, as this net is: {make}.')
+            raise RunError(
+                f'{self.workdir}/predictions_test.npz is not of {classes} classes, as this net is: '
+                f'make it with python main.py --mode=evaluate --workdir={self.workdir}.'
+            )
         return arrays
 
     @functools.cached_property
     def trained(self) -> Trained:
-        """Its checkpoint, verified."""
+        """Return its checkpoint, verified."""
         return evaluate.restore(self.workdir, self.step)
 
     @functools.cached_property
     def test(self) -> Dataset:
-        """The test split: the images of which `predictions` speaks."""
-        dataset = evaluate.open_split(self.settings, 'test', self.data_dir)
-        if not np.array_equal(dataset.labels, self.predictions['label']):
+        """Return the test split: the images that `predictions` are about."""
+        predictions = self.predictions
+        dataset = evaluate.open_split(self.trained, 'test', self.data_dir)
+        if not np.array_equal(dataset.labels, predictions['label']):
             raise RunError(
                 f"{self.workdir}'s predictions_test.npz is of other images than its test split is "
                 f'now: make it anew with python main.py --mode=evaluate --workdir={self.workdir}.'
@@ -140,14 +134,14 @@ class Run:
 
     @property
     def kernels(self) -> np.ndarray:
-        """Of the first layer: float32 [kh, kw, C, features], tower by tower."""
+        """Return the first layer's filters: float32 [kh, kw, C, features], tower by tower."""
         layer = self.trained.settings.net.layers[0]
         if layer.kind != 'conv':
             raise UsageError(f'{layer.name} is no convolution, so it has no filters to be drawn.')
         return np.asarray(self.trained.params[layer.name]['kernel'])
 
     def choose(self, count: int) -> list[int]:
-        """Which test images to show: `rows`, or `count` at even distances."""
+        """Return the test images to show: `rows`, or `count` at even distances."""
         images = len(self.test)
         for row in self.rows:
             if not 0 <= row < images:
@@ -158,10 +152,10 @@ class Run:
 
 # -------------------------------------------------------------------------------------- the style
 
-INK = '#1b1c1d'  # a report puts the page's own colour in its place
-# Each is seen on white and on black (contrast 3:1 and more); colour is never the only mark.
+INK = '#1b1c1d'  # a report replaces it by the page's own colour
+# Each has a contrast of 3:1 or more on white and on black; colour is never the only mark.
 BLUE, ORANGE, GREEN, VIOLET, RED = '#2f7de1', '#d95926', '#199e70', '#8a6fe8', '#d6456b'
-WIDTH = 4.8  # inches: a phone's screen, at a size of letters that can be read there
+WIDTH = 4.8  # inches: the letters can be read on a phone
 DPI = 200
 STYLE: dict[str, Any] = {
     'figure.facecolor': 'white',
@@ -174,7 +168,7 @@ STYLE: dict[str, Any] = {
     'legend.frameon': False,
     'grid.alpha': 0.15,
     'lines.linewidth': 1.6,
-    'svg.fonttype': 'none',  # letters stay letters
+    'svg.fonttype': 'none',  # letters stay text
     'svg.hashsalt': 'alexnet_jax',  # the same figure is the same file
     'text.parse_math': False,  # a class may be called $x$
     'text.color': INK,
@@ -187,7 +181,7 @@ STYLE: dict[str, Any] = {
 
 
 def _styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
-    """Draw in our style, whatever this machine's matplotlibrc says."""
+    """Make a function draw in STYLE, whatever the machine's matplotlibrc says."""
 
     @functools.wraps(draw)
     def inner(*args: Any, **kwargs: Any) -> Figure:
@@ -204,7 +198,7 @@ def _blank(height: float) -> Figure:
 
 
 def _show(axes: Any, image: np.ndarray) -> None:
-    """An image [H, W, C] without a frame; grey where C is 1."""
+    """Draw an image [H, W, C] without a frame; grey where C is 1."""
     grey = image.shape[-1] == 1
     pixels = image[..., 0] if grey else image
     span = {'vmin': 0, 'vmax': 255} if image.dtype == np.uint8 else {'vmin': 0, 'vmax': 1}
@@ -220,7 +214,7 @@ def _short(name: str, letters: int = 22) -> str:
 
 
 def _stacked(name: str, letters: int) -> str:
-    """The first two words, one below the other."""
+    """Return the first two words, one below the other."""
     return '\n'.join(_short(word, letters) for word in name.split()[:2])
 
 
@@ -228,7 +222,7 @@ def _stacked(name: str, letters: int) -> str:
 
 
 class Specialisation(NamedTuple):
-    """How colourful the towers' filters are; see `specialisation`."""
+    """Colour saturation of the towers' filters; see `specialisation`."""
 
     towers: tuple[float, ...]  # the mean saturation of each tower's filters
     gap: float  # of the most and the least colourful tower
@@ -243,13 +237,11 @@ class Specialisation(NamedTuple):
 
 
 def saturation(kernels: np.ndarray) -> np.ndarray:
-    """The share of a filter's energy that is colour: float64 [features], in 0..1.
+    """Return the share of each filter's energy that is colour: float64 [features], in 0..1.
 
-    Of the weights [C] at each position the part along grey, their mean over the channels, is taken
-    away; what is left is colour. saturation = sum of squares of what is left / sum of squares of
-    all. A filter with the same weights for red, green and blue has 0, one to which grey images are
-    nothing has 1, and one of independent Gaussian weights 2/3 on the average. A filter of zeros
-    counts as 0.
+    saturation = sum of (w - mean of w over channels)^2 / sum of w^2, both over all positions and
+    channels. A filter with equal weights for red, green and blue has 0, one without response to
+    grey 1, one of independent Gaussian weights 2/3 on average, and one of zeros 0.
 
     Args:
         kernels: [kh, kw, C, features], C = 3.
@@ -266,19 +258,19 @@ def saturation(kernels: np.ndarray) -> np.ndarray:
 
 
 def specialisation(kernels: np.ndarray, towers: int, divisions: int = 9_999) -> Specialisation:
-    """Has one tower become colour-blind and another colour-specific (paper, section 6.1)?
+    """Score whether one tower is colour-blind and another colour-specific (paper, section 6.1).
 
-    The score is the gap between the towers' mean saturations. The authors saw the two kinds in
-    every run. How large a gap chance makes of so few filters is told by dividing the same filters
-    into towers at random (a permutation test, seed 0; the division found counts as one more).
+    The score is the gap between the towers' mean saturations; the authors saw the two kinds in
+    every run. A permutation test says how often chance gives as large a gap: the same filters
+    divided into towers at random (seed 0; the division found counts as one more).
 
     Args:
         kernels: of the first layer, [kh, kw, 3, features], tower by tower.
-        towers: how many.
-        divisions: random ones.
+        towers: their number.
+        divisions: random ones to try.
 
     Raises:
-        UsageError: there is one tower only, or the net sees no colour.
+        UsageError: there is only one tower, or the net sees no colour.
     """
     if towers < 2:
         raise UsageError('the net has one tower, so there is none to compare it with.')
@@ -295,13 +287,18 @@ def specialisation(kernels: np.ndarray, towers: int, divisions: int = 9_999) -> 
     return Specialisation(means, gap, as_large / (divisions + 1))
 
 
+def sees_colour(run: Run) -> bool:
+    """Return whether a run's images have colour; repeated for three channels, grey has none."""
+    return run.trained.stored[2] == 3
+
+
 def of_run(run: Run) -> Specialisation:
-    """The towers' specialisation in a run.
+    """Return the towers' specialisation in a run.
 
     Raises:
         UsageError: the net or its images are grey, or there is one tower.
     """
-    if run.trained.stored[2] != 3:  # repeated for three channels, grey teaches no colour
+    if not sees_colour(run):
         raise UsageError('the net saw grey images, of which colour saturation is not defined.')
     return specialisation(run.kernels, run.trained.settings.net.towers)
 
@@ -312,10 +309,10 @@ def _letter(tower: int) -> str:
 
 @_styled
 def fig3(kernels: np.ndarray, towers: int) -> Figure:
-    """The filters [kh, kw, C, features], those of each tower together (paper, figure 3).
+    """Draw the filters [kh, kw, C, features], tower by tower (paper, figure 3).
 
-    Each filter is drawn by itself: grey is 0, its largest weight (by size) is white or black, or a
-    full red, green or blue. Of C other than 1 and 3 the channels' mean is drawn.
+    Each filter is scaled by itself: grey is 0, its largest weight (by size) is white or black, or
+    full red, green or blue. If C is neither 1 nor 3, the channels' mean is drawn.
     """
     if kernels.shape[2] not in (1, 3):
         kernels = kernels.mean(axis=2, keepdims=True)
@@ -335,7 +332,7 @@ def _column(figure: Figure, count: int) -> list[Any]:
 
 
 def _tile(filters: np.ndarray, columns: int) -> np.ndarray:
-    """[n, h, w, 1 or 3] -> one picture in 0..1, [H, W, 4]; see-through between the filters."""
+    """Tile [n, h, w, 1 or 3] as one image in 0..1, [H, W, 4], transparent between the filters."""
     count, height, width, _ = filters.shape
     largest = np.abs(filters).max(axis=(1, 2, 3), keepdims=True)
     pixels = 0.5 + filters / np.where(largest == 0, 1, 2 * largest)
@@ -350,7 +347,7 @@ def _tile(filters: np.ndarray, columns: int) -> np.ndarray:
 
 @_styled
 def towers_figure(kernels: np.ndarray, towers: int) -> Figure:
-    """Every filter's colour saturation, least first, tower by tower; and the towers' means."""
+    """Draw every filter's colour saturation, least first, by tower, and the towers' means."""
     score, values = specialisation(kernels, towers), saturation(kernels).reshape(towers, -1)
     figure = _blank(2.8)
     axes = figure.subplots()
@@ -382,9 +379,9 @@ def _series(found: Sequence[Record], kind: str, key: str) -> tuple[list[float], 
 
 @_styled
 def fig1(runs: Mapping[str, Sequence[Record]]) -> Figure:
-    """Training error against epochs of several runs, by name (paper, figure 1).
+    """Draw the training error of several runs against epochs, by name (paper, figure 1).
 
-    The dashed line is at the paper's 25 %.
+    The dashed line is the paper's 25 %.
     """
     figure = _blank(3.2)
     axes = figure.subplots()
@@ -403,10 +400,10 @@ def fig1(runs: Mapping[str, Sequence[Record]]) -> Figure:
 
 @_styled
 def curves(found: Sequence[Record]) -> Figure:
-    """Loss (nats an image) and errors (%) of training and validation against epochs.
+    """Draw loss (nats an image) and errors (%) of training and validation against epochs.
 
-    Training's are means over the batches since the record before, under dropout and on augmented
-    images, so they may lie above those of validation.
+    Those of training are means over the batches since the last record, with dropout and on
+    augmented images, so they may be higher than those of validation.
     """
     figure = _blank(5.0)
     loss, errors = figure.subplots(2, 1, sharex=True)
@@ -436,14 +433,14 @@ def curves(found: Sequence[Record]) -> Figure:
 
 @_styled
 def confusion(probability: np.ndarray, label: np.ndarray, names: Sequence[str]) -> Figure:
-    """What share of the images of each class (a row) is taken for which class (a column).
+    """Draw the share of the images of each class (row) that is taken for each class (column).
 
-    The stronger the blue, the larger the share's square root (errors are few). Shares are written
-    in %, where there are no more than 12 classes, and from 0.5 % on; classes of no image are empty.
-    More than 100 classes are drawn in groups of neighbours, so that a share is a group's mean.
+    The blue's strength is the share's square root, as errors are few. Up to 12 classes have their
+    shares written in %, where not 0. More than 100 classes are drawn in groups of neighbours,
+    where a share is the group's mean. A class without images has an empty row.
 
     Args:
-        probability: [N, classes], the largest is what an image is taken for.
+        probability: [N, classes]; an image is taken for the most probable class.
         label: int [N].
         names: of the classes.
     """
@@ -464,13 +461,16 @@ def confusion(probability: np.ndarray, label: np.ndarray, names: Sequence[str]) 
         axes.set_yticks(range(count), short, fontsize=8)
     if count <= 12:
         for (row, column), value in np.ndenumerate(share):
-            if value >= 0.005:
-                axes.text(column, row, f'{100 * value:.0f}', ha='center', va='center', fontsize=8)
+            if (text := f'{100 * value:.0f}') != '0':
+                axes.text(column, row, text, ha='center', va='center', fontsize=8)
     return figure
 
 
 def confusion_matrix(probability: np.ndarray, label: np.ndarray) -> np.ndarray:
-    """Float64 [classes, classes], rows by label, columns by prediction; a row sums to 1, or 0."""
+    """Return float64 [classes, classes]: rows by label, columns by prediction, each row sums to 1.
+
+    The row of a class without images is 0.
+    """
     classes = probability.shape[1]
     matrix = np.zeros((classes, classes))
     np.add.at(matrix, (label, probability.argmax(axis=1)), 1)
@@ -479,7 +479,7 @@ def confusion_matrix(probability: np.ndarray, label: np.ndarray) -> np.ndarray:
 
 
 def _grouped(share: np.ndarray, size: int) -> np.ndarray:
-    """Of groups of `size` classes, the mean over a group's rows of what falls into a group."""
+    """Return the confusion matrix of groups of `size` classes: the mean over a group's rows."""
     starts = np.arange(0, len(share), size)
     inside = np.add.reduceat(np.add.reduceat(share, starts, axis=0), starts, axis=1)
     return inside / np.diff([*starts, len(share)])[:, None]
@@ -489,9 +489,9 @@ def _grouped(share: np.ndarray, size: int) -> np.ndarray:
 def fig4_left(
     images: np.ndarray, probability: np.ndarray, label: np.ndarray, names: Sequence[str]
 ) -> Figure:
-    """Images with their five most probable classes (paper, figure 4, left).
+    """Draw images with their five most probable classes (paper, figure 4, left).
 
-    The right class stands over the image, and its bar, if it is among the five, is orange and its
+    The right class is written above the image. If it is among the five, its bar is orange and its
     name bold.
 
     Args:
@@ -505,7 +505,7 @@ def fig4_left(
     grid = figure.subplots(rows, 4, squeeze=False, width_ratios=[1, 1.6, 1, 1.6])
     for number in range(2 * rows):
         picture, bars = grid[number // 2, 2 * (number % 2) :][:2]
-        if number == len(images):  # of an odd number the last place
+        if number == len(images):  # the last place of an odd number
             picture.set_axis_off()
             bars.set_axis_off()
             break
@@ -517,7 +517,7 @@ def fig4_left(
 
 
 def _bars(axes: Any, probability: np.ndarray, label: int, names: Sequence[str]) -> None:
-    """The five most probable classes of [classes], the first on top, each name on its bar."""
+    """Draw the five most probable of [classes], the first on top, each name on its bar."""
     ranked = predict.top(probability, 5)
     colours = [ORANGE if own == label else BLUE for own in ranked]
     axes.barh(range(len(ranked)), probability[ranked], color=colours, alpha=0.5, height=0.86)
@@ -537,10 +537,10 @@ def fig4_right(
     label: np.ndarray,
     names: Sequence[str],
 ) -> Figure:
-    """Images, and behind each those nearest to it (paper, figure 4, right).
+    """Draw images, each followed by those nearest to it (paper, figure 4, right).
 
-    The queries' classes stand at the left. A neighbour of another class has that below it, and an
-    orange frame.
+    The queries' classes are written at the left. A neighbour of another class has that class's name
+    below it, and an orange frame.
 
     Args:
         queries: uint8 [Q, H, W, C].
@@ -599,7 +599,7 @@ def _fig4_left_of(run: Run) -> Figure:
 def _fig4_right_of(run: Run, k: int = 6) -> Figure:
     trained, test = run.trained, run.test
     chosen = run.choose(5)
-    among = evaluate.open_split(trained.settings, run.among, run.data_dir)
+    among = evaluate.open_split(trained, run.among, run.data_dir)
     layer = last_hidden(trained.settings.net)
     say(f'{run.workdir}: {layer} of {len(among)} images of {among.split}')
     extract = features.make_extract(trained, layer)
@@ -614,7 +614,7 @@ def _fig4_right_of(run: Run, k: int = 6) -> Figure:
 
 
 def last_hidden(net: Net) -> str:
-    """The step whose distances the paper's figure 4 is about: 'fc7_relu', before its dropout."""
+    """Return the activation that figure 4 of the paper compares: 'fc7_relu', before dropout."""
     layer = net.layers[-2]
     return f'{layer.name}_{([word for word in layer.then if word != "dropout"] or ["linear"])[-1]}'
 
@@ -630,15 +630,13 @@ FIGURES: dict[str, Callable[[Run], Figure]] = {
 
 
 def make(name: str, runs: Sequence[Run]) -> Figure:
-    """One of FIGURES of a run, or 'fig1' of several.
+    """Draw one of FIGURES of a run, or 'fig1' of several.
 
     Raises:
-        UsageError: too many runs, or too few.
-        RunError: what it needs is not there, or matplotlib is not.
+        UsageError: there are too many runs, or too few.
+        RunError: what the figure needs is missing, or matplotlib is not installed.
     """
-    command.library(
-        'matplotlib', 'figures'
-    )  # so that nobody computes for a minute and is told then
+    command.library('matplotlib', 'figures')  # before a minute of computing
     if name != 'fig1':
         if len(runs) > 1:
             raise UsageError(f'{name} is drawn of one --workdir, and fig1 alone of several.')
@@ -655,7 +653,7 @@ def make(name: str, runs: Sequence[Run]) -> Figure:
 
 
 def render(figure: Figure, form: str, *, transparent: bool = False) -> bytes:
-    """A figure as a 'png' or 'svg' file; the same figure gives the same bytes."""
+    """Return a figure as a 'png' or 'svg' file; the same figure gives the same bytes."""
     body = io.BytesIO()
     nothing = dict.fromkeys(('Date', 'Creator', 'Format', 'Type'))
     how = {'metadata': nothing} if form == 'svg' else {'metadata': {'Software': None}}
@@ -669,7 +667,7 @@ def render(figure: Figure, form: str, *, transparent: bool = False) -> bytes:
 
 
 def write(path: Path, body: bytes) -> None:
-    """Write a file that is whole or not there.
+    """Write a file atomically.
 
     Raises:
         RunError: it cannot be written.
@@ -687,11 +685,11 @@ def write(path: Path, body: bytes) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Draw and write a figure, print where it lies.
+    """Draw and write a figure, and print its path.
 
     Raises:
-        UsageError: it makes no sense for this run.
-        RunError: what it needs is not there, or it cannot be written.
+        UsageError: the figure does not apply to this run.
+        RunError: what it needs is missing, or it cannot be written.
     """
     if args.output is not None and args.output.suffix not in ('.png', '.svg'):
         raise UsageError(f'--output={args.output} must end in .png or .svg.')
@@ -699,15 +697,17 @@ def run(args: argparse.Namespace) -> int:
         Run(Path(workdir), args.step, args.data_dir, args.among, args.rows)
         for workdir in args.workdir.split(',')
     ]
-    figure = make(args.figure, runs)
     output = args.output or runs[0].workdir / f'{args.figure}.png'
+    if runs[0].workdir.is_dir():
+        files.check_writable(output)
+    figure = make(args.figure, runs)
     write(output, render(figure, output.suffix[1:]))
     print(output)
     return 0
 
 
 def numbers(text: str) -> tuple[int, ...]:
-    """'3,14' -> (3, 14), for argparse."""
+    """Parse '3,14' as (3, 14), for argparse."""
     try:
         return tuple(int(word) for word in text.split(','))
     except ValueError:
@@ -725,14 +725,14 @@ def _parser() -> command.Parser:
     add('--workdir', required=True, help='of a run; for fig1 of two or more: A,B')
     add('--output', type=Path, metavar='FILE', help='.png or .svg; W/NAME.png if not given')
     add('--step', default='latest', help='of the checkpoints: latest, best or a number')
-    add('--data_dir', default='', help='where the data lies, if not where the run had it')
+    add('--data_dir', default='', help='of all data sets, if moved since the run')
     add('--among', default='train', help="where fig4_right looks: a split, or TFDS's expression")
     add('--rows', type=numbers, default=(), help='of the test images that fig4 shows, as in 0,7')
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Do what the command line asks for; returns the exit code."""
+    """Do what the command line asks for; return the exit code."""
     return command.run('figures', _parser, run, argv)
 
 

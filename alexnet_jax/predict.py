@@ -1,10 +1,10 @@
-"""Classify image files, or arrays, with a trained net, from its checkpoint alone.
+"""Classify image files or arrays with a trained net, from its checkpoint alone.
 
     python -m alexnet_jax.predict --workdir=W IMAGE...
 
-An image file is brought to the form in which the data set is stored (`pictures.decode`), and from
-there goes the way of an evaluated image: the same code, the same statistics, the same batches, and
-so the same bits. In Python:
+An image file is converted to the form in which the data set is stored (`pictures.decode`). From
+there on it is treated as an evaluated image is, with the same code, statistics and batches, so the
+probabilities are the same bits. In Python:
 
     classify = predict.load(workdir)
     probability = classify(images)  # uint8 [B, H, W, C] -> float32 [B, classes]
@@ -23,21 +23,23 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from alexnet_jax import archives, command, data, evaluate, pictures
+from alexnet_jax import command, data, evaluate, pictures
 from alexnet_jax.checkpoint import Step
 from alexnet_jax.data import Dataset
 from alexnet_jax.errors import RunError, UsageError
 from alexnet_jax.evaluate import Trained
 from alexnet_jax.records import say
 
+MOST_BYTES = 2**28  # of one image file: ImageNet's largest has a twentieth of it
+
 # ---------------------------------------------------------------------------------------- images
 
 
 def find(words: Sequence[str]) -> Iterator[Path]:
-    """The files that a person means: files, folders (all that lies in them, sorted), globs.
+    """Yield the files named: files, folders (all files in them, sorted), globs.
 
-    What begins with a dot is left out of a folder. What is not there comes through as it is, so
-    that reading it says so.
+    Names in a folder that begin with a dot are left out. A path that does not exist is yielded
+    too, so that reading it reports it.
     """
     for word in words:
         found = [Path(word)]
@@ -55,17 +57,17 @@ def _inside(folder: Path) -> list[Path]:
 
 
 def read(path: Path, shape: tuple[int, int, int]) -> np.ndarray:
-    """An image file as the data set would hold it: uint8, of `shape` (height, width, channels).
+    """Read an image file as the data set would hold it: uint8, of `shape` (H, W, C).
 
-    Of an animation the first frame, of several pages the first.
+    The first frame of an animation is taken, or the first of several pages.
 
     Raises:
-        RunError: it is not there, or no image.
+        RunError: it does not exist, or is no image.
     """
     try:
         if path.is_dir():
             raise RunError(f'{shown(path)} holds no file.')
-        if path.stat().st_size > archives.MOST_BYTES:
+        if path.stat().st_size > MOST_BYTES:
             raise RunError(f'{shown(path)} is too large to be a picture.')
         return pictures.decode(path.read_bytes(), shape)
     except pictures.BadImage as error:
@@ -78,11 +80,11 @@ def read(path: Path, shape: tuple[int, int, int]) -> np.ndarray:
 def read_ahead(
     paths: Sequence[Path], shape: tuple[int, int, int], block: int, faults: list[str]
 ) -> Iterator[tuple[list[Path], np.ndarray]]:
-    """All images among `paths`, up to `block` at a time, while a thread reads the next ones.
+    """Read all images among `paths`, up to `block` at a time; a thread reads the next ones.
 
     Yields:
-        Their paths, and uint8 [b, height, width, channels]. A sentence about each file that is no
-        image is said, and appended to `faults`.
+        Their paths, and uint8 [b, H, W, C]. A sentence about each file that is no image is printed
+        and appended to `faults`.
     """
 
     def one_block(number: int) -> tuple[list[Path], list[np.ndarray], list[str]]:
@@ -104,7 +106,7 @@ def read_ahead(
 
 
 def shown(path: Path | str) -> str:
-    """A file's name for the terminal, whatever bytes it is made of."""
+    """Return a name for the terminal, whatever bytes or control characters it is made of."""
     text = str(path).encode('utf-8', 'backslashreplace').decode()
     return text if text.isprintable() else ascii(text)[1:-1]
 
@@ -114,7 +116,7 @@ def shown(path: Path | str) -> str:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Classifier:
-    """A function from images to probabilities; see `load`."""
+    """A trained net as a function from images to probabilities; see `load`."""
 
     trained: Trained
     views: str  # a key of evaluate.VIEWS
@@ -122,7 +124,7 @@ class Classifier:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """By class number."""
+        """Return the class names by label."""
         return self.trained.class_names
 
     @functools.cached_property
@@ -130,10 +132,10 @@ class Classifier:
         return evaluate.make_predict(self.trained.settings, self.trained.layout)
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        """Class probabilities, float32 [B, classes], of uint8 `images` [B, H, W, C], any B.
+        """Return class probabilities, float32 [B, classes], of uint8 [B, H, W, C], any B.
 
-        Images of the stored size are taken as they are, others brought to it as files are; C is 1
-        (grey), 3 (RGB) or 4 (and alpha).
+        Images of another size than the stored one are resized as files are. C is 1 (grey), 3 (RGB)
+        or 4 (RGB and alpha).
 
         Raises:
             UsageError: not uint8, or of another shape.
@@ -175,19 +177,19 @@ def load(
     views: str = 'centre',
     batch_size: int | None = None,
 ) -> Classifier:
-    """A function from uint8 images [B, H, W, C] to probabilities, compiled once.
+    """Return a function from uint8 images [B, H, W, C] to probabilities, compiled once.
 
     Args:
-        workdir: of a run.
+        workdir: the run's folder.
         step: of its checkpoints: a number, 'latest' or 'best'.
-        views: 'centre', or 'ten_views' for the average over the ten of the paper.
-        batch_size: images computed at once; fewer are padded. By default the evaluation's, which
-            gives the very bits of predictions_<split>.npz; another one differs by rounding, and a
-            small one is quicker for single images on a CPU.
+        views: 'centre', or 'ten_views' for the average over the paper's ten.
+        batch_size: images computed at once; fewer are padded. The default is the evaluation's,
+            which gives the bits of predictions_<split>.npz. Others differ by rounding; a small one
+            is quicker for single images on a CPU.
 
     Raises:
-        UsageError: no such step, or views, or batch size.
-        RunError: no checkpoint, or a damaged one.
+        UsageError: the step, views or batch size do not exist.
+        RunError: there is no checkpoint, or it is damaged.
     """
     if views not in evaluate.VIEWS:
         raise UsageError(f"views '{views}' is not one of {', '.join(evaluate.VIEWS)}.")
@@ -198,7 +200,7 @@ def load(
 
 
 def top(probability: np.ndarray, count: int) -> list[int]:
-    """The `count` most probable classes of [classes], by number among equals."""
+    """Return the `count` most probable of [classes], by label among equals."""
     return np.argsort(-probability, kind='stable')[:count].tolist()
 
 
@@ -218,7 +220,7 @@ def run(
     """Print the `count` most probable classes of every image.
 
     Returns:
-        How many files were no image; each is named on stderr.
+        The number of files that were no image; each is named on stderr.
 
     Raises:
         UsageError, RunError: as `load`.
@@ -246,7 +248,7 @@ def run(
 def _rows(path: Path, ranked: Sequence[tuple[int, float]], names: Sequence[str], width: int) -> str:
     cells = [shown(path)] + [''] * (len(ranked) - 1)
     return '\n'.join(
-        f'{name:<{width}}  {probability:>11.2%}  {names[label]}'
+        f'{name:<{width}}  {probability:>11.2%}  {shown(names[label])}'
         for name, (label, probability) in zip(cells, ranked, strict=True)
     )
 
@@ -260,7 +262,7 @@ def _parser() -> command.Parser:
     parser = command.Parser(
         prog='python -m alexnet_jax.predict',
         description='Classify images with a trained net.',
-        epilog='Exit code 1 if a file was no image; the others are classified all the same.',
+        epilog='Exit code 1 if a file was no image; the others are classified.',
         allow_abbrev=False,
     )
     parser.add_argument('images', nargs='+', metavar='IMAGE', help='files, folders or globs')
@@ -273,8 +275,8 @@ def _parser() -> command.Parser:
         '--batch_size',
         type=int,
         metavar='N',
-        help="images computed at once; the evaluation's by default, which gives its very bits; a "
-        'small one is quicker for single images on a CPU',
+        help="images computed at once; the evaluation's by default, which gives its bits; a small "
+        'one is quicker for single images on a CPU',
     )
     return parser
 
@@ -292,7 +294,7 @@ def _act(args: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Classify what the command line names; returns the exit code."""
+    """Classify what the command line names; return the exit code."""
     return command.run('predict', _parser, _act, argv)
 
 

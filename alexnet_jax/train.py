@@ -29,6 +29,7 @@ from alexnet_jax import (
     machine,
     parallel,
     records,
+    splits,
     transfer,
 )
 from alexnet_jax import config as configuration
@@ -116,7 +117,7 @@ class Job:
 def open_job(config: Config, settings: Settings, workdir: Path) -> Job:
     """Get the data and build what the config describes; nothing is trained yet."""
     layout = parallel.lay_out(settings.mesh, settings.batch_size)
-    train, validation, test = evaluate.open_splits(settings, ('train', 'validation', 'test'))
+    train, validation, test = splits.open_splits(settings.data, splits.NAMED)
     _check_data(settings, train)
     statistics = parallel.place(_statistics(settings, train, workdir), parallel.whole(layout))
     optimizer = make_optimizer(settings, len(train))
@@ -196,7 +197,7 @@ def run(config: Config, workdir: Path) -> str:
     """
     settings = configuration.unpack(config)
     if not settings.net.classes:
-        config = configuration.with_classes(config, len(evaluate.class_names(settings)))
+        config = configuration.with_classes(config, len(splits.class_names(settings.data)))
         settings = configuration.unpack(config)
     parallel.set_up_cpu(settings.mesh.cpu_devices)
     with workdirs.open_workdir(config, workdir):
@@ -231,6 +232,7 @@ def resume_or_start(job: Job, checkpoints: Checkpoints) -> tuple[Job, TrainState
     )
     if restored is not None:
         say(f'going on from step {restored.step} of {job.total_steps} in {job.workdir}')
+        job = match_classes(job, restored.extra['class_names'])
         job = dataclasses.replace(job, statistics=Statistics(**restored.state['statistics']))
         return job, restored.state['state'], History(**restored.extra['history'])
     state = job.start()
@@ -240,13 +242,24 @@ def resume_or_start(job: Job, checkpoints: Checkpoints) -> tuple[Job, TrainState
     return job, state, History()
 
 
+def match_classes(job: Job, names: list[str]) -> Job:
+    """Number the classes of the data as the checkpoint does; see `splits.match`."""
+    matched = {
+        split: splits.match(getattr(job, split), names, job.settings.data, job.workdir)
+        for split in splits.NAMED
+    }
+    if sorted(job.train.class_names) == sorted(names) and job.train.class_names != tuple(names):
+        say('warning: the data has its classes in another order now; they are mapped by name')
+    return dataclasses.replace(job, **matched)
+
+
 def begin_with(job: Job, state: TrainState) -> TrainState:
     """The state of step 0 with the weights of another run's net; see transfer.py."""
     where = job.settings.init_from
     restored = transfer.read(where)
     fresh = parallel.fetch(state.params, job.layout)
     layers = [layer.name for layer in job.settings.net.layers]
-    names = [job.train.class_names, evaluate.class_names(job.settings, words=False)]
+    names = [job.train.class_names, splits.class_names(job.settings.data, words=False)]
     params, carried = transfer.parameters(
         fresh, restored, layers, names, where, job.settings.init_layers
     )
@@ -363,7 +376,7 @@ def finish(job: Job, state: TrainState, history: History, book: records.Records)
         job.predict, state.params, job.statistics, job.test, **job.evaluation()
     )
     if distributed.is_first():
-        evaluate.save_predictions(job.workdir / 'predictions_test.npz', arrays)
+        evaluate.keep_predictions(job.workdir, 'test', arrays)
     if not any(record['kind'] == 'test' for record in records.read(job.workdir)):
         book.write('test', job.total_steps, secs=history.secs, **result)
     centre, ten = result['centre'], result['ten_views']

@@ -7,7 +7,6 @@ its own workdir, so that it can be resumed without the source.
 """
 
 import re
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -171,10 +170,6 @@ def statistics(init_from: str, workdir: Path) -> Statistics:
             arrays = {name: np.asarray(found[name]) for name in Statistics._fields}
             np.savez(file, allow_pickle=False, **arrays)
     distributed.wait_for_all('statistics of the source')
-    try:
-        with np.load(path) as file:
-            return Statistics(*(jnp.asarray(file[name]) for name in Statistics._fields))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise RunError(
-            f'{path} is damaged ({error}): remove it, and it is taken from {init_from} again.'
-        ) from error
+    advice = f'remove it, and it is taken from {init_from} again'
+    arrays = files.read_npz(path, Statistics._fields, advice)
+    return Statistics(*(jnp.asarray(arrays[name]) for name in Statistics._fields))

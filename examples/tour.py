@@ -7,7 +7,7 @@
 Each stop is a function of a few lines, to be taken from here; in `tour` lie, when it is over,
 
     images/              eight test images as PNG files, which are then classified
-    features.npz         the last hidden layer's activations of 1,000 training images
+    features.npy, .json  the last hidden layer's activations of 1,000 training images
     fig3.png, ...        the paper's figures, as PNG and as SVG
     report.html          the run on one page
     net.stablehlo        preprocessing, net and weights in one file that runs with jax alone
@@ -31,7 +31,7 @@ AMONG = 'train[:5000]'  # neighbours are looked for in a part of the data: this 
 
 def save_images(run: Run, folder: Path) -> None:
     """Eight test images as files, named by their class."""
-    test = evaluate.open_split(run.trained.settings, 'test', run.data_dir)
+    test = evaluate.open_split(run.trained, 'test', run.data_dir)
     folder.mkdir(exist_ok=True)
     for row, (image, label) in enumerate(zip(test.images[:8], test.labels[:8], strict=True)):
         name = ''.join(c if c.isalnum() else '-' for c in test.class_names[label])
@@ -98,8 +98,8 @@ def tour(workdir: Path, output: Path, data_dir: str) -> None:
     output.mkdir(parents=True, exist_ok=True)
     save_images(run, output / 'images')
     images, probability = classify_files(run, output / 'images')
-    save_features(run, output / 'features.npz')
-    find_neighbours(run, output / 'features.npz')
+    save_features(run, output / 'features.npy')
+    find_neighbours(run, output / 'features.npy')
     draw_figures(run, output)
     report.write(run, output / 'report.html')
     export_and_run(run, output / 'net.stablehlo', images, probability)

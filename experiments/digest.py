@@ -14,8 +14,6 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import zipfile
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -62,7 +60,7 @@ def keep(workdir: Path, folder: Path) -> None:
     final = next((record for record in found if record['kind'] == 'test'), None)
     if final is None:
         raise RunError(f'{workdir} is not finished; the same sweep goes on.')
-    arrays = predictions(workdir)
+    arrays = evaluate.load_predictions(workdir)
     missed = wrong(arrays)
     for view, measure in itertools.product(evaluate.VIEWS, MEASURES):
         if float(np.mean(missed[view][measure])) != final[view][measure]:
@@ -127,19 +125,6 @@ def diverged(workdir: Path) -> bool:
     return log.exists() and 'is not finite' in log.read_text(errors='replace')
 
 
-def predictions(workdir: Path) -> dict[str, np.ndarray]:
-    """Of a run's end: 'label' [N], and probabilities [N, classes] by view."""
-    path = workdir / 'predictions_test.npz'
-    try:
-        with path.open('rb') as opened, np.load(opened, allow_pickle=False) as file:
-            return {name: file[name] for name in ('label', *evaluate.VIEWS)}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise RunError(
-            f'{path} cannot be read ({error}); make it with python main.py --mode=evaluate '
-            f'--workdir={workdir}.'
-        ) from error
-
-
 def wrong(arrays: Mapping[str, np.ndarray]) -> Wrong:
     """Which images were missed; ranked as evaluate.scores ranks them."""
     label, result = arrays['label'], {}
@@ -192,7 +177,9 @@ def ensembles(workdirs: Mapping[int, Path], path: Path) -> None:
         workdirs: of one row's runs, by seed.
         path: a .jsonl file, one ensemble a line.
     """
-    arrays = {seed: predictions(workdir) for seed, workdir in sorted(workdirs.items())}
+    arrays = {
+        seed: evaluate.load_predictions(workdir) for seed, workdir in sorted(workdirs.items())
+    }
     found = [own for own in _objects(path) if not {*own['seeds']} & {*workdirs}]
     order = list(arrays)
     for count in sorted({*ENSEMBLES, len(order)} & {*range(2, len(order) + 1)}):

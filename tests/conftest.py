@@ -3,7 +3,7 @@
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -93,3 +93,22 @@ def small_disk(tmp_path) -> Iterator[Path]:
         pytest.skip('mounting a tmpfs needs root')
     yield disk
     subprocess.run(['umount', '-l', str(disk)], check=True)
+
+
+@pytest.fixture
+def read_only() -> Iterator[Callable[[Path], None]]:
+    """A function that makes a folder unwritable for everybody, root too, until the test ends."""
+    mounted = []
+
+    def make(folder: Path) -> None:
+        if os.geteuid():
+            folder.chmod(0o555)
+            return
+        commands = (['--bind', folder, folder], ['-o', 'remount,ro,bind', folder])
+        if any(subprocess.run(['mount', *map(str, words)]).returncode for words in commands):
+            pytest.skip('a read-only mount needs root with its rights')
+        mounted.append(folder)
+
+    yield make
+    for folder in mounted:
+        subprocess.run(['umount', '-l', str(folder)], check=True)

@@ -1,13 +1,14 @@
 """Scores against slow, plain counting; predictions counted once, whatever the batch."""
 
 import math
+import shutil
 
 import jax
 import numpy as np
 import pytest
 
 from alexnet_jax import config as configuration
-from alexnet_jax import data, evaluate, model, parallel
+from alexnet_jax import data, evaluate, features, figures, model, parallel, records, report
 from alexnet_jax.augment import Statistics
 from alexnet_jax.config import MeshShape
 from alexnet_jax.errors import RunError
@@ -109,3 +110,76 @@ def test_ten_views_average_probabilities(net):
     ]
     np.testing.assert_allclose(ten, np.mean(each, axis=0), rtol=1e-5)
     assert np.max(np.abs(each[0] - each[5])) > 1e-4  # the mirror image is another view
+
+
+def test_a_workdir_that_may_be_read_but_not_written(smoke_run, tmp_path, read_only, capsys):
+    """The scores are there; that the predictions could not be kept is a warning."""
+    copy = shutil.copytree(smoke_run, tmp_path / 'copy')
+    (copy / 'predictions_test.npz').unlink()
+    read_only(copy)
+    found = evaluate.run([copy])
+    (end,) = [r for r in records.read(copy) if r['kind'] == 'test']
+    assert found['centre'] == pytest.approx(end['centre'], rel=1e-5)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if 'warning' in line]
+    assert 'predictions_test.npz cannot be written (Read-only file system' in line
+    assert not (copy / 'predictions_test.npz').exists()
+
+
+def test_a_full_disk_keeps_the_old_predictions(net, small_disk, capsys):
+    path = evaluate.predictions_path(small_disk)
+    path.write_bytes(b'the old ones')
+    (small_disk / 'filler').write_bytes(bytes(shutil.disk_usage(small_disk).free - 8192))
+    arrays = {name: np.zeros((5000, 10), np.float32) for name in ('centre', 'ten_views')}
+    evaluate.keep_predictions(small_disk, 'test', arrays | {'label': np.zeros(5000, np.int32)})
+    assert 'the predictions are not kept' in capsys.readouterr().err
+    assert path.read_bytes() == b'the old ones'
+    assert sorted(p.name for p in small_disk.iterdir()) == ['filler', path.name]
+
+
+@pytest.mark.parametrize(
+    ('act', 'words', 'file'),
+    [
+        (features.main, ['--split=test', '--output={f}'], 'f.npy'),
+        (features.main, ['--split=test', '--output={f}'], 'f.parquet'),
+        (figures.main, ['fig4_right', '--output={f}'], 'f.png'),
+        (figures.main, ['fig4_right'], 'fig4_right.png'),
+        (report.main, ['--output={f}'], 'f.html'),
+        (report.main, [], 'report.html'),
+    ],
+)
+def test_an_output_is_known_to_be_writable_before_the_work(
+    smoke_run, tmp_path, read_only, capsys, monkeypatch, act, words, file
+):
+    copy = shutil.copytree(smoke_run, tmp_path / 'copy')
+    read_only(copy)
+    monkeypatch.setattr(evaluate, 'restore', lambda *_: pytest.fail('work was begun'))
+    words = [word.replace('{f}', f'{copy}/{file}') for word in words]
+    assert act([f'--workdir={copy}', *words]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f'{copy}/{file} cannot be written (Read-only file system' in line
+
+
+def test_damaged_predictions_are_one_sentence(smoke_run, tmp_path):
+    """Two hundred kinds of damage: never a traceback; and never other numbers."""
+    path = tmp_path / 'predictions_test.npz'
+    body = (smoke_run / path.name).read_bytes()
+    whole = evaluate.load_predictions(smoke_run)
+    rng = np.random.default_rng(0)
+    refused = []
+    for number in range(200):
+        damaged = bytearray(body)
+        at = int(rng.integers(len(body)))
+        if number % 4:
+            damaged[at] ^= 1 << int(rng.integers(8))
+        else:
+            del damaged[at:]
+        path.write_bytes(damaged)
+        try:
+            found = evaluate.load_predictions(tmp_path)
+        except RunError as error:
+            refused.append(str(error))
+            continue
+        for name, array in whole.items():
+            np.testing.assert_array_equal(found[name], array)
+    assert len(refused) > 150
+    assert all('make it with python main.py --mode=evaluate' in line for line in refused)

@@ -1,7 +1,6 @@
 """Activations on disk, and retrieval: exactly what NumPy finds in float64, ties and all."""
 
 import json
-import zipfile
 
 import jax
 import numpy as np
@@ -74,15 +73,15 @@ def test_a_layer_that_is_not_there(trained):
 
 
 @pytest.mark.parametrize('layer', ['fc7_relu', 'conv2_pool'])
-def test_npz_and_parquet_hold_the_same(trained, images, tmp_path, layer):
+def test_npy_and_parquet_hold_the_same(trained, images, tmp_path, layer):
     of = features.of_split(trained, layer, 'test')
-    for ending in features.WRITERS:
+    for ending in features.ENDINGS:
         features.write(of, tmp_path / f'f{ending}', block=16)
     expected = features.make_extract(trained, layer)(images)
-    with np.load(tmp_path / 'f.npz', allow_pickle=False) as file:
-        np.testing.assert_array_equal(file['features'], expected)
-        np.testing.assert_array_equal(file['label'], of.label)
-        about = json.loads(str(file['about']))
+    np.testing.assert_array_equal(np.load(tmp_path / 'f.npy', allow_pickle=False), expected)
+    rest = json.loads((tmp_path / 'f.json').read_text())
+    assert rest['label'] == of.label.tolist()
+    about = rest['about']
     assert about['layer'] == layer
     assert about['split'] == f'test[:{TEST}]'
     assert about['step'] == trained.step
@@ -95,12 +94,12 @@ def test_npz_and_parquet_hold_the_same(trained, images, tmp_path, layer):
     assert table['path'].null_count == TEST
     kept = json.loads(table.schema.metadata[b'about'])
     assert kept == about | {'shape': list(expected.shape[1:])}
-    assert sorted(p.name for p in tmp_path.iterdir()) == ['f.npz', 'f.parquet']
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['f.json', 'f.npy', 'f.parquet']
 
 
 def test_reading_maps_the_file(trained, images, tmp_path):
-    features.write(features.of_split(trained, 'fc7_relu', 'test'), tmp_path / 'f.npz', block=7)
-    found = features.read(tmp_path / 'f.npz')
+    features.write(features.of_split(trained, 'fc7_relu', 'test'), tmp_path / 'f.npy', block=7)
+    found = features.read(tmp_path / 'f.npy')
     assert isinstance(found.rows, np.memmap)
     np.testing.assert_array_equal(found.rows, features.make_extract(trained, 'fc7_relu')(images))
     assert found.image(3) == f'test[:{TEST}][3]'
@@ -113,8 +112,8 @@ def test_features_of_files(trained, images, tmp_path):
     (tmp_path / '1b.png').write_text('no image')
     faults = []
     of = features.of_files(trained, 'fc7_relu', [str(tmp_path)], faults)
-    features.write(of, tmp_path / 'f.npz', block=16)
-    found = features.read(tmp_path / 'f.npz')
+    features.write(of, tmp_path / 'f.npy', block=16)
+    found = features.read(tmp_path / 'f.npy')
     assert [path.rpartition('/')[2] for path in found.path] == ['0.png', '1.png', '2.png']
     assert found.label is None
     assert found.class_name(0) is None
@@ -129,28 +128,35 @@ def test_features_of_files(trained, images, tmp_path):
 def test_a_full_disk_leaves_nothing(trained, small_disk):
     of = features.of_split(trained, 'conv1_linear', 'test[:400]')
     assert 4 * np.prod(of.rows.shape) > 1.3 * 3 * 2**20  # too much, even when it is compressed
-    for ending in features.WRITERS:
+    for ending in features.ENDINGS:
         with pytest.raises(RunError, match=r'cannot be written \(No space left on device\)'):
             features.write(of, small_disk / f'f{ending}', block=16)
         assert list(small_disk.iterdir()) == []
 
 
 def test_what_is_no_file_of_features(trained, tmp_path):
-    features.write(features.of_split(trained, 'fc7_relu', 'test'), tmp_path / 'f.npz', block=40)
-    body = (tmp_path / 'f.npz').read_bytes()
-    (tmp_path / 'cut.npz').write_bytes(body[: len(body) // 2])
-    (tmp_path / 'text.npz').write_text('no features')
-    np.savez(tmp_path / 'other.npz', a=np.zeros(3))
-    with zipfile.ZipFile(tmp_path / 'f.npz') as archive:
-        parts = {name: archive.read(name) for name in archive.namelist()}
-    with zipfile.ZipFile(tmp_path / 'packed.npz', 'w', zipfile.ZIP_DEFLATED) as archive:
-        for name, part in parts.items():
-            archive.writestr(name, part)
-    for name in ('cut', 'text', 'other', 'packed', 'missing'):
-        with pytest.raises(RunError, match=rf'{name}\.npz (is no file of features|cannot be read)'):
-            features.read(tmp_path / f'{name}.npz')
-    with pytest.raises(UsageError, match=r'must end in \.npz or \.parquet'):
-        features.write(features.read(tmp_path / 'f.npz'), tmp_path / 'f.csv', block=8)
+    features.write(features.of_split(trained, 'fc7_relu', 'test'), tmp_path / 'f.npy', block=40)
+    body, rest = (tmp_path / 'f.npy').read_bytes(), (tmp_path / 'f.json').read_text()
+    bad = {
+        'cut': (body[: len(body) // 2], rest),
+        'text': (b'no features', rest),
+        'empty': (b'', rest),
+        'no_json': (body, '{"about":'),
+        'other': (body, '[1]'),
+        'fewer': (body, json.dumps(json.loads(rest) | {'label': [1, 2]})),
+    }
+    for name, (array, text) in bad.items():
+        (tmp_path / f'{name}.npy').write_bytes(array)
+        (tmp_path / f'{name}.json').write_text(text)
+        with pytest.raises(RunError, match=rf'{name}\.npy and the .json beside it are no features'):
+            features.read(tmp_path / f'{name}.npy')
+    (tmp_path / 'alone.npy').write_bytes(body)
+    for name, file in (('missing', 'missing.npy'), ('alone', 'alone.json')):
+        with pytest.raises(RunError, match=rf'{file} cannot be read \(No such file'):
+            features.read(tmp_path / f'{name}.npy')
+    for ending in ('csv', 'npz'):
+        with pytest.raises(UsageError, match=r'must end in \.npy or \.parquet'):
+            features.write(features.read(tmp_path / 'f.npy'), tmp_path / f'f.{ending}', block=8)
 
 
 # -------------------------------------------------------------------------------- retrieval
@@ -247,6 +253,8 @@ def test_what_nearest_refuses():
         rows[9, 1] = bad
         with pytest.raises(RunError, match='not finite, or too large'):
             features.nearest(np.ones((2, 4)), rows, 3, block=4)
+    for bad in (np.nan, np.inf):
+        rows[9, 1] = bad
         with pytest.raises(RunError, match='not finite, or too large'):
             features.nearest(rows[9:], rows[:9], 3)
 
@@ -262,7 +270,7 @@ def ring(capsys, *words):
 
 def test_nearest_from_the_command_line(workdir, images, tmp_path, capsys):
     """Among features written before, and among those computed on the way: the same answer."""
-    file = tmp_path / 'train.npz'
+    file = tmp_path / 'train.npy'
     for i in range(2):
         Image.fromarray(images[i, ..., 0]).save(tmp_path / f'{i}.png')
     where = f'--workdir={workdir}'
@@ -300,7 +308,7 @@ def test_a_table_of_neighbours(workdir, capsys):
 
 
 def test_features_of_another_net_are_refused(workdir, tmp_path, capsys):
-    file = tmp_path / 'f.npz'
+    file = tmp_path / 'f.npy'
     where = f'--workdir={workdir}'
     ring(capsys, where, '--split=train[:32]', '--layer=fc6_relu', f'--output={file}')
     code, out, err = ring(capsys, where, '--split=test[:1]', '--nearest=1', f'--among={file}')
@@ -314,13 +322,13 @@ def test_features_of_another_net_are_refused(workdir, tmp_path, capsys):
         (('--nearest=3',), 2, 'either IMAGE files or a --split'),
         (('a.png', '--split=test', '--nearest=3'), 2, 'either IMAGE files or a --split'),
         (('--split=test',), 2, '--output=FILE, to write features, or --nearest=K'),
-        (('--split=test', '--output=a.npz', '--nearest=3'), 2, 'or --nearest=K'),
-        (('--split=test', '--output=a.csv'), 2, 'must end in .npz or .parquet'),
-        (('--split=test', '--output=a.npz', '--layer=fc7'), 2, 'fc7_linear, fc7_relu'),
-        (('--split=tset', '--output=a.npz'), 2, "no split 'tset'"),
+        (('--split=test', '--output=a.npy', '--nearest=3'), 2, 'or --nearest=K'),
+        (('--split=test', '--output=a.csv'), 2, 'must end in .npy or .parquet'),
+        (('--split=test', '--output=a.npy', '--layer=fc7'), 2, 'fc7_linear, fc7_relu'),
+        (('--split=tset', '--output=a.npy'), 2, "no split 'tset'"),
         (('--split=test[:1]', '--nearest=257'), 2, '1..256'),
-        (('--split=test[:1]', '--output={t}/no/a.npz'), 1, 'No such file or directory'),
-        (('--split=test[:1]', '--nearest=1', '--among={t}/a.npz'), 1, 'a.npz cannot be read'),
+        (('--split=test[:1]', '--output={t}/no/a.npy'), 1, 'No such file or directory'),
+        (('--split=test[:1]', '--nearest=1', '--among={t}/a.npy'), 1, 'a.npy cannot be read'),
         (('nothing.png', '--nearest=3'), 1, 'no image among the files'),
     ],
 )  # fmt: skip

@@ -262,8 +262,17 @@ def test_confusion_shows_the_matrix(run):
     assert written == {
         (column, row): f'{100 * share:.0f}'
         for (row, column), share in np.ndenumerate(matrix)
-        if share >= 0.005
+        if f'{100 * share:.0f}' != '0'
     }
+
+
+def test_a_share_that_rounds_to_nothing_is_not_written():
+    """0.5 % is formatted as 0."""
+    probability = np.zeros((200, 3))
+    probability[:, 0] = 1
+    probability[0, 1] = 2
+    (axes,) = figures.confusion(probability, np.zeros(200, int), list('abc')).axes
+    assert [text.get_text() for text in axes.texts] == ['100']
 
 
 def test_many_classes_are_drawn_in_groups():
@@ -410,7 +419,8 @@ def test_damaged_predictions(copy, capsys, left):
     assert 'predictions_test.npz is damaged' in line
 
 
-def test_predictions_of_other_images_or_classes(copy, capsys, run):
+def test_predictions_of_other_images_or_classes(copy, capsys, run, monkeypatch):
+    monkeypatch.setattr(evaluate, 'restore', lambda *_: run.trained)
     arrays = dict(run.predictions)
     evaluate.save_predictions(
         copy / 'predictions_test.npz', arrays | {'label': arrays['label'][::-1]}

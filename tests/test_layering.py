@@ -18,7 +18,7 @@ FLOORS = (
     ('predict',),
     ('evaluate', 'describe'),
     ('communication',),
-    ('workdir', 'step', 'diagnose', 'checkpoint'),
+    ('workdir', 'step', 'diagnose', 'checkpoint', 'splits'),
     ('records', 'parallel', 'export'),
     ('distributed',),
     ('config', 'data'),

@@ -164,8 +164,31 @@ def test_it_holds_config_and_environment(workdir, document):
     assert 'optimizer.weights.rate 0.02' in document.text
 
 
-def test_grey_images_have_no_saturation(document):
-    assert 'the net saw grey images, of which colour saturation is not defined.' in document.text
+def test_what_does_not_apply_is_left_out(document):
+    """The net saw grey images, of which colour saturation is not defined."""
+    assert not [own for tag, own in document.tags if own.get('class') == 'missing']
+    assert 'saturation' not in document.text
+    assert 'How colourful' not in document.text
+
+
+def test_a_net_that_saw_colour_has_its_towers(run_in_colour):
+    document = Document(report.page(run_in_colour))
+    found = figures.of_run(run_in_colour)
+    assert f'Found: {found}.' in document.text
+    assert '2/3 on average' in document.text
+
+
+@pytest.fixture
+def run_in_colour(copy):
+    """The smoke run, as if it had been trained on colour images."""
+    run = Run(copy)
+    params = run.trained.params
+    kernel = np.random.default_rng(0).normal(size=(11, 11, 3, 12)).astype(np.float32)
+    run.__dict__['trained'] = dataclasses.replace(
+        run.trained, stored=(28, 28, 3), params=params | {'conv1': {'kernel': kernel}}
+    )
+    (copy / 'predictions_test.npz').unlink()  # of another net
+    return run
 
 
 def test_mistakes_counted_slowly():
@@ -215,7 +238,7 @@ def test_predictions_made_again_are_told_from_the_runs_end(copy):
     recorded = run.records[-1]['centre']['top1_error']
     wrong = np.roll(arrays['centre'], 1, axis=1)
     evaluate.save_predictions(copy / 'predictions_test.npz', arrays | {'centre': wrong})
-    text = Document(report._errors(Run(copy))).text
+    text = Document(report.page(Run(copy, among='train[:8]'))).text
     now = np.mean(wrong.argmax(axis=1) != arrays['label'])
     assert now != recorded
     assert f'one view {100 * now:.2f} %' in text
@@ -230,7 +253,7 @@ def test_names_are_shown_as_they_are(workdir, tmp_path):
     (folder / 'config.json').write_text(json.dumps(config))
     run = Run(folder)
     names = (EVIL, *run.trained.class_names[1:])
-    for what in ('trained', 'test'):
+    for what in ('test', 'trained'):
         evil = dataclasses.replace(getattr(run, what), class_names=names)
         run.__dict__[what] = evil  # where a cached property keeps its value
     html = report.page(run)
@@ -290,7 +313,7 @@ def test_no_run(tmp_path, capsys):
         output = tmp_path / 'r.html'
         code, line = complaint(capsys, f'--workdir={folder}', f'--output={output}')
         assert code == 1
-        assert f'{folder} holds no config.json, so it is no whole run' in line
+        assert f'{folder} holds no config.json, so it is no run' in line
     assert list(tmp_path.iterdir()) == []
 
 
@@ -314,7 +337,9 @@ def test_without_matplotlib(workdir, tmp_path, capsys, monkeypatch):
 def test_an_output_that_cannot_be_written(workdir, tmp_path, capsys, small_disk):
     words = f'--workdir={workdir}', '--among=train[:8]'
     output = tmp_path / 'nowhere' / 'r.html'
-    assert 'is no folder' in complaint(capsys, *words, f'--output={output}')[1]
+    assert (
+        'cannot be written (No such file or' in complaint(capsys, *words, f'--output={output}')[1]
+    )
     old = small_disk / 'r.html'
     old.write_bytes(b'the old one')
     (small_disk / 'filler').write_bytes(bytes(shutil.disk_usage(small_disk).free - 8192))
@@ -366,7 +391,13 @@ def test_the_tour(tour, workdir, tmp_path, capsys):
     assert 'differ by' in said
     made = {path.name for path in output.iterdir()}
     drawn = {f'{n}.{form}' for n in figures.FIGURES for form in ('png', 'svg') if n != 'towers'}
-    assert made == drawn | {'images', 'features.npz', 'report.html', 'net.stablehlo'}
+    assert made == drawn | {
+        'images',
+        'features.npy',
+        'features.json',
+        'report.html',
+        'net.stablehlo',
+    }
     Document((output / 'report.html').read_text())
 
 

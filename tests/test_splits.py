@@ -1,0 +1,283 @@
+"""Data beside a checkpoint: the same classes in another order, other classes, other channels."""
+
+import dataclasses
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from alexnet_jax import data, evaluate, features, figures, predict, prepare, report, splits, train
+from alexnet_jax.errors import UsageError
+from configs import smoke
+
+COLOURS = {'red': (220, 30, 40), 'grün': (30, 200, 60), 'blau蓝': (40, 60, 210)}
+EACH = 40
+
+
+def prepared(folder, prefixes):
+    """Prepare {prefix}{colour} folders of pictures as data set `shades` in `folder`."""
+    rng = np.random.default_rng(0)
+    for colour, prefix in prefixes.items():
+        for split in ('train', 'val', 'test'):
+            (folder / 'source' / split / f'{prefix}{colour}').mkdir(parents=True)
+        for i in range(EACH):
+            split = 'train' if i >= 8 else 'val' if i >= 4 else 'test'
+            inside = folder / 'source' / split / f'{prefix}{colour}'
+            mean = COLOURS.get(colour, (120, 120, 120))
+            pixels = np.clip(rng.normal(mean, 20, (12, 12, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(inside / f'{colour}{i}.png')
+    words = [f'--source={folder}/source', f'--data_dir={folder}', '--name=shades', '--px=32']
+    assert prepare.main(['folder', *words]) == 0
+    return folder
+
+
+def labels_file(folder):
+    (path,) = folder.glob('shades/*/label.labels.txt')
+    return path
+
+
+@pytest.fixture(scope='module')
+def shades(tmp_path_factory):
+    return prepared(tmp_path_factory.mktemp('shades'), dict.fromkeys(COLOURS, ''))
+
+
+@pytest.fixture(scope='module')
+def permuted(tmp_path_factory):
+    """The same pictures and names; classes 1red, 2grün, 3blau蓝, renamed."""
+    folder = tmp_path_factory.mktemp('permuted')
+    prepared(folder, {'red': '1', 'grün': '2', 'blau蓝': '3'})
+    labels_file(folder).write_text('red\ngrün\nblau蓝\n')
+    return folder
+
+
+@pytest.fixture(scope='module')
+def renamed(tmp_path_factory):
+    return prepared(tmp_path_factory.mktemp('renamed'), {'red': 'a_', 'grün': '', 'blau蓝': ''})
+
+
+@pytest.fixture(scope='module')
+def fourth(tmp_path_factory):
+    return prepared(tmp_path_factory.mktemp('fourth'), {**dict.fromkeys(COLOURS, ''), 'umber': ''})
+
+
+def recipe(folder, epochs=2.0):
+    config = smoke.get_config()
+    config.data.name, config.data.data_dir = 'shades', str(folder)
+    config.data.train, config.data.validation, config.data.test = 'train', 'validation', 'test'
+    config.model.channels = 3
+    config.model.fc8.features = 3
+    config.batch_size = 16
+    config.epochs = epochs
+    config.loop.update(
+        log_every_steps=1, checkpoint_every_epochs=0.5, eval_batch_size=16, tensorboard=False
+    )
+    config.loop.compilation_cache = 'none'
+    return config
+
+
+@pytest.fixture(scope='module')
+def workdir(shades, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp('runs') / 'shades'
+    train.run(recipe(shades), workdir)
+    return workdir
+
+
+@pytest.fixture
+def copy(workdir, tmp_path):
+    return shutil.copytree(workdir, tmp_path / 'copy')
+
+
+def test_another_order_of_classes_is_mapped_by_name(copy, shades, permuted):
+    expected = evaluate.run([copy], data_dir=str(shades))
+    assert data.class_names('shades', permuted) != data.class_names('shades', shades)
+    found = evaluate.run([copy], data_dir=str(permuted))
+    for view in evaluate.VIEWS:
+        assert found[view] == pytest.approx(expected[view], rel=1e-5)
+    assert found['class_accuracy'] == expected['class_accuracy']
+    with np.load(copy / 'predictions_test.npz') as file:  # in the checkpoint's order
+        assert evaluate.scores(file['centre'], file['label']) == found['centre']
+
+
+@pytest.mark.parametrize('which', ['renamed', 'fourth'])
+def test_other_classes_are_refused_in_one_sentence(copy, request, capsys, which):
+    folder = request.getfixturevalue(which)
+    before = (copy / 'predictions_test.npz').read_bytes()
+    with pytest.raises(UsageError, match='shades has other classes') as caught:
+        evaluate.run([copy], data_dir=str(folder))
+    named = {'renamed': "without 'red', with 'a_red'", 'fourth': "with 'umber'"}[which]
+    assert named in str(caught.value)
+    assert (copy / 'predictions_test.npz').read_bytes() == before
+    where = (f'--workdir={copy}', f'--data_dir={folder}')
+    assert features.main([*where, '--split=test', '--nearest=1']) == 2
+    assert figures.main(['fig4_right', *where, f'--output={copy}/f.png']) == 2
+    assert report.main([*where, f'--output={copy}/r.html']) == 0  # what needs no data is shown
+    assert 'shades has other classes' in (copy / 'r.html').read_text()
+    said = capsys.readouterr().err
+    assert said.count('shades has other classes') == 2
+    assert 'Traceback' not in said
+
+
+def test_features_of_permuted_data_have_their_names(copy, shades, permuted):
+    trained = evaluate.restore(copy)
+    names = {}
+    for folder in (shades, permuted):
+        found = features.of_split(trained, 'fc7_relu', 'test', str(folder))
+        images = [image.astype(float).mean(axis=(0, 1)).argmax() for image in found_images(found)]
+        for row, channel in enumerate(images):
+            names.setdefault(int(channel), set()).add(found.class_name(row))
+    assert names == {0: {'red'}, 1: {'grün'}, 2: {'blau蓝'}}
+
+
+def found_images(found):
+    return found.rows.images(slice(None))
+
+
+def test_figures_of_permuted_data_want_predictions_of_it(copy, permuted, capsys):
+    words = ['fig4_left', f'--workdir={copy}', f'--data_dir={permuted}', f'--output={copy}/f.png']
+    assert figures.main(words) == 1
+    assert 'of other images than its test split' in capsys.readouterr().err
+    evaluate.run([copy], data_dir=str(permuted))
+    assert figures.main(words) == 0
+
+
+def test_an_ensemble_averages_class_by_class(copy, shades, permuted, tmp_path):
+    """A member that numbers the same classes otherwise is the same member."""
+    train.run(recipe(permuted), tmp_path / 'other')
+    both = evaluate.run([copy, tmp_path / 'other'], data_dir=str(shades))
+    arrays = [evaluate.load_predictions(path) for path in (copy, tmp_path / 'other')]
+    order = [('red', 'grün', 'blau蓝').index(name) for name in ('blau蓝', 'grün', 'red')]
+    mean = (arrays[0]['centre'] + arrays[1]['centre'][:, order]) / np.float32(2)
+    assert both['centre'] == evaluate.scores(mean, arrays[0]['label'])
+    assert both['members'][1]['centre'] == evaluate.scores(arrays[1]['centre'], arrays[1]['label'])
+
+
+def test_resuming_on_data_prepared_again(workdir, shades, permuted, renamed, tmp_path, capsys):
+    """The last half epoch again, on data whose classes have another order, or other names."""
+    copy = shutil.copytree(workdir, tmp_path / 'copy')
+    steps = sorted(int(path.name) for path in (copy / 'checkpoints').iterdir())
+    for path in (copy / 'checkpoints').iterdir():
+        if path.name == str(steps[-1]):
+            shutil.rmtree(path)
+    with pytest.raises(UsageError, match='shades has other classes'):
+        train.run(recipe(renamed), copy)
+    train.run(recipe(permuted), copy)
+    assert 'they are mapped by name' in capsys.readouterr().err
+    saved = json.loads((workdir / 'metrics.jsonl').read_text().splitlines()[-1])
+    again = json.loads((copy / 'metrics.jsonl').read_text().splitlines()[-1])
+    assert saved['kind'] == again['kind'] == 'test'
+    assert evaluate.restore(copy).class_names == ('blau蓝', 'grün', 'red')
+
+
+# ----------------------------------------------------- names on a terminal that is not UTF-8
+
+
+@pytest.mark.parametrize(
+    ('act', 'words'),
+    [
+        (predict.main, ['{d}/source/test', '--top=3']),
+        (predict.main, ['{d}/source/test', '--json']),
+        (features.main, ['--split=test', '--nearest=2']),
+        (features.main, ['{d}/source/test', '--nearest=2', '--json']),
+        (figures.main, ['fig4_left', '--output={t}/蓝.png']),
+        (figures.main, ['towers', '--output={t}/蓝.svg']),
+        (report.main, ['--output={t}/蓝.html']),
+    ],
+)
+def test_names_that_the_terminal_cannot_show(workdir, shades, tmp_path, monkeypatch, act, words):
+    printed = io.BytesIO()
+    monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(printed, 'ascii'))
+    words = [word.replace('{d}', str(shades)).replace('{t}', str(tmp_path)) for word in words]
+    assert act([f'--workdir={workdir}', *words]) == 0
+    sys.stdout.flush()
+    text = printed.getvalue().decode('ascii')
+    assert r'gr\xfcn' in text or r'gr\u00fcn' in text or r'\u84dd' in text
+
+
+@pytest.mark.parametrize('mode', ['evaluate', 'describe'])
+def test_main_on_such_a_terminal(workdir, repository, cache_dir, tmp_path, mode):
+    linked = tmp_path / 'lauf蓝'
+    shutil.copytree(workdir, linked)
+    config = ['--config=configs/alexnet.py', '--config.name=lauf蓝'] if mode == 'describe' else []
+    done = subprocess.run(
+        [sys.executable, 'main.py', f'--mode={mode}', f'--workdir={linked}', *config],
+        cwd=repository,
+        env=os.environ | {'PYTHONIOENCODING': 'ascii', 'JAX_COMPILATION_CACHE_DIR': str(cache_dir)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert r'\u84dd' in done.stdout
+    assert 'Traceback' not in done.stderr
+
+
+# ------------------------------------------------------------------------------------ one by one
+
+
+def dataset(names, labels=(0, 1, 2)):
+    images = np.arange(3, dtype=np.uint8).reshape(3, 1, 1, 1)
+    return data.Dataset('fashion_mnist', 'test', images, np.array(labels, np.int32), tuple(names))
+
+
+@pytest.fixture
+def config(data_dir):
+    return splits.Data('fashion_mnist', str(data_dir), 'train', 'train', 'test')
+
+
+def test_labels_are_mapped_where_they_are_known(config):
+    found = splits.match(dataset('abc', (2, -1, 0)), ('c', 'a', 'b'), config, 'W')
+    assert found.labels.tolist() == [0, -1, 1]
+    assert found.class_names == ('c', 'a', 'b')
+    assert found.take(np.array([2]))[1].tolist() == [1]
+
+
+def test_numbers_in_place_of_names_are_counted_only(config):
+    """Imported weights may come without names."""
+    found = splits.match(dataset('abc'), ('0', '1', '2'), config, 'W')
+    assert found.labels.tolist() == [0, 1, 2]
+    with pytest.raises(UsageError, match='has other classes'):
+        splits.match(dataset('abc'), ('0', '1', '2', '3'), config, 'W')
+
+
+def test_own_names_count_as_well_as_words(data_dir, tmp_path, config):
+    """ImageNet's WordNet ids, where the checkpoint has the words, or has not."""
+    shutil.copytree(data_dir / 'fashion_mnist', tmp_path / 'fashion_mnist')
+    (folder,) = (tmp_path / 'fashion_mnist').iterdir()
+    own = data.class_names('fashion_mnist', tmp_path)
+    (folder / 'label.words.txt').write_text('\n'.join(f'word {name}' for name in own))
+    worded = data.load('fashion_mnist', tmp_path, 'test[:9]')
+    assert worded.class_names[9] == 'word Ankle boot'
+    found = splits.match(worded, own, config, 'W', str(tmp_path))
+    assert found.class_names == own
+    np.testing.assert_array_equal(found.labels, worded.labels)
+    with pytest.raises(UsageError, match='has other classes'):
+        splits.match(worded, [f'other {name}' for name in own], config, 'W', str(tmp_path))
+
+
+def test_images_without_labels_are_not_scored(copy, shades, monkeypatch):
+    load = data.load
+
+    def unlabelled(*args, **kwargs):
+        found = load(*args, **kwargs)
+        labels = np.full_like(found.labels, -1)
+        return data.Dataset(found.name, found.split, found.images, labels, found.class_names)
+
+    monkeypatch.setattr(data, 'load', unlabelled)
+    with pytest.raises(UsageError, match='images without a label'):
+        evaluate.run([copy])
+
+
+def test_images_of_other_channels(smoke_run, shades):
+    """The net saw grey images; these are coloured."""
+    trained = evaluate.restore(smoke_run, overrides={'data.data_dir': str(shades)})
+    settings = trained.settings
+    other = dataclasses.replace(settings.data, name='shades')
+    trained = dataclasses.replace(trained, settings=dataclasses.replace(settings, data=other))
+    with pytest.raises(UsageError, match=r'images of 3 channels, and the net in .* takes 1'):
+        evaluate.open_split(trained, 'test[:3]')
