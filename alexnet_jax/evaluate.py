@@ -58,7 +58,8 @@ def restore(
 
     Args:
         workdir: of the run.
-        step: 'latest', 'best' (lowest validation error) or the number of a step.
+        step: 'latest', 'best' (lowest validation error; the latest of a run that does not
+            validate) or the number of a step.
         overrides: values of its config to be changed, by dotted keys: those that change no result.
 
     Raises:
@@ -70,6 +71,8 @@ def restore(
     if not checkpoints.steps():
         raise RunError(f'{workdir} holds no checkpoint; train first with --workdir={workdir}.')
     step = int(step) if isinstance(step, str) and step.isdigit() else step
+    if step == 'best' and checkpoints.extra()['config']['data']['validation'] == 'none':
+        step = 'latest'
     settings = configuration.unpack(_with(overrides, checkpoints.extra(step)['config']))
     parallel.set_up_cpu(settings.mesh.cpu_devices)  # before reading asks JAX for its devices
     restored = checkpoints.restore(None, step)
@@ -275,7 +278,8 @@ def run(
 
     Args:
         workdirs: of the runs; the probabilities of several are averaged.
-        step: 'latest', 'best' (lowest validation error) or the number of a step.
+        step: 'latest', 'best' (lowest validation error; the latest of a run that does not
+            validate) or the number of a step.
         split: 'train', 'validation' or 'test' of the run's config, or an expression of TFDS.
         data_dir: where the data lies, if not where the run had it.
         overrides: see `restore`.
@@ -352,6 +356,8 @@ def open_splits(settings: Settings, splits: Sequence[str], data_dir: str = '') -
     def load(split: str) -> Dataset:
         if split not in named:
             return data.load(names.name, folder, split, **how)
+        if split == 'validation' and names.validation == 'none':
+            raise UsageError('data.validation is none: name another split of the data.')
         try:
             return data.load(names.name, folder, getattr(names, split), **how)
         except UsageError as error:

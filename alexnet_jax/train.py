@@ -66,7 +66,7 @@ class Job:
     workdir: Path
     layout: Layout
     train: Dataset
-    validation: Dataset
+    validation: Dataset | None  # None if data.validation is 'none'
     test: Dataset
     statistics: Statistics
     optimizer: optax.GradientTransformationExtraArgs
@@ -116,7 +116,8 @@ class Job:
 def open_job(config: Config, settings: Settings, workdir: Path) -> Job:
     """Get the data and build what the config describes; nothing is trained yet."""
     layout = parallel.lay_out(settings.mesh, settings.batch_size)
-    train, validation, test = evaluate.open_splits(settings, ('train', 'validation', 'test'))
+    validated = () if settings.data.validation == 'none' else ('validation',)
+    train, test, *validation = evaluate.open_splits(settings, ('train', 'test', *validated))
     _check_data(settings, train)
     statistics = parallel.place(_statistics(settings, train, workdir), parallel.whole(layout))
     optimizer = make_optimizer(settings, len(train))
@@ -127,7 +128,7 @@ def open_job(config: Config, settings: Settings, workdir: Path) -> Job:
         workdir=workdir,
         layout=layout,
         train=train,
-        validation=validation,
+        validation=validation[0] if validation else None,
         test=test,
         statistics=statistics,
         optimizer=optimizer,
@@ -292,7 +293,7 @@ def train(
 ) -> TrainState:
     """From the state's step to the last; evaluates, saves and logs on the way."""
     loop, start = job.settings.loop, int(state.step)
-    evaluations = job.moments(loop.evaluate_every_epochs)
+    evaluations = job.moments(loop.evaluate_every_epochs) if job.validation else frozenset()
     saves = job.moments(loop.checkpoint_every_epochs)
     log = StepLog(job, history, book, start)
     # Two threads: while one puts a batch on the devices, the next is read.

@@ -19,11 +19,13 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from alexnet_jax import data, pictures, prepare, records, stored, train
+from alexnet_jax import config as configuration
+from alexnet_jax import data, evaluate, pictures, prepare, records, stored, train
 from alexnet_jax import statistics as image_statistics
 from alexnet_jax.data import LargeDataset
 from alexnet_jax.errors import RunError, UsageError
 from alexnet_jax.readers import Readers
+from alexnet_jax.workdir import MAY_DIFFER
 from tests.conftest import smoke_config
 from tests.test_distributed import Crew
 from tests.test_train import assert_same, outcome
@@ -420,14 +422,62 @@ def as_smoke_run(data_dir, **changes):
 def test_a_run_on_a_large_set_is_the_run_in_memory(
     smoke_run, data_dir, tmp_path, capsys, monkeypatch
 ):
-    """To the bit; and it says once that the input is the limit, where it is."""
+    """To the bit; and it prints once that the input is the limit, where it is.
+
+    Whatever else is listed as changing no number is changed with it, but for meshes.
+    """
     monkeypatch.setattr(train, 'STALL', -1.0)
     workdir = tmp_path / 'large'
-    train.run(as_smoke_run(data_dir), workdir)
+    shutil.copytree(data_dir / 'fashion_mnist', tmp_path / 'data' / 'fashion_mnist')
+    changes = {
+        'data.data_dir': str(tmp_path / 'data'),
+        'loop.prefetch_batches': 5,
+        'loop.checkpoint_every_epochs': 0.25,
+        'loop.on_dead_start': 'warn',
+    }
+    config = as_smoke_run(tmp_path / 'data')
+    for key, value in changes.items():
+        group, name = key.split('.')
+        assert key in MAY_DIFFER
+        config[group][name] = value
+    train.run(config, workdir)
     assert_same(outcome(smoke_run), outcome(workdir))
     said = re.findall(r'the input is the limit.*', capsys.readouterr().err)
     assert len(said) == 1
     assert re.search(r'2 reader\(s\) read [\d,]+ images/s each, and the step takes', said[0])
+
+
+def test_the_size_of_evaluation_batches_changes_no_number(smoke_run):
+    """Beyond rounding: a compiler may sum a batch of another size in another order."""
+    found = []
+    for size in (16, 7, 64):
+        trained = evaluate.restore(smoke_run, overrides={'loop.eval_batch_size': size})
+        dataset = evaluate.open_split(trained.settings, 'test')
+        predict = evaluate.make_predict(trained.settings, trained.layout)
+        how = {'layout': trained.layout, 'batch_size': trained.settings.loop.eval_batch_size}
+        found.append(
+            evaluate.probabilities(predict, trained.params, trained.statistics, dataset, **how)
+        )
+    for other in found[1:]:
+        np.testing.assert_allclose(other, found[0], rtol=1e-5, atol=1e-7)
+
+
+def test_a_run_without_validation(smoke_run, data_dir, tmp_path):
+    """It trains to the same bits, and its latest checkpoint is the best one."""
+    config = smoke_config(data_dir)
+    config.data.validation = 'none'
+    train.run(config, tmp_path / 'run')
+    step, leaves, written, predictions = outcome(tmp_path / 'run')
+    expected = outcome(smoke_run)
+    unvalidated = [record for record in expected[2] if record['kind'] != 'validation']
+    assert len(unvalidated) < len(expected[2])
+    assert_same((step, leaves, written, predictions), (*expected[:2], unvalidated, expected[3]))
+    assert evaluate.restore(tmp_path / 'run', 'best').step == step
+    with pytest.raises(UsageError, match=r'data\.validation is none: name another split'):
+        evaluate.run([tmp_path / 'run'], split='validation')
+    config.optimizer.weights.kind = 'plateau'
+    with pytest.raises(UsageError, match=r"'plateau' follows the validation error"):
+        configuration.unpack(config)
 
 
 @pytest.mark.parametrize(
