@@ -28,7 +28,7 @@ from alexnet_jax import statistics as image_statistics
 from alexnet_jax.errors import RunError, UsageError
 from alexnet_jax.readers import Readers, readers
 from alexnet_jax.statistics import Statistics, Sums
-from alexnet_jax.stored import Segment, Source, Unreadable, form_of
+from alexnet_jax.stored import Segment, Source, form_of
 
 T = TypeVar('T')
 Batch = dict[str, np.ndarray]
@@ -45,9 +45,9 @@ RESIDENT_GIB = 4.0  # up to this size a decoded split is kept beside the data an
 class StoredImages:
     """Images in their files, uint8 [N, H, W, C]; indexed along N as an array is."""
 
-    def __init__(self, folder: Path, source: Source, readers: Readers, terms: list[Term]):
+    def __init__(self, source: Source, readers: Readers, terms: list[Term]):
         """`terms`: the split that `source` reads, see `parse_split`."""
-        self.folder, self.source, self.readers, self.terms = folder, source, readers, terms
+        self.source, self.readers, self.terms = source, readers, terms
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -74,8 +74,7 @@ class StoredImages:
             RunError: a record is damaged.
             OSError: the system cannot open a file, which may be intact.
         """
-        with self._damage_reported():
-            return self.readers.take(self.source, numbers)
+        return self.readers.take(self.source, numbers)
 
     def labels(self) -> np.ndarray:
         """Return all labels, int32 [N]; reads all records unless a copy is kept.
@@ -88,40 +87,34 @@ class StoredImages:
             labels = np.load(path)
             if labels.shape == (len(self),) and labels.dtype == np.int32:
                 return labels
-        with self._damage_reported():
-            labels = self.source.read(range(len(self)), None)
+        labels = self.source.read(range(len(self)), None)
         _keep(path, 'the labels', lambda scratch: _save(scratch, labels))
         return labels
 
     def statistics(self) -> Statistics:
         """Return the statistics of all images; computes them unless preparation or a run has."""
-        everything = ('train', 0, prepared.shards(self.folder).get('train', (0,))[0])
+        folder = self.source.folder
+        everything = ('train', 0, prepared.shards(folder).get('train', (0,))[0])
         kept = self._kept('statistics.npz')
-        beside = [self.folder / 'statistics.npz'] if self.terms == [everything] else []
+        beside = [folder / 'statistics.npz'] if self.terms == [everything] else []
         for path in (*beside, kept):
             with contextlib.suppress(OSError, ValueError, KeyError):
                 found, count = image_statistics.load(path)
                 if count == len(self) and found.mean_image.shape == self.shape[1:]:
                     return found
-        log.warning('%s: mean image and colours of %s images', self.folder, f'{len(self):,}')
+        log.warning('%s: mean image and colours of %s images', folder, f'{len(self):,}')
         found = statistics(self)
         _keep(kept, 'the statistics', lambda path: image_statistics.save(path, found, len(self)))
         return found
-
-    @contextlib.contextmanager
-    def _damage_reported(self) -> Generator[None]:
-        try:
-            yield
-        except Unreadable as problem:
-            raise prepared.damaged(self.folder, str(problem)) from problem
 
     def _kept(self, ending: str) -> Path:
         """Return where to keep what depends on the records; the name changes with them."""
         stamps = [segment.stamp for segment in self.source.segments]
         about = [self.terms, self.source.shape, stamps]
         digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
-        copies = self.folder.parent.parent / 'decoded'
-        return copies / f'{self.folder.parent.name}-{self.folder.name}-{digest}.{ending}'
+        folder = self.source.folder
+        copies = folder.parent.parent / 'decoded'
+        return copies / f'{folder.parent.name}-{folder.name}-{digest}.{ending}'
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,10 +188,10 @@ def load(
     """
     folder = _folder(name, Path(data_dir))
     terms, names = parse_split(split, _shard_lengths(folder)), class_names(name, data_dir)
-    shape, _ = _form(folder)
+    shape, _ = form_of(folder)
     splits = prepared.shards(folder)
     if max(splits[base][0] for base, *_ in terms) * math.prod(shape) > resident_gib * 2**30:
-        images = StoredImages(folder, _source(folder, terms), readers(workers), terms)
+        images = StoredImages(_source(folder, terms), readers(workers), terms)
         return LargeDataset(name, split, images, names)
     parts = []
     for base, start, stop in terms:
@@ -306,13 +299,6 @@ def _names(folder: Path) -> list[str]:
     return list(map(str, range(int(features['label']['classLabel']['numClasses']))))
 
 
-def _form(folder: Path) -> tuple[tuple[int, int, int], str]:
-    try:
-        return form_of(folder)
-    except Unreadable as problem:
-        raise prepared.damaged(folder, str(problem)) from None
-
-
 def _source(folder: Path, terms: list[Term]) -> Source:
     """Return the records of a split's terms, file by file."""
     segments, splits, lengths = [], prepared.shards(folder), _shard_lengths(folder)
@@ -323,7 +309,7 @@ def _source(folder: Path, terms: list[Term]) -> Source:
             if low < high:
                 segments.append(Segment.of(path, low - first, high - low))
             first += count
-    return Source(tuple(segments), *_form(folder))
+    return Source(folder, tuple(segments), *form_of(folder))
 
 
 def _shard_lengths(folder: Path) -> dict[str, list[int]]:
@@ -365,7 +351,7 @@ def _decode(folder: Path, split: str, count: int, workers: int) -> tuple[np.ndar
     """Read and decode every example of a base split."""
     terms = [(split, 0, count)]
     source = _source(folder, terms)
-    stored = StoredImages(folder, source, readers(workers), terms)
+    stored = StoredImages(source, readers(workers), terms)
     images, labels = np.empty((count, *source.shape), np.uint8), np.empty(count, np.int32)
     for start in range(0, count, 1000):
         part = slice(start, min(start + 1000, count))

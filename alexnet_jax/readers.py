@@ -36,7 +36,7 @@ class Readers:
         """Return images, uint8 [n, H, W, C], and labels, int32 [n]; any thread may call it.
 
         Raises:
-            Unreadable, OSError: see `Source.read`.
+            RunError, OSError: see `Source.read`.
         """
         images = np.empty((len(numbers), *source.shape), np.uint8)
         labels = np.empty(len(numbers), np.int32)

@@ -17,13 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from alexnet_jax import pictures
+from alexnet_jax import pictures, prepared
 
 PX = 256  # the side to which images of different sizes are brought (paper, section 2)
-
-
-class Unreadable(Exception):
-    """A record or a description of records that cannot be read; the message says which and why."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +42,12 @@ class Segment:
 class Source:
     """Records in a fixed order, read by their numbers in it.
 
+    folder: of the data set.
     shape: of the decoded images, [H, W, C].
     form: what a record holds: 'pixels', the uint8 array itself, or 'picture', an encoded image.
     """
 
+    folder: Path
     segments: tuple[Segment, ...]
     shape: tuple[int, int, int]
     form: str
@@ -68,8 +66,8 @@ class Source:
         Without `out` no image is decoded, only the labels are looked up. Any thread may call it.
 
         Raises:
-            Unreadable: a record is damaged, or its image is not as described.
-            OSError: the file cannot be opened, and may be intact.
+            RunError: a record is damaged, or its image is not as described.
+            OSError: the system cannot open a file, which may be intact.
         """
         labels = np.empty(len(numbers), np.int32)
         for row, number in enumerate(numbers):
@@ -88,7 +86,9 @@ class Source:
                 open(segment.file, 'rb').close()  # OSError: too many open files, no permission
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
                 name = Path(segment.file).name
-                raise Unreadable(f'{name}, record {position}: {reason}') from error
+                raise prepared.damaged(
+                    self.folder, f'{name}, record {position}: {reason}'
+                ) from error
         return labels
 
     def _decode(self, image: memoryview, row: np.ndarray) -> None:
@@ -124,7 +124,7 @@ def form_of(folder: Path) -> tuple[tuple[int, int, int], str]:
     """Return (shape, form) of the records of a data set, from its `features.json`; see `Source`.
 
     Raises:
-        Unreadable: there is no description, or it is not of labelled uint8 images.
+        RunError: there is no description, or it is not of labelled uint8 images.
     """
     try:
         features = json.loads((folder / 'features.json').read_text())['featuresDict']['features']
@@ -133,13 +133,15 @@ def form_of(folder: Path) -> tuple[tuple[int, int, int], str]:
         sides = [int(side) for side in inner['shape']['dimensions']]
         dtype, encoding = inner.get('dtype', 'uint8'), inner.get('encoding', 'none')
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Unreadable(f'the description of its images: {error}') from None
+        raise prepared.damaged(folder, f'the description of its images: {error}') from None
     height, width, channels = sides if len(sides) == 3 else (0, 0, 0)
     if dtype != 'uint8' or channels not in (1, 3):
-        raise Unreadable(f'its images are {dtype} {sides}, and not uint8 [H, W, 1 or 3]')
+        reason = f'its images are {dtype} {sides}, and not uint8 [H, W, 1 or 3]'
+        raise prepared.damaged(folder, reason)
     if 'tensor' in about:
         if encoding.lower() != 'bytes' or min(sides) < 1:
-            raise Unreadable(f'its images are arrays with encoding {encoding}, and not bytes')
+            reason = f'its images are arrays with encoding {encoding}, and not bytes'
+            raise prepared.damaged(folder, reason)
         return (height, width, channels), 'pixels'
     if min(height, width) < 1:  # pictures of any size
         return (PX, PX, 3), 'picture'

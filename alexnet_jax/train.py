@@ -327,6 +327,7 @@ def epoch_end(
 ) -> tuple[TrainState, float]:
     """Evaluate on every validation image; the plateau rule sees the error."""
     step = int(state.step)
+    assert job.validation is not None
     scores = job.scores(state.params, job.validation)
     history.errors.append(scores['top1_error'])
     epoch = step / job.settings.steps_per_epoch(len(job.train))

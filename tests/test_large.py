@@ -403,9 +403,9 @@ def test_words_beside_the_names(copy):
 
 def test_what_we_prepared_goes_before_a_newer_version(copy):
     shutil.copytree(copy / 'drawn/1.0.0', copy / 'drawn/5.1.0')
-    assert large(copy).images.folder.name == '5.1.0'
+    assert large(copy).images.source.folder.name == '5.1.0'
     (copy / 'drawn/1.0.0/preparation.json').write_text('{}')
-    assert large(copy).images.folder.name == '1.0.0'
+    assert large(copy).images.source.folder.name == '1.0.0'
 
 
 # ---- runs -----------------------------------------------------------------------------------
