@@ -187,9 +187,9 @@ def load(
         RunError: the data set is missing or damaged; the message has the command that prepares it.
     """
     folder = _folder(name, Path(data_dir))
+    splits = prepared.shards(folder)  # checks the description too
     terms, names = parse_split(split, _shard_lengths(folder)), class_names(name, data_dir)
     shape, _ = form_of(folder)
-    splits = prepared.shards(folder)
     if max(splits[base][0] for base, *_ in terms) * math.prod(shape) > resident_gib * 2**30:
         images = StoredImages(_source(folder, terms), readers(workers), terms)
         return LargeDataset(name, split, images, names)
@@ -313,7 +313,6 @@ def _source(folder: Path, terms: list[Term]) -> Source:
 
 
 def _shard_lengths(folder: Path) -> dict[str, list[int]]:
-    prepared.shards(folder)  # checks the description
     info = json.loads((folder / 'dataset_info.json').read_text())
     return {s['name']: [int(n) for n in s['shardLengths']] for s in info['splits']}
 
