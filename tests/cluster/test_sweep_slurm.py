@@ -70,7 +70,7 @@ def test_two_runs_as_jobs_cancelled_and_continued(start, cluster, tmp_path):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=LIMIT_SECS)
     assert process.returncode == 128 + signal.SIGINT, err
-    assert 'SIGINT: 2 under way save and leave' in err
+    assert 'SIGINT: runs save and stop' in err
     wait_for(lambda: not queue(cluster), 'an empty queue')
     saved = []
     for run in runs:
@@ -106,4 +106,4 @@ def test_a_partition_that_is_not_there(start):
     out, err = process.communicate(timeout=LIMIT_SECS)
     assert process.returncode == 1
     assert out == ''
-    assert err.strip().splitlines()[-1].startswith('sweep: the job could not be submitted')
+    assert err.strip().splitlines()[-1].startswith('sweep: the jobs could not be submitted')
