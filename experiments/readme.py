@@ -124,6 +124,7 @@ def _read(found: dict) -> list[str]:
         return f'{row["images_per_sec"]:,.0f} images/s ({row["cpu_ms"]:.2f} ms of processor time)'
 
     return [
+        f'{found["cores"]} cores at a load of {found["load_average"][0]:.1f}; '
         f'256 x 256 px raw: {rate("raw", 0)} in one thread, {rate("raw", 2)} with two readers',
         f'as JPEG: {rate("jpeg", 0)} in one thread, {rate("jpeg", 2)} with two readers',
         f'{start["records"]:,.0f} images in {found["files"]} files: first batch after '
