@@ -3,6 +3,7 @@
 python main.py --config=configs/alexnet.py
 """
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -68,12 +69,14 @@ def parse(argv: list[str]) -> list[str]:
         return sys.exit(errors.complain(errors.UsageError(errors.gist(error)), 'main.py'))
 
 
-def guard(place: distributed.Place) -> int:
-    """One of several processes: see that all do the same, and to the end."""
+def processes() -> contextlib.AbstractContextManager[None]:
+    """Return the context that connects this process with the others, if there are others."""
     config = CONFIG.value.to_dict() if CONFIG.value else {}
+    where = (COORDINATOR.value, PROCESSES.value, PROCESS.value)
+    info = None if MODE.value == 'describe' else distributed.detect(os.environ, *where)
     same = (MODE, WORKDIR, STEP, SPLIT, DATA_DIR)
-    asked = {'config': config, **{flag.name: flag.value for flag in same}}
-    return distributed.guard(place, asked, **config.get('processes', {}))
+    request = {'config': config, **{flag.name: flag.value for flag in same}}
+    return distributed.joined(info, request, **config.get('processes', {}))
 
 
 def ring(argv: list[str]) -> int:
@@ -81,17 +84,13 @@ def ring(argv: list[str]) -> int:
     if not flags.FLAGS['verbosity'].present:
         logging.set_verbosity(logging.WARNING)  # the libraries chatter
     try:
-        alone = MODE.value == 'describe' or distributed.child()
-        where = (COORDINATOR.value, PROCESSES.value, PROCESS.value)
-        if not alone and (place := distributed.find_place(os.environ, *where)):
-            return guard(place)
-        with distributed.joined():
+        with processes():
             answer = main(argv)
         if distributed.is_first():
-            print(answer)
+            print(answer, flush=True)
     except (Exception, KeyboardInterrupt) as error:
-        return distributed.end(errors.complain(error, 'main.py'))
-    return distributed.end(0)
+        return errors.complain(error, 'main.py')
+    return 0
 
 
 if __name__ == '__main__':

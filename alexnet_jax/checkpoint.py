@@ -302,7 +302,7 @@ class Checkpoints:
         if distributed.is_first():
             found = self._newest_sound(target)
             step = found.step if found else _NO_STEP
-            if distributed.child() is None:
+            if not distributed.several():
                 return found and _placed(found, target)
         else:
             found, step = None, _NO_STEP

@@ -99,6 +99,7 @@ class Settings:
 
     init_from: 'none', or the checkpoint whose weights the run begins with, 'WORKDIR[:step]'.
     init_statistics: whether the mean image and the colours are the 'source's or the 'data's.
+    init_layers: the only layers to take from there; () for all that match by name and shape.
     """
 
     name: str
@@ -116,6 +117,7 @@ class Settings:
     processes: Processes = Processes()
     init_from: str = 'none'
     init_statistics: str = 'source'
+    init_layers: tuple[str, ...] = ()
 
     def total_steps(self, images: int) -> int:
         """Steps of the run: enough to see all images `epochs` times."""
@@ -378,6 +380,8 @@ def _check(settings: Settings) -> None:
         _one_of(name, names, 'optimizer.multipliers')
         _at_least(multiplier, 0.0, f'optimizer.multipliers.{name}')
     _one_of(settings.init_statistics, ('source', 'data'), 'init_statistics')
+    for name in settings.init_layers:
+        _one_of(name, names, 'init_layers')
     _at_least(settings.data.workers, -1, 'data.workers')
     _at_least(settings.data.resident_gib, 0.0, 'data.resident_gib')
     loop = settings.loop

@@ -1,13 +1,8 @@
-"""Several processes as one job: finding each other, agreeing, and noticing that one is gone.
+"""Several processes as one training: flags and launchers, agreement, preemption, common failure.
 
-What a launcher starts (srun, mpirun, a pod, a shell) is a guard: a small parent without JAX that
-runs the real process as its child. The guards meet first, at process 0's address; they compare what
-they were asked to do, start their children together, and watch. JAX alone would end a job that
-lost a process by SIGABRT, which no Python code can catch, and would not say who is missing.
-
-    guard 0  <--- signs of life, ends, the verdict --->  guard 1, 2, ...     TCP; guard 0 listens
-       |  pipe: signs of life, stderr                        |
-    child 0  <---------- jax.distributed ---------->  child 1, 2, ...        collectives
+JAX connects the processes and checks their heartbeats; the launcher (srun, mpirun, a Kubernetes
+Job) starts them, ends what is left after a failure, and starts all again. docs/parallelism.md lists
+each fault with who notices it, how fast, and by which exit code.
 """
 
 import contextlib
@@ -18,144 +13,110 @@ import os
 import re
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Generator, Iterable, Mapping, Sequence
-from multiprocessing import connection
+from collections.abc import Generator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+from alexnet_jax import errors
 from alexnet_jax.errors import AlexNetError, RunError, UsageError
 
-CHILD = 'ALEXNET_JAX_CHILD'  # the environment variable by which a child knows its place
-AGAIN = 'start all processes again: they go on from the latest checkpoint'
-TICK_SECS = 0.1
-BEAT_SECS = 0.5  # between two signs of life
-SETTLE_SECS = 2.0  # one death makes others: how long ends are gathered before one is blamed
+AGAIN = 'start all processes again to resume from the latest checkpoint'
+PROGRAM = 'main.py'
+FLAGS = {
+    'coordinator': '--coordinator_address',
+    'processes': '--num_processes',
+    'process': '--process_id',
+}
+ADDRESS = 'JAX_COORDINATOR_ADDRESS'
+# Environment variables: number of processes, index, and what JAX takes process 0's address from.
+LAUNCHERS = (
+    ('JAX_NUM_PROCESSES', ('JAX_PROCESS_ID', 'JOB_COMPLETION_INDEX'), ADDRESS),
+    ('TPU_WORKER_HOSTNAMES', ('TPU_WORKER_ID',), 'TPU_WORKER_HOSTNAMES'),
+    ('OMPI_COMM_WORLD_SIZE', ('OMPI_COMM_WORLD_RANK',), 'OMPI_MCA_orte_hnp_uri'),
+    ('SLURM_STEP_NUM_TASKS', ('SLURM_PROCID',), 'SLURM_STEP_NODELIST'),
+    ('PMI_SIZE', ('PMI_RANK',), ADDRESS),  # MPICH, Intel MPI
+    ('WORLD_SIZE', ('RANK',), ADDRESS),  # torchrun
+)
+# How gloo, NCCL and JAX's coordination service word the loss of a process.
+LOST = re.compile(r'gloo|nccl|coordination|heartbeat', re.IGNORECASE)
+LAST_WORDS = 'alexnet_jax/last_words'  # a key of JAX's key-value store, as is the next one
+REQUEST = 'alexnet_jax/request'
 
-
-# ----------------------------------------------------------------------------- where are we
+# ----------------------------------------------------------------------------- which process
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
-    """Which of how many processes this is, and where process 0 is met ('host:port')."""
+class ProcessInfo:
+    """Index and number of the processes, also on this host; 'host:port', or None: JAX knows it."""
 
     process: int
     processes: int
-    coordinator: str
-    local: int = 0  # which of the processes on this host
-    locals: int = 1  # how many they are
-
-    @property
-    def address(self) -> tuple[str, int]:
-        """Host and port."""
-        host, _, port = self.coordinator.rpartition(':')
-        return host.strip('[]'), int(port)
+    coordinator: str | None
+    local: int = 0
+    locals: int = 1
 
 
-def find_place(
+def detect(
     environ: Mapping[str, str],
     coordinator: str | None = None,
     processes: int | None = None,
     process: int | None = None,
-) -> Place | None:
-    """This process's place from flags, or else from what the launcher set; None when it is alone.
-
-    Flags go before JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID (in an indexed Job
-    of Kubernetes, JOB_COMPLETION_INDEX), these before what Slurm, Open MPI and Cloud TPU (GKE) set.
+) -> ProcessInfo | None:
+    """Return which process this is, by flags or else by a launcher's variables; None when alone.
 
     Raises:
-        UsageError: places that are incomplete or impossible.
+        UsageError: what they say is impossible, or not enough, as for a launcher that JAX does not
+            know; each process would train alone.
     """
     flags: dict[str, Any] = {'coordinator': coordinator, 'processes': processes, 'process': process}
-    given = _variables(environ) | {k: v for k, v in flags.items() if v is not None}
-    values = _slurm(environ) | _open_mpi(environ) | _cloud_tpu(environ) | given
-    if not values:
+    values = _from_launcher(environ) | {k: v for k, v in flags.items() if v is not None}
+    if not values or values.get('processes') == 1:
         return None
-    names = {
-        'coordinator': '--coordinator_address',
-        'processes': '--num_processes',
-        'process': '--process_id',
-    }
-    missing = [flag for name, flag in names.items() if name not in values]
-    if missing and values.get('processes') != 1:
-        raise UsageError(f'one of several processes, but which? give {" and ".join(missing)} too.')
-    if values['processes'] == 1:
-        return None
-    place = Place(**values)
-    if not 0 <= place.process < place.processes:
+    if missing := [flag for name, flag in FLAGS.items() if name not in values]:
+        known = ' '.join(f'{FLAGS[k]}={v}' for k, v in values.items() if k in FLAGS)
         raise UsageError(
-            f'--process_id is {place.process}; of {place.processes} processes they are 0 to '
-            f'{place.processes - 1}.'
+            f'one of several processes ({known}), but which? give {" and ".join(missing)} too, or '
+            f'--num_processes=1 for a process on its own.'
         )
-    if not re.fullmatch(r'.+:\d{1,5}', place.coordinator):
-        raise UsageError(f'--coordinator_address is {place.coordinator}; write host:port.')
-    return place
+    info = ProcessInfo(**values)
+    if not 0 <= info.process < info.processes:
+        raise UsageError(
+            f'--process_id is {info.process}; of {info.processes} processes they are 0 to '
+            f'{info.processes - 1}.'
+        )
+    if info.coordinator is not None and not re.fullmatch(r'.+:\d{1,5}', info.coordinator):
+        raise UsageError(f'--coordinator_address is {info.coordinator}; write host:port.')
+    return info
 
 
-def _variables(environ: Mapping[str, str]) -> dict[str, Any]:
-    """JAX's own variables; a pod's index counts only beside a number of processes."""
-    values: dict[str, Any] = {}
-    if 'JAX_COORDINATOR_ADDRESS' in environ:
-        values['coordinator'] = environ['JAX_COORDINATOR_ADDRESS']
-    if 'JAX_NUM_PROCESSES' in environ:
-        values['processes'] = _number(environ, 'JAX_NUM_PROCESSES')
-        if 'JOB_COMPLETION_INDEX' in environ:
-            values['process'] = _number(environ, 'JOB_COMPLETION_INDEX')
-    if 'JAX_PROCESS_ID' in environ:
-        values['process'] = _number(environ, 'JAX_PROCESS_ID')
-    return values
+def _from_launcher(environ: Mapping[str, str]) -> dict[str, Any]:
+    """Return what the first launcher of several processes says; JAX_NUM_PROCESSES=1 counts too."""
+    address = {'coordinator': environ[ADDRESS]} if ADDRESS in environ else {}
+    for size, indices, source in LAUNCHERS:
+        hosts = size == 'TPU_WORKER_HOSTNAMES'
+        processes = environ.get(size, '').count(',') + 1 if hosts else _number(environ, size)
+        if processes > 1 or (size == 'JAX_NUM_PROCESSES' and size in environ):
+            index = next((name for name in indices if name in environ), None)
+            values = {} if index is None else {'process': _number(environ, index)}
+            found = {'coordinator': None} if source in environ else {}
+            return {'processes': processes} | values | found | address | _on_this_host(environ)
+    return address
 
 
-def _slurm(environ: Mapping[str, str]) -> dict[str, Any]:
-    """A task of srun; the batch script itself is none."""
-    if not {'SLURM_STEP_NODELIST', 'SLURM_STEP_NUM_TASKS', 'SLURM_PROCID'} <= environ.keys():
-        return {}
-    head = nodes = environ['SLURM_STEP_NODELIST']
-    if '[' in nodes or ',' in nodes:  # 'node[003-008],other'
-        command = ['scontrol', 'show', 'hostnames', nodes]
-        listed = subprocess.run(command, capture_output=True, text=True, check=True)
-        head = listed.stdout.split()[0]
-    job, step = (_number(environ, f'SLURM_{name}_ID') for name in ('JOB', 'STEP'))
-    tasks_here = re.match(r'\d+', environ.get('SLURM_STEP_TASKS_PER_NODE', '1'))
-    return {
-        'coordinator': f'{head}:{_port(8 * job + step)}',
-        'processes': _number(environ, 'SLURM_STEP_NUM_TASKS'),
-        'process': _number(environ, 'SLURM_PROCID'),
-        'local': _number(environ, 'SLURM_LOCALID'),
-        'locals': int(tasks_here[0]) if tasks_here else 1,
-    }
-
-
-def _open_mpi(environ: Mapping[str, str]) -> dict[str, Any]:
-    if 'OMPI_COMM_WORLD_RANK' not in environ:
-        return {}
-    values: dict[str, Any] = {
-        'processes': _number(environ, 'OMPI_COMM_WORLD_SIZE'),
-        'process': _number(environ, 'OMPI_COMM_WORLD_RANK'),
-        'local': _number(environ, 'OMPI_COMM_WORLD_LOCAL_RANK'),
-        'locals': _number(environ, 'OMPI_COMM_WORLD_LOCAL_SIZE'),
-    }
-    # '<job * 4096>.0;tcp://10.0.0.1,10.1.0.1:34911': mpirun's host, where process 0 runs as a rule
-    uri = re.match(r'(\d+)\..*?tcp6?://\[?([^,:\]]+)', environ.get('OMPI_MCA_orte_hnp_uri', ''))
-    if uri:
-        values['coordinator'] = f'{uri[2]}:{_port(int(uri[1]) >> 12)}'
-    return values
-
-
-def _cloud_tpu(environ: Mapping[str, str]) -> dict[str, Any]:
-    hosts = environ.get('TPU_WORKER_HOSTNAMES', '').split(',')
-    if len(hosts) < 2:
-        return {}
-    return {
-        'coordinator': f'{hosts[0]}:{_port(0)}',
-        'processes': len(hosts),
-        'process': _number(environ, 'TPU_WORKER_ID'),
-    }
+def _on_this_host(environ: Mapping[str, str]) -> dict[str, int]:
+    if 'OMPI_COMM_WORLD_LOCAL_SIZE' in environ:
+        local, locals_ = (_number(environ, f'OMPI_COMM_WORLD_LOCAL_{x}') for x in ('RANK', 'SIZE'))
+        return {'local': local, 'locals': locals_}
+    if 'SLURM_STEP_TASKS_PER_NODE' in environ:  # such as '2(x3),1': 2, 2, 2, 1
+        runs = re.findall(r'(\d+)(?:\(x(\d+)\))?', environ['SLURM_STEP_TASKS_PER_NODE'])
+        tasks = [int(count) for count, times in runs for _ in range(int(times or 1))]
+        local, node = (_number(environ, f'SLURM_{x}ID') for x in ('LOCAL', 'NODE'))
+        return {'local': local, 'locals': tasks[node]}
+    return {}
 
 
 def _number(environ: Mapping[str, str], name: str) -> int:
@@ -165,548 +126,291 @@ def _number(environ: Mapping[str, str], name: str) -> int:
         raise UsageError(f'{name} is {environ[name]!r}; it must be a whole number.') from None
 
 
-def _port(job: int) -> int:
-    """One that jobs side by side do not share, out of the way of well-known services."""
+def _port(environ: Mapping[str, str]) -> int:
+    """Return a port that jobs, and steps of a job, do not share; JAX's own is a whole job's."""
+    if 'OMPI_MCA_orte_hnp_uri' in environ:  # '<job * 4096>.0;tcp://...'
+        job = int(environ['OMPI_MCA_orte_hnp_uri'].partition('.')[0]) >> 12
+    else:
+        job = 8 * _number(environ, 'SLURM_JOB_ID') + _number(environ, 'SLURM_STEP_ID')
     return 61440 + job % 4096
 
 
-# ------------------------------------------------------------------------------- the children
+def _own_gpus(info: ProcessInfo, environ: Mapping[str, str]) -> list[int] | None:
+    """Return this process's share of the visible GPUs; empty: all. JAX's default is one a task.
+
+    None leaves it to JAX_LOCAL_DEVICE_IDS.
+    """
+    if 'JAX_LOCAL_DEVICE_IDS' in environ:
+        return None
+    visible = environ.get('CUDA_VISIBLE_DEVICES')
+    if visible is None:
+        gpus = len(list(Path('/dev').glob('nvidia[0-9]*')))
+    else:
+        gpus = len([gpu for gpu in visible.split(',') if gpu])
+    share = gpus // info.locals
+    if info.locals == 1 or not share:  # with fewer GPUs than processes, each was given its own
+        return []
+    return list(range(info.local * share, (info.local + 1) * share))
 
 
-def child() -> Place | None:
-    """The place of this process, if a guard started it."""
-    known = os.environ.get(CHILD)
-    return Place(**json.loads(known)['place']) if known else None
+# ------------------------------------------------------------------------------------- start
 
-
-def is_first() -> bool:
-    """Whether this process is the one that logs, writes tables and answers: 0, or the only one."""
-    place = child()
-    return place is None or place.process == 0
+_joined = ProcessInfo(0, 1, None)
+_ending = threading.Lock()  # taken by the error that ends this process, and never released
 
 
 @contextlib.contextmanager
-def joined() -> Generator[None]:
-    """In a child: JAX over all processes inside, an orderly leave behind. Elsewhere: nothing."""
-    place = child()
-    if place is None:
+def joined(
+    info: ProcessInfo | None,
+    request: Mapping[str, Any],
+    join_timeout_secs: float = 300.0,
+    peer_timeout_secs: float = 60.0,
+) -> Generator[None]:
+    """Connect JAX over all processes, and end together; for a process on its own do nothing.
+
+    An error inside ends this process and, with its sentence and exit code, the others.
+
+    Args:
+        info: of this process.
+        request: what it is to do, as JSON can hold it: must be the same in all processes.
+        join_timeout_secs: how long to wait for all processes.
+        peer_timeout_secs: how long a process may send no heartbeat.
+
+    Raises:
+        RunError: the port of process 0 is in use, or the processes do not connect.
+    """
+    if info is None:
         yield
         return
-    known = json.loads(os.environ[CHILD])
-    threading.Thread(target=_beat, args=(known['alive_fd'],), daemon=True).start()
-    _keep_stdout_for_python()
     import jax
 
-    peer_secs = int(known['peer_timeout_secs'])
-    port = known['jax_coordinator'].rpartition(':')[2]
+    global _joined
+    _initialize(info, max(1, int(join_timeout_secs)), max(1, int(peer_timeout_secs)))
+    _joined = info
+    listener = threading.Thread(target=_obey_last_words, daemon=True)
+    listener.start()
     try:
-        jax.distributed.initialize(
-            known['jax_coordinator'],
-            place.processes,
-            place.process,
-            cluster_detection_method='deactivate',  # all devices that this process sees are its own
-            # JAX's default needs IPv6.
-            coordinator_bind_address=None if socket.has_dualstack_ipv6() else f'0.0.0.0:{port}',
-            initialization_timeout=int(known['join_timeout_secs']),
-            heartbeat_timeout_seconds=2 * peer_secs + 10,  # the guards notice first
-            shutdown_timeout_seconds=peer_secs,
-        )
+        _check_request(request, 1000 * max(1, int(join_timeout_secs)))
         yield
         jax.distributed.shutdown()
-    except AlexNetError as error:
-        if error.exit_code >= 128:  # a signal: all processes leave
-            jax.distributed.shutdown()
-        raise
-    except jax.errors.JaxRuntimeError:  # most likely a peer is gone: the guards know more
-        time.sleep(2 * SETTLE_SECS)
-        end(1, traceback.format_exc())
-    except Exception:
-        end(1, traceback.format_exc())
+        listener.join()  # Python would not survive its return from C++ at exit
+    except Exception as error:
+        _end(error)
+
+
+def _initialize(info: ProcessInfo, join_secs: int, peer_secs: int) -> None:
+    import jax
+
+    if info.coordinator is None:
+        os.environ.setdefault('JAX_COORDINATOR_PORT', str(_port(os.environ)))
+        port = _number(os.environ, 'JAX_COORDINATOR_PORT')
+    else:
+        port = int(info.coordinator.rpartition(':')[2])
+    if info.process == 0:
+        _check_port(port)
+    _keep_stdout_for_python()
+    signal.signal(signal.SIGINT, _interrupt)
+    jax.config.update('jax_enable_preemption_service', False)  # see asked_to_leave
+    where = f'at {info.coordinator}' if info.coordinator else f'at port {port} of process 0'
+    why = (
+        f'not all of {info.processes} processes connected {where} within {join_secs} s '
+        f'(processes.join_timeout_secs); see the logs of the others, then {AGAIN}.'
+    )
+    alarm = threading.Timer(join_secs, lambda: _exit(errors.complain(RunError(why), PROGRAM)))
+    alarm.daemon = True
+    alarm.start()
+    try:
+        jax.distributed.initialize(
+            info.coordinator,
+            info.processes,
+            info.process,
+            local_device_ids=_own_gpus(info, os.environ),
+            # JAX's default needs IPv6.
+            coordinator_bind_address=None if socket.has_dualstack_ipv6() else f'0.0.0.0:{port}',
+            initialization_timeout=join_secs + 60,  # JAX would end by SIGABRT: the alarm is first
+            heartbeat_timeout_seconds=peer_secs,
+            shutdown_timeout_seconds=peer_secs,
+        )
+    except (ValueError, RuntimeError) as error:
+        raise RunError(f'the processes do not connect {where} ({error}); {AGAIN}.') from error
+    finally:
+        alarm.cancel()
+
+
+def _check_port(port: int) -> None:
+    """Raise RunError where another program listens: gRPC would share the port with its own kind."""
+    try:
+        socket.create_server(('', port), reuse_port=False).close()
+    except OSError as error:
+        why = os.strerror(error.errno or 0)
+        raise RunError(
+            f'process 0 cannot listen at port {port} ({why}); choose another with '
+            f'--coordinator_address=HOST:PORT for all processes.'
+        ) from error
 
 
 def _keep_stdout_for_python() -> None:
-    """What C++ prints goes to stderr: gloo chats on stdout, where results are."""
+    """Send what C++ prints on stdout to nowhere: gloo reports its connections there."""
     sys.stdout.flush()
     python = os.dup(1)
-    os.dup2(2, 1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     sys.stdout = os.fdopen(python, 'w')
 
 
-def end(code: int, last_words: str = '') -> int:
-    """A child ends at once, without waiting for its peers; any other process gets `code` back."""
-    if child() is None:
-        return code
-    sys.stderr.write(last_words)
+def _interrupt(number: int, frame: Any) -> None:
+    """Make the first Ctrl-C a SIGTERM; the second ends the process at once."""
+    del number, frame
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _check_request(request: Mapping[str, Any], timeout_ms: int) -> None:
+    """Raise UsageError, with the keys that differ, in a process not started as process 0 was."""
+    from alexnet_jax import config  # here, because it imports JAX
+
+    own = json.dumps(request)
+    if is_first():
+        _store().key_value_set(REQUEST, own)
+    first = json.loads(_store().blocking_key_value_get(REQUEST, timeout_ms))
+    if keys := config.differences(first, json.loads(own)):
+        raise UsageError(
+            f'the flags differ from those of process 0 in {", ".join(keys)}; give all processes '
+            f'the same.'
+        )
+    _store().wait_at_barrier(REQUEST, timeout_ms)
+
+
+# --------------------------------------------------------------------------------------- end
+
+
+def _store() -> Any:
+    """Return JAX's key-value store; it has no public name."""
+    from jax._src import distributed
+
+    return distributed.global_state.client
+
+
+def _end(error: BaseException) -> NoReturn:
+    """End this process without waiting for the others, and them by its last words.
+
+    After a preemption, where all have saved, they end in order.
+    """
+    _ending.acquire()
+    if isinstance(error, AlexNetError) and error.exit_code >= 128:
+        import jax
+
+        jax.distributed.shutdown()
+        _exit(errors.complain(error, PROGRAM) if is_first() else error.exit_code)
+    if lost := _is_loss(error):
+        with contextlib.suppress(Exception):  # the process that is gone may have left a reason
+            _follow(_store().blocking_key_value_get(LAST_WORDS, 1000))
+        error = RunError(f'another process is gone ({lost}); {AGAIN}.')
+    try:
+        code, why = errors.complain(error, PROGRAM), str(error)
+    except Exception:
+        traceback.print_exc()
+        code, why = 1, f'{type(error).__name__}: {error}'
+    with contextlib.suppress(Exception):
+        words = {'process': _joined.process, 'code': code, 'why': why}
+        _store().key_value_set(LAST_WORDS, json.dumps(words))
+    _let_others_hear(1 if lost else 10)
+    _exit(code)
+
+
+def _is_loss(error: BaseException | None) -> str:
+    """Return the words of the library that lost a process, wherever in the chain of causes."""
+    while error is not None:
+        if not isinstance(error, AlexNetError) and LOST.search(text := str(error)):
+            return f'{type(error).__name__}: {text.strip().splitlines()[0][:200]}'
+        error = error.__cause__ or error.__context__
+    return ''
+
+
+def _obey_last_words() -> None:
+    """End with the exit code of the first process that fails, whatever this one waits for."""
+    with contextlib.suppress(Exception):  # an orderly shutdown cancels it
+        words = _store().blocking_key_value_get(LAST_WORDS, 10**10)
+        _ending.acquire()
+        _follow(words)
+
+
+def _follow(text: str) -> NoReturn:
+    words = json.loads(text)
+    if sys.stderr.isatty():
+        sys.stderr.write('\x1b[?25h\n')  # a progress bar has hidden the cursor
+    print(f'{PROGRAM}: process {words["process"]}: {words["why"]}', file=sys.stderr)
+    _let_others_hear(10)
+    _exit(words['code'])
+
+
+def _let_others_hear(secs: int) -> None:
+    """Note that this process ends; process 0, which keeps the store, waits for the others."""
+    with contextlib.suppress(Exception):
+        _store().key_value_set(f'{LAST_WORDS}/{_joined.process}', 'heard')
+        for other in range(1, _joined.processes) if is_first() else ():
+            _store().blocking_key_value_get(f'{LAST_WORDS}/{other}', 1000 * secs)
+    if is_first():
+        time.sleep(1)  # they have noted it and are ending: without the store JAX would abort them
+
+
+def _exit(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
+# ------------------------------------------------------------------------------- in the middle
+
+
+def several() -> bool:
+    """Return whether this is one of several processes."""
+    return _joined.processes > 1
+
+
+def is_first() -> bool:
+    """Return whether this process is the one that logs and writes: 0, or the only one."""
+    return _joined.process == 0
+
+
 def agree(what: str, value: str) -> None:
-    """See that all children hold the same.
+    """Check that all processes have the same value.
 
     Raises:
         UsageError: one does not.
     """
-    if child() is None:
+    if not several():
         return
     import numpy as np
     from jax.experimental import multihost_utils
 
     own = np.frombuffer(hashlib.sha256(value.encode()).digest(), np.uint8)
     every = multihost_utils.process_allgather(own)
-    odd = [i for i, digest in enumerate(every) if digest.tobytes() != every[0].tobytes()]
+    odd = [str(i) for i, digest in enumerate(every) if digest.tobytes() != every[0].tobytes()]
     if odd:
-        raise UsageError(f'{what} of {_names(odd)} differs from that of process 0; see to it.')
+        raise UsageError(
+            f'{what} of process {", ".join(odd)} differs from that of process 0; give all '
+            f'processes the same.'
+        )
 
 
 def wait_for_all(what: str) -> None:
-    """All children go on together."""
-    if child() is not None:
+    """Wait until all processes have come to this point."""
+    if several():
         from jax.experimental import multihost_utils
 
         multihost_utils.sync_global_devices(what)
 
 
 def asked_to_leave(step: int) -> bool:
-    """Whether a child got SIGTERM: the same answer for the same step in all of them."""
+    """Return whether a process got SIGTERM: the same answer for the same step in all of them.
+
+    Before the first call SIGTERM ends a process at once, as there is nothing to save.
+    """
+    import jax
+    from jax._src import distributed
     from jax.experimental import multihost_utils
 
+    if distributed.global_state.preemption_sync_manager is None:
+        jax.config.update('jax_enable_preemption_service', True)
+        distributed.global_state.initialize_preemption_sync_manager()
     return multihost_utils.reached_preemption_sync_point(step)
-
-
-def _beat(alive_fd: int) -> None:
-    """Signs of life to the guard; without one to hear them a child would run on unseen."""
-    while True:
-        try:
-            os.write(alive_fd, b'.')
-        except OSError:
-            os._exit(1)
-        time.sleep(BEAT_SECS)
-
-
-# --------------------------------------------------------------------------------- the guards
-
-
-@dataclasses.dataclass(frozen=True)
-class End:
-    """How a process ended: its exit code (128 + n after signal n), and that in words."""
-
-    process: int
-    code: int
-    how: str
-    blame: int  # of several that end badly the least is the cause, and the others follow from it
-    said_why: bool = False
-
-
-def guard(
-    place: Place,
-    asked: Mapping[str, Any],
-    join_timeout_secs: float = 300.0,
-    peer_timeout_secs: float = 60.0,
-) -> int:
-    """Run this command line as one of several processes, to its end or that of all.
-
-    Args:
-        place: of this process.
-        asked: what it is to do, as JSON can hold it: the same for all.
-        join_timeout_secs: how long to wait for processes that have not come.
-        peer_timeout_secs: how long a process may give no sign of life.
-
-    Returns:
-        The exit code; the child has said what there is to say.
-
-    Raises:
-        UsageError: the processes were asked to do different things.
-        RunError: one did not come, or is gone; its exit code is that of the process at fault.
-    """
-    join_secs, peer_secs = join_timeout_secs, peer_timeout_secs
-    if not (join_secs > 0 and peer_secs > 0):
-        raise UsageError('processes.join_timeout_secs and peer_timeout_secs must be positive.')
-    with contextlib.ExitStack() as stack:
-        meet = _call_the_roll if place.process == 0 else _report_for_duty
-        peers, jax_coordinator = meet(place, asked, time.monotonic() + join_secs, join_secs)
-        for peer in peers:
-            stack.enter_context(peer.line)
-        return Guard(place, peers, join_secs, peer_secs).run(jax_coordinator)
-
-
-@dataclasses.dataclass
-class Peer:
-    """The guard at the other end of a line."""
-
-    process: int
-    host: str
-    line: connection.Connection
-    heard: float = dataclasses.field(default_factory=time.monotonic)
-    ended: bool = False
-
-    def tell(self, **message: Any) -> None:
-        """Send; whether it arrives is seen by what comes back."""
-        with contextlib.suppress(OSError):
-            self.line.send_bytes(json.dumps(message).encode())
-
-    def hear(self) -> Generator[dict[str, Any]]:
-        """What has come.
-
-        Raises:
-            OSError, EOFError: the line is cut; what came before is yielded first.
-        """
-        while self.line.poll():
-            message = json.loads(self.line.recv_bytes(2**24))
-            self.heard = time.monotonic()
-            yield message
-
-
-def _call_the_roll(
-    place: Place, asked: Mapping[str, Any], deadline: float, join_secs: float
-) -> tuple[list[Peer], str]:
-    """Guard 0: wait for all, compare what they were asked, and give the sign to start."""
-    host, port = place.address
-    there: dict[int, Peer] = {}
-    try:
-        server = _listen(port)
-    except OSError as error:
-        raise RunError(
-            f'process 0 cannot listen at port {port} ({error.strerror}); choose another with '
-            f'--coordinator_address={host}:PORT for all processes.'
-        ) from error
-    with server:
-        while len(there) < place.processes - 1:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                absent = [i for i in range(1, place.processes) if i not in there]
-                why = (
-                    f'{_names(absent)} of {place.processes} did not come within {join_secs:g} s '
-                    f'(processes.join_timeout_secs); see why in their logs, then {AGAIN}.'
-                )
-                _dismiss(there.values(), 1, why)
-                raise RunError(why)
-            for _ in connection.wait([server], timeout=min(left, TICK_SECS)):
-                with contextlib.suppress(OSError, EOFError, ValueError, KeyError):
-                    peer, hello = _welcome(server)
-                    _admit(asked, peer, hello, place, there)
-            there = {i: peer for i, peer in there.items() if _still_there(peer)}
-    jax_coordinator = f'{host}:{_free_port()}'
-    for peer in there.values():
-        peer.tell(start=jax_coordinator)
-    return list(there.values()), jax_coordinator
-
-
-def _listen(port: int) -> socket.socket:
-    if socket.has_dualstack_ipv6():
-        with contextlib.suppress(OSError):
-            return socket.create_server(
-                ('::', port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024
-            )
-    return socket.create_server(('', port), backlog=1024)
-
-
-def _free_port() -> int:
-    with socket.create_server(('', 0)) as probe:
-        return probe.getsockname()[1]
-
-
-def _welcome(server: socket.socket) -> tuple[Peer, dict[str, Any]]:
-    """The guard that calls; a stranger's call raises."""
-    line = connection.Connection(server.accept()[0].detach())
-    if not line.poll(BEAT_SECS):
-        raise EOFError('says nothing')
-    hello = json.loads(line.recv_bytes(2**24))
-    return Peer(int(hello['process']), str(hello['host']), line), hello
-
-
-def _still_there(peer: Peer) -> bool:
-    try:
-        for _ in peer.hear():
-            pass
-    except (OSError, EOFError):  # it may be started again
-        return False
-    return True
-
-
-def _admit(
-    asked: Mapping[str, Any], peer: Peer, hello: Mapping[str, Any], place: Place, there: dict
-) -> None:
-    """Take a guard in, if it is one of us and was asked to do what we were.
-
-    Raises:
-        UsageError: it is not, and all are told.
-    """
-    own, why = json.loads(json.dumps(asked)), ''
-    if hello['asked'] != own:
-        from alexnet_jax import config  # here, because it brings JAX along
-
-        keys = config.differences(own, hello['asked'])
-        why = (
-            f'process {peer.process} ({peer.host}) was started otherwise than process 0: '
-            f'{", ".join(keys)} differ; give all {place.processes} the same flags.'
-        )
-    if peer.process in there or not 0 < peer.process < place.processes:
-        why = (
-            f'{peer.host} calls itself process {peer.process}, as another does; of '
-            f'{place.processes} each has its own --process_id, from 0 to {place.processes - 1}.'
-        )
-    if why:
-        _dismiss([*there.values(), peer], 2, why)
-        raise UsageError(why)
-    there[peer.process] = peer
-
-
-def _dismiss(peers: Iterable[Peer], code: int, why: str) -> None:
-    for peer in peers:
-        peer.tell(verdict={'process': 0, 'code': code, 'why': why})
-
-
-def _report_for_duty(
-    place: Place, asked: Mapping[str, Any], deadline: float, join_secs: float
-) -> tuple[list[Peer], str]:
-    """Guards 1, 2, ...: call guard 0 until it answers, and wait for its sign."""
-    lost = (
-        f'process 0 was not met at {place.coordinator} within {join_secs:g} s '
-        f'(processes.join_timeout_secs); see that it runs and that this address is reached from '
-        f'here, then {AGAIN}.'
-    )
-    while time.monotonic() < deadline:
-        try:
-            call = socket.create_connection(place.address, timeout=5)
-        except OSError:
-            time.sleep(TICK_SECS)
-            continue
-        call.setblocking(True)
-        head = Peer(0, place.address[0], connection.Connection(call.detach()))
-        hello = {'process': place.process, 'host': socket.gethostname(), 'asked': asked}
-        head.tell(**hello)
-        try:
-            while time.monotonic() < deadline + SETTLE_SECS:
-                connection.wait([head.line], timeout=TICK_SECS)
-                for message in head.hear():
-                    if 'start' in message:
-                        return [head], message['start']
-                    raise _as_error(message['verdict'])
-        except (OSError, EOFError):  # it was another program, or guard 0 is started again
-            time.sleep(TICK_SECS)
-    raise RunError(lost)
-
-
-def _as_error(verdict: Mapping[str, Any]) -> AlexNetError:
-    error = UsageError(verdict['why']) if verdict['code'] == 2 else RunError(verdict['why'])
-    error.exit_code = verdict['code']
-    return error
-
-
-class Guard:
-    """Watches a child and its peers until all have ended, or one has ended badly."""
-
-    def __init__(self, place: Place, peers: Sequence[Peer], join_secs: float, peer_secs: float):
-        self.place, self.peers = place, peers
-        self.join_secs, self.peer_secs = join_secs, peer_secs
-        self.ends: dict[int, End] = {}
-        self.verdict: dict[str, Any] | None = None
-        self.signals = 0
-
-    def run(self, jax_coordinator: str) -> int:
-        """The child's story."""
-        alive, alive_child = os.pipe()
-        os.set_blocking(alive, False)
-        self.process = self._start(jax_coordinator, alive_child)
-        os.close(alive_child)
-        self.alive, self.heard = alive, time.monotonic() + self.join_secs
-        relay = Relay(self.process, self.place)
-        before = {n: signal.signal(n, self._pass_on) for n in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            self._watch()
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-            self._kill()
-            os.close(alive)
-        own = self.ends[self.place.process]
-        verdict = self.verdict or {'process': own.process, 'code': own.code, 'why': self._why(own)}
-        at_fault = verdict['process'] == own.process
-        relay.finish(crash=at_fault)
-        left = own.code == verdict['code'] == 128 + signal.SIGTERM
-        if own.said_why and (at_fault or left):
-            return own.code
-        raise _as_error(verdict)
-
-    def _start(self, jax_coordinator: str, alive_fd: int) -> subprocess.Popen:
-        known = {
-            'place': dataclasses.asdict(self.place),
-            'jax_coordinator': jax_coordinator,
-            'alive_fd': alive_fd,
-            'join_timeout_secs': self.join_secs,
-            'peer_timeout_secs': self.peer_secs,
-        }
-        environment = {**os.environ, CHILD: json.dumps(known), **_own_gpus(self.place)}
-        return subprocess.Popen(
-            [sys.executable, *sys.argv],
-            env=environment,
-            pass_fds=[alive_fd],
-            stderr=subprocess.PIPE,
-            start_new_session=True,  # a terminal's Ctrl-C reaches the guard, which passes it on
-        )
-
-    def _pass_on(self, number: int, frame: Any) -> None:
-        """The first signal asks all children to save and leave; the second kills."""
-        del number, frame
-        self.signals += 1
-        self.process.send_signal(signal.SIGTERM if self.signals == 1 else signal.SIGKILL)
-
-    def _watch(self) -> None:
-        own, next_beat, blame_at, kill_at = self.place.process, 0.0, None, None
-        while True:
-            now = time.monotonic()
-            self._look_after_child(now)
-            for peer in self.peers:
-                self._listen_to(peer, now)
-            if now >= next_beat:
-                next_beat = now + BEAT_SECS
-                for peer in self.peers:
-                    peer.tell(alive=True)
-            if self.verdict is not None:
-                kill_at = kill_at or now + self._patience()
-                if own in self.ends:
-                    return
-                if now >= kill_at:
-                    self._kill()
-            elif any(e.code for e in self.ends.values()):
-                # Guard 0 judges; the others wait for its word, but not for ever.
-                blame_at = blame_at or now + SETTLE_SECS * (1 if own == 0 else 2)
-                if now >= blame_at:
-                    self._judge()
-            elif own in self.ends and (own != 0 or len(self.ends) == self.place.processes):
-                return
-            connection.wait([peer.line for peer in self.peers if not peer.ended], TICK_SECS)
-
-    def _patience(self) -> float:
-        """A child that saves, as all do after a signal, gets its time."""
-        saving = self.verdict is not None and self.verdict['code'] == 128 + signal.SIGTERM
-        return self.peer_secs if saving else 0.0
-
-    def _look_after_child(self, now: float) -> None:
-        own = self.place.process
-        with contextlib.suppress(BlockingIOError):
-            if os.read(self.alive, 4096):
-                self.heard = now
-        code = self.process.poll()
-        if own in self.ends:
-            return
-        if code is not None:
-            self._note(_ended(own, code))
-        elif now - self.heard > self.peer_secs:
-            self._kill()
-            self._note(self._silent(own))
-
-    def _listen_to(self, peer: Peer, now: float) -> None:
-        if peer.ended:
-            return
-        try:
-            for message in peer.hear():
-                if 'end' in message:
-                    peer.ended = peer.process != 0
-                    self._note(End(**message['end']))
-                if 'verdict' in message:
-                    self.verdict = self.verdict or message['verdict']
-        except (OSError, EOFError):
-            peer.ended = True
-            if peer.process not in self.ends:
-                self._note(End(peer.process, 1, 'is gone without a word', blame=0))
-        if not peer.ended and now - peer.heard > self.peer_secs:
-            peer.ended = True
-            self._note(self._silent(peer.process))
-
-    def _silent(self, process: int) -> End:
-        limit = f'{self.peer_secs:g} s (processes.peer_timeout_secs)'
-        return End(process, 1, f'gave no sign of life for {limit}', blame=1)
-
-    def _note(self, end: End) -> None:
-        self.ends[end.process] = end
-        if end.process == self.place.process:
-            for peer in self.peers:
-                peer.tell(end=dataclasses.asdict(end))
-
-    def _judge(self) -> None:
-        cause = min((e for e in self.ends.values() if e.code), key=lambda e: e.blame)
-        self.verdict = {'process': cause.process, 'code': cause.code, 'why': self._why(cause)}
-        if self.place.process == 0:
-            for peer in self.peers:
-                peer.tell(verdict=self.verdict)
-
-    def _why(self, end: End) -> str:
-        hosts = {peer.process: peer.host for peer in self.peers}
-        host = hosts.get(end.process, 'not this host')
-        if end.process == self.place.process:
-            host = socket.gethostname()
-        advice = 'see its message' if end.code == 2 else AGAIN
-        return f'process {end.process} of {self.place.processes} ({host}) {end.how}; {advice}.'
-
-    def _kill(self) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-            self.process.wait()
-
-
-def _ended(process: int, code: int) -> End:
-    """A child's end in words; SIGABRT is how JAX ends when another process is gone."""
-    if code >= 0:
-        blame = {0: 9, 1: 2, 128 + signal.SIGTERM: 4}.get(code, 0)
-        how = f'ended with exit code {code}' + ('' if code == 2 else ', see its message')
-        return End(process, code, how, blame, said_why=True)
-    number = signal.Signals(-code)
-    blame = {signal.SIGABRT: 3, signal.SIGTERM: 4}.get(number, 0)
-    return End(process, 128 + number, f'was ended by {number.name}', blame)
-
-
-def _own_gpus(place: Place) -> dict[str, str]:
-    """Several processes on a host share its GPUs, unless the launcher has given each its own."""
-    visible = os.environ.get('CUDA_VISIBLE_DEVICES')
-    if visible is None:
-        visible = ','.join(str(i) for i in range(len(list(Path('/dev').glob('nvidia[0-9]*')))))
-    gpus = [gpu for gpu in visible.split(',') if gpu]
-    share = len(gpus) // place.locals
-    if place.locals == 1 or len(gpus) < 2 or not share:
-        return {}
-    return {'CUDA_VISIBLE_DEVICES': ','.join(gpus[place.local * share :][:share])}
-
-
-class Relay:
-    """Hands a child's stderr on: each line with its process in front, unless it is 0's.
-
-    A child that lost a peer ends in a stack trace of C++; it is kept back until it is known
-    whether the child itself was at fault.
-    """
-
-    NOISE = re.compile(
-        r'.*\[Gloo\]|.*peer ranks|Additional GRPC error|:UNKNOWN:|'
-        r'[IWE]\d{4} .*(preemption_\w+|coordination_\w+|distributed_runtime)'
-    )
-    CRASH = re.compile(r'F\d{4} \d\d:\d\d:\d\d|terminate called')
-
-    def __init__(self, process: subprocess.Popen, place: Place):
-        self.prefix = f'process {place.process}: ' if place.process else ''
-        self.kept: list[str] = []
-        self.thread = threading.Thread(target=self._run, args=(process.stderr,), daemon=True)
-        self.thread.start()
-
-    def _run(self, stderr: Iterable[bytes]) -> None:
-        for raw in stderr:
-            line = raw.decode(errors='replace')
-            if self.kept or self.CRASH.match(line):
-                self.kept.append(line)
-            elif not self.NOISE.match(line):
-                self._say(line)
-
-    def _say(self, line: str) -> None:
-        sys.stderr.write(self.prefix + line)
-        sys.stderr.flush()
-
-    def finish(self, crash: bool) -> None:
-        """The child has ended; `crash`: by itself, so its stack trace is wanted."""
-        self.thread.join(timeout=2)
-        for line in self.kept if crash else ():
-            self._say(line)
-
-
-def _names(processes: Sequence[int]) -> str:
-    return f'process{"es" if len(processes) > 1 else ""} {", ".join(map(str, processes))}'

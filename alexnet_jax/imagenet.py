@@ -87,8 +87,9 @@ ILSVRC_2010 = Challenge(
 )
 PATCHES = 'patch_images.tar'  # 2010's own corrections of pictures that came out blank
 
-# Of the ILSVRC training images, from the 2012 program's data layer: roots of the eigenvalues, and
-# the eigenvectors as columns, rows R, G, B.
+# Colours of the ILSVRC training images: roots of the eigenvalues, and the eigenvectors as columns,
+# rows R, G, B. From `make-data/input_meta` of cuda-convnet2: the 2012 program reads them from its
+# data's meta file (`color_pca`), which is not in the release.
 COLOURS = Statistics(
     mean_image=np.zeros((0, 0, 3), np.float32),  # not known
     colour_std=np.array([121.78, 37.09, 19.72], np.float32),

@@ -128,10 +128,10 @@ class ProgressBar:
     """A bar with loss, images/s and time left; on anything but a terminal, plain lines."""
 
     def __init__(self, total_steps: int, step: int, console: Console | None = None):
-        self._console = console or Console(stderr=True)  # of several processes none has a terminal
+        self._console = console or Console(stderr=True)
         self._total = total_steps
         self._bar = None
-        if self._console.is_terminal:
+        if self._console.is_terminal and distributed.is_first():
             columns = (
                 TextColumn('step {task.completed}/{task.total}'),
                 BarColumn(),

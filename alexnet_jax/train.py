@@ -245,11 +245,13 @@ def begin_with(job: Job, state: TrainState) -> TrainState:
     """The state of step 0 with the weights of another run's net; see transfer.py."""
     where = job.settings.init_from
     restored = transfer.read(where)
-    transfer.compare(job.config, restored, where)
     fresh = parallel.fetch(state.params, job.layout)
     layers = [layer.name for layer in job.settings.net.layers]
     names = [job.train.class_names, evaluate.class_names(job.settings, words=False)]
-    params = transfer.parameters(fresh, restored, layers, names, where)
+    params, carried = transfer.parameters(
+        fresh, restored, layers, names, where, job.settings.init_layers
+    )
+    transfer.compare(job.config, restored, where, carried)
     return state.replace(params=parallel.place(params, job.shardings.params))
 
 
@@ -487,7 +489,8 @@ class Interrupt:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> 'Interrupt':
-        if distributed.child() is not None:  # JAX listens for SIGTERM itself
+        if distributed.several():  # JAX handles SIGTERM from the first step to the last
+            self._before[signal.SIGTERM] = signal.SIG_DFL
             return self
         with contextlib.suppress(ValueError):  # handlers belong to the main thread
             for number in (signal.SIGTERM, signal.SIGINT):
@@ -500,7 +503,7 @@ class Interrupt:
 
     def asks_to_leave(self, step: int) -> bool:
         """Whether to leave after this step."""
-        if distributed.child() is not None:
+        if distributed.several():
             return distributed.asked_to_leave(step)
         return self.signal is not None
 

@@ -1,9 +1,9 @@
 """A run that begins with another run's net: fine-tuning.
 
-The weights come from a checkpoint, and with them what its pixels were measured by: the layers have
-learned to see images minus *that* mean. The last layer starts afresh, unless the classes are the
-same by name.
-What a started run needs of the source lies in its own workdir, so that it can be resumed without.
+The weights come from a checkpoint, layer by layer, by name and shape; and with them what its pixels
+were measured by: the layers have learned to see images minus *that* mean. The last layer starts
+fresh, unless the classes are the same by name. What a started run needs of the source is stored in
+its own workdir, so that it can be resumed without the source.
 """
 
 import re
@@ -55,58 +55,106 @@ def parameters(
     layers: Sequence[str],
     class_names: Sequence[Sequence[str]],
     where: str,
-) -> Params:
-    """The weights of the source; those of the last layer are `fresh` if the classes are others.
+    wanted: Sequence[str] = (),
+) -> tuple[Params, list[str]]:
+    """Carry over the source's layers by name, where the shapes agree; the rest are `fresh`.
+
+    The last layer is carried over only if the classes are the same by name. Prints one line: what
+    is carried over, what starts fresh and why.
 
     Args:
-        fresh: of the new net, NumPy arrays.
+        fresh: parameters of the new net, NumPy arrays.
         restored: the source's checkpoint.
         layers: of the new net, in order.
         class_names: of the new data, by label; in each way to call them (words, WordNet ids).
-        where: how to call the source.
+        where: name of the source in messages.
+        wanted: the only layers to carry over; () means all that match.
+
+    Returns:
+        The parameters, and the names of the layers that were carried over, in order.
 
     Raises:
-        UsageError: another layer differs; names all that do.
+        UsageError: no layer can be carried over, or one of `wanted` cannot.
     """
     theirs = restored.state['state']['params']
-    if set(theirs) != set(layers):
+    same_classes = restored.extra['class_names'] in [list(names) for names in class_names]
+    last = layers[-1]
+
+    def why_fresh(layer: str) -> str:
+        if layer not in theirs:
+            return 'not there'
+        ours, there = fresh[layer], theirs[layer]
+        if any(tuple(ours[kind].shape) != tuple(there[kind].shape) for kind in ours):
+            return f'{_size(there)} there, {_size(ours)} here'
+        return 'other classes' if layer == last and not same_classes else ''
+
+    reasons = {layer: why_fresh(layer) for layer in layers}
+    lost = [f'{layer} ({reasons[layer]})' for layer in wanted if reasons[layer]]
+    if lost:
         raise UsageError(
-            f'init_from={where}: its layers are {", ".join(sorted(theirs))}, and those of this net '
-            f'{", ".join(sorted(layers))}; choose the config of that net.'
+            f'init_from={where} cannot give {", ".join(lost)}; take them out of init_layers.'
         )
-
-    def shapes(params: Params, layer: str) -> dict[str, tuple[int, ...]]:
-        return {kind: tuple(leaf.shape) for kind, leaf in params[layer].items()}
-
-    *below, last = layers
-    at_fault = [layer for layer in below if shapes(fresh, layer) != shapes(theirs, layer)]
-    if at_fault:
-        first = at_fault[0]
+    carried = [name for name in layers if not reasons[name] and name in (wanted or layers)]
+    if not carried:
         raise UsageError(
-            f'init_from={where}: {", ".join(at_fault)} have other shapes there ({first}: '
-            f'{shapes(theirs, first)["kernel"]} there, {shapes(fresh, first)["kernel"]} here), and '
-            f'only {last} may; choose the config of that net.'
+            f'init_from={where}: no layer of this net is there with the same name and shape: '
+            f'{_because(reasons)}; choose the config that fits that net.'
         )
-    same = restored.extra['class_names'] in [list(names) for names in class_names]
-    same = same and shapes(fresh, last) == shapes(theirs, last)
-    how = f'its {last} too, as the classes are the same' if same else f'{last} afresh'
-    say(f'starting from step {restored.step} of {where}, {how}')
-    return {layer: (theirs if same or layer != last else fresh)[layer] for layer in layers}
+    rest = {name: reason for name, reason in reasons.items() if name not in carried}
+    what = f'fresh: {_because(rest)}' if rest else 'none fresh'
+    say(f'starting from step {restored.step} of {where}: {", ".join(carried)} carried over, {what}')
+    return {layer: (theirs if layer in carried else fresh)[layer] for layer in layers}, carried
 
 
-def compare(config: Mapping[str, Any], restored: Restored, where: str) -> None:
-    """Say where this net or its input is not the source's: weights do not show it."""
+def _size(layer: Mapping[str, np.ndarray]) -> str:
+    return 'x'.join(map(str, layer['kernel'].shape))
+
+
+def _because(reasons: Mapping[str, str]) -> str:
+    return ', '.join(f'{name} ({why})' if why else name for name, why in reasons.items())
+
+
+def compare(
+    config: Mapping[str, Any], restored: Restored, where: str, carried: Sequence[str]
+) -> None:
+    """Warn of what no shape shows: other operations, other pixels, a layer that reads another one.
+
+    Args:
+        config: of the new run, as a tree.
+        restored: the source's checkpoint.
+        where: name of the source in messages.
+        carried: layers that were carried over; what differs in the others does not matter.
+    """
+    source_config = restored.extra['config']
+    layers, before = config['model']['layers'], source_config['model']['layers']
+    moved = [
+        layer
+        for layer in carried
+        if (previous := _previous(layers, layer)) not in ('', *carried)
+        or previous != _previous(before, layer)
+    ]
+    if moved:
+        say(
+            f'warning: {", ".join(moved)} of {where} followed another layer there; to start fresh '
+            'from there on, set init_layers to the layers before'
+        )
     differ = []
     for section in ('model', 'preprocess'):
-        theirs, ours = restored.extra['config'][section], config[section]
+        theirs, ours = source_config[section], config[section]
         differ += configuration.differences(theirs, ours, f'{section}.')
-    last = config['model']['layers'][-1]
-    # What follows is about how weights begin, and how they are trained.
-    beside = rf'model\.({last}\.features|init_scaling|.*\.(init|init_std|bias|fan_in_2012))'
+    others = '|'.join(map(re.escape, {*layers, *before, 'layers'} - {*carried}))
+    # What is about how weights start, and how they are trained.
+    start = r'model\.(init_scaling|.*\.(init|init_std|bias|fan_in_2012))'
     training = r'preprocess\.(crop|mirror|share|colour_noise|noise_\w+)'
-    strange = [key for key in differ if not re.fullmatch(f'{beside}|{training}', key)]
+    beside = rf'{start}|{training}|model\.({others})(\..*)?'
+    strange = [key for key in differ if not re.fullmatch(beside, key)]
     if strange:
         say(f'warning: {where} was trained with other values of {", ".join(strange)}')
+
+
+def _previous(layers: Sequence[str], layer: str) -> str:
+    """Return the name of the layer before `layer`, '' for the first."""
+    return ['', *layers][list(layers).index(layer)]
 
 
 def statistics(init_from: str, workdir: Path) -> Statistics:

@@ -8,8 +8,8 @@ connections lost: 160 maps a tower in conv2 (128 in the base), 4096 units a towe
 fc7 keeps 2048 a tower (layers-150.cfg, sections fc4096a/b and fc2048ba/bb). 60,714,408 parameters;
 at quickstart a quarter of these widths.
 
-Run 150's biases kept their rate of 0.02 to its end (layer-params-150.cfg); here they follow the
-base's schedule, so that the towers are the only change.
+Both runs' biases kept their rate of 0.02 to the end (layer-params-150.cfg, layer-params-145.cfg).
+Here they follow the base's schedule, which divides it once, so that the towers are the only change.
 """
 
 from configs import Claim, alexnet

@@ -7,7 +7,8 @@ times the sum (3.3). The source divides alpha by n, as Caffe and PyTorch do and 
 the printed formula normalises five times as strongly as the net that was measured.
 
 Not compared in 2012. The nearest, on ILSVRC-2012 val, ten views, one seed each: run 135 is run 131
-with k = 2 for k = 1, which halves alpha / k: 41.07 / 18.42 % against 40.93 / 18.57 %.
+with k = 2 for k = 1, which halves alpha / k: 41.07 / 18.42 % against 40.93 / 18.57 %. Their net is
+not run 145's in other ways (ablation_norm_order.py).
 """
 
 from configs import Claim, alexnet

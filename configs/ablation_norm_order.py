@@ -7,8 +7,11 @@ first LRN sees conv1's signed values, is pooled, and the ReLU comes last; a nega
 takes part in the sums of squares of its neighbours. In conv2 both have ReLU, LRN, pool.
 
 This very order was not run in 2012. The nearest, on ILSVRC-2012 val, ten views, one seed each: run
-120-2012 has pool, ReLU, LRN in conv1, 41.04 / 18.71 %; run 131 LRN right behind conv1, then pool
-and ReLU, 40.93 / 18.57 %; run 166 conv2's LRN before its ReLU, 41.10 / 18.67 %.
+120-2012 has pool, ReLU, LRN in conv1, 41.04 / 18.71 %; run 131 LRN right after conv1, then pool and
+ReLU, 40.93 / 18.57 %. Compare these two with each other only: their net is not run 145's (32 maps a
+tower in conv1, k = 1, and conv2 reads a blurred image as well; layers-120.cfg, layers-131.cfg).
+Run 166 has run 145's net, but in conv2 LRN, spatial norm, pool and only then ReLU: 41.10 / 18.67 %,
+with rates that fall 1000-fold.
 """
 
 from configs import Claim, alexnet

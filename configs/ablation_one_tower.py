@@ -11,6 +11,10 @@ views, one seed each.
 48-128-192-192-256-4096-4096-1000, 59,798,312 parameters; at quickstart a quarter of the widths.
 This is width as much as towers: a layer of the base that reads its own tower reads as many maps as
 here.
+
+Run 145-half's biases ended at a rate of 0.002 in conv1 and conv2 and of 0.02 in the other layers,
+run 145's at 0.002 in every layer (layer-params-145-half.cfg, layer-params-145-2010.cfg). Here all
+follow the base's schedule, which divides the rate once, so that the net is the only change.
 """
 
 from configs import Claim, alexnet

@@ -9,6 +9,11 @@ of 2 px, "which produces output of equivalent dimensions" (3.4). The source: run
 Run 147 pads conv2 by 1 px instead of 2 and conv5 not at all. That keeps the dimensions where
 windows may hang over the edge, as they do in cuda-convnet: 55 px -> 28, conv2 26 -> 13, conv5 11 ->
 6; at quickstart 27 -> 14, 12 -> 6, 4 -> 2. So the net has the parameters of the base.
+
+Windows are not all that differed in 2012: run 147's biases ended at a rate of 0.002, run 145's kept
+0.02, and the notes of run 147 do not mention that the colour noise was turned off, as it was in run
+145 at epoch 67 (layer-params-147.cfg, layer-params-145.cfg). Here rates and noise follow the base's
+schedule, which divides the biases' rate once, as run 147 did.
 """
 
 from configs import Claim, alexnet

@@ -2,11 +2,13 @@
 
     python main.py --config=configs/alexnet_paper.py
 
-Differs from configs/alexnet.py in: conv1's order (section 3.5), no spatial norm, LRN's alpha not
-divided by the window (3.3), init 0.01 everywhere (5), no division by 1.1 with the colour noise
-(4.1; the noise keeps the program's standard deviations along the components, where the text says
-"eigenvalues"), one rate for weights and biases, divided by ten three times on a plateau (5), 90
-epochs.
+Differs from configs/alexnet.py in: the order in conv1 and conv5 (sections 3.4, 3.5), no spatial
+norm, LRN's alpha not divided by the window (3.3), init 0.01 everywhere (5), colour noise to the end
+and no division by 1.1 with it (4.1), one rate for weights and biases, divided by ten three times on
+a plateau (5), conv1 never frozen, 90 epochs.
+
+One thing is not as written: the paper multiplies the noise by the eigenvalues of the pixels'
+covariance (4.1), and this config, like the program, by their square roots, the standard deviations.
 
 The init is what matters: 0.01 in conv3 to conv5 lets 14 times less of the signal through to the
 logits than the source's 0.03. Narrowed without regard to the fan-in, nothing is left of it:

@@ -10,13 +10,18 @@ else is said; scale and config of another one follow the colon:
     --config=configs/finetune.py:imagenet2012,variant_torchvision      # of `weights import` too
     --config=configs/finetune.py:quickstart
 
-All of its layers are taken over, but the last where the classes differ by name: that starts
-afresh, as wide as the data has classes (`model.fc8.features=0`). The mean image is the source's
-too, as its layers have learned to see images minus that one; init_statistics=data measures the new
-images. A started run needs its source no more. Pictures in train/ and val/ alone have no split to
-test on: --config.data.test=validation.
+Layers are carried over by name where the shapes agree, and the rest starts fresh; one line prints
+which. The last layer starts fresh too where the classes differ by name, as wide as the data has
+classes (`model.fc8.features=0`). To carry over fewer (the quotes are for the shell):
 
-Rates a layer: `--config.optimizer.multipliers.conv1=0` freezes conv1.
+    --config.init_layers="('conv1', 'conv2', 'conv3', 'conv4', 'conv5')"
+
+The mean image is the source's too, as its layers have learned to see images minus that one;
+init_statistics=data measures the new images. A started run needs its source no more. Pictures in
+train/ and val/ alone have no split to test on: --config.data.test=validation.
+
+Rates a layer: `--config.optimizer.multipliers.conv1=0.0` freezes conv1; 10.0 is the new last
+layer's, and for other fresh layers to be set.
 
 The recipe is Caffe's for fine-tuning CaffeNet on Flickr Style (its examples/
 finetune_flickr_style): rates of a tenth of those from scratch, divided by ten after each fifth of
@@ -32,12 +37,13 @@ SCALES = alexnet.SCALES
 
 
 def get_config(scale: str = 'imagenet2012'):
-    """Of the net at a scale: 'SCALE', or 'SCALE,CONFIG' with the name of a file of configs/."""
+    """Fine-tune the net of a scale: 'SCALE', or 'SCALE,CONFIG' with a file's name in configs/."""
     scale, _, base = scale.partition(',')
     config = importlib.import_module(f'configs.{base or "alexnet"}').get_config(scale)
     config.name = 'finetune'
     config.init_from = ''  # WORKDIR[:step]
     config.init_statistics = 'source'
+    config.init_layers = ()  # all that match
     config.epochs = 10.0
     config.data = dict(
         name='none',

@@ -63,10 +63,12 @@ def by_epoch(runs: Sequence[Kept]) -> list[str]:
         printed = getattr(_module(run.row), 'REPORTED_BY_EPOCH', {})
         found = [record for record in run.records if record['kind'] == 'validation']
         here = [f'{1 - record["top1_error"]:.3f}' for record in found]
-        there = [f'{printed[e]:.3f}' if e in printed else '-' for e in (r['epoch'] for r in found)]
+        # An evaluation comes after the step that completes the epoch: 1.0005, of 468.75 steps each.
+        ends = [round(record['epoch'], 2) for record in found]
+        there = [f'{printed[end]:.3f}' if end in printed else '-' for end in ends]
         if printed:
             hours = run.final()['secs'] / 3600
-            epochs = ' | '.join(f'{record["epoch"]:g}' for record in found)
+            epochs = ' | '.join(f'{end:g}' for end in ends)
             rows += [
                 f'| {run.row}, seed {run.seed}: test accuracy after epoch | {epochs} |',
                 '|---' * (len(here) + 1) + '|',

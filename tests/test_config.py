@@ -22,6 +22,7 @@ from configs import (
     ablation_one_tower,
     ablation_overlap,
     alexnet,
+    alexnet_conv6,
     alexnet_paper,
     smoke,
     variant_d2l,
@@ -307,6 +308,65 @@ def test_what_has_no_middle_layer_or_no_scale_is_said():
         ablation_depth.get_config('conv3')
     with pytest.raises(ValueError, match='LeNet sees 28 px'):
         variant_lenet.get_config('imagenet2012')
+    with pytest.raises(ValueError, match="activation 'tanh' is not one of relu, sigmoid"):
+        variant_lenet.get_config('quickstart,tanh')
+
+
+def test_lenet_with_sigmoid_differs_in_the_function_alone():
+    """The scale is optional, and the name is another one, so that the two have workdirs apart."""
+    relu = tree_of(variant_lenet.get_config('fashion_mnist'))
+    assert relu == tree_of(variant_lenet.get_config('fashion_mnist,relu'))
+    sigmoid = variant_lenet.get_config('fashion_mnist,sigmoid')
+    layers = ('conv1', 'conv2', 'fc3')
+    changed = configuration.differences(relu, tree_of(sigmoid))
+    assert changed == sorted([*(f'model.{name}.then' for name in layers), 'name'])
+    assert [sigmoid.model[name].then[0] for name in layers] == ['sigmoid'] * 3
+    alone, both = map(variant_lenet.get_config, ('sigmoid', 'quickstart,sigmoid'))
+    assert tree_of(alone) == tree_of(both)
+    assert parameters(net_of(alone)) == 170_988
+
+
+def test_fc7_of_run_150_is_not_widened():
+    """layers-150.cfg: fc4096a/b read 4608 maps of their tower, fc2048ba/bb 4096 units."""
+    stages = geometry(net_of(module_of('ablation_crosstalk').get_config('imagenet2012')))
+    fc6, fc7, fc8 = stages[-3:]
+    assert (fc6.groups, fc6.fan_in, fc6.output) == (2, 6 * 6 * 128, (8192,))
+    assert (fc7.groups, fc7.fan_in, fc7.output) == (2, 4096, (4096,))
+    assert (fc8.groups, fc8.fan_in) == (1, 4096)
+
+
+@pytest.mark.parametrize('scale', alexnet.SCALES)
+def test_conv6_of_run_146_follows_the_last_pooling_and_reads_both_towers(scale):
+    stages = {s.layer.name: s for s in geometry(net_of(alexnet_conv6.get_config(scale)))}
+    conv6 = stages['conv6']
+    assert conv6.groups == 1
+    assert conv6.input == conv6.output == conv6.result == stages['conv5'].result
+    assert stages['fc6'].input == conv6.result
+    assert (conv6.layer.bias, conv6.layer.then) == (1.0, ('relu',))
+
+
+@pytest.mark.parametrize(
+    ('name', 'run'),
+    [
+        ('ablation_lrn', '148'),
+        ('ablation_overlap', '147'),
+        ('ablation_crosstalk', '150'),
+        ('ablation_one_tower', '145-half'),
+        ('alexnet_conv6', '146-2012-2011'),
+    ],
+)
+def test_the_schedule_of_the_run_that_a_config_stands_for_is_cited(name, run):
+    """The biases' rates of 2012 differ from run to run, so no two of them have one change alone."""
+    text = ' '.join(module_of(name).__doc__.split())
+    assert f'layer-params-{run}.cfg' in text
+    assert "base's schedule" in text
+
+
+def test_a_comparison_that_is_confounded_claims_no_figure():
+    """Run 167's rates fall 1000-fold, run 170's 250-fold."""
+    claim = module_of('ablation_spatial_norm').CLAIM
+    assert (claim.top1, claim.top5) == (None, None)
+    assert 'confounded' in claim.words
 
 
 @pytest.mark.parametrize('scale', alexnet.SCALES)
@@ -368,6 +428,7 @@ def test_tutorials_train_on_whole_images_by_plain_descent(name):
     assert (settings.batch_size, settings.data.train) == (128, 'train')
     assert settings.data.validation == 'test'  # the curve that is reported there
     assert settings.epochs == (5 if name == 'variant_lenet' else 10)
+    assert module_of(name).get_config('quickstart').epochs == settings.epochs
     assert recipe.resize_px == recipe.image_px == settings.net.input_px
     assert (recipe.mean, recipe.scale, recipe.colour_noise) == ('none', 1 / 255, 0)
     assert (recipe.crop, recipe.mirror) == (False, False)

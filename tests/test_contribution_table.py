@@ -3,7 +3,9 @@
 import csv
 import importlib
 import json
+import math
 import shutil
+import types
 from pathlib import Path
 
 import numpy as np
@@ -360,6 +362,23 @@ def test_the_variants_stand_beside_what_was_reported(tmp_path, capsys):
         right = [1 - np.mean(_missed(folder / f'variant_d2l-{seed}')) for seed in range(2)]
         spread = np.std(right, ddof=1)
         assert f'| 2 | {np.mean(right):.4f} ± {spread:.4f} |' in rows['| variant_d2l']
+
+
+def test_epochs_of_60000_images_are_those_that_were_printed():
+    """The fifth of Gluon's ends with step 2344 of 468.75 each: epoch 5.0005."""
+    run = types.SimpleNamespace(
+        row='variant_gluon',
+        seed=0,
+        environment={'device': 'a processor'},
+        final=lambda: {'secs': 36},
+    )
+    steps = [math.ceil(468.75 * epoch) for epoch in range(1, 11)]
+    run.records = [
+        {'kind': 'validation', 'epoch': step / 468.75, 'top1_error': 0.2} for step in steps
+    ]
+    head, _, _, reported, _ = variants.by_epoch([run])
+    assert head.endswith('after epoch | 1 | 2 | 3 | 4 | 5 | 6 | 7 | 8 | 9 | 10 |')
+    assert reported.startswith('| reported there | 0.756 | 0.804 | 0.835 | 0.854 | 0.866 | - |')
 
 
 def _missed(workdir: Path) -> np.ndarray:

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
-from alexnet_jax import checkpoint, data, evaluate, fashion_mnist, train, transfer
+from alexnet_jax import checkpoint, data, evaluate, fashion_mnist, prepare, train, transfer
 from alexnet_jax import config as configuration
 from alexnet_jax.errors import RunError, UsageError
 from alexnet_jax.optimizer import Late, Schedule, parameter_rates
@@ -109,41 +110,76 @@ def test_the_same_classes_keep_the_last_layer(smoke_run, data_dir, capsys):
     fresh = jax.tree.map(np.zeros_like, theirs)
     names = list(config.model.layers)
     classes = restored.extra['class_names']
-    kept = transfer.parameters(fresh, restored, names, [['0'], classes], 'there')
+    kept, carried = transfer.parameters(fresh, restored, names, [['0'], classes], 'there')
     np.testing.assert_array_equal(kept['fc8']['kernel'], theirs['fc8']['kernel'])
-    assert 'its fc8 too, as the classes are the same' in capsys.readouterr().err
+    assert carried == names
+    assert 'starting from step 8 of there: conv1, conv2,' in (said := capsys.readouterr().err)
+    assert said.endswith('fc7, fc8 carried over, none fresh\n')
     others = [classes[::-1], [str(i) for i in range(10)]]
-    assert transfer.parameters(fresh, restored, names, others, 'there')['fc8'] is fresh['fc8']
-    assert 'starting from step 8 of there, fc8 afresh' in capsys.readouterr().err
-    fresh['fc8'] = {'kernel': np.zeros((3, 5), np.float32), 'bias': np.zeros(5, np.float32)}
-    found = transfer.parameters(fresh, restored, names, [classes], 'there')
+    found, carried = transfer.parameters(fresh, restored, names, others, 'there')
     assert found['fc8'] is fresh['fc8']
-    assert 'starting from step 8 of there, fc8 afresh' in capsys.readouterr().err
+    assert carried == names[:-1]
+    assert 'fc7 carried over, fresh: fc8 (other classes)' in capsys.readouterr().err
+    fresh['fc8'] = {'kernel': np.zeros((3, 5), np.float32), 'bias': np.zeros(5, np.float32)}
+    found, _ = transfer.parameters(fresh, restored, names, [classes], 'there')
+    assert found['fc8'] is fresh['fc8']
+    assert 'fc7 carried over, fresh: fc8 (512x10 there, 3x5 here)' in capsys.readouterr().err
 
 
-def test_another_net_is_refused_and_its_layers_are_named(smoke_run, seven, tmp_path):
-    config = tuned(smoke_run, seven, model__conv2__features=48, model__fc6__features=128)
-    with pytest.raises(UsageError, match='conv2, conv3, fc6, fc7 have other shapes there') as error:
-        train.run(config, tmp_path / 'w')
-    assert 'only fc8 may; choose the config of that net' in str(error.value)
-    config = tuned(smoke_run, seven, optimizer__multipliers={})
+def test_layers_are_carried_over_by_name_where_shapes_agree(smoke_run, seven, tmp_path, capsys):
+    """conv2 is wider here and conv4 gone: what remains is theirs, and the seams are named."""
+    changes = {'model__conv2__features': 48, 'optimizer__multipliers': {}, 'epochs': 0.1}
+    config = tuned(smoke_run, seven, **changes)
     config.model.layers = tuple(x for x in config.model.layers if x != 'conv4')
-    with pytest.raises(UsageError, match=r'its layers are .*conv4.*, and those of this net'):
+    train.run(config, tmp_path / 'w')
+    said = capsys.readouterr().err
+    assert 'conv1, conv5, fc6, fc7 carried over, fresh: conv2 (5x5x6x32 there, 5x5x6x48 ' in said
+    assert 'conv5 of' in said
+    assert 'followed another layer there' in said
+    assert 'conv2.features' not in said  # a fresh layer's values are no matter
+
+
+def test_a_net_that_shares_no_layer_is_refused(smoke_run, seven, tmp_path):
+    config = tuned(smoke_run, seven)
+    for name in config.model.layers[:-1]:
+        config.model[name].features //= 2
+    with pytest.raises(UsageError, match=r'no layer of this net is there .*: conv1 \(') as error:
+        train.run(config, tmp_path / 'w')
+    assert 'conv1 (11x11x1x12 there, 11x11x1x6 here), conv2 (' in str(error.value)
+    assert str(error.value).endswith('choose the config that fits that net.')
+
+
+def test_layers_to_carry_over_are_named(smoke_run, seven, tmp_path, capsys):
+    config = tuned(smoke_run, seven, init_layers=('conv2', 'conv1'), epochs=0.1)
+    train.run(config, tmp_path / 'w')
+    assert 'conv1, conv2 carried over, fresh: conv3, conv4, conv5,' in capsys.readouterr().err
+    config.init_layers = ('conv1', 'fc8')
+    with pytest.raises(UsageError, match=r'cannot give fc8 \(512x10 there, 512x7 here\)'):
         train.run(config, tmp_path / 'v')
+    config.init_layers = ('conv9',)
+    with pytest.raises(UsageError, match=r"init_layers: 'conv9' is not one of conv1"):
+        train.run(config, tmp_path / 'u')
 
 
 def test_the_same_weights_in_another_net_are_told(smoke_run, seven, capsys):
     config = tuned(smoke_run, seven)
     restored = transfer.read(str(smoke_run))
     tree = json.loads(configuration.as_json(config))
-    transfer.compare(tree, restored, 'W')
+    layers = tree['model']['layers']
+    transfer.compare(tree, restored, 'W', layers[:-1])
     assert capsys.readouterr().err == ''  # what differs is about beginnings and training
     tree['model']['conv1']['then'] = ['relu', 'lrn', 'pool']
     tree['preprocess']['scale'] = 0.5
-    transfer.compare(tree, restored, 'W')
+    transfer.compare(tree, restored, 'W', layers[:-1])
     assert capsys.readouterr().err.strip() == (
         'warning: W was trained with other values of model.conv1.then, preprocess.scale'
     )
+    transfer.compare(tree, restored, 'W', ['fc7'])
+    assert capsys.readouterr().err.splitlines() == [
+        'warning: fc7 of W followed another layer there; to start fresh from there on, set '
+        'init_layers to the layers before',
+        'warning: W was trained with other values of preprocess.scale',
+    ]
 
 
 @pytest.mark.parametrize(
@@ -212,8 +248,72 @@ def test_the_recipe_is_for_any_of_our_nets(base):
 
 def test_a_config_from_before_fine_tuning_still_loads(smoke_run):
     tree = json.loads((smoke_run / 'config.json').read_text())
-    assert not {'init_from', 'init_statistics'} & set(tree)
+    assert not {'init_from', 'init_statistics', 'init_layers'} & set(tree)
     settings = configuration.unpack(tree)
-    assert settings.init_from == 'none'
+    assert (settings.init_from, settings.init_layers) == ('none', ())
     assert settings.optimizer.multipliers == ()
     assert settings.data.workers == -1
+
+
+# ----------------------------------------------------------- 2012's chain: 145, 146, 146 once more
+
+
+@pytest.fixture(scope='module')
+def pictures(data_dir, tmp_path_factory):
+    """Two sets from folders of pictures: 'small' of three classes, 'big' of five others."""
+    part = data.load('fashion_mnist', data_dir, 'train[:400]')
+    folder = tmp_path_factory.mktemp('pictures')
+    for name, classes in (('small', (7, 8, 9)), ('big', (0, 1, 2, 3, 4))):
+        for label in classes:
+            home = folder / 'source' / name / part.class_names[label].replace('/', ' ')
+            home.mkdir(parents=True)
+            for number, image in enumerate(part.images[part.labels == label][:24]):
+                Image.fromarray(image[..., 0]).save(home / f'{number}.png')
+        source, out = str(folder / 'source' / name), str(folder)
+        words = ['folder', '--source', source, '--data_dir', out, '--px=28', '--workers=1']
+        assert prepare.main([*words, '--storage=raw']) == 0
+    return folder
+
+
+def link(name, folder, source='', **changes):
+    """One link of the chain, by the commands of configs/alexnet_conv6.py, shrunk."""
+    module, scale = (finetune, 'quickstart,alexnet_conv6') if source else (alexnet, 'quickstart')
+    config = module.get_config(scale)
+    config.model.fc8.features = 0
+    config.data.update(name=name, data_dir=str(folder), train='train', validation='validation')
+    config.model.channels, config.batch_size, config.epochs = 3, 16, 1.0
+    config.model.input_px = config.preprocess.resize_px = 64
+    config.preprocess.image_px = 68
+    alexnet.narrow(config.model, 2)
+    config.loop.update(eval_batch_size=16, tensorboard=False, compilation_cache='none')
+    if source:
+        config.init_from = str(source)
+    config.update_from_flattened_dict({k.replace('__', '.'): v for k, v in changes.items()})
+    return config
+
+
+def test_the_chain_of_1_cnn_star(pictures, tmp_path, capsys):
+    """145 -> 146 on a larger set of labels -> the set that is wanted (paper 6.1; runs 145, 146)."""
+    convolutions = tuple(f'conv{i}' for i in range(1, 6))
+    train.run(link('small', pictures), tmp_path / '145')
+    assert 'carried over' not in capsys.readouterr().err
+    first = {'seed': 1, 'init_layers': convolutions, 'optimizer__multipliers__conv1': 0.0}
+    train.run(link('big', pictures, tmp_path / '145', **first), tmp_path / '146-big')
+    said = capsys.readouterr().err
+    assert 'conv1, conv2, conv3, conv4, conv5 carried over, fresh: conv6 (not there), fc6' in said
+    assert 'warning: ' + str(tmp_path) not in said
+    assert 'followed another layer' not in said
+    second = {'optimizer__multipliers__conv1': 0.0, 'optimizer__multipliers__conv6': 0.0}
+    train.run(link('small', pictures, tmp_path / '146-big', **second), tmp_path / '146')
+    said = capsys.readouterr().err
+    assert 'conv5, conv6, fc6, fc7 carried over, fresh: fc8 (512x5 there, 512x3 here)' in said
+    base, big, last = (
+        checkpoint.read(tmp_path / name / 'checkpoints').state['state']['params']
+        for name in ('145', '146-big', '146')
+    )
+    for kind in ('kernel', 'bias'):
+        np.testing.assert_array_equal(last['conv1'][kind], base['conv1'][kind])  # frozen, twice
+        np.testing.assert_array_equal(last['conv6'][kind], big['conv6'][kind])
+    assert [tree['fc8']['bias'].shape for tree in (base, big, last)] == [(3,), (5,), (3,)]
+    assert np.abs(last['fc7']['kernel'] - big['fc7']['kernel']).max() < 0.1
+    assert np.abs(big['fc7']['kernel'] - base['fc7']['kernel']).max() > 0.02  # drawn anew

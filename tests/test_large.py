@@ -495,7 +495,7 @@ def command(repository, data_dir, cache_dir, tmp_path):
 def test_a_stopped_run_on_a_large_set_resumes(smoke_run, command, tmp_path):
     crew = Crew(command, tmp_path, 1, devices=8)
     crew.wait_for_step(2)
-    crew.guards[0].send_signal(signal.SIGTERM)
+    crew.processes[0].send_signal(signal.SIGTERM)
     assert crew.wait() == {0: 143}, crew.said(0)
     assert 'Traceback' not in crew.said(0)
     again = Crew(command, tmp_path, 1, devices=8)

@@ -75,7 +75,7 @@ def test_only_checkpoint_knows_orbax():
 
 
 def test_main_is_a_doorbell():
-    """Flags, one call, one sentence when it ends badly; a guard where it is one of several."""
+    """Flags, one call, one sentence when it ends badly."""
     assert len((ROOT / 'main.py').read_text().splitlines()) <= 100
 
 

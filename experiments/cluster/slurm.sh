@@ -26,9 +26,9 @@ MOST_RESTARTS=${MOST_RESTARTS:-20}  # of all kinds together, Slurm's own include
 # the tasks do. It waits until they have saved; whether the job comes back is for Slurm to say.
 trap 'ended_by_slurm=yes' TERM
 
-# The tasks watch each other and all end with the exit code of the one at fault. Slurm must not be
-# quicker: the signal by which it would kill the others would hide an exit code of 2.
-srun --kill-on-bad-exit=0 --wait=600 "${PYTHON:-python}" main.py "$@"
+# A task that fails hands its exit code to the others, and all end with it; what has not ended 30 s
+# later is killed. Not --kill-on-bad-exit=1: its signal could hide an exit code of 2.
+srun --kill-on-bad-exit=0 --wait=30 "${PYTHON:-python}" main.py "$@"
 code=$?
 
 restarts=${SLURM_RESTART_COUNT:-0}

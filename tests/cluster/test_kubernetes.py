@@ -25,7 +25,7 @@ def pod(parts):
     return parts['Job']['spec']['template']['spec']
 
 
-def test_each_pod_finds_its_place(parts, pod):
+def test_each_pod_finds_its_index(parts, pod):
     """Names as Kubernetes makes them: <job>-<index>.<service>; the index is in the environment."""
     job, service = parts['Job'], parts['Service']
     assert service['spec']['clusterIP'] == 'None'
@@ -37,12 +37,12 @@ def test_each_pod_finds_its_place(parts, pod):
     count = job['spec']['completions']
     assert job['spec']['parallelism'] == count
     for index in range(count):
-        place = distributed.find_place(environ | {'JOB_COMPLETION_INDEX': str(index)})
-        assert place is not None
-        assert (place.process, place.processes) == (index, count)
-        host, port = place.address
+        info = distributed.detect(environ | {'JOB_COMPLETION_INDEX': str(index)})
+        assert info is not None
+        assert (info.process, info.processes) == (index, count)
+        host, port = str(info.coordinator).rsplit(':', 1)
         assert host == f'{job["metadata"]["name"]}-0.{service["metadata"]["name"]}'
-        assert 1024 < port < 2**16
+        assert 1024 < int(port) < 2**16
 
 
 def test_all_but_nonsense_is_started_again(parts, pod):

@@ -1,4 +1,4 @@
-"""A real Slurm of one node and experiments/cluster/slurm.sh: kills, preemption, usage errors.
+"""A real Slurm of one node and experiments/cluster/slurm.sh: kills, freezes, preemption, misuse.
 
     make test-cluster
 
@@ -19,8 +19,9 @@ from pathlib import Path
 
 import pytest
 
-from alexnet_jax import distributed, records
+from alexnet_jax import records
 from tests.cluster import one_node
+from tests.test_distributed import CONNECT
 from tests.test_train import assert_same, outcome
 
 LIMIT_SECS = 900  # for anything that is waited for: a busy machine of two cores takes its time
@@ -120,8 +121,8 @@ def undisturbed(submit) -> Path:
     return job.workdir
 
 
-def processes(workdir: Path) -> dict[tuple[str, int], int]:
-    """Ids of the run's processes: {('guard' or 'child', number): pid}."""
+def processes(workdir: Path) -> dict[int, int]:
+    """Return the ids of the run's processes, {task: pid}."""
     found = {}
     for path in Path('/proc').glob('[0-9]*'):
         with contextlib.suppress(OSError):  # it ended meanwhile
@@ -130,35 +131,37 @@ def processes(workdir: Path) -> dict[tuple[str, int], int]:
                 continue
             lines = (path / 'environ').read_text().split('\0')
             environ = dict(line.split('=', 1) for line in lines if '=' in line)
-            role = 'child' if distributed.CHILD in environ else 'guard'
-            found[role, int(environ['SLURM_PROCID'])] = int(path.name)
+            rank = environ.get('OMPI_COMM_WORLD_RANK', environ.get('SLURM_PROCID'))
+            found[int(str(rank))] = int(path.name)
     return found
 
 
-def kill(job: Job, role: str, number: int) -> None:
-    found = processes(job.workdir)
-    assert set(found) == {(r, n) for r in ('guard', 'child') for n in (0, 1)}, job.said()
-    os.kill(found[role, number], signal.SIGKILL)
+def send(workdir: Path, number: signal.Signals, task: int) -> None:
+    found = processes(workdir)
+    assert set(found) == {0, 1}
+    os.kill(found[task], number)
 
 
-def test_killed_tasks_are_started_again_and_end_in_the_same_bits(undisturbed, submit):
-    job = submit('killed')
+def test_killed_and_frozen_tasks_are_started_again_and_end_in_the_same_bits(undisturbed, submit):
+    job = submit('killed', '--config.processes.peer_timeout_secs=10')
     job.reach(10)
-    kill(job, 'child', 1)
+    send(job.workdir, signal.SIGKILL, 1)
     job.come_back(1)
-    job.reach(36)
-    kill(job, 'guard', 0)
+    job.reach(26)
+    send(job.workdir, signal.SIGSTOP, 1)
+    job.come_back(2)
+    job.reach(42)
+    send(job.workdir, signal.SIGKILL, 0)
     shown = job.finish()
     assert (shown['JobState'], shown['ExitCode']) == ('COMPLETED', '0:0'), job.said()
-    assert shown['Restarts'] == '2', job.said()
-    assert re.search(r'process 1 of 2 \(.*\) was ended by SIGKILL', job.said()), job.said()
-    assert re.search(r'process 0 of 2 \(.*\) is gone without a word', job.said()), job.said()
-    assert 'goes into the queue again, restart 2' in job.said()
+    assert shown['Restarts'] == '3', job.said()
+    assert 'goes into the queue again, restart 3' in job.said()
+    assert 'could not be written' not in job.said()
     steps = [int(step) for step in re.findall(r'going on from step (\d+) of 64', job.said())]
-    assert len(steps) == 2, job.said()
+    assert len(steps) == 3, job.said()
     # Logged, not saved yet: a kill may take with it the save under way and the one before.
-    assert steps[0] >= 10 - 4, job.said()
-    assert steps[1] >= 36 - 4, job.said()
+    for step, reached in zip(steps, (10, 26, 42), strict=True):
+        assert step >= reached - 4, job.said()
     assert_same(outcome(undisturbed), outcome(job.workdir))
 
 
@@ -196,6 +199,31 @@ def test_nonsense_is_not_started_again(submit):
     assert 'not started again: what was asked makes no sense' in job.said()
 
 
+def test_nonsense_that_one_task_alone_meets_is_not_started_again(undisturbed, submit):
+    """The first looks at the workdir; the other, in a collective then, ends with its exit code."""
+    job = submit('anothers', f'--workdir={undisturbed}', '--config.seed=5')
+    shown = job.finish()
+    assert (shown['JobState'], shown['ExitCode']) == ('FAILED', '2:0'), job.said()
+    assert shown['Restarts'] == '0', job.said()
+    assert 'main.py: process 0: ' in job.said()
+    assert 'holds a run of another config, different in seed' in job.said()
+
+
+def test_two_steps_of_a_job_side_by_side(cluster, repository):
+    """Each has a port of its own; JAX's would be the job's."""
+    srun = 'srun --overlap --ntasks=2'
+    script = f"""#!/bin/bash
+        {srun} python -c "$CONNECT" & first=$!
+        {srun} python -c "$CONNECT" && wait $first
+    """
+    done = subprocess.run(
+        ['sbatch', '--wait', '--ntasks=2', '--output=/dev/null'],
+        input=script, cwd=repository, env=cluster | {'CONNECT': CONNECT},
+        capture_output=True, text=True, timeout=LIMIT_SECS,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
 def test_started_again_so_often_and_no_more(submit):
     job = submit('hopeless', '--workdir=/proc/nowhere', MOST_RESTARTS='1')
     shown = job.finish()
@@ -205,16 +233,59 @@ def test_started_again_so_often_and_no_more(submit):
     assert job.said().strip().endswith('exit code 1, not started again after 1 restarts')
 
 
-def test_mpirun_ends_in_the_same_bits(undisturbed, cluster, repository, data_dir, cache_dir):
+@pytest.fixture
+def mpirun(cluster, repository, data_dir, cache_dir):
+    """Starts two processes under Open MPI: mpirun(workdir, *more_flags)."""
+
+    def call(workdir: Path, *words: str) -> subprocess.Popen:
+        launcher = [
+            'mpirun',
+            '--allow-run-as-root',
+            '--oversubscribe',
+            '--bind-to',
+            'none',
+            '-n',
+            '2',
+        ]
+        command = [
+            *launcher,
+            sys.executable,
+            'main.py',
+            *flags(workdir, data_dir, cache_dir),
+            *words,
+        ]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(
+            command, cwd=repository, env=cluster, stdout=pipe, stderr=pipe, text=True
+        )
+
+    return call
+
+
+def test_mpirun_ends_in_the_same_bits_after_a_kill(undisturbed, mpirun):
     workdir = undisturbed.with_name('mpi')
-    done = subprocess.run(
-        ['mpirun', '-n', '2', '--allow-run-as-root', '--oversubscribe',
-         sys.executable, 'main.py', *flags(workdir, data_dir, cache_dir)],
-        cwd=repository, env=cluster, capture_output=True, text=True, timeout=LIMIT_SECS,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert 'test accuracy' in done.stdout
+    killed = mpirun(workdir)
+    deadline = time.monotonic() + LIMIT_SECS
+    while max((r['step'] for r in records.read(workdir)), default=0) < 10:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    send(workdir, signal.SIGKILL, 1)
+    killed.communicate(timeout=LIMIT_SECS)
+    assert killed.returncode != 0
+    assert not processes(workdir)
+    again = mpirun(workdir)
+    out, err = again.communicate(timeout=LIMIT_SECS)
+    assert again.returncode == 0, err
+    assert 'going on from step' in err
+    assert 'test accuracy' in out
     assert_same(outcome(undisturbed), outcome(workdir))
+
+
+def test_mpirun_reports_a_usage_error_of_one_process(undisturbed, mpirun):
+    refused = mpirun(undisturbed, '--config.seed=5')
+    _, err = refused.communicate(timeout=LIMIT_SECS)
+    assert refused.returncode == 2, err
+    assert 'holds a run of another config, different in seed' in err
 
 
 def test_the_script_is_clean(cluster, repository):
