@@ -18,9 +18,9 @@ from alexnet_jax.model import Layer, Net
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """`train`, `validation` and `test` are split expressions of TFDS.
+    """`train`, `validation` and `test` are split expressions of TFDS; `validation` may be 'none'.
 
-    workers: processes that read a data set too large for memory; -1: one a core; 0: none.
+    workers: threads that read a data set too large for memory; -1: one a core; 0: none.
     resident_gib: up to which size a decoded split is held in memory; see data.load.
     """
 
@@ -365,6 +365,11 @@ def _check(settings: Settings) -> None:
         raise UsageError(
             "optimizer.biases.kind 'plateau' follows the weights' rule: set "
             'optimizer.weights.kind=plateau too.'
+        )
+    if update.weights.kind == 'plateau' and settings.data.validation == 'none':
+        raise UsageError(
+            "optimizer.weights.kind 'plateau' follows the validation error, and data.validation is "
+            'none: give a split, or another schedule.'
         )
     if not 0 <= update.momentum < 1:
         raise UsageError('optimizer.momentum must lie in [0, 1).')

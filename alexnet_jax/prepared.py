@@ -17,6 +17,7 @@ from alexnet_jax.errors import RunError
 
 Report = Callable[[str], None]
 
+FETCHED = ('fashion_mnist',)  # fetched and prepared at the first use
 OFFICIAL = ('imagenet2010', 'imagenet2012')  # their archives are to be had on request only
 PREPARATION = 'preparation.json'  # beside the records of a set made from pictures by this program
 

@@ -36,6 +36,8 @@ def open_splits(config: Data, splits: Sequence[str], data_dir: str = '') -> list
     def load(split: str) -> Dataset:
         if split not in NAMED:
             return data.load(config.name, folder, split, **options)
+        if split == 'validation' and config.validation == 'none':
+            raise UsageError('data.validation is none: name another split of the data.')
         try:
             return data.load(config.name, folder, getattr(config, split), **options)
         except UsageError as error:

@@ -1,4 +1,9 @@
-"""What the paper's preprocessing needs to know of the training images (section 4.1), streaming."""
+"""Mean image and principal colours of the training images (paper, section 4.1), in one pass.
+
+They are those of the images as training reads them, that is of decoded records: before and after
+JPEG encoding the mean image differs by up to one of 255 levels. So it does not matter who sums the
+images up, preparation or the first training run, nor from where they are read.
+"""
 
 import zipfile
 from dataclasses import dataclass
@@ -8,15 +13,12 @@ import numpy as np
 
 from alexnet_jax import files
 
-BLOCK_PX = 256  # 256 products of two bytes sum to less than 2^24: float32 is exact
-MOST_RECENT = (2**24 - 1) // 255  # bytes so many sum exactly in float32
-CHUNK_VALUES = 2**19  # taken at once: what fits a cache, and bounds the memory
-MOST_IMAGES = (2**32 - 1) // 255  # 16.8 million
+CHUNK_VALUES = 2**18  # summed at once: 2 MiB of float64 fit a cache
 
 
 @dataclass(frozen=True, eq=False)
 class Statistics:
-    """What the paper's preprocessing needs to know of the training images (section 4.1)."""
+    """Mean image and principal components of the pixel colours."""
 
     mean_image: np.ndarray  # float32 [H, W, C], 0-255 units
     colour_std: np.ndarray  # float32 [C], descending: roots of the pixel covariance's eigenvalues
@@ -26,138 +28,94 @@ class Statistics:
 class Sums:
     """Sums over images, from which their statistics follow.
 
-    Sums of bytes and of products of two bytes are whole numbers, and are added as such. So the
-    result depends neither on the order of the images nor on how they are cut into parts.
+    All summands are integers, and float64 adds integers exactly up to 2^53: 2.1 million white
+    images of 256 x 256 px. So the result depends neither on the order of the images nor on how they
+    are split among processes.
     """
 
     def __init__(self, shape: tuple[int, ...]):
-        """Of images of `shape` [H, W, C]."""
+        """Begin with no image; `shape` is that of an image, [H, W, C]."""
         height, width, channels = shape
         self.count = 0
-        self.products = np.zeros((channels, channels))  # float64 is exact up to 2^53
-        self._total = np.zeros((channels, height, width), np.uint32)  # fits MOST_IMAGES bytes
-        self._recent = np.zeros(self._total.shape, np.float32)  # not yet in _total
-        self._recent_count = 0
-        self._blocks = np.zeros((0, 0, 0), np.float32)  # kept: new memory costs more than the sums
-        self._pixel_count = 0  # in them
+        self.total = np.zeros((channels, height, width))  # of the images
+        self.products = np.zeros((channels, channels))  # of two channels, over all pixels
 
     @classmethod
     def of(cls, count: int, total: np.ndarray, products: np.ndarray) -> 'Sums':
-        """Those of `count` images, as they were kept."""
-        channels, height, width = total.shape
-        found = cls((height, width, channels))
-        found.count, found._total, found.products = count, total, products
-        return found
-
-    @property
-    def total(self) -> np.ndarray:
-        """Sums over images: uint32 [C, H, W]."""
-        self._settle()
-        return self._total
+        """Return the sums over `count` images that were kept."""
+        sums = cls((*total.shape[1:], len(total)))
+        sums.count, sums.total, sums.products = count, total, products
+        return sums
 
     def add(self, images: np.ndarray) -> None:
-        """Images uint8 [n, H, W, C] more.
-
-        Raises:
-            OverflowError: beyond MOST_IMAGES.
-        """
-        at_once = max(1, CHUNK_VALUES // max(1, self._total.size))
+        """Add images, uint8 [N, H, W, C]."""
+        channels, size = len(self.total), self.total[0].size
+        at_once = max(1, CHUNK_VALUES // self.total.size)
+        buffer = np.empty((channels, min(at_once, len(images)), size))
         for start in range(0, len(images), at_once):
-            self.add_planes(np.moveaxis(images[start : start + at_once], -1, 0))
-
-    def add_planes(self, planes: np.ndarray) -> None:
-        """As `add`, of images whose channels come first: uint8 [C, n, H, W]."""
-        self._counted(planes.shape[1])
-        images = self._floats(planes)
-        for i in range(planes.shape[1]):
-            if self._recent_count == MOST_RECENT:
-                self._settle()
-            self._recent += images[:, i]
-            self._recent_count += 1
-        self.products += self._products()
+            chunk = images[start : start + at_once]
+            planes = buffer[:, : len(chunk)]
+            planes[...] = chunk.reshape(len(chunk), size, channels).transpose(2, 0, 1)
+            for image in planes.swapaxes(0, 1):
+                self.total += image.reshape(self.total.shape)
+            pixels = planes.reshape(channels, -1)
+            for i in range(channels):
+                for j in range(i + 1):
+                    self.products[i, j] += pixels[i] @ pixels[j]
+                    self.products[j, i] = self.products[i, j]
+        self.count += len(images)
 
     def merge(self, other: 'Sums') -> None:
-        """What `other` has counted, added to this."""
-        self._counted(other.count)
-        self._total += other.total
+        """Add the images that `other` has counted."""
+        self.count += other.count
+        self.total += other.total
         self.products += other.products
 
-    def _settle(self) -> None:
-        if not self._recent_count:
-            return
-        self._total += self._recent.astype(np.uint32)
-        self._recent[:], self._recent_count = 0, 0
-
-    def _floats(self, planes: np.ndarray) -> np.ndarray:
-        """The planes as float32, a view of `_blocks`: converted once, for both kinds of sums."""
-        channels, pixel_count = len(planes), planes[0].size
-        if pixel_count != self._pixel_count:
-            self._pixel_count, blocks = pixel_count, -(-pixel_count // BLOCK_PX)
-            self._blocks = np.zeros((channels, blocks, BLOCK_PX), np.float32)
-        images = self._blocks.reshape(channels, -1)[:, :pixel_count].reshape(planes.shape)
-        images[...] = planes
-        return images
-
-    def _products(self) -> np.ndarray:
-        """Sums over all pixels of `_blocks` of the products of two channels: [C, C], exact."""
-        channels = len(self._blocks)
-        products = np.empty((channels, channels))
-        for i in range(channels):
-            for j in range(i + 1):
-                sums = np.einsum('bp,bp->b', self._blocks[i], self._blocks[j])
-                products[i, j] = products[j, i] = sums.sum(dtype=np.float64)
-        return products
-
-    def _counted(self, images: int) -> None:
-        self.count += images
-        if self.count > MOST_IMAGES:
-            raise OverflowError(f'more than {MOST_IMAGES:,} images')
-
     def result(self) -> Statistics:
-        """Each vector is signed so that its entry of largest magnitude is positive."""
-        total = self.total
-        pixel_count = self.count * total.shape[1] * total.shape[2]
-        mean = total.sum(axis=(1, 2), dtype=np.int64) / pixel_count
+        """Return the statistics; each vector's entry of largest magnitude is positive."""
+        pixel_count = self.count * self.total[0].size
+        mean = self.total.sum(axis=(1, 2)) / pixel_count
         variances, vectors = np.linalg.eigh(self.products / pixel_count - np.outer(mean, mean))
         variances, vectors = variances[::-1], vectors[:, ::-1]  # eigh sorts upwards
         largest = np.take_along_axis(vectors, np.abs(vectors).argmax(axis=0)[None, :], axis=0)
         return Statistics(
-            mean_image=(np.moveaxis(total, 0, -1) / self.count).astype(np.float32, order='C'),
+            mean_image=(np.moveaxis(self.total, 0, -1) / self.count).astype(np.float32, order='C'),
             colour_std=np.sqrt(np.maximum(variances, 0)).astype(np.float32),
             colour_vectors=(vectors * np.sign(largest)).astype(np.float32),
         )
 
 
 def save(path: Path, statistics: Statistics, count: int) -> None:
-    """Write the statistics of `count` images, whole or not at all, the same bytes each time."""
+    """Write the statistics of `count` decoded images atomically; the same bytes each time."""
     with files.whole(path) as scratch, scratch.open('wb') as file:
-        np.savez(file, count=np.int64(count), **vars(statistics))
+        # Files of earlier versions have 'count', and are of the images before encoding.
+        np.savez(file, count_decoded=np.int64(count), **vars(statistics))
 
 
 def load(path: Path) -> tuple[Statistics, int]:
-    """The statistics, and of how many images they are.
+    """Return the statistics in a file, and the number of images they were computed from.
 
     Raises:
-        OSError, ValueError, KeyError: they are not there, or damaged.
+        OSError, ValueError, KeyError: the file is missing, damaged, or of images before encoding.
     """
     try:
         with np.load(path) as file:
             names = ('mean_image', 'colour_std', 'colour_vectors')
-            return Statistics(*(file[name] for name in names)), int(file['count'])
-    except (zipfile.BadZipFile, EOFError) as error:  # cut off
+            return Statistics(*(file[name] for name in names)), int(file['count_decoded'])
+    except (zipfile.BadZipFile, EOFError) as error:
         raise ValueError(str(error)) from None
 
 
 def far_from(found: Statistics, known: Statistics) -> str | None:
-    """What differs much from known colours, in words; None if nothing does.
+    """Return in words what differs much from known colours; None if nothing does.
 
-    Much is a tenth of a standard deviation's size, or ten degrees of a direction.
+    Much is a tenth of a standard deviation, or ten degrees of a direction.
     """
     ratios = found.colour_std / known.colour_std
     if np.abs(ratios - 1).max() > 0.1:
         pairs = zip(found.colour_std, known.colour_std, strict=True)
-        said = ', '.join(f'{ours:.1f} for {theirs:.1f}' for ours, theirs in pairs)
-        return f'the colours vary otherwise than they should (standard deviations {said})'
+        values = ', '.join(f'{ours:.1f} for {theirs:.1f}' for ours, theirs in pairs)
+        return f'the colours vary otherwise than they should (standard deviations {values})'
     cosines = np.abs((found.colour_vectors * known.colour_vectors).sum(axis=0))
     if cosines.min() < np.cos(np.radians(10)):
         return 'the colours vary in other directions than they should'

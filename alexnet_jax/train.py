@@ -67,7 +67,7 @@ class Job:
     workdir: Path
     layout: Layout
     train: Dataset
-    validation: Dataset
+    validation: Dataset | None  # None if data.validation is 'none'
     test: Dataset
     statistics: Statistics
     optimizer: optax.GradientTransformationExtraArgs
@@ -117,7 +117,8 @@ class Job:
 def open_job(config: Config, settings: Settings, workdir: Path) -> Job:
     """Get the data and build what the config describes; nothing is trained yet."""
     layout = parallel.lay_out(settings.mesh, settings.batch_size)
-    train, validation, test = splits.open_splits(settings.data, splits.NAMED)
+    validated = () if settings.data.validation == 'none' else ('validation',)
+    train, test, *validation = splits.open_splits(settings.data, ('train', 'test', *validated))
     _check_data(settings, train)
     statistics = parallel.place(_statistics(settings, train, workdir), parallel.whole(layout))
     optimizer = make_optimizer(settings, len(train))
@@ -128,7 +129,7 @@ def open_job(config: Config, settings: Settings, workdir: Path) -> Job:
         workdir=workdir,
         layout=layout,
         train=train,
-        validation=validation,
+        validation=validation[0] if validation else None,
         test=test,
         statistics=statistics,
         optimizer=optimizer,
@@ -245,8 +246,9 @@ def resume_or_start(job: Job, checkpoints: Checkpoints) -> tuple[Job, TrainState
 def match_classes(job: Job, names: list[str]) -> Job:
     """Number the classes of the data as the checkpoint does; see `splits.match`."""
     matched = {
-        split: splits.match(getattr(job, split), names, job.settings.data, job.workdir)
+        split: splits.match(dataset, names, job.settings.data, job.workdir)
         for split in splits.NAMED
+        if (dataset := getattr(job, split)) is not None
     }
     if sorted(job.train.class_names) == sorted(names) and job.train.class_names != tuple(names):
         say('warning: the data has its classes in another order now; they are mapped by name')
@@ -307,7 +309,7 @@ def train(
 ) -> TrainState:
     """From the state's step to the last; evaluates, saves and logs on the way."""
     loop, start = job.settings.loop, int(state.step)
-    evaluations = job.moments(loop.evaluate_every_epochs)
+    evaluations = job.moments(loop.evaluate_every_epochs) if job.validation else frozenset()
     saves = job.moments(loop.checkpoint_every_epochs)
     log = StepLog(job, history, book, start)
     # Two threads: while one puts a batch on the devices, the next is read.
@@ -341,6 +343,7 @@ def epoch_end(
 ) -> tuple[TrainState, float]:
     """Evaluate on every validation image; the plateau rule sees the error."""
     step = int(state.step)
+    assert job.validation is not None
     scores = job.scores(state.params, job.validation)
     history.errors.append(scores['top1_error'])
     epoch = step / job.settings.steps_per_epoch(len(job.train))

@@ -1,30 +1,28 @@
-"""Reading of large data sets: start-up at ImageNet's size, and images/s by number of processes.
+"""Measure reading: start-up at ImageNet's size, images/s and processor time an image.
 
-    python -m experiments.bench_reading [--rounds=5] [--scratch=DIR] [--count=1281167]
+    python -m experiments.bench_reading [--against=CHECKOUT] [--rounds=7] [--scratch=DIR]
 
 Start-up: a set of 1,281,167 records in 626 files, as ImageNet's training split is prepared, but of
-8 x 8 px. A fresh process opens it and makes its first batch: seconds, memory, the permutation.
+8 x 8 px. A fresh process opens it and makes its first batch.
 
-Rates: 256 x 256 px, raw and JPEG, drawn by code (noise of several scales), in the page cache. In
-alternating rounds of one run: batches of 128 in random order, by our readers and by grain from the
-same files (`pip install grain`; its rows are left out where it is not); and grain reading the bare
-records, bytes that nobody looks at, in one process. One JSON object goes to
-experiments/results/reading/<device>.json.
+Rates: batches of 128 in random order from images of 256 x 256 px, raw and JPEG, drawn by code
+(noise of several scales), in the page cache.
+
+With `--against`, the same from another checkout of this repository. All processes take turns, round
+by round, and medians are kept. The result goes to experiments/results/reading/<device>.json.
 """
 
 import argparse
-import contextlib
 import json
 import os
 import re
-import resource
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -32,13 +30,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from alexnet_jax import data, records, shard_writer, stored
+from alexnet_jax import pictures, records, shard_writer
 from alexnet_jax.machine import cores
-from alexnet_jax.readers import Readers
 
-RESULTS = Path(__file__).parent / 'results' / 'reading'
-FILES, CLASSES, BATCH, PX = 626, 1000, 128, 256
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / 'experiments' / 'results' / 'reading'
+FILES, CLASSES, BATCH, PX, QUALITY = 626, 1000, 128, 256, 90
 IMAGES = {'raw': 2000, 'jpeg': 4000}  # 400 MB and about 120 MB
+BATCHES = {'raw': 60, 'jpeg': 20}  # a round
 
 
 # ---- data sets ------------------------------------------------------------------------------
@@ -80,248 +79,174 @@ def drawn(rng: np.random.Generator) -> np.ndarray:
     return total.astype(np.uint8)
 
 
-# ---- start-up -------------------------------------------------------------------------------
+def write_all(scratch: Path, count: int) -> dict[str, int]:
+    """Write the three sets; return the mean bytes of an image of those that are read for rates."""
+    rng = np.random.default_rng(0)
+    tiny = rng.integers(0, 256, (64, 192), np.uint8)
+    write(scratch / 'small', count, FILES, 8, lambda i: tiny[i % 64].tobytes())
+    beside = dict(
+        mean_image=np.zeros((8, 8, 3), np.float32),
+        colour_std=np.ones(3, np.float32),
+        colour_vectors=np.eye(3, dtype=np.float32),
+    )  # both names of the count: this version and earlier ones
+    np.savez(scratch / 'small/1.0.0/statistics.npz', count=count, count_decoded=count, **beside)
+    images = [drawn(rng) for _ in range(100)]
+    encoded = {
+        'raw': [image.tobytes() for image in images],
+        'jpeg': [pictures.jpeg(image, QUALITY) for image in images],
+    }
+    for name, some in encoded.items():
+        write(scratch / name, IMAGES[name], 4, PX, lambda i, some=some: some[i % len(some)])
+    return {name: round(statistics.mean(map(len, some))) for name, some in encoded.items()}
+
+
+# ---- what is measured, in processes of their own --------------------------------------------
 
 START = """
-import json, resource, sys, time
+import json, sys, time
 begin = time.perf_counter()
+from pathlib import Path
 from alexnet_jax import data
-dataset = data.load('small', sys.argv[1], 'train', workers=-1, resident_gib=0.0)
+dataset = data.load('small', sys.argv[1], 'train', workers=2, resident_gib=0.0)
 opened = time.perf_counter()
-statistics = data.statistics_of(dataset)
+data.statistics_of(dataset)
 stream = data.TrainStream(dataset, seed=0, batch_size=128)
-first = stream.batch(0)
+stream.batch(0)
 batch = time.perf_counter()
-data.permutation.cache_clear()
-again = time.perf_counter()
-data.permutation(0, 1, len(dataset))
-end = time.perf_counter()
-for step in range(1, 200):  # readers open their files: of 626, most are hit in 25,600 images
+for step in range(1, 200):  # of 626 files, most are opened in 25,600 images
     stream.batch(step)
 
-def anonymous(pid):
-    lines = open(f'/proc/{pid}/status').read().splitlines()
+def memory(pid):
+    lines = Path(f'/proc/{pid}/status').read_text().splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith(('RssAnon', 'RssShmem')))
 
+children = ' '.join(path.read_text() for path in Path('/proc/self/task').glob('*/children'))
 print(json.dumps({
     'records': len(dataset),
     'opened_secs': opened - begin,
     'first_batch_secs': batch - begin,
-    'permutation_secs': end - again,
-    'main_mib': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-    'reader_mib': [anonymous(pid) / 1024 for pid in dataset.images.readers.pids],
+    'total_mib': sum(memory(pid) for pid in ['self', *children.split()]) / 1024,
 }))
 """
 
-
-def start_up(scratch: Path, count: int) -> dict[str, Any]:
-    """What it takes to open a set of ImageNet's size and to make the first batch."""
-    from alexnet_jax import statistics as room
-
-    pixels = np.random.default_rng(0).integers(0, 256, (64, 192), np.uint8)
-    begin = time.perf_counter()
-    write(scratch / 'small', count, FILES, 8, lambda i: pixels[i % 64].tobytes())
-    written = time.perf_counter() - begin
-    beside = room.Statistics(
-        np.zeros((8, 8, 3), np.float32), np.ones(3, np.float32), np.eye(3, dtype=np.float32)
-    )
-    room.save(scratch / 'small/1.0.0/statistics.npz', beside, count)
-    words = [sys.executable, '-c', START, str(scratch)]
-    found = json.loads(subprocess.check_output(words, text=True))
-    found['total_mib'] = found['main_mib'] + sum(found['reader_mib'])
-    begin = time.perf_counter()
-    labels = data.load('small', scratch, 'train', workers=0, resident_gib=0.0).labels
-    assert labels.tolist() == [i % CLASSES for i in range(count)]
-    return found | {
-        'files': FILES,
-        'all_labels_secs': time.perf_counter() - begin,
-        'write_secs': written,
-    }
-
-
-# ---- rates ----------------------------------------------------------------------------------
-
-
-class Way:
-    """A way to read: `images(n)` reads that many in random order; `close` ends it."""
-
-    def __init__(self, batches: Iterator[Any], size: int, close: Callable[[], None] | None = None):
-        self.batches, self.size, self.close = batches, size, close or (lambda: None)
-
-    def rate(self, images: int) -> float:
-        """Images a second, once what was read ahead is used up."""
-        for _ in range(1 + 6 * BATCH // self.size):
-            next(self.batches)
-        begin, count = time.perf_counter(), 0
-        while count < images:
-            next(self.batches)
-            count += self.size
-        secs = time.perf_counter() - begin
-        time.sleep(1.0)  # reading ahead ends, and does not disturb who comes next
-        return count / secs
-
-
-def ours(folder: Path, name: str, workers: int) -> tuple[Way, Readers]:
-    """By `workers` reader processes; two batches ahead, as in training."""
-    dataset: Any = data.load(name, folder, 'train', workers=0, resident_gib=0.0)
-    pool = dataset.images.readers = Readers(workers)
-    stream = data.TrainStream(dataset, 0, BATCH)
-    if not workers:
-        return Way((stream.batch(step) for step in range(10**9)), BATCH), pool
+RATES = """
+import json, sys, time
+from pathlib import Path
+from alexnet_jax import data, machine
+folder, name, workers, count = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+dataset = data.load(name, folder, 'train', workers=workers, resident_gib=0.0)
+stream = data.TrainStream(dataset, 0, 128)
+if workers:  # as in training
     batches = data.prefetch(stream.batch, 0, 10**9, depth=2, threads=2)
+else:
+    batches = (stream.batch(step) for step in range(10**9))
+next(batches)
+machine.keep_freed()
 
-    def close() -> None:
-        batches.close()
-        pool.close()
+def processor_secs():
+    children = ' '.join(path.read_text() for path in Path('/proc/self/task').glob('*/children'))
+    stats = [Path(f'/proc/{pid}/schedstat').read_text().split()[0] for pid in children.split()]
+    return time.process_time() + sum(map(int, stats)) / 1e9
 
-    return Way(batches, BATCH, close), pool
-
-
-def paths(folder: Path, name: str) -> list[str]:
-    """The files of a set."""
-    return sorted(map(str, (folder / name / '1.0.0').glob('*.array_record-*')))
-
-
-def grain_bare(folder: Path, name: str, workers: int) -> Way:
-    """Grain's records, bytes one by one: its source alone in this process, or by its workers."""
-    import grain
-
-    source = grain.sources.ArrayRecordDataSource(paths(folder, name))
-    if not workers:
-        order = np.random.default_rng(0).permutation(len(source)).tolist()
-        return Way((source[order[i % len(order)]] for i in range(10**9)), 1)
-    return by_grain(grain.MapDataset.source(source).shuffle(seed=0).repeat(None), workers, 1)
-
-
-class Decode:
-    """A record to what a batch is made of, with our parser."""
-
-    def __init__(self, raw: bool):
-        self.raw = raw
-
-    def __call__(self, record: bytes) -> dict[str, Any]:
-        """{'image', 'label'}."""
-        from alexnet_jax import pictures
-
-        image, label = stored.image_and_label(record)
-        shape = (PX, PX, 3)
-        if self.raw:
-            pixels = np.frombuffer(image, np.uint8).reshape(shape)
-        else:
-            pixels = pictures.decode(bytes(image), shape)
-        return {'image': pixels, 'label': np.int32(label)}
+for _ in sys.stdin:
+    for _ in range(6):  # what was read ahead is used up
+        next(batches)
+    begin, cpu = time.perf_counter(), processor_secs()
+    for _ in range(count):
+        next(batches)
+    images = count * 128
+    print(json.dumps({
+        'images_per_sec': images / (time.perf_counter() - begin),
+        'cpu_ms': 1e3 * (processor_secs() - cpu) / images,
+    }), flush=True)
+"""
 
 
-def grain_batches(folder: Path, name: str, workers: int) -> Way:
-    """The same batches through grain, in this process (0) or by its worker processes."""
-    import grain
-
-    source = grain.sources.ArrayRecordDataSource(paths(folder, name))
-    chain = grain.MapDataset.source(source).shuffle(seed=0).repeat(None)
-    return by_grain(chain.map(Decode(name == 'raw')).batch(BATCH), workers, BATCH)
-
-
-def by_grain(chain: Any, workers: int, size: int) -> Way:
-    """A chain of grain's, run in this process (0) or by its worker processes."""
-    import grain
-    from absl import flags
-
-    with contextlib.suppress(flags.Error):
-        flags.FLAGS.mark_as_parsed()  # grain's workers ask for it
-    options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-    iterable = chain.to_iter_dataset(options)
-    if workers:
-        iterable = iterable.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
-    iterator = iter(iterable)
-    return Way(iterator, size, getattr(iterator, 'close', None) if workers else None)
+def python(code: Path, script: str, *args: object) -> subprocess.Popen:
+    """Start a script on the package of a checkout."""
+    return subprocess.Popen(
+        [sys.executable, '-c', script, *map(str, args)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=code,
+        env=os.environ | {'PYTHONPATH': str(code)},
+    )
 
 
-def workers_of_grain() -> dict[str, Any]:
-    """What grain's worker processes hold; they are the children that are not ours."""
-    found: dict[str, Any] = {'anonymous_mib': [], 'import_jax': []}
-    for task in Path('/proc/self/task').glob('*/children'):
-        for pid in task.read_text().split():
-            line = Path(f'/proc/{pid}/cmdline').read_bytes()
-            if b'spawn_main' in line:
-                status = Path(f'/proc/{pid}/status').read_text()
-                anonymous = re.search(r'RssAnon:\s+(\d+)', status)
-                found['anonymous_mib'].append(int(anonymous[1]) / 1024 if anonymous else 0)
-                found['import_jax'].append('jaxlib' in Path(f'/proc/{pid}/maps').read_text())
-    return found
+def medians(rows: list[dict[str, float]]) -> dict[str, float]:
+    """Return the median of each key over rounds."""
+    return {key: statistics.median(row[key] for row in rows) for key in rows[0]}
 
 
-def rates(folder: Path, name: str, rounds: int) -> dict[str, Any]:
-    """Median images/s of each way, measured in turn."""
-    rng = np.random.default_rng(0)
-    form = shard_writer.Form(storage=name)
-    encoded = [form.encode(drawn(rng)) for _ in range(100)]
-    count = IMAGES[name]
-    write(folder / name, count, 4, PX, lambda i: encoded[i % len(encoded)])
-    counts = sorted({1, 2, cores()})
-    ways: dict[str, Way] = {}
-    for workers in (0, *counts):
-        ways[f'ours, {workers}'], _ = ours(folder, name, workers)
-    about: dict[str, Any] = {'bytes_an_image': round(statistics.mean(map(len, encoded)))}
-    with contextlib.suppress(ImportError):
-        ways |= {f'grain, bare records, {n}': grain_bare(folder, name, n) for n in (0, *counts)}
-        ways |= {f'grain, {n}': grain_batches(folder, name, n) for n in (0, *counts)}
-    found: dict[str, list[float]] = {key: [] for key in ways}
-    images = {'raw': 16, 'jpeg': 4}[name] * BATCH
-    for way in ways.values():  # files opened, processes started
-        way.rate(BATCH)
-    about['grain_workers'] = workers_of_grain()
+def start_up(codes: dict[str, Path], scratch: Path, rounds: int) -> dict[str, Any]:
+    """Measure fresh processes that open the set of ImageNet's size, in turn."""
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in codes}
     for _ in range(rounds):
-        for key, way in ways.items():
-            found[key].append(way.rate(images))
-    for way in ways.values():
-        way.close()
-    medians = {key: round(statistics.median(values)) for key, values in found.items()}
-    ratios = {
-        f'{ours_} to {theirs}': round(
-            statistics.median(a / b for a, b in zip(found[ours_], found[theirs], strict=True)), 3
-        )
-        for ours_, theirs in pairs(found)
+        for name, code in codes.items():
+            output, _ = python(code, START, scratch).communicate()
+            found[name].append(json.loads(output))
+    return {name: medians(rows) for name, rows in found.items()}
+
+
+def rates(codes: dict[str, Path], scratch: Path, form: str, rounds: int) -> dict[str, Any]:
+    """Measure reading by 0, 1, 2 and all cores' readers, in turn; the processes stay open."""
+    ways = {
+        f'{name}, {readers}': python(code, RATES, scratch, form, readers, BATCHES[form])
+        for readers in sorted({0, 1, 2, cores()})
+        for name, code in codes.items()
     }
-    return about | {'images_per_sec': medians, 'ratios': ratios, 'rounds': found}
+    found: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
+    for number in range(rounds + 1):
+        for way, process in ways.items():
+            assert process.stdin
+            assert process.stdout
+            process.stdin.write('\n')
+            process.stdin.flush()
+            row = json.loads(process.stdout.readline())
+            time.sleep(0.2)  # what it reads ahead does not disturb the next one
+            if number:  # the first round opens files
+                found[way].append(row)
+    for process in ways.values():
+        process.communicate()
+    return {way: medians(rows) for way, rows in found.items()}
 
 
-def pairs(found: dict[str, list[float]]) -> Iterator[tuple[str, str]]:
-    """Ours against grain's batches and its bare records, for the same number of processes."""
-    for key in found:
-        for theirs in ('grain', 'grain, bare records'):
-            other = key.replace('ours', theirs)
-            if key.startswith('ours') and other in found:
-                yield key, other
+def show(title: str, rows: dict[str, dict[str, float]]) -> None:
+    """Print a table of medians."""
+    print(title)
+    for way, row in rows.items():
+        print(f'  {way:12}', *(f'{key} {value:,.3f}' for key, value in row.items()), sep='  ')
 
 
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(prog='python -m experiments.bench_reading')
-    parser.add_argument('--rounds', type=int, default=5)
+    parser.add_argument('--rounds', type=int, default=7)
     parser.add_argument('--count', type=int, default=1_281_167, help='records of the start-up')
     parser.add_argument('--scratch', type=Path, help='about 2 GB are needed')
+    parser.add_argument('--against', type=Path, help='another checkout of this repository')
     args = parser.parse_args()
+    codes = {'ours': ROOT} | ({'against': args.against.resolve()} if args.against else {})
     scratch = Path(tempfile.mkdtemp(prefix='bench_reading.', dir=args.scratch))
-    result: dict[str, Any] = {'cores': cores()}
+    result: dict[str, Any] = {'cores': cores(), 'rounds': args.rounds, 'files': FILES}
     try:
-        result['start_up'] = start_up(scratch, args.count)
-        print(json.dumps(result['start_up']))
-        for name in IMAGES:
-            result[name] = rates(scratch, name, args.rounds)
-            print(name, json.dumps({k: v for k, v in result[name].items() if k != 'rounds'}))
+        result['bytes_an_image'] = write_all(scratch, args.count)
+        result['start_up'] = start_up(codes, scratch, args.rounds)
+        show('start-up', result['start_up'])
+        for form in IMAGES:
+            result[form] = rates(codes, scratch, form, args.rounds)
+            show(form, result[form])
     finally:
         shutil.rmtree(scratch)
-    versions = {}
-    for package in ('grain', 'array-record', 'pillow'):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[package] = metadata.version(package)
+    packages = ('array-record', 'pillow', 'simplejpeg')
+    versions = {package: metadata.version(package) for package in packages}
     result |= {'environment': records.environment() | versions, 'load_average': os.getloadavg()}
     device = re.sub(r'\W+', '_', records.device_name()).strip('_').lower()
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f'{device}.json'
     path.write_text(json.dumps(result, indent=1) + '\n')
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(f'{path.name} is written; this process took {peak:.0f} MiB at most')
+    print(f'{path} is written')
 
 
 if __name__ == '__main__':

@@ -117,14 +117,17 @@ def _prepared(found: dict) -> list[str]:
 
 
 def _read(found: dict) -> list[str]:
-    start = found['start_up']
-    raw, jpeg = (found[form]['images_per_sec'] for form in ('raw', 'jpeg'))
-    ratio = found['raw']['ratios']['ours, 0 to grain, bare records, 0']
+    start = found['start_up']['ours']
+
+    def rate(form: str, readers: int) -> str:
+        row = found[form][f'ours, {readers}']
+        return f'{row["images_per_sec"]:,.0f} images/s ({row["cpu_ms"]:.2f} ms of processor time)'
+
     return [
-        f'256 x 256 px as they are: {raw["ours, 0"]:,} images/s in one process ({ratio:.2f} of '
-        f'grain reading bare records, looking at none), {raw["ours, 2"]:,} with two readers',
-        f'as JPEG: {jpeg["ours, 0"]:,} images/s in one process, {jpeg["ours, 2"]:,} with two',
-        f'{start["records"]:,} images in {start["files"]} files: first batch after '
+        f'{found["cores"]} cores at a load of {found["load_average"][0]:.1f}; '
+        f'256 x 256 px raw: {rate("raw", 0)} in one thread, {rate("raw", 2)} with two readers',
+        f'as JPEG: {rate("jpeg", 0)} in one thread, {rate("jpeg", 2)} with two readers',
+        f'{start["records"]:,.0f} images in {found["files"]} files: first batch after '
         f'{start["first_batch_secs"]:.1f} s, {start["total_mib"]:.0f} MiB with two readers',
     ]
 

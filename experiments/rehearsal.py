@@ -5,7 +5,7 @@
 FOLDER of photographs: any, such as Debian's packages of desktop backgrounds carry. Archives in the
 official layout are made of them (official_tars.py: 1000 classes, 50,000 validation pictures, the
 odd files of the real ones), prepared, and trained on with the recipe of imagenet2012 and a narrow
-net, images read from their files by reader processes. Preparation and training are each done twice:
+net, images read from their files by threads. Preparation and training are each done twice:
 undisturbed, and killed with SIGKILL at some moment and given the same command again. Then both
 nets are evaluated, one on all 50,000. What each step took goes to results/rehearsal.jsonl. The
 error says nothing: with six pictures a class, cut from a few dozen photographs, nothing is learnt.

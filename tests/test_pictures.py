@@ -85,6 +85,76 @@ def test_the_stored_size_comes_through_unchanged():
         np.testing.assert_array_equal(pictures.picture(encoded, 64), np.asarray(picture))
 
 
+def encoded_as(picture, **how):
+    buffer = io.BytesIO()
+    picture.save(buffer, 'jpeg', **how)
+    return buffer.getvalue()
+
+
+PLAIN = [
+    *({'quality': q, 'subsampling': s} for q in (5, 90, 100) for s in ('4:4:4', '4:2:2', '4:2:0')),
+    {'progressive': True, 'quality': 80},
+    {'optimize': True, 'restart_marker_rows': 1},
+    {'comment': b'\xff\xe1Exif'},
+    {'icc_profile': b'\xff\xda\xff\xe1' * 40_000},
+]
+
+
+@pytest.mark.parametrize('mode', ['RGB', 'L'])
+@pytest.mark.parametrize('how', PLAIN, ids=str)
+def test_a_plain_jpeg_gives_pillow_s_bits_without_pillow(how, mode, monkeypatch):
+    """Sizes of all remainders of a block, so that the borders are seen too."""
+    for size in ((64, 48), (33, 50), (17, 1), (7, 95)):
+        encoded = encoded_as(photo(*size).convert(mode), **how)
+        shapes = [(*size[::-1], channels) for channels in ((3,) if mode == 'RGB' else (3, 1))]
+        expected = [np.asarray(pictures.decode_image(encoded, s)).reshape(s) for s in shapes]
+        with monkeypatch.context() as patch:
+            patch.setattr(pictures, 'decode_image', None)
+            for shape, pixels in zip(shapes, expected, strict=True):
+                np.testing.assert_array_equal(pictures.decode(encoded, shape), pixels)
+                np.testing.assert_array_equal(pictures.decode(memoryview(encoded), shape), pixels)
+
+
+XMP = b'http://ns.adobe.com/xap/1.0/\0<x tiff:Orientation="6"/>'
+SEGMENT = b'\xff\xe1' + (len(XMP) + 2).to_bytes(2) + XMP
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        lambda picture: encoded_as(picture, exif=b'Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0'
+                                                 b'\x01\0\0\0\x06\0\0\0\0\0\0\0'),
+        lambda picture: b'\xff\xd8' + SEGMENT + encoded_as(picture)[2:],
+        lambda picture: encoded_as(picture, icc_profile=b'\xff\xda' * 9)[:20] + SEGMENT
+                        + encoded_as(picture, icc_profile=b'\xff\xda' * 9)[20:],
+        lambda picture: b'\xff\xd8\xff' + encoded_as(picture)[2:],
+        lambda picture: encoded_as(picture.convert('CMYK')),
+        lambda picture: encoded_as(picture.resize((40, 40))),
+        lambda picture: encoded_as(picture) + b'more',
+        png,
+    ],
+    ids=['EXIF', 'XMP', 'XMP later', 'fill byte', 'CMYK', 'another size', 'more', 'PNG'],
+)  # fmt: skip
+def test_any_other_picture_is_read_as_pillow_reads_it(change):
+    encoded, shape = change(photo(32, 32)), (32, 32, 3)
+    expected = np.asarray(pictures.decode_image(encoded, shape))
+    np.testing.assert_array_equal(pictures.decode(encoded, shape), expected)
+
+
+def test_a_picture_turned_by_its_tag_is_turned():
+    upright, turned = photo(32, 32), b'\xff\xd8' + SEGMENT + encoded_as(photo(32, 32))[2:]
+    found = pictures.decode(turned, (32, 32, 3))
+    np.testing.assert_array_equal(
+        found, np.rot90(pictures.decode(encoded_as(upright), (32, 32, 3)), -1)
+    )
+
+
+@pytest.mark.parametrize('damage', [slice(-2), slice(-600), slice(150), slice(2)])
+def test_a_jpeg_cut_off_is_no_picture(damage):
+    with pytest.raises(pictures.BadImage):
+        pictures.decode(encoded_as(photo(64, 64))[damage], (64, 64, 3))
+
+
 def test_a_comment_does_not_come_along():
     """One that a PNG can hold and a JPEG cannot would not even be written."""
     buffer, about = io.BytesIO(), PngImagePlugin.PngInfo()
