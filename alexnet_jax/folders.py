@@ -9,7 +9,7 @@ from pathlib import Path
 
 from alexnet_jax import archives, pictures
 from alexnet_jax.errors import UsageError
-from alexnet_jax.prepared import DOWNLOADED, OFFICIAL, Report
+from alexnet_jax.prepared import FETCHED, OFFICIAL, Report
 from alexnet_jax.shard_writer import Member, Source
 
 # What folders of splits are called, here and elsewhere.
@@ -19,7 +19,7 @@ KINDS = frozenset(
     ('.bmp', '.gif', '.jfif', '.jpe', '.jpeg', '.jpg', '.pgm', '.png', '.ppm', '.tif', '.tiff',
      '.webp', '.avif')
 )  # fmt: skip
-RESERVED = (*DOWNLOADED, *OFFICIAL, 'decoded')
+RESERVED = (*FETCHED, *OFFICIAL, 'decoded')
 LISTED = 100  # classes in the report
 
 Pictures = dict[str, list[Member]]  # {class: its pictures}

@@ -30,6 +30,13 @@ class BadImage(ValueError):
 class TooLarge(BadImage):
     """An image with more pixels than are allowed."""
 
+    def __init__(self, width: int, height: int, most_pixels: int):
+        self.pixels = width * height
+        super().__init__(
+            f'has {width:,} x {height:,} pixels, and more than {most_pixels:,} may be a '
+            'decompression bomb'
+        )
+
 
 def picture(encoded: bytes, px: int) -> np.ndarray:
     """Decode a picture to uint8 RGB [px, px, 3]: resized, and the central square kept (section 2).
@@ -100,13 +107,12 @@ def decode_image(
     Raises:
         BadImage: it cannot be decoded, or is too large to be decoded safely.
     """
-    if most_pixels > MOST_PIXELS:
-        Image.MAX_IMAGE_PIXELS = most_pixels  # Pillow's own limit; ours, below, is always looked at
+    Image.MAX_IMAGE_PIXELS = None  # the limit below takes the place of Pillow's
     try:
         with Image.open(io.BytesIO(encoded), formats=FORMATS) as found:
             pixels = found.width * found.height
             if pixels > most_pixels:
-                raise TooLarge(_too_large(f'{found.width:,} x {found.height:,}', most_pixels))
+                raise TooLarge(found.width, found.height, most_pixels)
             return _fitted(found if pixels <= MOST_PIXELS else _shrunk(found, shape), shape)
     except (BadImage, MemoryError):
         raise
@@ -114,8 +120,6 @@ def decode_image(
         if encoded[4:12] in HEIC:
             raise BadImage(f'is a HEIC picture, and {CONVERT_HEIC}') from None
         raise BadImage('is no image') from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise TooLarge(_too_large('too many', most_pixels)) from None
     except Exception as error:  # decoders raise many types for damaged files
         reason = str(error) or type(error).__name__
         raise BadImage(f'cannot be read as an image: {reason}') from None
@@ -179,10 +183,6 @@ def _upper_bits(picture: Image.Image) -> Image.Image:
     if values.size and not 0 <= values.min() <= values.max() < 2**16:
         raise ValueError('its pixels are integers of more than 16 bits')
     return Image.fromarray((values >> 8).astype(np.uint8))
-
-
-def _too_large(size: str, most_pixels: int) -> str:
-    return f'has {size} pixels, and more than {most_pixels:,} may be a decompression bomb'
 
 
 def _shrunk(picture: Image.Image, shape: tuple[int, int, int]) -> Image.Image:

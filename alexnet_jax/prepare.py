@@ -30,7 +30,7 @@ from alexnet_jax.pictures import MOST_PIXELS
 from alexnet_jax.prepared import Report, damaged, shards
 from alexnet_jax.shard_writer import Form
 
-DATASETS = prepared.DOWNLOADED
+DATASETS = prepared.FETCHED
 
 
 def ensure(name: str, data_dir: str | Path) -> None:

@@ -17,7 +17,7 @@ from alexnet_jax.errors import RunError
 
 Report = Callable[[str], None]
 
-DOWNLOADED = ('fashion_mnist', 'mnist')  # prepared without being given any files
+FETCHED = ('fashion_mnist', 'mnist')  # prepared without being given any files
 OFFICIAL = ('imagenet2010', 'imagenet2012')  # their archives are available on request only
 PREPARATION = 'preparation.json'  # beside the records of a set that shard_writer made
 LOG_EVERY_SECS = 30
@@ -86,7 +86,7 @@ def damaged(folder: Path, reason: str) -> RunError:
     """Return the error for a data set that cannot be used; it says what to remove and to run."""
     name, data_dir = folder.parent.name, folder.parent.parent
     again = command(name, data_dir)
-    if name not in (*DOWNLOADED, *OFFICIAL):
+    if name not in (*FETCHED, *OFFICIAL):
         ours = (folder / PREPARATION).exists()
         what = f'folder --name={name} --source=FOLDER' if ours else f'tfds --name={name}'
         again = command(what, data_dir)

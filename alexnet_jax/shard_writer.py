@@ -6,7 +6,6 @@ directory of `data_dir`; the next run of the same job writes the shards that are
 are ordered by a hash of their names. One rename gives the finished folder its final name.
 """
 
-import collections
 import contextlib
 import dataclasses
 import hashlib
@@ -61,7 +60,8 @@ class Form:
         return pictures.decode(stored, shape)
 
     def __str__(self) -> str:
-        return self.storage if self.storage == 'raw' else f'JPEG of quality {self.quality}'
+        how = 'raw' if self.storage == 'raw' else f'JPEG of quality {self.quality}'
+        return f'{self.px} px and stored as {how}'
 
 
 class Member(NamedTuple):
@@ -140,20 +140,19 @@ def make(
     """Prepare `source` in `data_dir` and return its folder, at once if it is there.
 
     Args:
-        source: see Source.
+        source: the pictures.
         data_dir: the folder of all data sets.
-        form: see Form.
+        form: the size and encoding of stored images.
         report: called with lines of progress.
         workers: processes; one a core if not given.
         skip_corrupt: how many pictures may be left out because they cannot be decoded.
-        most_pixels: a picture with more of them counts as one that cannot be decoded.
+        most_pixels: a picture with more counts as one that cannot be decoded.
         shard_images: pictures a shard, about.
 
     Raises:
-        UsageError: the data set is there already, or half finished, from other pictures or in
-            another form.
-        RunError: the source is incomplete or not the official one; a picture cannot be decoded; the
-            disk is too small; a worker process died. Finished shards are kept.
+        UsageError: what is there is of other pictures or of another form.
+        RunError: the source is incomplete, a picture cannot be decoded, the disk is too small, or a
+            worker process died. Finished shards are kept.
     """
     folder = data_dir / source.name / VERSION
     if not folder.exists() or prepared.staging_dir(data_dir, source.name).exists():
@@ -174,20 +173,19 @@ def _check_same(folder: Path, form: Form, source: Source) -> None:
     try:
         about = json.loads((folder / prepared.PREPARATION).read_text())
         there = Form(about['px'], about['storage'], about['quality'])
-        made_of = about['made_of']
         names = tuple((folder / 'label.labels.txt').read_text(encoding='utf-8').splitlines())
+        same = (about['made_of'], names) == (_as_json(source.made_of), source.class_names)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise prepared.damaged(folder, f'{prepared.PREPARATION}: {error}') from None
-    what = ''
-    if there != form:
-        what = f'{there.px} px and stored as {there}'
-    elif (made_of, names) != (json.loads(json.dumps(dict(source.made_of))), source.class_names):
-        what = 'made of other pictures'
-    if what:
+    if there != form or not same:
         raise UsageError(
-            f'{folder} is there already, {what}: remove that folder, or choose another one with '
-            '--data_dir.'
+            f'{folder} is there already, {there if there != form else "made of other pictures"}: '
+            'remove that folder, or choose another one with --data_dir.'
         )
+
+
+def _as_json(content: Any) -> Any:
+    return json.loads(json.dumps(content))
 
 
 # ---- the plan -------------------------------------------------------------------------------
@@ -216,41 +214,40 @@ def _plan(
         for split, count in shards.items()
         for number in range(count)
     ]
-    _check_form(staging, form)
-    for scratch in staging.glob('*/.*'):
-        scratch.unlink()  # what was being written when a run was killed
-    planned, job = staging / 'planned', f'{PROGRAM} {PIL.__version__} {shards} {_stamps(source)}'
-    if planned.exists() and planned.read_text() == job:
-        return tasks
-    planned.unlink(missing_ok=True)
-    shutil.rmtree(staging / 'plan', ignore_errors=True)
     for part in ('plan', 'facts', 'set'):
         (staging / part).mkdir(exist_ok=True)
-    _assign(source, staging / 'plan', shards, report)
-    expected = {task.target for task in tasks}
-    for other in set((staging / 'set').iterdir()) - expected:
-        other.unlink()  # of a plan of other pictures
-    with files.whole(planned) as scratch:
-        scratch.write_text(job)
+    _check_form(staging, form)
+    files_now, planned = _stamps(source, shards), staging / 'planned'
+    if not planned.exists() or planned.read_text() != files_now:
+        planned.unlink(missing_ok=True)
+        _sweep(staging / 'plan', keep=())
+        _assign(source, staging / 'plan', shards, report)
+        planned.write_text(files_now)
+    _sweep(staging / 'set', keep=[task.target for task in tasks])
+    _sweep(staging / 'facts', keep=[task.facts for task in tasks])
     return tasks
 
 
 def _check_form(staging: Path, form: Form) -> None:
     """Raise UsageError if an interrupted run finished shards of another form: hours of work."""
-    file, now = staging / 'form.json', json.dumps(dataclasses.asdict(form))
-    if file.exists() and file.read_text() != now and any(staging.glob('facts/*.npz')):
+    file, now = staging / 'form', f'{form}, Pillow {PIL.__version__}, format {PROGRAM}'
+    if file.exists() and (then := file.read_text()) != now and any(staging.glob('facts/*')):
         raise UsageError(
-            f'An interrupted run has left finished shards in {staging}, of the form '
-            f'{file.read_text()}: give the same --px, --storage and --quality, or remove that '
-            'folder to begin anew.'
+            f'An interrupted run has left finished shards in {staging} ({then}; this one: {now}): '
+            'give its --px, --storage and --quality, or remove that folder to begin anew.'
         )
-    with files.whole(file) as scratch:
-        scratch.write_text(now)
+    file.write_text(now)
 
 
-def _stamps(source: Source) -> str:
+def _sweep(folder: Path, keep: Sequence[Path]) -> None:
+    """Remove what a killed run was writing, and what belongs to other pictures."""
+    for other in set(folder.iterdir()) - set(keep):
+        other.unlink()
+
+
+def _stamps(source: Source, shards: Mapping[str, int]) -> str:
     """Return a hash of the names, sizes and times of the source's files."""
-    digest = hashlib.sha256(json.dumps(dict(source.made_of)).encode())
+    digest = hashlib.sha256(json.dumps([source.made_of, shards]).encode())
     for path in source.inputs:
         about = archives.status(path)
         digest.update(f'\n{str(path)!a} {about.st_size} {about.st_mtime_ns}'.encode())
@@ -264,16 +261,16 @@ def _shard_count(images: int, shard_images: int) -> int:
 
 def _assign(source: Source, folder: Path, shards: Mapping[str, int], report: Report) -> None:
     """Write the plan of each shard: its pictures, a line each that begins with their hash."""
-    held: dict[str, list[str]] = collections.defaultdict(list)
+    held: dict[str, list[str]] = {
+        f'{split}-{i:05d}': [] for split, count in shards.items() for i in range(count)
+    }
 
     def flush() -> None:
         for name, lines in held.items():
             with (folder / name).open('a') as file:
                 file.writelines(lines)
-        held.clear()
+            lines.clear()
 
-    for name in (f'{split}-{i:05d}' for split, count in shards.items() for i in range(count)):
-        (folder / name).touch()
     for number, (split, member) in enumerate(source.members(report), start=1):
         name = os.fsencode(f'{split}/{member.name}')
         key = hashlib.blake2b(name, digest_size=8).hexdigest()
@@ -359,15 +356,17 @@ def read_facts(task: Task) -> tuple[Facts, statistics.Sums | None] | None:
 
 
 def _corrupt(member: Member, error: pictures.BadImage) -> RunError:
-    allow = '--max_megapixels if you trust it, or ' if isinstance(error, pictures.TooLarge) else ''
+    megapixels = -(-error.pixels // 10**6) if isinstance(error, pictures.TooLarge) else 0
+    allow = f'allow it with --max_megapixels={megapixels} if you trust it, ' if megapixels else ''
     return RunError(
-        f'{_printable(member)} {error}: mend or remove it, allow it with {allow}leave out up to N '
-        'such pictures with --skip_corrupt=N. Finished shards are kept.'
+        f'{_printable(member)} {error}: {allow}mend or remove it, or leave out up to N such '
+        'pictures with --skip_corrupt=N. Finished shards are kept.'
     )
 
 
 def _printable(member: Member) -> str:
-    return f'{ascii(member.name)[1:-1]} in {ascii(member.file)[1:-1]}'
+    inside = '' if member.name == member.file else f' in {ascii(member.file)[1:-1]}'
+    return ascii(member.name)[1:-1] + inside
 
 
 def record_writer(path: Path) -> Any:
@@ -486,8 +485,6 @@ def _end_with_parent() -> None:
 
 def _describe(source: Source, tasks: Sequence[Task], folder: Path, report: Report) -> None:
     """Write what belongs beside the shards, and flush it to the disk."""
-    import tensorflow_datasets as tfds
-
     form = tasks[0].form
     sums = statistics.Sums((form.px, form.px, 3))
     splits: dict[str, list[Facts]] = {task.split: [] for task in tasks}
@@ -498,22 +495,9 @@ def _describe(source: Source, tasks: Sequence[Task], folder: Path, report: Repor
         splits[task.split].append(there[0])
         if there[1]:
             sums.merge(there[1])
-    shape = (form.px, form.px, 3)
-    image = (
-        tfds.features.Tensor(shape=shape, dtype=np.uint8, encoding='bytes')
-        if form.storage == 'raw'
-        else tfds.features.Image(shape=shape, encoding_format='jpeg')
-    )
-    label = tfds.features.ClassLabel(names=list(source.class_names))
-    features = {'file_name': tfds.features.Text(), 'image': image, 'label': label}
-    write_metadata(
-        folder,
-        source.name,
-        VERSION,
-        tfds.features.FeaturesDict(features),
-        {split: [(f.images, f.record_bytes) for f in facts] for split, facts in splits.items()},
-        description=source.description,
-    )
+    shards = {s: [(f.images, f.record_bytes) for f in facts] for s, facts in splits.items()}
+    features = _features(form, source.class_names)
+    write_metadata(folder, source.name, VERSION, features, shards, description=source.description)
     if source.words:
         lines = ''.join(f'{line}\n' for line in source.words)
         (folder / 'label.words.txt').write_text(lines, encoding='utf-8')
@@ -532,6 +516,19 @@ def _describe(source: Source, tasks: Sequence[Task], folder: Path, report: Repor
         _write_statistics(source, sums, folder / 'statistics.npz', report)
     for path in folder.glob('*.[jnt]*'):  # descriptions, names, statistics
         sync(path)
+
+
+def _features(form: Form, class_names: Sequence[str]) -> Any:
+    import tensorflow_datasets as tfds
+
+    shape = (form.px, form.px, 3)
+    if form.storage == 'raw':
+        image = tfds.features.Tensor(shape=shape, dtype=np.uint8, encoding='bytes')
+    else:
+        image = tfds.features.Image(shape=shape, encoding_format='jpeg')
+    label = tfds.features.ClassLabel(names=list(class_names))
+    features = {'file_name': tfds.features.Text(), 'image': image, 'label': label}
+    return tfds.features.FeaturesDict(features)
 
 
 def _write_statistics(source: Source, sums: statistics.Sums, path: Path, report: Report) -> None:
@@ -559,7 +556,7 @@ def write_metadata(
         version: likewise.
         features: TFDS's FeaturesDict, of `image`, `label` and others.
         shards: {split: (examples, bytes of records) of each file}.
-        description: what else TFDS's `write_metadata` takes.
+        description: further arguments of TFDS's `write_metadata`.
     """
     import tensorflow_datasets as tfds
 
