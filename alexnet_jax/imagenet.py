@@ -193,10 +193,14 @@ def _members(
     elif challenge.year == 2010:
         report(f'{folder / PATCHES} is not there: the few pictures that it corrects stay blank')
     for split, path in places.items():
-        there = np.zeros(len(classes.wnids), int)
+        there, numbered = np.zeros(len(classes.wnids), int), set[str]()
         for entry in _entries(path, challenge.archives[split].md5, report):
             label = _label(entry, challenge, split, classes)
             if label is not None:
+                if entry.name in numbered:
+                    raise RunError(f'{path} holds {entry.name} twice: remove one of them.')
+                if split != 'train':  # of a training picture the counts of its class are enough
+                    numbered.add(entry.name)
                 there[label] += 1
                 one = patches.get(entry.name, entry)
                 file = one.path.relative_to(folder).as_posix()
