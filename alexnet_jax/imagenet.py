@@ -132,7 +132,8 @@ def source(challenge: Challenge, folder: Path) -> Source:
     classes = _classes(challenge, folder)
     kit = (challenge.devkit, PATCHES, *challenge.truths.values())
     inputs = [path for path in places.values() if path.is_file()]
-    inputs += [one for path in places.values() if path.is_dir() for one in (path, *_inside(path))]
+    folders = [path for path in places.values() if path.is_dir()]
+    inputs += [one for path in folders for one in (path, *sorted(path.glob('*/')))]
     return Source(
         name=challenge.name,
         folder=folder,
@@ -170,10 +171,6 @@ def _place(challenge: Challenge, split: str, folder: Path) -> Path:
             'download, or repeat it.'
         )
     return path
-
-
-def _inside(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_dir())
 
 
 # ---- the pictures ---------------------------------------------------------------------------

@@ -84,7 +84,7 @@ class Source:
     description: str
     class_names: tuple[str, ...]
     words: tuple[str, ...]  # for people, a line a class; or none at all
-    made_of: Mapping[str, Any]  # written to preparation.json
+    made_of: dict[str, Any]  # written to preparation.json, as JSON has it
     images: Mapping[str, int]  # by split
     inputs: Iterable[Path]  # files and folders that have changed when `members` has
     members: Callable[[Report], Iterator[tuple[str, Member]]]  # (split, picture), in any order
@@ -174,7 +174,7 @@ def _check_same(folder: Path, form: Form, source: Source) -> None:
         about = json.loads((folder / prepared.PREPARATION).read_text())
         there = Form(about['px'], about['storage'], about['quality'])
         names = tuple((folder / 'label.labels.txt').read_text(encoding='utf-8').splitlines())
-        same = (about['made_of'], names) == (_as_json(source.made_of), source.class_names)
+        same = (about['made_of'], names) == (source.made_of, source.class_names)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise prepared.damaged(folder, f'{prepared.PREPARATION}: {error}') from None
     if there != form or not same:
@@ -182,10 +182,6 @@ def _check_same(folder: Path, form: Form, source: Source) -> None:
             f'{folder} is there already, {there if there != form else "made of other pictures"}: '
             'remove that folder, or choose another one with --data_dir.'
         )
-
-
-def _as_json(content: Any) -> Any:
-    return json.loads(json.dumps(content))
 
 
 # ---- the plan -------------------------------------------------------------------------------
@@ -312,7 +308,8 @@ def write_shard(task: Task, most_skipped: int = 0) -> Facts:
         facts = Facts(task.job, images, record_bytes, task.most_pixels, skipped)
         about: dict[str, Any] = {'facts': json.dumps(facts)}
         if sums:
-            about |= {'total': sums.total, 'products': sums.products}
+            # Of bytes: 2048 images fit.
+            about |= {'total': sums.total.astype(np.uint32), 'products': sums.products}
         with files.whole(task.facts) as other:
             with other.open('wb') as file:
                 np.savez(file, **about)
@@ -506,14 +503,19 @@ def _describe(source: Source, tasks: Sequence[Task], folder: Path, report: Repor
         report(f'{source.name}: left out, as it cannot be decoded: {ascii(name)[1:-1]}')
     preparation = dict(
         **dataclasses.asdict(form),
-        made_of=dict(source.made_of),
+        made_of=source.made_of,
         skipped=skipped,
         versions=dict(program=PROGRAM, pillow=PIL.__version__),
     )
     text = json.dumps(preparation, indent=2, sort_keys=True) + '\n'
     (folder / prepared.PREPARATION).write_text(text)
     if sums.count:
-        _write_statistics(source, sums, folder / 'statistics.npz', report)
+        found = sums.result()
+        statistics.save(folder / 'statistics.npz', found, sums.count)
+        stds = ', '.join(f'{std:.2f}' for std in found.colour_std)
+        report(f'{source.name}: standard deviations along the colour components {stds}')
+        if source.constants and (far := statistics.far_from(found, source.constants)):
+            report(f'{source.name}: WARNING: {far}: are these the official pictures?')
     for path in folder.glob('*.[jnt]*'):  # descriptions, names, statistics
         sync(path)
 
@@ -531,15 +533,6 @@ def _features(form: Form, class_names: Sequence[str]) -> Any:
     return tfds.features.FeaturesDict(features)
 
 
-def _write_statistics(source: Source, sums: statistics.Sums, path: Path, report: Report) -> None:
-    found = sums.result()
-    statistics.save(path, found, sums.count)
-    stds = ', '.join(f'{std:.2f}' for std in found.colour_std)
-    report(f'{source.name}: standard deviations along the colour components {stds}')
-    if source.constants and (far := statistics.far_from(found, source.constants)):
-        report(f'{source.name}: WARNING: {far}: are these the official pictures?')
-
-
 def write_metadata(
     folder: Path,
     name: str,
@@ -550,13 +543,8 @@ def write_metadata(
 ) -> None:
     """Describe a folder of array_record files as TFDS does.
 
-    Args:
-        folder: of the files, see `prepared.shard_name`.
-        name: of the data set.
-        version: likewise.
-        features: TFDS's FeaturesDict, of `image`, `label` and others.
-        shards: {split: (examples, bytes of records) of each file}.
-        description: further arguments of TFDS's `write_metadata`.
+    `shards` is {split: (examples, bytes of records) of each file}; `features` is TFDS's
+    FeaturesDict; `description` are further arguments of TFDS's `write_metadata`.
     """
     import tensorflow_datasets as tfds
 
