@@ -34,8 +34,9 @@ DATASETS = prepared.FETCHED
 
 
 def ensure(name: str, data_dir: str | Path) -> None:
-    """Prepare data set `name` now, if it is not there yet and can be downloaded."""
-    if name in DATASETS:
+    """Prepare data set `name` now, if no version of it is there yet and it can be downloaded."""
+    there = {path.parent.name for path in Path(data_dir, name).glob('*/dataset_info.json')}
+    if name in DATASETS and (not there or fashion_mnist.VERSION in there):
         fashion_mnist.prepare(data_dir, name=name)
 
 
@@ -137,7 +138,7 @@ def _path(text: str) -> Path:
         UsageError: it is an address, not a path of this machine.
     """
     if '://' in text:
-        raise UsageError(f'{text} is no path of this machine: copy or mount it, and give that.')
+        raise UsageError(f'{text} is not a local path; copy or mount it, and name that folder.')
     return Path(text).expanduser()
 
 
