@@ -238,7 +238,7 @@ def _check_form(staging: Path, form: Form) -> None:
 def _sweep(folder: Path, keep: Sequence[Path]) -> None:
     """Remove what a killed run was writing, and what belongs to other pictures."""
     for other in set(folder.iterdir()) - set(keep):
-        other.unlink()
+        other.unlink(missing_ok=True)  # a worker that ends late removes its own
 
 
 def _stamps(source: Source, shards: Mapping[str, int]) -> str:
@@ -412,6 +412,7 @@ def _write_shards(
     _check_space(source.name, missing)
     # A fork of a process with threads may hang.
     context, size = multiprocessing.get_context('spawn'), max(1, min(workers, len(missing)))
+    others = set(multiprocessing.active_children())
     with (
         prepared.progress(f'{source.name} (images)', sum(source.images.values()), report) as update,
         ProcessPoolExecutor(size, context, _start_worker) as pool,
@@ -422,14 +423,15 @@ def _write_shards(
                 found[waiting[future]] = future.result()
                 update(sum(facts.images for facts in found.values()))
                 _check_skipped(found.values(), skip_corrupt)
-        except BrokenProcessPool:
-            raise RunError(
-                'A worker process died, perhaps for want of memory: run the same command again '
-                'with fewer --workers; it resumes from the finished shards.'
-            ) from None
-        finally:
-            for child in multiprocessing.active_children():
-                child.terminate()  # an error, or Ctrl-C, must not wait for shards
+        except BaseException as error:  # Ctrl-C too: it must not wait for shards
+            for child in set(multiprocessing.active_children()) - others:
+                child.terminate()
+            if isinstance(error, BrokenProcessPool):
+                raise RunError(
+                    'A worker process died, perhaps for want of memory: run the same command again '
+                    'with fewer --workers; it resumes from the finished shards.'
+                ) from None
+            raise
 
 
 def _check_skipped(found: Iterable[Facts], allowed: int) -> None:
@@ -492,13 +494,16 @@ def _describe(source: Source, tasks: Sequence[Task], folder: Path, report: Repor
         splits[task.split].append(there[0])
         if there[1]:
             sums.merge(there[1])
+    skipped = sorted(name for facts in splits.values() for one in facts for name in one.skipped)
+    written = sum(one.images for facts in splits.values() for one in facts)
+    if written + len(skipped) != sum(source.images.values()):
+        raise RunError(f'Pictures are missing in the shards: remove {folder.parent}; run it again.')
     shards = {s: [(f.images, f.record_bytes) for f in facts] for s, facts in splits.items()}
     features = _features(form, source.class_names)
     write_metadata(folder, source.name, VERSION, features, shards, description=source.description)
     if source.words:
         lines = ''.join(f'{line}\n' for line in source.words)
         (folder / 'label.words.txt').write_text(lines, encoding='utf-8')
-    skipped = sorted(name for facts in splits.values() for one in facts for name in one.skipped)
     for name in skipped:
         report(f'{source.name}: left out, as it cannot be decoded: {ascii(name)[1:-1]}')
     preparation = dict(

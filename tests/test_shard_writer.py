@@ -338,6 +338,15 @@ def test_a_shard_whose_facts_the_disk_lost_is_written_again(half, made):
     assert sums(data_dir / 'pets/1.0.0') == sums(made)
 
 
+def test_a_plan_that_the_disk_lost_is_noticed(half):
+    copy, data_dir = half
+    plan = next(data_dir.glob('.prepare-pets/plan/train-*'))
+    plan.write_text('')
+    with pytest.raises(RunError, match='Pictures are missing in the shards: remove'):
+        make(copy, data_dir)
+    assert not (data_dir / 'pets').exists()
+
+
 def test_finished_shards_are_used_and_not_written_again(half, made):
     copy, data_dir = half
     with pytest.MonkeyPatch.context() as patch:
