@@ -30,13 +30,11 @@ from alexnet_jax.pictures import MOST_PIXELS
 from alexnet_jax.prepared import Report, damaged, shards
 from alexnet_jax.shard_writer import Form
 
-DATASETS = prepared.FETCHED
-
 
 def ensure(name: str, data_dir: str | Path) -> None:
     """Prepare data set `name` now, if no version of it is there yet and it can be downloaded."""
     there = {path.parent.name for path in Path(data_dir, name).glob('*/dataset_info.json')}
-    if name in DATASETS and (not there or fashion_mnist.VERSION in there):
+    if name in prepared.FETCHED and (not there or fashion_mnist.VERSION in there):
         fashion_mnist.prepare(data_dir, name=name)
 
 
