@@ -84,7 +84,7 @@ def _peak_mib(pid: int | str) -> int:
 def measure(checkouts: dict[str, Path], room: Path, rounds: int, storage: str) -> dict[str, Any]:
     """Let the checkouts take turns; return medians."""
     rows: dict[str, list[dict]] = {name: [] for name in checkouts}
-    for number in range(rounds + 1):
+    for _ in range(rounds):
         for name, checkout in checkouts.items():
             few, many = (
                 prepare(checkout, room / f'photos_{n}', room / 'data', storage) for n in COUNTS
@@ -95,8 +95,7 @@ def measure(checkouts: dict[str, Path], room: Path, rounds: int, storage: str) -
             }
             start = few['secs'] - COUNTS[0] * row['ms'] / 1e3
             row |= {'start_secs': start} | {k: many[k] for k in ('main_mib', 'worker_mib')}
-            if number:  # the first round warms up
-                rows[name].append(row)
+            rows[name].append(row)
     found: dict[str, Any] = {
         name: {key: statistics.median(row[key] for row in taken) for key in taken[0]}
         for name, taken in rows.items()
