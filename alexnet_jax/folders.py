@@ -1,4 +1,4 @@
-"""Anyone's own pictures: a folder a class."""
+"""Pictures of one's own: a folder a class."""
 
 import collections
 import hashlib
@@ -7,9 +7,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from alexnet_jax import archives
-from alexnet_jax.errors import RunError, UsageError
-from alexnet_jax.prepared import OFFICIAL, Report
+from alexnet_jax import archives, pictures
+from alexnet_jax.errors import UsageError
+from alexnet_jax.prepared import FETCHED, OFFICIAL, Report
 from alexnet_jax.shard_writer import Member, Source
 
 # What folders of splits are called, here and elsewhere.
@@ -19,26 +19,27 @@ KINDS = frozenset(
     ('.bmp', '.gif', '.jfif', '.jpe', '.jpeg', '.jpg', '.pgm', '.png', '.ppm', '.tif', '.tiff',
      '.webp', '.avif')
 )  # fmt: skip
-RESERVED = ('fashion_mnist', *OFFICIAL, 'decoded')
+RESERVED = (*FETCHED, *OFFICIAL, 'decoded')
+LISTED = 100  # classes in the report
 
-Pictures = dict[str, list[str]]  # {class: its pictures, as names seen from the source's folder}
+Pictures = dict[str, list[Member]]  # {class: its pictures}
 
 
 def source(
     folder: Path, name: str | None = None, *, validation: float = 0.1, test: float = 0.1
 ) -> Source:
-    """The pictures of `folder`: train/CLASS/..., val/CLASS/..., test/CLASS/...; or CLASS/...
+    """Return the pictures of `folder`: train/CLASS/..., val/CLASS/..., test/CLASS/...; or CLASS/...
 
-    Where there is one split only it is divided, class by class, by a hash of the names: so nearly
-    all pictures stay in their split when others are added.
+    If there is one split only it is divided, class by class, by a hash of the names: nearly all
+    pictures stay in their split when others are added.
 
     Args:
-        folder: its subfolders are the classes, or the splits and theirs the classes. Hidden files
-            are passed over, and those that do not end as pictures do or lie in no class's folder;
-            of these it is said.
+        folder: its subfolders are the classes, or the splits and theirs the classes. Hidden files,
+            what systems leave behind (`archives.LEFTOVERS`) and what does not end like a picture
+            are passed over.
         name: of the data set; that of the folder if not given.
-        validation: the share of it that validates, where the folder has no split of its own.
-        test: likewise.
+        validation: the share of it that validates, if the folder has one split.
+        test: the share of it that tests, likewise.
 
     Raises:
         UsageError: there are no pictures, or the folders do not fit together.
@@ -47,19 +48,23 @@ def source(
     if not folder.is_dir():
         raise UsageError(f'--source={folder} is no folder: name one with a folder a class.')
     name = _name(name, folder)
-    splits = _splits(folder)
+    passed_over: collections.Counter[str] = collections.Counter()
+    splits = _splits(folder, passed_over)
     classes = sorted(splits['train'])
     for split, found in splits.items():
-        for unknown in sorted(found.keys() - set(classes)):
-            raise UsageError(f'{folder}: {split} has class {unknown!a}, which train has not.')
+        if unknown := sorted(found.keys() - set(classes)):
+            raise UsageError(f'{folder}: {split} has class {unknown[0]!a}, which train has not.')
     if len(classes) < 2:
-        raise UsageError(
-            f'{folder} has {len(classes)} class(es) of pictures: two at least, please.'
-        )
+        raise UsageError(f'{folder} has {len(classes)} class(es) of pictures: give two at least.')
     if list(splits) == ['train']:
         splits = _divide(folder, splits['train'], validation=validation, test=test)
-    labels = {label: place for place, label in enumerate(classes)}
-    counts = {split: sum(map(len, found.values())) for split, found in splits.items()}
+    labelled = {
+        split: [
+            m._replace(label=label) for label, c in enumerate(classes) for m in found.get(c, ())
+        ]
+        for split, found in splits.items()
+    }
+    counts = {split: len(members) for split, members in labelled.items()}
     return Source(
         name=name,
         folder=folder,
@@ -67,34 +72,16 @@ def source(
         class_names=tuple(classes),
         words=(),
         made_of=dict(
-            images=counts, validation=validation, test=test, names_and_sizes=_digest(folder, splits)
+            images=counts, validation=validation, test=test, names_and_sizes=_digest(splits)
         ),
-        inputs=(
-            folder / file for found in splits.values() for one in found.values() for file in one
-        ),
-        members=lambda report: _members(folder, splits, labels, report),
-        images=sum(counts.values()),
+        images=counts,
+        inputs=(folder / m.file for members in labelled.values() for m in members),
+        members=lambda report: _members(folder, labelled, classes, passed_over, report),
     )
 
 
-def _digest(folder: Path, splits: dict[str, Pictures]) -> str:
-    """Changes with the pictures, and not when they are copied elsewhere."""
-    digest = hashlib.sha256()
-    for split, found in splits.items():
-        for name in (name for names in found.values() for name in names):
-            digest.update(f'{split} {_size(folder / name)} {name!a}\n'.encode())
-    return digest.hexdigest()
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError as error:
-        raise archives.unreadable(path, error) from None
-
-
 def _name(name: str | None, folder: Path) -> str:
-    """A name as TFDS wants it."""
+    """Return a name in the form that TFDS wants."""
     made = name or re.sub(r'\W+', '_', folder.resolve().name.lower(), flags=re.ASCII).strip('_')
     if not re.fullmatch(r'[a-z][a-z0-9_]*', made):
         raise UsageError(
@@ -105,105 +92,100 @@ def _name(name: str | None, folder: Path) -> str:
     return made
 
 
-def _splits(folder: Path) -> dict[str, Pictures]:
-    """What lies there: {split: {class: pictures}}, 'train' alone where no folder is a split."""
-    inside = _folders(folder)
+def _splits(folder: Path, passed_over: collections.Counter[str]) -> dict[str, Pictures]:
+    """Return {split: {class: pictures}}, 'train' alone if no folder is a split."""
+    inside = _subfolders(folder)
     named = [path for path in inside if path.name.lower() in CALLED]
     if not any(CALLED[path.name.lower()] == 'train' for path in named):
         if named and len(named) == len(inside):
             raise UsageError(f'{folder} has splits, and no folder train among them.')
-        return {'train': {path.name: _pictures(folder, path) for path in inside}}
+        named = [folder]
+    elif other := [path.name for path in inside if path not in named]:
+        raise UsageError(
+            f'{folder} has train and {other[0]!a}, which is no split: move it away, or give the '
+            'folder that has the classes.'
+        )
     found: dict[str, Pictures] = {}
     for path in named:
-        split = CALLED[path.name.lower()]
+        split = 'train' if path == folder else CALLED[path.name.lower()]
         if split in found:
             raise UsageError(f'{folder} has two folders for the split {split}: leave one.')
-        found[split] = {one.name: _pictures(folder, one) for one in _folders(path)}
+        found[split] = {one.name: _pictures(folder, one, passed_over) for one in _subfolders(path)}
         if not found[split]:
-            raise UsageError(
-                f'{path} has no folder a class: sort its pictures into such folders, or move it '
-                'away.'
-            )
-    for path in inside:
-        if path not in named:
-            raise UsageError(
-                f'{folder} has train and {path.name!a}, which is no split: are the classes in '
-                'it, or is it a class? Move it away.'
-            )
+            raise UsageError(f'{path} has no folder of pictures in it: give one to each class.')
+        for stray in (one for one in path.iterdir() if one.is_file()):
+            if not archives.is_leftover(stray.name):
+                passed_over[stray.suffix.lower()] += 1
     return {split: found[split] for split in ('train', 'validation', 'test') if split in found}
 
 
-def _folders(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith('.'))
+def _subfolders(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if p.is_dir() and not archives.is_leftover(p.name))
 
 
-def _pictures(root: Path, folder: Path) -> list[str]:
-    """All pictures of a class, however deep."""
+def _pictures(root: Path, folder: Path, passed_over: collections.Counter[str]) -> list[Member]:
+    """Return all pictures of a class, however deep."""
     if not folder.name.isprintable():
         raise UsageError(f'{folder.name!a} is no name for a class: rename that folder.')
-    names = []
-    for place, inside, found in os.walk(folder, onerror=_refuse):
-        inside[:] = [name for name in inside if not name.startswith('.')]
-        for link in (Path(place, name) for name in inside if Path(place, name).is_symlink()):
-            raise UsageError(
-                f'{link} is a link, and links within a class are not followed: put its pictures '
-                'there, or remove it.'
-            )
-        names += [
-            Path(place, name).relative_to(root).as_posix() for name in found if _is_picture(name)
-        ]
-    if not names:
-        raise UsageError(f'{folder} holds no picture: put some there, or remove it.')
-    return sorted(names)
+    members, others = [], collections.Counter[str]()
+    for entry in archives.folder_entries(folder):
+        if entry.path.suffix.lower() in KINDS:
+            file = entry.path.relative_to(root).as_posix()
+            members.append(Member(file, -1, file, 0, entry.size, entry.stamp))
+        else:
+            others[entry.path.suffix.lower()] += 1
+    if not members:
+        raise UsageError(f'{folder} holds no picture{_heic(others)}: put some there, or remove it.')
+    passed_over.update(others)
+    return sorted(members)
 
 
-def _refuse(error: OSError) -> None:
-    raise RunError(
-        f'{error.filename} cannot be read ({error.strerror}): its pictures would be missing; give '
-        'read permission, or move it away.'
-    ) from None
-
-
-def _is_picture(name: str) -> bool:
-    return Path(name).suffix.lower() in KINDS and not name.startswith('.')
-
-
-def _passed_over(folder: Path, splits: dict[str, Pictures]) -> str:
-    """How many files belong to no class, by their endings: '.heic 812, .jpg 1'; or ''."""
-    taken = {name for found in splits.values() for names in found.values() for name in names}
-    paths = (Path(place, name) for place, _, found in os.walk(folder) for name in found)
-    endings = collections.Counter(
-        path.suffix.lower() or 'without an ending'
-        for path in paths
-        if not path.name.startswith('.') and path.relative_to(folder).as_posix() not in taken
-    )
-    return ', '.join(f'{ending} {count:,}' for ending, count in endings.most_common())
+def _heic(endings: collections.Counter[str]) -> str:
+    count = endings['.heic'] + endings['.heif']
+    return f' but {count:,} in HEIC, and {pictures.CONVERT_HEIC}' if count else ''
 
 
 def _divide(folder: Path, found: Pictures, **shares: float) -> dict[str, Pictures]:
     """Part `found` into train and the splits of `shares`, each class in proportion."""
     if min(shares.values()) < 0 or sum(shares.values()) >= 1:
-        said = ' and '.join(f'--{split}={share}' for split, share in shares.items())
-        raise UsageError(f'{said} are shares, 0 or more each, and leave something to train on.')
+        given = ' and '.join(f'--{split}={share}' for split, share in shares.items())
+        raise UsageError(f'{given} are shares, 0 or more each, and leave something to train on.')
     splits: dict[str, Pictures] = {split: {} for split in ('train', *shares)}
-    for label, names in found.items():
-        rest = sorted(names, key=lambda name: hashlib.blake2b(os.fsencode(name)).digest())
+    for label, members in found.items():
+        rest = sorted(members, key=lambda m: hashlib.blake2b(os.fsencode(m.name)).digest())
         for split, share in shares.items():
-            take = round(share * len(names))
+            take = round(share * len(members))
             splits[split][label], rest = rest[:take], rest[take:]
         if not rest:
-            raise UsageError(f'{folder / label} has too few pictures ({len(names)}) to be divided.')
+            raise UsageError(f'{folder / label} has too few pictures ({len(members)}) to divide.')
         splits['train'][label] = rest
     return {split: parts for split, parts in splits.items() if any(parts.values())}
 
 
-def _members(
-    folder: Path, splits: dict[str, Pictures], labels: dict[str, int], report: Report
-) -> Iterator[tuple[str, Member]]:
-    if passed_over := _passed_over(folder, splits):
-        report(f'{folder}: passed over, as no pictures in the folder of a class: {passed_over}')
+def _digest(splits: dict[str, Pictures]) -> str:
+    """Return a hash that changes with the pictures, and not when they are copied elsewhere."""
+    digest = hashlib.sha256()
     for split, found in splits.items():
-        report(f'{folder}: {split}, {sum(map(len, found.values())):,} pictures')
-        for label, names in found.items():
-            for name in names:
-                yield split, Member(name, labels[label], name, 0, _size(folder / name))
+        for member in (m for members in found.values() for m in members):
+            digest.update(f'{split} {member.size} {member.name!a}\n'.encode())
+    return digest.hexdigest()
+
+
+def _members(
+    folder: Path,
+    labelled: dict[str, list[Member]],
+    classes: list[str],
+    passed_over: collections.Counter[str],
+    report: Report,
+) -> Iterator[tuple[str, Member]]:
+    counts = collections.Counter(m.label for members in labelled.values() for m in members)
+    listed = [f'{name} {counts[label]:,}' for label, name in enumerate(classes[:LISTED])]
+    more = f' and {len(classes) - LISTED:,} more' if len(classes) > LISTED else ''
+    report(f'{folder}: {len(classes):,} classes: {", ".join(listed)}{more}')
+    for split, members in labelled.items():
+        report(f'{folder}: {split}, {len(members):,} pictures')
+    if passed_over:
+        kinds = ', '.join(f'{end or "no ending"} {n:,}' for end, n in passed_over.most_common())
+        report(f'{folder}: passed over, as no pictures of a class ({kinds}){_heic(passed_over)}')
+    for split, members in labelled.items():
+        yield from ((split, member) for member in members)

@@ -1,34 +1,36 @@
-"""The official archives of ILSVRC-2010 and ILSVRC-2012, as they are downloaded.
+"""ILSVRC-2010 and ILSVRC-2012, from the official tar files or from folders they were extracted to.
 
 A label comes from the name of a picture (its WordNet id, or its number and the ground truth of that
-number), never from its place in an archive; and all pictures have to be there.
+number), never from its place in an archive. Every picture has to be there.
 """
 
+import functools
 import hashlib
 import importlib.util
 import io
 import re
 import tarfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
 
 import numpy as np
 
 from alexnet_jax import archives
 from alexnet_jax.errors import RunError, UsageError
-from alexnet_jax.prepared import Meter, Report
+from alexnet_jax.prepared import Report, progress
 from alexnet_jax.shard_writer import Member, Source
 from alexnet_jax.statistics import Statistics
 
-DEVKIT_BYTES = 2**26  # of a file in a development kit, at most: the largest has 1.5 MB
+# Where extracted pictures are found below --source: as Kaggle packs them, or beside each other.
+PLACES = ('', 'ILSVRC/Data/CLS-LOC', 'Data/CLS-LOC', 'CLS-LOC')
+FOLDERS = {'train': ('train',), 'validation': ('val', 'validation'), 'test': ('test',)}
 
 
 @dataclass(frozen=True)
 class Archive:
-    """An official tar file of pictures; sums and sizes are None where nobody published them."""
+    """An official tar file of pictures; size and md5 are None where nobody published them."""
 
     name: str
     images: int
@@ -38,14 +40,14 @@ class Archive:
 
 @dataclass(frozen=True)
 class Challenge:
-    """One year's data set."""
+    """The data set of one year."""
 
     name: str
     year: int
     archives: Mapping[str, Archive]  # by split
     devkit: str
     devkit_md5: str | None
-    truths: Mapping[str, str]  # {split: file of its ground truth, in the devkit or beside it}
+    truths: Mapping[str, str]  # {split: file of its ground truth, in the kit or beside it}
     classes: int = 1000
 
 
@@ -100,7 +102,8 @@ COLOURS = Statistics(
 )
 
 
-class Classes(NamedTuple):
+@dataclass(frozen=True)
+class Classes:
     """The classes of a challenge, by label: sorted by WordNet id, as TFDS has them."""
 
     wnids: tuple[str, ...]
@@ -108,21 +111,30 @@ class Classes(NamedTuple):
     train_images: tuple[int, ...]  # () where they are not known
     truths: dict[str, list[int]]  # {split: label of picture number 1, 2, ...}
 
+    @functools.cached_property
+    def labels(self) -> dict[str, int]:
+        """Return {WordNet id: label}."""
+        return {wnid: label for label, wnid in enumerate(self.wnids)}
+
 
 def source(challenge: Challenge, folder: Path) -> Source:
-    """The pictures of a challenge from its official files in `folder`.
+    """Return the pictures of a challenge, from its tar files in `folder` or from folders in it.
 
     Raises:
         UsageError: there is no such folder.
-        RunError: a file is missing, not whole, or not the official one.
+        RunError: a file is missing, incomplete, or not the official one.
     """
     if not folder.is_dir():
-        raise UsageError(f'--source={folder} is no folder: name the one with the official files.')
-    for archive in challenge.archives.values():
-        _check_size(folder / archive.name, archive)
+        raise UsageError(
+            f'--source={folder} is no folder: name the one with the official files, or with the '
+            'folders train and val.'
+        )
+    places = {split: _place(challenge, split, folder) for split in challenge.archives}
     classes = _classes(challenge, folder)
-    inputs = [folder / archive.name for archive in challenge.archives.values()]
-    inputs += [folder / name for name in (challenge.devkit, PATCHES, *challenge.truths.values())]
+    kit = (challenge.devkit, PATCHES, *challenge.truths.values())
+    inputs = [path for path in places.values() if path.is_file()]
+    folders = [path for path in places.values() if path.is_dir()]
+    inputs += [one for path in folders for one in (path, *sorted(path.glob('*/')))]
     return Source(
         name=challenge.name,
         folder=folder,
@@ -133,243 +145,187 @@ def source(challenge: Challenge, folder: Path) -> Source:
             archive.name: archive.md5 or f'{archive.images:,} images'
             for archive in challenge.archives.values()
         },
-        inputs=sorted(path for path in inputs if path.exists()),
-        members=lambda report: _members(challenge, folder, classes, report),
+        images={split: archive.images for split, archive in challenge.archives.items()},
+        inputs=[*inputs, *(folder / name for name in kit if (folder / name).exists())],
+        members=lambda report: _members(challenge, folder, places, classes, report),
         constants=COLOURS,
-        images=sum(archive.images for archive in challenge.archives.values()),
     )
 
 
-def _check_size(path: Path, archive: Archive) -> None:
+def _place(challenge: Challenge, split: str, folder: Path) -> Path:
+    """Return the tar file of a split, or the folder that holds its extracted pictures."""
+    archive = challenge.archives[split]
+    path = folder / archive.name
     if not path.is_file():
+        names = (*FOLDERS[split], Path(archive.name).stem)
+        for found in (folder / place / name for place in PLACES for name in names):
+            if found.is_dir():
+                return found
         raise RunError(
-            f'{path} is missing: put the official files there, from image-net.org after '
-            'registration.'
+            f'{path} is missing, and {folder} has no folder {FOLDERS[split][0]} with its pictures: '
+            'put the official files there, from image-net.org after registration.'
         )
-    there = path.stat().st_size
-    if archive.size is not None and there < archive.size:
+    size = path.stat().st_size
+    if archive.size not in (None, size):
         raise RunError(
-            f'{path} is a partial download ({there:,} of {archive.size:,} bytes): go on with it.'
+            f'{path} has {size:,} bytes and the official file {archive.size:,}: finish its '
+            'download, or repeat it.'
         )
-    if archive.size is not None and there > archive.size:
-        raise RunError(
-            f'{path} is not the official file ({there:,} bytes, not {archive.size:,}): fetch it '
-            'again.'
-        )
+    return path
 
 
 # ---- the pictures ---------------------------------------------------------------------------
 
 
 def _members(
-    challenge: Challenge, folder: Path, classes: Classes, report: Report
+    challenge: Challenge,
+    folder: Path,
+    places: Mapping[str, Path],
+    classes: Classes,
+    report: Report,
 ) -> Iterator[tuple[str, Member]]:
-    """Every picture of every split, replaced by its correction where there is one."""
-    patches = _patches(folder, report) if challenge.year == 2010 else {}
-    for split, archive in challenge.archives.items():
-        path = folder / archive.name
-        with Meter(
-            f'looking through {archive.name}', path.stat().st_size, 'GB', report, 10**9
-        ) as m:
-            found = archives.entries(path, archive.md5, m.to)
-            read = _train if split == 'train' else _numbered
-            for member in read(challenge, split, path, found, classes):
-                yield split, patches.get(member.name, member)._replace(label=member.label)
+    """Yield every picture of every split, replaced by its correction where there is one."""
+    patches = {}
+    if (folder / PATCHES).exists():
+        patches = {entry.name: entry for entry in archives.tar_entries(folder / PATCHES)}
+    elif challenge.year == 2010:
+        report(f'{folder / PATCHES} is not there: the few pictures that it corrects stay blank')
+    for split, path in places.items():
+        there, numbered = np.zeros(len(classes.wnids), int), set[str]()
+        for entry in _entries(path, challenge.archives[split].md5, report):
+            label = _label(entry, challenge, split, classes)
+            if label is not None:
+                if entry.name in numbered:
+                    raise RunError(f'{path} holds {entry.name} twice: remove one of them.')
+                if split != 'train':  # of a training picture the counts of its class are enough
+                    numbered.add(entry.name)
+                there[label] += 1
+                one = patches.get(entry.name, entry)
+                file = one.path.relative_to(folder).as_posix()
+                yield split, Member(entry.name, label, file, one.offset, one.size, one.stamp)
+        _check_counts(path, challenge.archives[split].images, there, split, classes)
 
 
-def _train(
-    challenge: Challenge,
-    split: str,
-    path: Path,
-    found: Iterator[archives.Entry],
-    classes: Classes,
-) -> Iterator[Member]:
-    """The training pictures: a tar file a class, named by its WordNet id, as they are."""
-    labels = {wnid: label for label, wnid in enumerate(classes.wnids)}
-    counts = [0] * len(labels)
-    seen: set[str] = set()  # of the class at hand
-    inside = None
-    for entry in found:
-        name, wnid = PurePosixPath(entry.name).name, PurePosixPath(entry.inside).stem
-        if wnid not in labels or not name.startswith(f'{wnid}_'):
-            raise RunError(
-                f'{path} holds {entry.name!a} in {entry.inside!a}, which is no picture of '
-                f'a class of {challenge.name}: this is not the official file.'
-            )
-        if entry.inside != inside:
-            if counts[labels[wnid]]:
-                raise _twice(path, entry.inside)
-            inside, seen = entry.inside, set()
-        if name in seen:
-            raise _twice(path, name)
-        seen.add(name)
-        counts[labels[wnid]] += 1
-        yield Member(name, labels[wnid], path.name, entry.offset, entry.size)
-    expected = challenge.archives[split].images
-    for wnid, label in labels.items():
-        wanted = classes.train_images[label] if classes.train_images else max(1, counts[label])
-        if counts[label] != wanted:
-            raise RunError(
-                f'{path} holds {counts[label]:,} pictures of class {wnid}, not {wanted:,}, and '
-                f'{sum(counts):,} of {expected:,} in all: it is not whole; fetch it again.'
-            )
-    _check_count(path, sum(counts), expected)
+def _entries(path: Path, md5: str | None, report: Report) -> Iterator[archives.Entry]:
+    if path.is_dir():
+        report(f'listing {path}')
+        yield from archives.folder_entries(path)
+        return
+    with progress(f'listing {path.name} (bytes)', path.stat().st_size, report) as update:
+        yield from archives.tar_entries(path, md5, update)
 
 
-def _numbered(
-    challenge: Challenge,
-    split: str,
-    path: Path,
-    found: Iterator[archives.Entry],
-    classes: Classes,
-) -> Iterator[Member]:
-    """Validation or test pictures, whose labels follow from the numbers in their names."""
-    expected, truth = challenge.archives[split].images, classes.truths[split]
+def _label(entry: archives.Entry, challenge: Challenge, split: str, classes: Classes) -> int | None:
+    """Return the label of a picture by its name; None for a file that is no picture of the split.
+
+    Raises:
+        RunError: the picture is in the folder of another class.
+    """
+    if split == 'train':
+        match = re.fullmatch(r'(n\d+)_\d+\.JPEG', entry.name)
+        return classes.labels.get(match[1]) if match else None
     part = 'test' if split == 'test' else 'val'
-    pattern = re.compile(rf'ILSVRC{challenge.year}_{part}_(\d{{8}})\.JPEG')
-    seen = np.zeros(expected + 1, bool)
-    for entry in found:
-        name = PurePosixPath(entry.name).name
-        match = pattern.fullmatch(name)
-        if entry.inside or match is None or not 1 <= int(match[1]) <= expected:
-            raise RunError(
-                f'{path} holds {entry.name!a}, which is no {split} picture of '
-                f'{challenge.name}: this is not the official file.'
-            )
-        number = int(match[1])
-        if seen[number]:
-            raise _twice(path, name)
-        seen[number] = True
-        yield Member(name, truth[number - 1], path.name, entry.offset, entry.size)
-    first = int(np.argmin(seen[1:])) + 1
-    _check_count(path, int(seen.sum()), expected, f', number {first:,} the first of them')
-
-
-def _check_count(path: Path, there: int, expected: int, which: str = '') -> None:
-    if there != expected:
+    match = re.fullmatch(rf'ILSVRC{challenge.year}_{part}_(\d{{8}})\.JPEG', entry.name)
+    if not match or not 1 <= int(match[1]) <= len(classes.truths[split]):
+        return None
+    label = classes.truths[split][int(match[1]) - 1]
+    if classes.labels.get(entry.parent, label) != label:
         raise RunError(
-            f'{path} holds {there:,} of {expected:,} pictures: {expected - there:,} are missing'
-            f'{which}; it is not whole: fetch it again.'
+            f'{entry.path} is of class {classes.wnids[label]} in the ground truth, and not of '
+            f'{entry.parent}: move it, or remove the folders of classes.'
         )
+    return label
 
 
-def _twice(path: Path, name: str) -> RunError:
-    return RunError(f'{path} holds {name!a} twice: this is not the official file.')
-
-
-def _patches(folder: Path, report: Report) -> dict[str, Member]:
-    """2010's corrected pictures, by name."""
-    path = folder / PATCHES
-    if not path.exists():
-        report(f'{path} is not there: the few pictures that it corrects stay blank')
-        return {}
-    found = {}
-    for entry in archives.entries(path):
-        name = PurePosixPath(entry.name).name
-        found[name] = Member(name, -1, path.name, entry.offset, entry.size)
-    return found
+def _check_counts(
+    path: Path, expected: int, there: np.ndarray, split: str, classes: Classes
+) -> None:
+    """Raise RunError unless a split has all its pictures, in all and of each class."""
+    if split == 'train':
+        wanted = np.array(classes.train_images or np.maximum(there, 1))
+    else:
+        wanted = np.bincount(classes.truths[split], minlength=len(there))
+    if there.sum() == expected and (there == wanted).all():
+        return
+    first = int(np.argmax(there != wanted))
+    raise RunError(
+        f'{path} holds {there.sum():,} of {expected:,} pictures, and of class '
+        f'{classes.wnids[first]} {there[first]:,} of {wanted[first]:,}: download or extract it '
+        'again.'
+    )
 
 
 # ---- the classes ----------------------------------------------------------------------------
 
 
 def _classes(challenge: Challenge, folder: Path) -> Classes:
-    """From the development kit, or for 2012 from the lists that TFDS ships, which have no words."""
+    """Return the classes from the development kit, or those of 2012 from TFDS (without words)."""
     devkit = folder / challenge.devkit
+    extracted = folder / challenge.devkit.removesuffix('.tar.gz')
+    wanted = ('meta.mat', *challenge.truths.values())
     if devkit.exists():
-        return _from_devkit(challenge, folder, devkit)
-    if challenge.year == 2012:
+        files = _unpack(challenge, devkit, wanted)
+    elif extracted.is_dir():
+        paths = (path for path in extracted.rglob('*') if path.name in wanted)
+        files = {path.name: path.read_bytes() for path in paths}
+    elif challenge.year == 2012:
         return tfds_lists()
-    raise RunError(f'{devkit} is missing: it names the classes and the validation labels.')
+    else:
+        raise RunError(f'{devkit} is missing: it names the classes and the validation labels.')
+    beside = (name for name in wanted if name not in files and (folder / name).exists())
+    files |= {name: (folder / name).read_bytes() for name in beside}
+    for name in wanted:
+        if name not in files:
+            raise RunError(f'{folder / name} is missing, in the development kit and beside it.')
+    try:
+        return _read_kit(challenge, files)
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise _not_official(devkit, f'{type(error).__name__}: {error}') from None
 
 
-def _from_devkit(challenge: Challenge, folder: Path, devkit: Path) -> Classes:
+def _unpack(challenge: Challenge, devkit: Path, wanted: Iterable[str]) -> dict[str, bytes]:
+    """Return the wanted files of a development kit, whatever folders it has them in."""
     content = devkit.read_bytes()
     md5 = hashlib.md5(content, usedforsecurity=False).hexdigest()
     if challenge.devkit_md5 not in (None, md5):
         raise _not_official(devkit, f'its md5 is {md5}')
-    wanted = ('meta.mat', *challenge.truths.values())
     try:
-        found = _take(content, wanted)
-        rows = _synsets(found['meta.mat'], f'ILSVRC{challenge.year}_ID')
-    except (tarfile.TarError, OSError, EOFError, zlib.error, KeyError, ValueError) as error:
+        with tarfile.open(fileobj=io.BytesIO(content), mode='r:gz') as tar:
+            return {
+                PurePosixPath(member.name).name: file.read()
+                for member in tar
+                if PurePosixPath(member.name).name in wanted and (file := tar.extractfile(member))
+            }
+    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
         raise _not_official(devkit, f'{type(error).__name__}: {error}') from None
-    rows = {i: row for i, row in rows.items() if 1 <= i <= challenge.classes}
+
+
+def _read_kit(challenge: Challenge, files: Mapping[str, bytes]) -> Classes:
+    from scipy.io import loadmat  # JAX needs SciPy, so it is there
+
+    rows = loadmat(io.BytesIO(files['meta.mat']), squeeze_me=True)['synsets']
+    number = f'ILSVRC{challenge.year}_ID'  # the nodes above the classes have larger ones
+    rows = [row for row in rows if 1 <= int(row[number]) <= challenge.classes]
     if len(rows) != challenge.classes:
-        raise _not_official(devkit, f'it lists {len(rows):,} classes, not {challenge.classes:,}')
-    order = sorted(rows, key=lambda i: rows[i].wnid)
-    label = {i: place for place, i in enumerate(order)}
+        raise ValueError(f'it lists {len(rows):,} classes, not {challenge.classes:,}')
+    rows.sort(key=lambda row: str(row['WNID']))
+    label = {int(row[number]): place for place, row in enumerate(rows)}
+    truths = {}
+    for split, name in challenge.truths.items():
+        truths[split] = [label[int(line)] for line in files[name].split()]
+        expected = challenge.archives[split].images
+        if len(truths[split]) != expected:
+            raise ValueError(f'{name} holds {len(truths[split]):,} labels, not {expected:,}')
     return Classes(
-        wnids=tuple(rows[i].wnid for i in order),
-        words=tuple(rows[i].words for i in order),
-        train_images=tuple(rows[i].train_images for i in order),
-        truths={
-            split: _truth(challenge, split, folder, name, found, label)
-            for split, name in challenge.truths.items()
-        },
+        wnids=tuple(str(row['WNID']) for row in rows),
+        words=tuple(str(row['words']) for row in rows),
+        train_images=tuple(int(row['num_train_images']) for row in rows),
+        truths=truths,
     )
 
 
-def _truth(
-    challenge: Challenge,
-    split: str,
-    folder: Path,
-    name: str,
-    found: Mapping[str, bytes],
-    label: Mapping[int, int],
-) -> list[int]:
-    """The labels of the numbered pictures of a split, from the kit or from a file beside it."""
-    if name in found:
-        text = found[name].decode('ascii', 'replace')
-    elif (folder / name).exists():
-        text = (folder / name).read_text('ascii', 'replace')
-    else:
-        raise RunError(f'{folder / name} is missing: it holds the labels of the {split} pictures.')
-    try:
-        truth = [label[int(line)] for line in text.split()]
-    except (ValueError, KeyError) as error:
-        raise _not_official(folder / name, f'it holds {error}, which is no class') from None
-    expected = challenge.archives[split].images
-    if len(truth) != expected:
-        raise _not_official(folder / name, f'it holds {len(truth):,} labels, not {expected:,}')
-    return truth
-
-
-def _take(content: bytes, names: Sequence[str]) -> dict[str, bytes]:
-    """The files of these names out of a development kit, wherever in it they lie."""
-    found = {}
-    with tarfile.open(fileobj=io.BytesIO(content), mode='r:gz') as tar:
-        for member in tar:
-            name = PurePosixPath(member.name).name
-            file = tar.extractfile(member) if name in names and member.isreg() else None
-            if file is not None:
-                if member.size > DEVKIT_BYTES:
-                    raise ValueError(f'{name} has {member.size:,} bytes')
-                found[name] = file.read()
-    return found
-
-
-class _Synset(NamedTuple):
-    wnid: str
-    words: str
-    train_images: int
-
-
-def _synsets(meta: bytes, id_field: str) -> dict[int, _Synset]:
-    """The rows of meta.mat, by the number that the challenge gave them."""
-    from scipy.io import loadmat  # JAX needs SciPy, so it is there
-
-    rows = loadmat(io.BytesIO(meta), squeeze_me=True)['synsets']
-    return {
-        int(row[id_field]): _Synset(
-            str(row['WNID']), str(row['words']), int(row['num_train_images'])
-        )
-        for row in rows
-    }
-
-
 def tfds_lists() -> Classes:
-    """What TFDS ships of 2012: the classes, and those of the validation pictures by number."""
+    """Return what TFDS ships of 2012: the classes, and those of the validation pictures."""
     spec = importlib.util.find_spec('tensorflow_datasets')  # found, not imported: that takes long
     if spec is None or not spec.submodule_search_locations:
         raise RunError('tensorflow-datasets, which lists the classes, is not installed.')
@@ -381,4 +337,4 @@ def tfds_lists() -> Classes:
 
 
 def _not_official(path: Path, reason: str) -> RunError:
-    return RunError(f'{path} is not the official file ({reason}): fetch it again.')
+    return RunError(f'{path} is not the official file ({reason}): download it again.')

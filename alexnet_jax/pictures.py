@@ -17,9 +17,25 @@ MOST_PIXELS = 89_478_485
 # Of those that Pillow reads; its PostScript would start an interpreter.
 FORMATS = ('JPEG', 'PNG', 'GIF', 'BMP', 'PPM', 'TIFF', 'WEBP', 'AVIF', 'JPEG2000')
 
+HEIC = tuple(b'ftyp' + brand for brand in (b'heic', b'heix', b'heim', b'heis', b'hevc', b'mif1'))
+CONVERT_HEIC = (
+    'those are not read here: convert it to JPEG first, for example with heif-convert of libheif'
+)
+
 
 class BadImage(ValueError):
     """Bytes that give no image; the message completes a sentence: '<file> is no image'."""
+
+
+class TooLarge(BadImage):
+    """An image with more pixels than are allowed."""
+
+    def __init__(self, width: int, height: int, most_pixels: int):
+        self.pixels = width * height
+        super().__init__(
+            f'has {width:,} x {height:,} pixels, and more than {most_pixels:,} may be a '
+            'decompression bomb'
+        )
 
 
 def picture(encoded: bytes, px: int) -> np.ndarray:
@@ -80,23 +96,30 @@ def _has_app1(encoded: bytes | memoryview) -> bool:
     return False
 
 
-def decode_image(encoded: bytes, shape: tuple[int, int, int]) -> Image.Image:
+def decode_image(
+    encoded: bytes, shape: tuple[int, int, int], most_pixels: int = MOST_PIXELS
+) -> Image.Image:
     """Decode a picture by Pillow, converted to `shape`; encoding that image again saves a copy.
+
+    An image of more than MOST_PIXELS, where `most_pixels` allows it, is shrunk while it is read
+    (JPEG) or in strips, to at least twice `shape`.
 
     Raises:
         BadImage: it cannot be decoded, or is too large to be decoded safely.
     """
+    Image.MAX_IMAGE_PIXELS = None  # the limit below takes the place of Pillow's
     try:
         with Image.open(io.BytesIO(encoded), formats=FORMATS) as found:
-            if found.width * found.height > MOST_PIXELS:
-                raise BadImage(_too_large(f'{found.width:,} x {found.height:,}'))
-            return _fitted(found, shape)
+            pixels = found.width * found.height
+            if pixels > most_pixels:
+                raise TooLarge(found.width, found.height, most_pixels)
+            return _fitted(found if pixels <= MOST_PIXELS else _shrunk(found, shape), shape)
     except (BadImage, MemoryError):
         raise
     except UnidentifiedImageError:
+        if encoded[4:12] in HEIC:
+            raise BadImage(f'is a HEIC picture, and {CONVERT_HEIC}') from None
         raise BadImage('is no image') from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise BadImage(_too_large('too many')) from None
     except Exception as error:  # decoders raise many types for damaged files
         reason = str(error) or type(error).__name__
         raise BadImage(f'cannot be read as an image: {reason}') from None
@@ -162,5 +185,17 @@ def _upper_bits(picture: Image.Image) -> Image.Image:
     return Image.fromarray((values >> 8).astype(np.uint8))
 
 
-def _too_large(size: str) -> str:
-    return f'has {size} pixels, and more than {MOST_PIXELS:,} may be a decompression bomb'
+def _shrunk(picture: Image.Image, shape: tuple[int, int, int]) -> Image.Image:
+    """Return a large picture smaller by a whole factor, at least twice as large as `shape`."""
+    height, width, _ = shape
+    picture.draft(None, (2 * width, 2 * height))  # a JPEG is decoded at 1/2, 1/4 or 1/8
+    factor = min(picture.width // (2 * width), picture.height // (2 * height))
+    if factor < 2 or picture.mode not in ('1', 'L', 'LA', 'P', 'PA', 'RGB', 'RGBA'):
+        return picture
+    picture = _upright(picture)
+    mode = 'RGBA' if picture.has_transparency_data else 'RGB'
+    small = Image.new(mode, (-(-picture.width // factor), -(-picture.height // factor)))
+    for top in range(0, picture.height, 64 * factor):  # not at once: each step copies its strip
+        strip = picture.crop((0, top, picture.width, min(picture.height, top + 64 * factor)))
+        small.paste(strip.convert(mode).reduce(factor), (0, top // factor))
+    return small

@@ -1,15 +1,15 @@
 """Prepare a data set: fetch or find its raw files, and write them in TFDS's array_record format.
 
     python -m alexnet_jax.prepare fashion_mnist
-    python -m alexnet_jax.prepare imagenet2012 --source=FOLDER      # with the official tar files
+    python -m alexnet_jax.prepare mnist --source=FOLDER         # the digits: four raw files
+    python -m alexnet_jax.prepare imagenet2012 --source=FOLDER  # official tar files, or extracted
     python -m alexnet_jax.prepare imagenet2010 --source=FOLDER
-    python -m alexnet_jax.prepare folder --source=FOLDER            # your own: a folder a class
-    python -m alexnet_jax.prepare tfds --name=cifar10               # what TFDS has, or can fetch
+    python -m alexnet_jax.prepare folder --source=FOLDER        # your own: a folder a class
+    python -m alexnet_jax.prepare tfds --name=cifar10           # what TFDS has, or can fetch
 
-No TensorFlow. A prepared set appears under its final name by one rename when it is whole, so what
-an interrupted run leaves is never taken for a data set; long preparations go on where they were
-stopped. What was written is read by `tfds.builder_from_directory(folder)` and by
-`alexnet_jax.data.load`.
+No TensorFlow. A prepared set gets its final name by one rename when it is complete, so what an
+interrupted run leaves is never taken for a data set; the same command resumes it. The result is
+read by `tfds.builder_from_directory(folder)` and by `alexnet_jax.data.load`.
 """
 
 import argparse
@@ -23,31 +23,29 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from alexnet_jax import command, fashion_mnist, folders, imagenet, shard_writer
+from alexnet_jax import command, fashion_mnist, folders, imagenet, prepared, shard_writer
 from alexnet_jax.command import say
 from alexnet_jax.errors import RunError, UsageError
+from alexnet_jax.pictures import MOST_PIXELS
 from alexnet_jax.prepared import Report, damaged, shards
 from alexnet_jax.shard_writer import Form
 
-DATASETS: dict[str, Callable[[str | Path], Path]] = {
-    'fashion_mnist': fashion_mnist.prepare  # what is to be had without being given anything
-}
-
 
 def ensure(name: str, data_dir: str | Path) -> None:
-    """Prepare data set `name` now, if it is not there yet and this program knows how to."""
-    if name in DATASETS:
-        DATASETS[name](data_dir)
+    """Prepare data set `name` now, if no version of it is there yet and it can be downloaded."""
+    there = {path.parent.name for path in Path(data_dir, name).glob('*/dataset_info.json')}
+    if name in prepared.FETCHED and (not there or fashion_mnist.VERSION in there):
+        fashion_mnist.prepare(data_dir, name=name)
 
 
 # ---- what TFDS has --------------------------------------------------------------------------
 
 
 def from_tfds(name: str, data_dir: Path, tfds_dir: Path, report: Report = say) -> Path:
-    """A data set of TFDS, used where it lies if it lies there as array_record.
+    """Use a data set that TFDS has prepared as array_record, or let TFDS prepare it.
 
-    If that is not in `data_dir`, a link to it is made there. What TFDS has not prepared yet is
-    prepared by it now in `data_dir`, for which it needs TensorFlow.
+    If it is not in `data_dir`, a link to it is made there. What TFDS has not prepared yet it
+    prepares now in `data_dir`, for which it needs TensorFlow.
 
     Args:
         name: as TFDS calls it: 'cifar10', or with a config 'imagenet_resized/64x64'.
@@ -67,11 +65,11 @@ def from_tfds(name: str, data_dir: Path, tfds_dir: Path, report: Report = say) -
     shards(found)  # a sentence if files are missing
     folder = data_dir / name.partition('/')[0] / found.name
     if folder.is_symlink() and not folder.exists():
-        folder.unlink()  # to where it lay before
+        folder.unlink()  # to a place where it no longer is
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         folder.symlink_to(found.resolve(), target_is_directory=True)
-        report(f'{name}: linked to where it lies, {found}')
+        report(f'{name}: linked to {found}')
     elif folder.resolve() != found.resolve():
         raise UsageError(
             f'{folder} is another config of {name.partition("/")[0]} already ({folder.resolve()}): '
@@ -81,7 +79,7 @@ def from_tfds(name: str, data_dir: Path, tfds_dir: Path, report: Report = say) -
 
 
 def _newest(name: str, folder: Path) -> Path | None:
-    """The newest version of a data set in array_record that lies in a folder of TFDS's."""
+    """Return the newest version of a data set in array_record in a folder of TFDS's."""
     base, _, config = name.partition('/')
     places = [folder / base / config] if config else [folder / base, *(folder / base).glob('*')]
     found = []
@@ -105,7 +103,7 @@ def _check_features(name: str, folder: Path) -> None:
 def _prepare_by_tfds(name: str, data_dir: Path, tfds_dir: Path, report: Report) -> Path:
     if importlib.util.find_spec('tensorflow') is None:
         raise RunError(
-            f'{name} lies as array_record neither in {data_dir} nor in {tfds_dir}, and TFDS needs '
+            f'{name} is as array_record neither in {data_dir} nor in {tfds_dir}, and TFDS needs '
             "TensorFlow to prepare it: pip install 'alexnet_jax[tf]', or name the folder that has "
             'it with --tfds_dir.'
         )
@@ -131,6 +129,17 @@ def _prepare_by_tfds(name: str, data_dir: Path, tfds_dir: Path, report: Report) 
 # ---- the command ----------------------------------------------------------------------------
 
 
+def _path(text: str) -> Path:
+    """Return a path from the command line, with `~` expanded.
+
+    Raises:
+        UsageError: it is an address, not a path of this machine.
+    """
+    if '://' in text:
+        raise UsageError(f'{text} is not a local path; copy or mount it, and name that folder.')
+    return Path(text).expanduser()
+
+
 def _parser() -> command.Parser:
     parser = command.Parser(
         prog='python -m alexnet_jax.prepare', description='Prepare a data set.', allow_abbrev=False
@@ -139,16 +148,20 @@ def _parser() -> command.Parser:
 
     def add(name: str, about: str, prepare: Callable[[Any], Path]) -> argparse.ArgumentParser:
         one = sets.add_parser(name, help=about, description=about, allow_abbrev=False)
-        one.add_argument('--data_dir', type=Path, default=Path('data'), help='where data sets lie')
+        one.add_argument(
+            '--data_dir', type=_path, default=Path('data'), help='the folder of all data sets'
+        )
         one.set_defaults(prepare=prepare)
         return one
 
-    one = add('fashion_mnist', '70,000 images of clothes, 28 x 28, 31 MB', _fashion_mnist)
-    one.add_argument('--source', type=Path, help='folder with the four raw .gz files')
+    for name, what in (('fashion_mnist', 'clothes'), ('mnist', 'handwritten digits')):
+        one = add(name, f'70,000 images of {what}, 28 x 28 px', _mnist)
+        one.add_argument('--source', type=_path, help='folder with the four raw .gz files')
     for name, challenge in CHALLENGES.items():
         tars = ', '.join(archive.name for archive in challenge.archives.values())
-        one = add(name, f'from {tars} and {challenge.devkit}', _imagenet)
-        _add_pictures(one, 'folder with these official files')
+        about = f'from {tars} and {challenge.devkit}, or from folders they were extracted to'
+        one = add(name, about, _imagenet)
+        _add_pictures(one, 'folder with these files, or with the folders train and val')
     one = add('folder', 'your own pictures: a folder a class, or train/, val/ and test/ with them',
               _folder)  # fmt: skip
     _add_pictures(one, 'folder of the pictures')
@@ -158,14 +171,14 @@ def _parser() -> command.Parser:
                          help='if there is one split only')  # fmt: skip
     one = add('tfds', 'a set that TFDS has prepared as array_record, or can fetch', _tfds)
     one.add_argument('--name', required=True, help='as TFDS calls it')
-    tfds_dir = Path(os.environ.get('TFDS_DATA_DIR') or Path.home() / 'tensorflow_datasets')
-    one.add_argument('--tfds_dir', type=Path, default=tfds_dir, help='where TFDS puts data sets')
+    tfds_dir = _path(os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets')
+    one.add_argument('--tfds_dir', type=_path, default=tfds_dir, help='where TFDS puts data sets')
     return parser
 
 
 def _add_pictures(parser: argparse.ArgumentParser, source: str) -> None:
     form = Form()
-    parser.add_argument('--source', type=Path, required=True, help=source)
+    parser.add_argument('--source', type=_path, required=True, help=source)
     parser.add_argument(
         '--storage',
         choices=('jpeg', 'raw'),
@@ -177,13 +190,15 @@ def _add_pictures(parser: argparse.ArgumentParser, source: str) -> None:
     parser.add_argument('--workers', type=int, help='processes; as many as cores by default')
     parser.add_argument('--skip_corrupt', type=int, default=0, metavar='N',
                         help='leave out up to N pictures that cannot be decoded')  # fmt: skip
+    parser.add_argument('--max_megapixels', type=float, default=MOST_PIXELS / 1e6, metavar='M',
+                        help='read pictures up to this size, if you trust them')  # fmt: skip
 
 
 CHALLENGES = {c.name: c for c in (imagenet.ILSVRC_2012, imagenet.ILSVRC_2010)}
 
 
-def _fashion_mnist(args: argparse.Namespace) -> Path:
-    return fashion_mnist.prepare(args.data_dir, args.source)
+def _mnist(args: argparse.Namespace) -> Path:
+    return fashion_mnist.prepare(args.data_dir, args.source, name=args.name_of_set)
 
 
 def _imagenet(args: argparse.Namespace) -> Path:
@@ -207,12 +222,14 @@ def _make(source: shard_writer.Source, args: argparse.Namespace) -> Path:
         say,
         workers=args.workers,
         skip_corrupt=args.skip_corrupt,
+        most_pixels=round(args.max_megapixels * 1e6),
     )
 
 
 def _check(args: argparse.Namespace) -> None:
     for name, least, most in (
-        ('px', 8, 4096), ('quality', 1, 100), ('workers', 1, 1024), ('skip_corrupt', 0, 10**9)
+        ('px', 8, 4096), ('quality', 1, 100), ('workers', 1, 1024), ('skip_corrupt', 0, 10**9),
+        ('max_megapixels', 1, 10_000),
     ):  # fmt: skip
         value = getattr(args, name, None)
         if value is not None and not least <= value <= most:

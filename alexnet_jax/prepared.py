@@ -1,4 +1,4 @@
-"""A prepared data set on disk, as TFDS lays it out: found, checked, and made under a lock."""
+"""The folder of a prepared data set: its files, whether they are complete, the lock to write it."""
 
 import contextlib
 import errno
@@ -11,25 +11,26 @@ from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 from alexnet_jax.errors import RunError
 
 Report = Callable[[str], None]
 
-FETCHED = ('fashion_mnist',)  # fetched and prepared at the first use
-OFFICIAL = ('imagenet2010', 'imagenet2012')  # their archives are to be had on request only
-PREPARATION = 'preparation.json'  # beside the records of a set made from pictures by this program
+FETCHED = ('fashion_mnist', 'mnist')  # prepared without being given any files
+OFFICIAL = ('imagenet2010', 'imagenet2012')  # their archives are available on request only
+PREPARATION = 'preparation.json'  # beside the records of a set that shard_writer made
+LOG_EVERY_SECS = 30
 
 
 def command(name: str, data_dir: str | Path) -> str:
-    """What a person types to prepare data set `name`."""
+    """Return the command line that prepares data set `name`."""
     source = ' --source=FOLDER' if name in OFFICIAL else ''
     return f'python -m alexnet_jax.prepare {name}{source} --data_dir={data_dir}'
 
 
 def shards(folder: Path) -> dict[str, tuple[int, list[Path]]]:
-    """The splits of a prepared data set, read from TFDS's `dataset_info.json`.
+    """Return the splits of a prepared data set, from TFDS's `dataset_info.json`.
 
     Returns:
         {split: (number of examples, its array_record files in order)}.
@@ -54,18 +55,23 @@ def shards(folder: Path) -> dict[str, tuple[int, list[Path]]]:
 
 
 def shard_name(name: str, split: str, number: int, count: int) -> str:
-    """TFDS's name for shard `number` of `count`."""
+    """Return TFDS's file name for shard `number` of `count`."""
     return f'{name}-{split}.array_record-{number:05d}-of-{count:05d}'
 
 
-def check_whole(folder: Path, sizes: Mapping[str, int]) -> None:
-    """Raise RunError unless `folder` has exactly the splits {name: examples} in readable files."""
+def check_complete(folder: Path, sizes: Mapping[str, int] | None = None) -> None:
+    """Raise RunError unless every file of `folder` holds as many records as its description says.
+
+    Args:
+        folder: of a data set.
+        sizes: {split: examples} that it must have.
+    """
     from array_record.python.array_record_module import (  # ty: ignore[import-not-found]
         ArrayRecordReader,  # a compiled module without stubs
     )
 
     splits = shards(folder)
-    if {name: count for name, (count, _) in splits.items()} != dict(sizes):
+    if sizes and {name: count for name, (count, _) in splits.items()} != dict(sizes):
         raise damaged(folder, 'its splits are not the official ones')
     for count, files in splits.values():
         try:
@@ -77,10 +83,10 @@ def check_whole(folder: Path, sizes: Mapping[str, int]) -> None:
 
 
 def damaged(folder: Path, reason: str) -> RunError:
-    """The error for a prepared data set that cannot be used: says what to remove and to run."""
+    """Return the error for a data set that cannot be used; it says what to remove and to run."""
     name, data_dir = folder.parent.name, folder.parent.parent
     again = command(name, data_dir)
-    if name not in ('fashion_mnist', *OFFICIAL):
+    if name not in (*FETCHED, *OFFICIAL):
         ours = (folder / PREPARATION).exists()
         what = f'folder --name={name} --source=FOLDER' if ours else f'tfds --name={name}'
         again = command(what, data_dir)
@@ -89,45 +95,40 @@ def damaged(folder: Path, reason: str) -> RunError:
     )
 
 
-# ---- making one -----------------------------------------------------------------------------
+# ---- writing one ----------------------------------------------------------------------------
 
 
-def room(data_dir: Path, name: str) -> Path:
-    """Where a data set is made."""
+def staging_dir(data_dir: Path, name: str) -> Path:
+    """Return the folder in which a data set is written before it gets its final name."""
     return data_dir / f'.prepare-{name}'
 
 
 @contextlib.contextmanager
-def workroom(data_dir: Path, name: str, report: Report, *, keep: bool = False) -> Generator[Path]:
-    """A scratch folder in `data_dir`, this process's alone until it leaves.
+def locked_staging_dir(data_dir: Path, name: str, report: Report) -> Generator[Path]:
+    """Yield the staging directory, locked for this process; it keeps what an earlier run left.
 
-    It is empty, and swept away at the end, unless what a run leaves is kept for the next one. The
-    lock goes with its process, however that dies; so whoever holds it may sweep up after one that
-    was killed.
+    The lock ends with its process, so a killed run blocks nobody. What the file system or
+    array_record's writer raises inside the block becomes one sentence.
+
+    Raises:
+        RunError: `data_dir` cannot be written.
     """
-    data_dir.mkdir(parents=True, exist_ok=True)
-    scratch = room(data_dir, name)
-    with open(data_dir / f'.prepare-{name}.lock', 'w') as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            report(f'{name}: another process is preparing it; waiting')
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        if not keep:
-            shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(exist_ok=keep)
-        try:
-            yield scratch
-        finally:
-            if not keep:
-                shutil.rmtree(scratch, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def cannot_write(data_dir: Path) -> Generator[None]:
-    """Turn what the file system or array_record's writers raise into one sentence."""
+    staging = staging_dir(data_dir, name)
     try:
-        yield
+        data_dir.mkdir(parents=True, exist_ok=True)
+        with open(data_dir / f'{staging.name}.lock', 'w') as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                report(f'{name}: waiting for another process that prepares it')
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            staging.mkdir(exist_ok=True)
+            try:
+                yield staging
+                shutil.rmtree(staging)
+            finally:
+                with contextlib.suppress(OSError):
+                    staging.rmdir()  # nothing in it to resume from
     except Exception as error:
         reason = error.strerror if isinstance(error, OSError) else _full_disk(str(error))
         if not reason:
@@ -139,51 +140,26 @@ def cannot_write(data_dir: Path) -> Generator[None]:
 
 
 def _full_disk(message: str) -> str | None:
-    """The cause hidden in a message of array_record's writers, which raise no OSError."""
+    """Return the cause named in a message of array_record's writers, which raise no OSError."""
     causes = (os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
     return next((cause for cause in causes if cause in message), None)
 
 
-def clock(secs: float) -> str:
-    """Hours, minutes, seconds: '30:05:00'."""
-    minutes, rest = divmod(round(secs), 60)
-    return f'{minutes // 60:02d}:{minutes % 60:02d}:{rest:02d}'
+@contextlib.contextmanager
+def progress(what: str, total: int, report: Report) -> Generator[Callable[[int], None]]:
+    """Yield a function that shows how much of `total` is done.
 
+    It draws a bar on a terminal, and elsewhere reports a line every LOG_EVERY_SECS.
+    """
+    console, logged = Console(stderr=True), time.monotonic()
+    with Progress(console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=total)
 
-class Meter:
-    """How far a long work is, how fast, how long it will take: a bar, or lines now and then."""
+        def update(done: int) -> None:
+            nonlocal logged
+            bar.update(task, completed=done)
+            if not console.is_terminal and time.monotonic() - logged > LOG_EVERY_SECS:
+                logged = time.monotonic()
+                report(f'{what}: {done:,} of {total:,} ({done / total:.0%})')
 
-    def __init__(self, what: str, total: int, unit: str, report: Report, scale: int = 1):
-        """`total` of `unit` (each of them `scale`) are to be done."""
-        self._what, self._total, self._unit, self._scale = what, total, unit, scale
-        self._report, self._began, self._said = report, time.monotonic(), time.monotonic()
-        self._first: int | None = None
-        console = Console(stderr=True)
-        columns = TextColumn('{task.description}'), BarColumn(), TimeRemainingColumn()
-        self._bar = Progress(*columns, console=console) if console.is_terminal else None
-        self._task = self._bar.add_task(what, total=total) if self._bar else None
-
-    def __enter__(self) -> 'Meter':
-        if self._bar:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar:
-            self._bar.stop()
-
-    def to(self, done: int, every_secs: float = 30) -> None:
-        """`done` of the total are done by now; what the first call says was done before."""
-        now = time.monotonic()
-        if self._first is None:
-            self._first, self._began = done, now
-        rate = (done - self._first) / max(1e-6, now - self._began)
-        line = (
-            f'{self._what}: {done / self._scale:,.0f} of {self._total / self._scale:,.0f} '
-            f'{self._unit}, {rate / self._scale:,.1f} a second'
-        )
-        if self._bar and self._task is not None:
-            self._bar.update(self._task, completed=done, description=line)
-        elif now - self._said >= every_secs and rate > 0:
-            self._said = now
-            self._report(f'{line}, {clock((self._total - done) / rate)} left')
+        yield update

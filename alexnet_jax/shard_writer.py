@@ -1,26 +1,23 @@
-"""Pictures to shards of one size: all cores, resumable, the same bytes however often it was killed.
+"""Write pictures as array_record shards: resumable, and the same bytes on every run.
 
-The unit of work is a shard. It is written under a scratch name and renamed when it is whole; what a
-killed run leaves lies in a work folder of `data_dir`, and the next run of the same job writes the
-shards that are missing. The order of the pictures is that of a hash of their names, so it depends
-on nothing else; when all is there, the folder gets its final name by one rename.
+A shard is the unit of work. A worker process writes it under a scratch name, puts the facts about
+it beside it, and renames it when it is complete. What a killed run wrote stays in a staging
+directory of `data_dir`; the next run of the same job writes the shards that are missing. Pictures
+are ordered by a hash of their names. One rename gives the finished folder its final name.
 """
 
 import contextlib
 import dataclasses
 import hashlib
-import io
 import json
 import multiprocessing
 import os
 import shutil
 import signal
 import threading
-import time
 import warnings
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import connection
@@ -33,65 +30,100 @@ from PIL import Image
 
 from alexnet_jax import archives, files, machine, pictures, prepared, statistics
 from alexnet_jax.errors import RunError, UsageError
-from alexnet_jax.prepared import Meter, Report
+from alexnet_jax.prepared import Report
 
 VERSION = '1.0.0'  # of the data sets made here
-PROGRAM = 3  # raise it when what is written changes: half-made sets are then begun anew
+PROGRAM = 3  # raise it when the bytes change; since 3, statistics are of the images as stored
 SHARD_IMAGES = 2048  # ImageNet in 626 files: fewer than the 1,024 that may usually be open
 OPTIONS = 'group_size:1,uncompressed'  # a record each, as TFDS has it; JPEG cannot be compressed
-LEAST_BYTES = {'raw': 3.0, 'jpeg': 0.1}  # a pixel; photographs take more than twice that as JPEG
-SAMPLE_IMAGES = 48  # on which size and speed are measured beforehand
-AHEAD = 4  # pictures that the system is asked to fetch before they are needed
-SPLITS = ('train', 'validation', 'test')
+SAMPLE_IMAGES = 32  # encoded to estimate the space needed
+LISTED_AT_ONCE = 100_000  # pictures held in memory while they are assigned to shards
 
 
 @dataclass(frozen=True)
 class Form:
-    """How an image is stored."""
+    """The size and the encoding of stored images."""
 
     px: int = 256  # both sides (paper, section 2)
     storage: str = 'jpeg'  # or 'raw'
     quality: int = 90  # of a JPEG
 
-    def encode(self, image: np.ndarray | Image.Image) -> bytes:
-        """uint8 [px, px, 3], or Pillow's image of it, as the bytes that a record holds."""
+    def encode(self, image: Image.Image) -> bytes:
+        """Return the bytes that a record holds of an RGB image of this size."""
         return image.tobytes() if self.storage == 'raw' else pictures.jpeg(image, self.quality)
 
     def decode(self, stored: bytes) -> np.ndarray:
-        """The other way."""
+        """Return the image that a reader gets from those bytes: uint8 [px, px, 3]."""
         shape = (self.px, self.px, 3)
         if self.storage == 'raw':
             return np.frombuffer(stored, np.uint8).reshape(shape)
         return pictures.decode(stored, shape)
 
     def __str__(self) -> str:
-        return self.storage if self.storage == 'raw' else f'JPEG of quality {self.quality}'
+        how = 'raw' if self.storage == 'raw' else f'JPEG of quality {self.quality}'
+        return f'{self.px} px and stored as {how}'
 
 
 class Member(NamedTuple):
-    """One picture to be prepared."""
+    """A picture to be prepared."""
 
     name: str  # its file name
     label: int
-    file: str  # the file it lies in, seen from the source's folder
+    file: str  # the file that holds it, relative to the source's folder
     offset: int
     size: int
+    stamp: int = 0  # changes when the picture does, where the file is its own
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where the pictures of a data set come from."""
+    """The pictures of a data set, and its description."""
 
     name: str  # of the data set
     folder: Path
     description: str
     class_names: tuple[str, ...]
     words: tuple[str, ...]  # for people, a line a class; or none at all
-    made_of: Mapping[str, Any]  # what goes into preparation.json
-    inputs: Iterable[Path]  # files that must not have changed when a killed run goes on; in order
+    made_of: dict[str, Any]  # written to preparation.json, as JSON has it
+    images: Mapping[str, int]  # by split
+    inputs: Iterable[Path]  # files and folders that have changed when `members` has
     members: Callable[[Report], Iterator[tuple[str, Member]]]  # (split, picture), in any order
-    constants: statistics.Statistics | None = None  # what its colours are known to be
-    images: int = 0  # at least so many
+    constants: statistics.Statistics | None = None  # published colour statistics, if there are any
+
+
+@dataclass(frozen=True)
+class Task:
+    """A shard to write."""
+
+    split: str
+    plan: Path  # its pictures, a line each
+    target: Path
+    facts: Path  # see Facts; written before `target` gets its name
+    root: Path  # the source's folder
+    form: Form
+    most_pixels: int  # of a picture
+
+    @property
+    def members(self) -> list[Member]:
+        """Return the pictures of the shard, in order."""
+        with self.plan.open() as file:
+            return [Member(*json.loads(line[17:])) for line in sorted(file)]
+
+    @property
+    def job(self) -> str:
+        """Return a hash of the pictures and of their form."""
+        lines = sorted(self.plan.read_bytes().splitlines())
+        return hashlib.sha256(b'\n'.join([repr(self.form).encode(), *lines])).hexdigest()
+
+
+class Facts(NamedTuple):
+    """Facts about a finished shard."""
+
+    job: str  # see Task
+    images: int
+    record_bytes: int
+    most_pixels: int
+    skipped: Sequence[str]  # names of pictures that could not be decoded
 
 
 def make(
@@ -102,320 +134,240 @@ def make(
     *,
     workers: int | None = None,
     skip_corrupt: int = 0,
+    most_pixels: int = pictures.MOST_PIXELS,
     shard_images: int = SHARD_IMAGES,
 ) -> Path:
     """Prepare `source` in `data_dir` and return its folder, at once if it is there.
 
     Args:
-        source: see Source.
+        source: the pictures.
         data_dir: the folder of all data sets.
-        form: how the images are stored.
-        report: called with a line of progress now and then.
+        form: the size and encoding of stored images.
+        report: called with lines of progress.
         workers: processes; one a core if not given.
         skip_corrupt: how many pictures may be left out because they cannot be decoded.
+        most_pixels: a picture with more counts as one that cannot be decoded.
         shard_images: pictures a shard, about.
 
     Raises:
-        UsageError: what is there already, or what an interrupted run has finished, is of other
-            pictures or stored in another form.
-        RunError: the source is not whole or not the official one; a picture cannot be decoded; the
-            disk is too small; a worker process died. What is done so far is kept.
+        UsageError: what is there is of other pictures or of another form.
+        RunError: the source is incomplete, a picture cannot be decoded, the disk is too small, or a
+            worker process died. Finished shards are kept.
     """
     folder = data_dir / source.name / VERSION
-    if not folder.exists() or prepared.room(data_dir, source.name).exists():
-        with (
-            prepared.cannot_write(data_dir),
-            prepared.workroom(data_dir, source.name, report, keep=True) as room,
-        ):
+    if not folder.exists() or prepared.staging_dir(data_dir, source.name).exists():
+        with prepared.locked_staging_dir(data_dir, source.name, report) as staging:
             if not folder.exists():  # else another process made it while this one waited
-                job = _begin(source, form, room, shard_images, report)
-                _write_shards(job, workers or machine.cores(), skip_corrupt)
-                made = _finish(job)
+                tasks = _plan(source, form, staging, most_pixels, shard_images, report)
+                _write_shards(source, tasks, workers or machine.cores(), skip_corrupt, report)
+                _describe(source, tasks, staging / 'set', report)
                 folder.parent.mkdir(exist_ok=True)
-                made.rename(folder)
+                (staging / 'set').rename(folder)
                 report(f'{source.name}: prepared in {folder}')
-            shutil.rmtree(room)
-    _same(folder, form, source)
-    prepared.check_whole(folder, {k: n for k, (n, _) in prepared.shards(folder).items()})
+    _check_same(folder, form, source)
+    prepared.check_complete(folder)
     return folder
 
 
-def _same(folder: Path, form: Form, source: Source) -> None:
+def _check_same(folder: Path, form: Form, source: Source) -> None:
     try:
         about = json.loads((folder / prepared.PREPARATION).read_text())
         there = Form(about['px'], about['storage'], about['quality'])
-        made_of = about['made_of']
         names = tuple((folder / 'label.labels.txt').read_text(encoding='utf-8').splitlines())
+        same = (about['made_of'], names) == (source.made_of, source.class_names)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise prepared.damaged(folder, f'{prepared.PREPARATION}: {error}') from None
-    if there != form:
+    if there != form or not same:
         raise UsageError(
-            f'{folder} is there already, {there.px} px and stored as {there}: remove that folder, '
-            'or choose another one with --data_dir.'
-        )
-    if (made_of, names) != (json.loads(json.dumps(dict(source.made_of))), source.class_names):
-        raise UsageError(
-            f'{folder} is there already, made of other pictures: remove that folder, or choose '
-            'another one with --data_dir.'
+            f'{folder} is there already, {there if there != form else "made of other pictures"}: '
+            'remove that folder, or choose another one with --data_dir.'
         )
 
 
 # ---- the plan -------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Job:
-    """A plan on disk, and where its parts lie."""
-
-    source: Source
-    form: Form
-    room: Path
-    report: Report
-    images: dict[str, int]  # by split
-    shards: dict[str, int]
-
-    def tasks(self) -> list['Task']:
-        """A task a shard."""
-        return [
-            Task(
-                plan=_plan(self.room, split, number),
-                target=self.room
-                / 'set'
-                / prepared.shard_name(self.source.name, split, number, count),
-                partial=self.room / 'partial' / f'{split}-{number:05d}.npz',
-                root=self.source.folder,
-                form=self.form,
-                summed=split == 'train',
-            )
-            for split, count in self.shards.items()
-            for number in range(count)
-        ]
-
-
-def _plan(room: Path, split: str, number: int) -> Path:
-    return room / 'plan' / f'{split}-{number:05d}'
-
-
-def _begin(source: Source, form: Form, room: Path, shard_images: int, report: Report) -> Job:
-    """The job that a killed run left in `room`, if it is the same; else a new plan.
-
-    Raises:
-        UsageError: another one left finished shards there, which may be hours of work.
-    """
-    identity = {
-        'program': PROGRAM,
-        **dataclasses.asdict(form),
-        'shard_images': shard_images,
-        'Pillow': PIL.__version__,
-        'files of the source': _stamps(source),
-    }
-    file = room / 'job.json'
-    with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
-        job = json.loads(file.read_text())
-        differ = [key for key, value in identity.items() if job['identity'].get(key) != value]
-        if not differ:
-            report(f'{source.name}: going on where an interrupted run stopped')
-            for scratch in room.glob('*/.*'):
-                with contextlib.suppress(OSError):  # a worker that dies late has done it
-                    scratch.unlink()  # what was being written then
-            return Job(source, form, room, report, job['images'], job['shards'])
-        if any(room.glob('partial/*.npz')):
-            raise UsageError(
-                f'An interrupted run has left finished shards in {room}, and this one differs in '
-                f'{", ".join(differ)}: give the flags and files of then, or remove that folder to '
-                'begin anew.'
-            )
-        report(f'{source.name}: what an interrupted run left is of other files or flags: anew')
-    _sweep(room)
-    _check_space(room, source.name, form, source.images * LEAST_BYTES[form.storage] * form.px**2)
-    for part in ('plan', 'partial', 'set'):
-        (room / part).mkdir()
-    images = _list(source, room, report)
-    shards = {split: _shard_count(n, shard_images) for split, n in images.items()}
-    for split, count in shards.items():
-        _deal(room, split, count)
-    with files.whole(file) as scratch:
-        scratch.write_text(json.dumps(dict(identity=identity, images=images, shards=shards)))
-    return Job(source, form, room, report, images, shards)
+def _plan(
+    source: Source,
+    form: Form,
+    staging: Path,
+    most_pixels: int,
+    shard_images: int,
+    report: Report,
+) -> list[Task]:
+    """Assign the pictures to shards; a plan of the same, unchanged files is used again."""
+    shards = {split: _shard_count(n, shard_images) for split, n in source.images.items() if n}
+    tasks = [
+        Task(
+            split,
+            staging / 'plan' / f'{split}-{number:05d}',
+            staging / 'set' / prepared.shard_name(source.name, split, number, count),
+            staging / 'facts' / f'{split}-{number:05d}.npz',
+            source.folder.resolve(),
+            form,
+            most_pixels,
+        )
+        for split, count in shards.items()
+        for number in range(count)
+    ]
+    for part in ('plan', 'facts', 'set'):
+        (staging / part).mkdir(exist_ok=True)
+    _check_form(staging, form)
+    files_now, planned = _stamps(source, shards), staging / 'planned'
+    if not planned.exists() or planned.read_text() != files_now:
+        planned.unlink(missing_ok=True)
+        _sweep(staging / 'plan', keep=())
+        _assign(source, staging / 'plan', shards, report)
+        planned.write_text(files_now)
+    _sweep(staging / 'set', keep=[task.target for task in tasks])
+    _sweep(staging / 'facts', keep=[task.facts for task in tasks])
+    return tasks
 
 
-def _stamps(source: Source) -> str:
-    """Changes when a file of the source does: a hash of names, sizes and times."""
-    digest = hashlib.sha256(json.dumps(source.made_of).encode())
+def _check_form(staging: Path, form: Form) -> None:
+    """Raise UsageError if an interrupted run finished shards of another form: hours of work."""
+    file, now = staging / 'form', f'{form}, Pillow {PIL.__version__}, format {PROGRAM}'
+    if file.exists() and (then := file.read_text()) != now and any(staging.glob('facts/*')):
+        raise UsageError(
+            f'An interrupted run has left finished shards in {staging} ({then}; this one: {now}): '
+            'give its --px, --storage and --quality, or remove that folder to begin anew.'
+        )
+    file.write_text(now)
+
+
+def _sweep(folder: Path, keep: Sequence[Path]) -> None:
+    """Remove what a killed run was writing, and what belongs to other pictures."""
+    for other in set(folder.iterdir()) - set(keep):
+        other.unlink(missing_ok=True)  # a worker that ends late removes its own
+
+
+def _stamps(source: Source, shards: Mapping[str, int]) -> str:
+    """Return a hash of the names, sizes and times of the source's files."""
+    digest = hashlib.sha256(json.dumps([source.made_of, shards]).encode())
     for path in source.inputs:
-        try:
-            status = path.stat()
-        except OSError as error:
-            raise archives.unreadable(path, error) from None
-        name = str(path.relative_to(source.folder))
-        digest.update(f'\n{name!a} {status.st_size} {status.st_mtime_ns}'.encode())
+        about = archives.status(path)
+        digest.update(f'\n{str(path)!a} {about.st_size} {about.st_mtime_ns}'.encode())
     return digest.hexdigest()
 
 
-def _sweep(room: Path) -> None:
-    for entry in room.iterdir():
-        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-
-
 def _shard_count(images: int, shard_images: int) -> int:
-    """A small set is cut finer, so that several cores have work."""
+    """Return how many shards a split has; a small one has more, to keep several cores busy."""
     return max(1, -(-images // shard_images), min(16, -(-images // 256)))
 
 
-def _list(source: Source, room: Path, report: Report) -> dict[str, int]:
-    """Write down all pictures, a line each that begins with a hash; returns their number."""
-    images: dict[str, int] = {}
-    with contextlib.ExitStack() as stack:
-        lists: dict[str, io.TextIOBase] = {}
-        for split, member in source.members(report):
-            if split not in lists:
-                lists[split] = stack.enter_context((room / 'plan' / split).open('w'))
-                images[split] = 0
-            images[split] += 1
-            key = hashlib.blake2b(os.fsencode(f'{split}/{member.name}'), digest_size=8)
-            lists[split].write(f'{key.hexdigest()} {json.dumps(member)}\n')
-    return {split: images[split] for split in SPLITS if split in images}
+def _assign(source: Source, folder: Path, shards: Mapping[str, int], report: Report) -> None:
+    """Write the plan of each shard: its pictures, a line each that begins with their hash."""
+    held: dict[str, list[str]] = {
+        f'{split}-{i:05d}': [] for split, count in shards.items() for i in range(count)
+    }
 
+    def flush() -> None:
+        for name, lines in held.items():
+            with (folder / name).open('a') as file:
+                file.writelines(lines)
+            lines.clear()
 
-def _deal(room: Path, split: str, count: int) -> None:
-    """Distribute the lines of a split over `count` shards by their hash, in bounded memory."""
-    hands: list[list[str]] = [[] for _ in range(count)]
-
-    def lay_down() -> None:
-        for number, hand in enumerate(hands):
-            with _plan(room, split, number).open('a') as file:
-                file.writelines(hand)
-            hand.clear()
-
-    lines = room / 'plan' / split
-    with lines.open() as file:
-        for number, line in enumerate(file, start=1):
-            hands[int(line[:16], 16) % count].append(line)
-            if number % 100_000 == 0:
-                lay_down()
-    lay_down()
-    lines.unlink()
-
-
-def _members(plan: Path) -> list[Member]:
-    """The pictures of a shard, in order."""
-    with plan.open() as file:
-        return [Member(*json.loads(line[17:])) for line in sorted(file)]
+    for number, (split, member) in enumerate(source.members(report), start=1):
+        name = os.fsencode(f'{split}/{member.name}')
+        key = hashlib.blake2b(name, digest_size=8).hexdigest()
+        line = f'{key} {json.dumps(member)}\n'
+        held[f'{split}-{int(key, 16) % shards[split]:05d}'].append(line)
+        if number % LISTED_AT_ONCE == 0:
+            flush()
+    flush()
 
 
 # ---- a shard --------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Task:
-    """One shard to write."""
-
-    plan: Path
-    target: Path
-    partial: Path  # what is to be known of it later: see _Part
-    root: Path
-    form: Form
-    summed: bool  # its images count for the statistics
-
-
-class _Part(NamedTuple):
-    """What is known of a finished shard."""
-
-    images: int
-    record_bytes: int
-    skipped: list[str]
-
-
-class Stopped(Exception):
-    """Another shard failed."""
-
-
-def write_shard(task: Task, most_skipped: int = 0, tick: Callable[[], None] = lambda: None) -> int:
-    """Write one shard; `tick` is called after each picture. Returns how many were left out.
+def write_shard(task: Task, most_skipped: int = 0) -> Facts:
+    """Write one shard and the facts about it.
 
     Raises:
         RunError: more than `most_skipped` pictures cannot be decoded.
     """
-    px = task.form.px
-    sums = statistics.Sums((px, px, 3)) if task.summed else None
-    members, skipped, written, record_bytes = _members(task.plan), list[str](), 0, 0
+    px, skipped, images, record_bytes = task.form.px, list[str](), 0, 0
+    sums = statistics.Sums((px, px, 3)) if task.split == 'train' else None
     with files.whole(task.target) as scratch:
-        writer = _writer(scratch)
-        for member, later in zip(members, [*members[AHEAD:], *[None] * AHEAD], strict=False):
-            if later:
-                archives.read_soon(task.root / later.file, later.offset, later.size)
+        writer = record_writer(scratch)
+        for member in task.members:
             try:
-                image = pictures.decode_image(_read(task.root, member), (px, px, 3))
+                stored = _encode(task, member)
             except pictures.BadImage as error:
                 skipped.append(member.name)
                 if len(skipped) > most_skipped:
-                    raise RunError(_corrupt(member, str(error))) from None
-            except MemoryError:
-                raise RunError(
-                    f'{ascii(member.name)[1:-1]} in {ascii(member.file)[1:-1]} needs more memory '
-                    'than there is: run the same command again with fewer --workers; it goes on '
-                    'from here.'
-                ) from None
-            else:
-                encoded = task.form.encode(image)
-                record = example(member.name, encoded, member.label)
-                writer.write(record)
-                record_bytes += len(record)
-                written += 1
-                if sums:
-                    sums.add(task.form.decode(encoded)[None])  # as training reads it
-            tick()
-        writer.close()
-        _sync(scratch)
-        with files.whole(task.partial) as partial, partial.open('wb') as file:
-            found: dict[str, Any] = dict(
-                images=written, record_bytes=record_bytes, skipped=json.dumps(skipped)
-            )
+                    raise _corrupt(member, error) from None
+                continue
+            record = example(stored, member.label, member.name)
+            writer.write(record)
+            images, record_bytes = images + 1, record_bytes + len(record)
             if sums:
-                found |= dict(total=sums.total, products=sums.products)
-            np.savez(file, **found)
-            file.flush()
-            os.fsync(file.fileno())
-    return len(skipped)
+                sums.add(task.form.decode(stored)[None])
+        writer.close()
+        sync(scratch)
+        facts = Facts(task.job, images, record_bytes, task.most_pixels, skipped)
+        about: dict[str, Any] = {'facts': json.dumps(facts)}
+        if sums:
+            # Of bytes: 2048 images fit.
+            about |= {'total': sums.total.astype(np.uint32), 'products': sums.products}
+        with files.whole(task.facts) as other:
+            with other.open('wb') as file:
+                np.savez(file, **about)
+            sync(other)
+    return facts
 
 
-def _done(task: Task) -> _Part | None:
-    """What is known of a shard that was finished before; None if it is to be written."""
+def _encode(task: Task, member: Member) -> bytes:
+    """Return the image of a picture as it is stored."""
+    if member.size > archives.MOST_BYTES:
+        raise pictures.BadImage(f'has {member.size:,} bytes, more than a picture can have')
+    content = archives.read(task.root / member.file, member.offset, member.size)
+    shape = (task.form.px, task.form.px, 3)
+    try:
+        return task.form.encode(pictures.decode_image(content, shape, task.most_pixels))
+    except MemoryError:
+        raise RunError(
+            f'{_printable(member)} needs more memory than there is: run the same command again '
+            'with fewer --workers; it resumes from the finished shards.'
+        ) from None
+
+
+def read_facts(task: Task) -> tuple[Facts, statistics.Sums | None] | None:
+    """Return the facts about a finished shard and the sums over its images.
+
+    None if the shard is to be written: it is not there, or is of other pictures, or pictures were
+    left out of it under another limit of pixels.
+    """
     if not task.target.exists():
         return None
     try:
-        if task.summed:
-            _read_sums(task.partial)  # they are whole; of all shards at once they are a gigabyte
-        return _read_part(task.partial)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return None  # the disk lost it: the shard is written again
+        with np.load(task.facts) as file:
+            facts = Facts(*json.loads(str(file['facts'])))
+            sums = None
+            if task.split == 'train':
+                sums = statistics.Sums.of(facts.images, file['total'], file['products'])
+    except Exception:  # the disk lost it; np.load promises no set of exceptions
+        return None
+    limits_differ = facts.skipped and facts.most_pixels != task.most_pixels
+    return None if facts.job != task.job or limits_differ else (facts, sums)
 
 
-def _read_part(path: Path) -> _Part:
-    with np.load(path) as file:
-        skipped = json.loads(str(file['skipped']))
-        return _Part(int(file['images']), int(file['record_bytes']), skipped)
-
-
-def _read_sums(path: Path) -> statistics.Sums:
-    with np.load(path) as file:
-        return statistics.Sums.of(int(file['images']), file['total'], file['products'])
-
-
-def _corrupt(member: Member, reason: str) -> str:
-    return (
-        f'{ascii(member.name)[1:-1]} in {ascii(member.file)[1:-1]} {reason}: mend it, or leave out '
-        'up to N such pictures with --skip_corrupt=N. What is done so far is kept.'
+def _corrupt(member: Member, error: pictures.BadImage) -> RunError:
+    megapixels = -(-error.pixels // 10**6) if isinstance(error, pictures.TooLarge) else 0
+    allow = f'allow it with --max_megapixels={megapixels} if you trust it, ' if megapixels else ''
+    return RunError(
+        f'{_printable(member)} {error}: {allow}mend or remove it, or leave out up to N such '
+        'pictures with --skip_corrupt=N. Finished shards are kept.'
     )
 
 
-def _read(root: Path, member: Member) -> bytes:
-    if member.size > archives.MOST_BYTES:
-        raise pictures.BadImage(f'has {member.size:,} bytes, which can be no picture')
-    return archives.read(root / member.file, member.offset, member.size)
+def _printable(member: Member) -> str:
+    inside = '' if member.name == member.file else f' in {ascii(member.file)[1:-1]}'
+    return ascii(member.name)[1:-1] + inside
 
 
-def _writer(path: Path) -> Any:
+def record_writer(path: Path) -> Any:
+    """Return array_record's writer of a file."""
     from array_record.python.array_record_module import (  # ty: ignore[import-not-found]
         ArrayRecordWriter,  # a compiled module without stubs
     )
@@ -423,286 +375,201 @@ def _writer(path: Path) -> Any:
     return ArrayRecordWriter(str(path), OPTIONS)
 
 
-def _sync(path: Path) -> None:
-    """On the disk before it gets its name: a power cut must not leave an empty file under it."""
+def sync(path: Path) -> None:
+    """Flush a file to the disk, so that a power cut does not leave an empty one under its name."""
     with path.open('rb') as file:
         os.fsync(file.fileno())
 
 
-def example(name: str, image: bytes, label: int) -> bytes:
-    """A record: a serialised tf.train.Example of `file_name`, `image` and `label`.
+def example(image: bytes, label: int, name: str | None = None) -> bytes:
+    """Return a record: a serialised tf.train.Example of `image`, `label` and `file_name`.
 
-    Written out here, its map in alphabetical order, so that the bytes depend on the contents alone
-    (protobuf promises no order), and so that a worker need not import TFDS.
+    TFDS's own serialiser writes the map of features in an order that varies with the process.
     """
-    values = (
-        (b'file_name', _field(1, _field(1, os.fsencode(name)))),
-        (b'image', _field(1, _field(1, image))),
-        (b'label', _field(3, _field(1, _varint(label)))),
-    )
-    entries = [_field(1, _field(1, key) + _field(2, value)) for key, value in values]
-    return _field(1, b''.join(entries))
+    from tensorflow_datasets.proto import tf_example_pb2 as proto
 
-
-def _field(number: int, content: bytes) -> bytes:
-    """A protobuf field of bytes, or of a message: tag, length, content."""
-    return b''.join((bytes([number << 3 | 2]), _varint(len(content)), content))
-
-
-def _varint(value: int) -> bytes:
-    """Seven bits a byte, the lowest first."""
-    parts = []
-    while value > 127:
-        parts.append(value & 127 | 128)
-        value >>= 7
-    return bytes([*parts, value])
+    message: Any = proto.Example()  # ty: ignore[missing-attribute] (made at import)
+    features = message.features.feature
+    features['image'].bytes_list.value.append(image)
+    features['label'].int64_list.value.append(label)
+    if name is not None:
+        features['file_name'].bytes_list.value.append(os.fsencode(name))
+    return message.SerializeToString(deterministic=True)
 
 
 # ---- all shards -----------------------------------------------------------------------------
 
 
-def _write_shards(job: Job, workers: int, skip_corrupt: int) -> None:
+def _write_shards(
+    source: Source, tasks: Sequence[Task], workers: int, skip_corrupt: int, report: Report
+) -> None:
     """Write the shards that are missing, in `workers` processes."""
-    tasks = job.tasks()
-    before = [_done(task) for task in tasks]
-    missing = [task for task, part in zip(tasks, before, strict=True) if part is None]
-    parts = [part for part in before if part is not None]
-    images, done = sum(job.images.values()), sum(part.images for part in parts)
-    skipped = sum(len(part.skipped) for part in parts)
-    if skipped > skip_corrupt:  # an earlier run was allowed more, or was stopped by them
-        raise _too_many(tasks, skip_corrupt)
-    if missing:
-        _foretell(job, missing[0], images, images - done, workers)
-    context = multiprocessing.get_context('spawn')  # a fork of a process with threads may hang
-    counter, stop = context.Value('q', 0), context.Event()
+    found = {task: there[0] for task in tasks if (there := read_facts(task))}
+    missing = [task for task in tasks if task not in found]
+    if found:
+        report(f'{source.name}: resuming, {len(found):,} of {len(tasks):,} shards are finished')
+    _check_skipped(found.values(), skip_corrupt)  # an earlier run may have allowed more
+    _check_space(source.name, missing)
+    # A fork of a process with threads may hang.
+    context, size = multiprocessing.get_context('spawn'), max(1, min(workers, len(missing)))
+    others = set(multiprocessing.active_children())
     with (
-        Meter(job.source.name, images, 'images', job.report) as meter,
-        ProcessPoolExecutor(
-            max(1, min(workers, len(missing))), context, _start_worker, (counter, stop)
-        ) as pool,
+        prepared.progress(f'{source.name} (images)', sum(source.images.values()), report) as update,
+        ProcessPoolExecutor(size, context, _start_worker) as pool,
     ):
         try:
-            waiting = {pool.submit(_work, task, skip_corrupt) for task in missing}
-            while waiting:
-                meter.to(done + counter.value)
-                ready, waiting = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
-                skipped += sum(future.result() for future in ready)
-                if skipped > skip_corrupt:
-                    raise _too_many(tasks, skip_corrupt)
-        except BrokenProcessPool:
-            raise RunError(
-                'A worker process died, for want of memory perhaps: run the same command again, '
-                'with a smaller --workers; it goes on from here.'
-            ) from None
-        finally:
-            stop.set()
-            pool.shutdown(cancel_futures=True)
+            waiting = {pool.submit(write_shard, task, skip_corrupt): task for task in missing}
+            for future in as_completed(waiting):
+                found[waiting[future]] = future.result()
+                update(sum(facts.images for facts in found.values()))
+                _check_skipped(found.values(), skip_corrupt)
+        except BaseException as error:  # Ctrl-C too: it must not wait for shards
+            for child in set(multiprocessing.active_children()) - others:
+                child.terminate()
+            if isinstance(error, BrokenProcessPool):
+                raise RunError(
+                    'A worker process died, perhaps for want of memory: run the same command again '
+                    'with fewer --workers; it resumes from the finished shards.'
+                ) from None
+            raise
 
 
-def _too_many(tasks: Sequence[Task], allowed: int) -> RunError:
-    names = [name for task in tasks if (part := _done(task)) for name in part.skipped]
-    shown = ', '.join(ascii(name)[1:-1] for name in names[:5])
-    return RunError(
-        f'{len(names)} pictures cannot be decoded ({shown}{", ..." if names[5:] else ""}), and '
-        f'--skip_corrupt={allowed} allows fewer: mend them, or allow more. What is done so far is '
-        'kept.'
-    )
+def _check_skipped(found: Iterable[Facts], allowed: int) -> None:
+    names = [name for facts in found for name in facts.skipped]
+    if len(names) > allowed:
+        shown = ', '.join(ascii(name)[1:-1] for name in names[:5])
+        raise RunError(
+            f'{len(names)} pictures cannot be decoded ({shown}{", ..." if names[5:] else ""}), and '
+            f'--skip_corrupt={allowed} allows fewer: mend or remove them, or allow more. Finished '
+            'shards are kept.'
+        )
 
 
-_worker: tuple[Any, Any] = (None, None)  # of a worker process: the counter of all, and 'stop'
+def _check_space(name: str, missing: Sequence[Task]) -> None:
+    """Raise RunError if the disk has no room for the shards, by a sample of the first one."""
+    sizes = []
+    for member in missing[0].members[:SAMPLE_IMAGES] if missing else ():
+        with contextlib.suppress(pictures.BadImage):
+            sizes.append(len(_encode(missing[0], member)))
+    if not sizes:
+        return
+    images = sum(len(task.members) for task in missing)
+    sums = 4 * 3 * missing[0].form.px ** 2 * len(missing)
+    needed = images * (sum(sizes) / len(sizes) + 64) + sums
+    free = shutil.disk_usage(missing[0].plan).free
+    if needed > free:
+        other = ' or --storage=jpeg' if missing[0].form.storage == 'raw' else ''
+        raise RunError(
+            f'{name} needs {needed / 1e9:,.1f} GB more, and {free / 1e9:,.1f} GB are free: make '
+            f'space, or choose another folder with --data_dir{other}.'
+        )
 
 
-def _start_worker(counter: Any, stop: Any) -> None:
-    global _worker
-    _worker = counter, stop
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent says stop
+def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent ends its workers
     warnings.filterwarnings('ignore', module=r'PIL\.')  # of odd pictures that it reads nevertheless
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """A killed parent cannot end its workers."""
+    """End this worker when its parent is gone: a killed parent cannot."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         connection.wait([parent.sentinel])
         os._exit(1)
 
 
-def _work(task: Task, most_skipped: int) -> int:
-    counter, stop = _worker
-
-    def tick() -> None:
-        with counter.get_lock():
-            counter.value += 1
-        if stop.is_set():
-            raise Stopped
-
-    return write_shard(task, most_skipped, tick)
+# ---- the description ------------------------------------------------------------------------
 
 
-# ---- beforehand -----------------------------------------------------------------------------
-
-
-def _foretell(job: Job, task: Task, images: int, left: int, workers: int) -> None:
-    """Say how large and how fast either storage would be, and check that the disk has room.
-
-    Raises:
-        RunError: it has not.
-    """
-    trials = {
-        form: _trial(task, form)
-        for form in (dataclasses.replace(job.form, storage=name) for name in ('jpeg', 'raw'))
-    }
-    job.report(f'{job.source.name}: {images:,} images of {job.form.px} x {job.form.px} px')
-    for form, trial in trials.items():
-        if trial:
-            secs = left * trial.write_secs / min(workers, machine.cores())
-            job.report(
-                f'  {form}{" (chosen)" if form == job.form else ""}: '
-                f'{images * trial.image_bytes / 1e9:,.1f} GB, '
-                f'{prepared.clock(secs)} to make with {workers} processes, '
-                f'read back at {1 / trial.read_secs:,.0f} images/s a core'
-            )
-    trial = trials[job.form]
-    if trial:
-        partial = 4 * 3 * job.form.px**2 * job.shards.get('train', 0)
-        needed = int(1.02 * left * trial.image_bytes) + partial
-        _check_space(job.room, job.source.name, job.form, needed)
-
-
-def _check_space(room: Path, name: str, form: Form, needed: float) -> None:
-    free = shutil.disk_usage(room).free
-    if needed > free:
-        other = ' or --storage=jpeg' if form.storage == 'raw' else ''
-        raise RunError(
-            f'{name} needs {needed / 1e9:,.1f} GB more in {room.parent}, and {free / 1e9:,.1f} GB '
-            f'are free: make space, or choose another folder with --data_dir{other}.'
-        )
-
-
-class _Trial(NamedTuple):
-    """Of one image, on the average over a sample."""
-
-    image_bytes: float
-    write_secs: float
-    read_secs: float
-
-
-def _trial(task: Task, form: Form) -> _Trial | None:
-    """Prepare a sample, which the hashed order makes a random one, and read it again."""
-    records, began = [], time.perf_counter()
-    for member in _members(task.plan)[:SAMPLE_IMAGES]:
-        with contextlib.suppress(pictures.BadImage):
-            records.append(form.encode(pictures.picture(_read(task.root, member), form.px)))
-    made = time.perf_counter()
-    for record in records:
-        form.decode(record).copy()
-    read = time.perf_counter()
-    if not records:
-        return None
-    n = len(records)
-    return _Trial(sum(map(len, records)) / n + 64, (made - began) / n, (read - made) / n)
-
-
-# ---- afterwards -----------------------------------------------------------------------------
-
-
-def _finish(job: Job) -> Path:
-    """Describe the finished shards as TFDS does; returns their folder."""
-    folder, source = job.room / 'set', job.source
-    parts = {task.target.name: _read_part(task.partial) for task in job.tasks()}
-    skipped = sorted(name for part in parts.values() for name in part.skipped)
-    written = sum(part.images for part in parts.values())
-    if written + len(skipped) != sum(job.images.values()):
-        raise RunError(f'Pictures are missing in the shards: remove {job.room} and run this again.')
-    splits = []
-    for split, count in job.shards.items():
-        names = [prepared.shard_name(source.name, split, i, count) for i in range(count)]
-        splits.append(
-            dict(
-                filepathTemplate='{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}',
-                name=split,
-                numBytes=str(sum(parts[name].record_bytes for name in names)),
-                shardLengths=[str(parts[name].images) for name in names],
-            )
-        )
-    _write_json(folder / 'dataset_info.json', _info(source, splits))
-    _write_json(folder / 'features.json', _features(job.form, len(source.class_names)))
-    _write_lines(folder / 'label.labels.txt', source.class_names)
+def _describe(source: Source, tasks: Sequence[Task], folder: Path, report: Report) -> None:
+    """Write what belongs beside the shards, and flush it to the disk."""
+    form = tasks[0].form
+    sums = statistics.Sums((form.px, form.px, 3))
+    splits: dict[str, list[Facts]] = {task.split: [] for task in tasks}
+    for task in tasks:
+        there = read_facts(task)
+        if there is None:
+            raise RunError(f'{task.facts} has been lost: run the same command again.')
+        splits[task.split].append(there[0])
+        if there[1]:
+            sums.merge(there[1])
+    skipped = sorted(name for facts in splits.values() for one in facts for name in one.skipped)
+    written = sum(one.images for facts in splits.values() for one in facts)
+    if written + len(skipped) != sum(source.images.values()):
+        raise RunError(f'Pictures are missing in the shards: remove {folder.parent}; run it again.')
+    shards = {s: [(f.images, f.record_bytes) for f in facts] for s, facts in splits.items()}
+    features = _features(form, source.class_names)
+    write_metadata(folder, source.name, VERSION, features, shards, description=source.description)
     if source.words:
-        _write_lines(folder / 'label.words.txt', source.words)
-    _write_statistics(job)
+        lines = ''.join(f'{line}\n' for line in source.words)
+        (folder / 'label.words.txt').write_text(lines, encoding='utf-8')
+    for name in skipped:
+        report(f'{source.name}: left out, as it cannot be decoded: {ascii(name)[1:-1]}')
     preparation = dict(
-        **dataclasses.asdict(job.form),
-        made_of=dict(source.made_of),
+        **dataclasses.asdict(form),
+        made_of=source.made_of,
         skipped=skipped,
         versions=dict(program=PROGRAM, pillow=PIL.__version__),
     )
-    _write_json(folder / prepared.PREPARATION, preparation)
-    for name in skipped:
-        job.report(f'{source.name}: left out, as it cannot be decoded: {ascii(name)[1:-1]}')
-    for file in folder.glob('*.[jnt]*'):  # descriptions, words, statistics
-        _sync(file)
-    return folder
+    text = json.dumps(preparation, indent=2, sort_keys=True) + '\n'
+    (folder / prepared.PREPARATION).write_text(text)
+    if sums.count:
+        found = sums.result()
+        statistics.save(folder / 'statistics.npz', found, sums.count)
+        stds = ', '.join(f'{std:.2f}' for std in found.colour_std)
+        report(f'{source.name}: standard deviations along the colour components {stds}')
+        if source.constants and (far := statistics.far_from(found, source.constants)):
+            report(f'{source.name}: WARNING: {far}: are these the official pictures?')
+    for path in folder.glob('*.[jnt]*'):  # descriptions, names, statistics
+        sync(path)
 
 
-def _write_statistics(job: Job) -> None:
-    """Write the statistics of the stored images as they are read: see statistics.py."""
-    sums = statistics.Sums((job.form.px, job.form.px, 3))
-    for task in job.tasks():
-        if task.summed:
-            sums.merge(_read_sums(task.partial))
-    if sums.count == 0:
-        return
-    found = sums.result()
-    statistics.save(job.room / 'set' / 'statistics.npz', found, sums.count)
-    stds = ', '.join(f'{std:.2f}' for std in found.colour_std)
-    job.report(f'{job.source.name}: standard deviations along the colour components {stds}')
-    if job.source.constants and (far := statistics.far_from(found, job.source.constants)):
-        job.report(f'{job.source.name}: WARNING: {far}: are these the official pictures?')
+def _features(form: Form, class_names: Sequence[str]) -> Any:
+    import tensorflow_datasets as tfds
 
-
-def _info(source: Source, splits: Sequence[dict]) -> dict[str, Any]:
-    keys = [{'featureKey': key} for key in ('image', 'label')]
-    return dict(
-        description=source.description,
-        fileFormat='array_record',
-        moduleName='alexnet_jax.prepare',
-        name=source.name,
-        splits=list(splits),
-        supervisedKeys={'tuple': {'items': keys}},
-        version=VERSION,
-    )
-
-
-def _features(form: Form, classes: int) -> dict[str, Any]:
-    """What TFDS's FeaturesDict writes of itself for these features."""
-    package = 'tensorflow_datasets.core.features'
-    about = dict(shape={'dimensions': [str(form.px), str(form.px), '3']}, dtype='uint8')
+    shape = (form.px, form.px, 3)
     if form.storage == 'raw':
-        image = dict(
-            tensor=about | dict(encoding='bytes'),
-            pythonClassName=f'{package}.tensor_feature.Tensor',
-        )
+        image = tfds.features.Tensor(shape=shape, dtype=np.uint8, encoding='bytes')
     else:
-        image = dict(
-            image=about | dict(encodingFormat='jpeg'),
-            pythonClassName=f'{package}.image_feature.Image',
-        )
-    label = dict(
-        classLabel={'numClasses': str(classes)},
-        pythonClassName=f'{package}.class_label_feature.ClassLabel',
+        image = tfds.features.Image(shape=shape, encoding_format='jpeg')
+    label = tfds.features.ClassLabel(names=list(class_names))
+    features = {'file_name': tfds.features.Text(), 'image': image, 'label': label}
+    return tfds.features.FeaturesDict(features)
+
+
+def write_metadata(
+    folder: Path,
+    name: str,
+    version: str,
+    features: Any,
+    shards: Mapping[str, Sequence[tuple[int, int]]],
+    **description: Any,
+) -> None:
+    """Describe a folder of array_record files as TFDS does.
+
+    `shards` is {split: (examples, bytes of records) of each file}; `features` is TFDS's
+    FeaturesDict; `description` are further arguments of TFDS's `write_metadata`.
+    """
+    import tensorflow_datasets as tfds
+
+    template = tfds.core.ShardedFileTemplate(
+        dataset_name=name, data_dir=folder, filetype_suffix='array_record'
     )
-    name = dict(text={}, pythonClassName=f'{package}.text_feature.Text')
-    return dict(
-        featuresDict={'features': dict(file_name=name, image=image, label=label)},
-        pythonClassName=f'{package}.features_dict.FeaturesDict',
+    tfds.folder_dataset.write_metadata(
+        data_dir=folder,
+        version=version,
+        features=features,
+        split_infos=[
+            tfds.core.SplitInfo(
+                name=split,
+                shard_lengths=[images for images, _ in about],
+                num_bytes=sum(size for _, size in about),
+                filename_template=template,
+            )
+            for split, about in shards.items()
+        ],
+        supervised_keys=('image', 'label'),
+        check_data=False,  # it needs TensorFlow
+        **description,
     )
-
-
-def _write_json(path: Path, content: Mapping) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + '\n')
-
-
-def _write_lines(path: Path, lines: Sequence[str]) -> None:
-    path.write_text(''.join(f'{line}\n' for line in lines), encoding='utf-8')

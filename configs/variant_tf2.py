@@ -2,9 +2,12 @@
 
     python main.py --config=configs/variant_tf2.py
     python main.py --config=configs/variant_tf2.py:fashion_mnist
+    python -m alexnet_jax.prepare mnist --source=FOLDER   # the digits' four idx files
+    python main.py --config=configs/variant_tf2.py --config.data.name=mnist
 
 Reported there: nothing (it trains on MNIST's digits, enlarged to 224 px, and counts top-1 and top-5
-errors). 62,378,344 parameters with 1000 classes and colours.
+errors; Fashion-MNIST stands in for them unless `data.name` is mnist). 62,378,344 parameters with
+1000 classes and colours.
 
 Has of the paper: Gaussians of 0.01, biases of 1 in conv2 to conv5, fc6 and fc7 (so in conv3 too,
 which begins with 0 in 2012), momentum 0.9, rate 0.01 divided by ten on a plateau of the validation

@@ -1,4 +1,4 @@
-"""Tar files looked through where they lie: every offset right, odd and hostile files refused."""
+"""Tar files and folders listed: every offset right, what is incomplete refused."""
 
 import gzip
 import hashlib
@@ -41,28 +41,42 @@ def md5(path):
     return hashlib.md5(path.read_bytes()).hexdigest()
 
 
-def test_every_file_is_found_where_it_lies(nested):
+def test_every_file_is_found(nested):
     path, classes = nested
     seen = []
-    found = list(archives.entries(path, md5(path), seen.append))
-    expected = [(outer, name, body) for outer, files in classes.items() for name, body in files]
-    expected.append(('', 'folder/read.me', b'text'))
-    assert [(entry.inside, entry.name) for entry in found] == [row[:2] for row in expected]
+    found = list(archives.tar_entries(path, md5(path), seen.append))
+    expected = [
+        (outer[:-4], name, body) for outer, files in classes.items() for name, body in files
+    ]
+    expected.append(('folder', 'read.me', b'text'))
+    assert [(entry.parent, entry.name) for entry in found] == [row[:2] for row in expected]
     for entry, (_, _, body) in zip(found, expected, strict=True):
-        assert archives.read(path, entry.offset, entry.size) == body
-        archives.read_soon(path, entry.offset, entry.size)
-    assert seen[-1] == path.stat().st_size  # all of it went into the sum
+        assert archives.read(entry.path, entry.offset, entry.size) == body
+    assert seen[-1] == path.stat().st_size  # all of it went into the md5
     assert seen == sorted(seen)
 
 
+def test_a_folder_gives_its_files_and_not_what_systems_leave(tmp_path):
+    for name in ('n01/b', 'n01/a', 'c', '.hidden', '@eaDir/a', 'n01/@eaDir/a/x.jpg', 'Thumbs.db',
+                 '__MACOSX/._a', 'lost+found/1', 'n01/.ipynb_checkpoints/a', 'n01/.DS_Store',
+                 '$RECYCLE.BIN/1.jpg', 'n01/desktop.ini'):  # fmt: skip
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (tmp_path / 'n02').symlink_to(tmp_path / 'n01')
+    found = list(archives.folder_entries(tmp_path))
+    names = [('', 'c'), ('n01', 'a'), ('n01', 'b'), ('n02', 'a'), ('n02', 'b')]
+    assert [(entry.parent, entry.name) for entry in found] == names
+    assert archives.read(found[1].path, 0, found[1].size) == b'n01/a'
+
+
 @pytest.mark.parametrize('share', [0.3, 0.6, 0.9])
-def test_a_partial_download_is_said_to_be_one(nested, share):
+def test_a_partial_download_is_refused(nested, share):
     path, _ = nested
     whole = md5(path)
     content = path.read_bytes()
     path.write_bytes(content[: int(share * len(content))])
     with pytest.raises(RunError, match=r'cannot be read to its end|md5'):
-        list(archives.entries(path, whole))
+        list(archives.tar_entries(path, whole))
 
 
 def test_a_flipped_byte_is_noticed(nested):
@@ -71,38 +85,24 @@ def test_a_flipped_byte_is_noticed(nested):
     content = bytearray(path.read_bytes())
     content[content.index(b'xxxx') + 3] ^= 1  # in the midst of a picture: all headers are sound
     path.write_bytes(content)
-    assert len(list(archives.entries(path))) == 5
+    assert len(list(archives.tar_entries(path))) == 5
     with pytest.raises(RunError, match='is not the official file'):
-        list(archives.entries(path, whole))
+        list(archives.tar_entries(path, whole))
 
 
-@pytest.mark.parametrize('name', ['../../etc/passwd', '/etc/passwd', 'a/../../b', 'n01/../x'])
-def test_names_that_lead_out_are_refused(tmp_path, name):
-    path = tmp_path / 'a.tar'
-    path.write_bytes(tar_bytes([('fine', b''), (name, b'gotcha')]))
-    with pytest.raises(RunError, match='leads out of its folder'):
-        list(archives.entries(path))
-    path.write_bytes(tar_bytes([('n01.tar', path.read_bytes())]))
-    with pytest.raises(RunError, match='leads out of its folder'):
-        list(archives.entries(path))
-
-
-@pytest.mark.parametrize(
-    'kind', [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE]
-)
-def test_links_and_devices_are_refused(tmp_path, kind):
+def test_links_and_devices_are_passed_over(tmp_path):
     with tarfile.open(tmp_path / 'a.tar', 'w') as tar:
-        info = tarfile.TarInfo('n01_1.JPEG')
-        info.type, info.linkname = kind, '/etc/passwd'
-        tar.addfile(info)
-    with pytest.raises(RunError, match='is no plain file'):
-        list(archives.entries(tmp_path / 'a.tar'))
+        for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE):
+            info = tarfile.TarInfo('n01_1.JPEG')
+            info.type, info.linkname = kind, '/etc/passwd'
+            tar.addfile(info)
+    assert not list(archives.tar_entries(tmp_path / 'a.tar'))
 
 
 def test_what_is_no_tar_file(tmp_path):
     (tmp_path / 'a.tar').write_text('<html>please log in</html>' * 100)
-    with pytest.raises(RunError, match='is no whole tar file'):
-        list(archives.entries(tmp_path / 'a.tar'))
+    with pytest.raises(RunError, match='is not a complete tar file'):
+        list(archives.tar_entries(tmp_path / 'a.tar'))
 
 
 def test_gzipped_files_are_unpacked_but_not_without_end(tmp_path, monkeypatch):
@@ -110,12 +110,10 @@ def test_gzipped_files_are_unpacked_but_not_without_end(tmp_path, monkeypatch):
     path.write_bytes(b'__' + gzip.compress(b'picture'))
     size = path.stat().st_size - 2
     assert archives.read(path, 2, size) == b'picture'
-    with pytest.raises(RunError, match='has become shorter'):
+    with pytest.raises(RunError, match='has changed since'):
         archives.read(path, 2, size + 1)
     monkeypatch.setattr(archives, 'MOST_BYTES', 1000)
     zeros = gzip.compress(bytes(10**6))
     assert archives.gunzipped(zeros) == zeros  # stopped; whoever decodes it finds no picture
     assert archives.gunzipped(zeros[:50]) == zeros[:50]
     assert archives.gunzipped(b'\x1f\x8bno') == b'\x1f\x8bno'
-    with pytest.raises(RunError, match='can be no picture'):
-        archives.read(path, 0, 1001)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from tensorflow_datasets.core import hashing
 
-from alexnet_jax import data, fashion_mnist, prepare, prepared
+from alexnet_jax import data, fashion_mnist
 from alexnet_jax.errors import RunError, UsageError
 
 SMALL = {'train': 600, 'test': 200}
@@ -136,10 +136,6 @@ def test_unknown_names_and_absent_data(data_dir, tmp_path):
         data.load('fashion_mnist', data_dir, 'valid')
     with pytest.raises(RunError, match=r'run `python -m alexnet_jax\.prepare fashion_mnist'):
         data.load('fashion_mnist', tmp_path, 'train')
-
-
-def test_sets_that_are_fetched_are_those_that_prepare_can_fetch():
-    assert set(prepared.FETCHED) == set(prepare.DATASETS)
 
 
 # ---- the decoded copy -----------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Fashion-MNIST: every way to the raw files, every way in which it can end badly, on real data."""
+"""MNIST and Fashion-MNIST: every place of the raw files, and every failure, on real data."""
 
 import functools
 import gzip
@@ -82,7 +82,7 @@ def test_a_prepared_set_is_left_alone(data_dir):
     assert stamps() == before
 
 
-def test_killed_in_the_middle_then_two_at_once_make_one_whole_set(raw_dir, data_dir, tmp_path):
+def test_killed_in_the_middle_then_two_at_once_make_one_complete_set(raw_dir, data_dir, tmp_path):
     words = [*COMMAND, f'--data_dir={tmp_path}', f'--source={raw_dir}']
     with subprocess.Popen(words, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True) as victim:
         for line in victim.stderr or ():
@@ -103,21 +103,88 @@ def test_killed_in_the_middle_then_two_at_once_make_one_whole_set(raw_dir, data_
     assert [process.returncode for process in pair] == [0, 0]
     folder = tmp_path / 'fashion_mnist/3.0.1'
     assert [out.strip() for out, _ in ends] == [str(folder)] * 2
-    assert sum('another process is preparing it' in said for _, said in ends) == 1
+    assert sum('waiting for another process' in said for _, said in ends) == 1
     assert {path.name for path in tmp_path.iterdir()} == {
         'fashion_mnist',
         '.prepare-fashion_mnist.lock',
     }
-    for split in OFFICIAL:  # decoded: a protobuf map is written in no fixed order
+    for split in OFFICIAL:
         made, official = (data.load('fashion_mnist', d, split) for d in (tmp_path, data_dir))
         assert np.array_equal(made.images, official.images)
         assert np.array_equal(made.labels, official.labels)
 
 
-# ---- ways to the raw files ------------------------------------------------------------------
+def test_every_process_writes_the_same_bytes(few, raw_dir, tmp_path):
+    """TFDS's writer did not: it serialises a map of features in an order of the process."""
+    script = (
+        'import sys; from alexnet_jax import fashion_mnist\n'
+        f'raw = fashion_mnist.read_raw(fashion_mnist.Path({str(raw_dir)!r}))\n'
+        'few = {k: (x[:300], y[:300]) for k, (x, y) in raw.items()}\n'
+        'fashion_mnist.write(few, fashion_mnist.Path(sys.argv[1]))\n'
+    )
+    for seed in ('1', '2', '3'):
+        words = [sys.executable, '-c', script, str(tmp_path / seed)]
+        env = os.environ | {'PYTHONHASHSEED': seed}
+        subprocess.run(words, cwd=REPOSITORY, env=env, check=True, capture_output=True)
+    made = [
+        {path.name: path.read_bytes() for path in (tmp_path / seed).rglob('*') if path.is_file()}
+        for seed in '123'
+    ]
+    assert made[0] == made[1] == made[2]
+    assert len(made[0]) == 5
 
 
-def test_a_damaged_way_is_passed_over_for_the_next(raw_dir, raw, tmp_path, monkeypatch):
+# ---- the digits -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def digits(raw_dir, tmp_path, monkeypatch):
+    """A folder with four files in the place of MNIST's, one of them unpacked."""
+    folder = tmp_path / 'digits'
+    shutil.copytree(raw_dir, folder)
+    packed = folder / 't10k-labels-idx1-ubyte.gz'
+    packed.with_suffix('').write_bytes(gzip.decompress(packed.read_bytes()))
+    packed.unlink()
+    monkeypatch.setattr(fashion_mnist, 'DIGITS', fashion_mnist.FILES)
+    return folder
+
+
+def test_digits_from_a_folder(digits, raw, tmp_path, capsys):
+    words = ['mnist', f'--source={digits}', f'--data_dir={tmp_path}']
+    assert prepare.main(words) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / 'mnist/3.0.1')
+    dataset = data.load('mnist', tmp_path, 'test')
+    assert dataset.class_names == tuple('0123456789')
+    assert dataset.images.shape == (10_000, 28, 28, 1)
+    assert np.array_equal(np.bincount(dataset.labels), np.bincount(raw['test'][1]))
+    info = tfds.builder_from_directory(tmp_path / 'mnist/3.0.1').info
+    assert info.description == mnist.MNIST(data_dir=tmp_path).info.description
+
+
+def test_other_files_are_not_taken_for_the_digits(raw_dir, tmp_path):
+    with pytest.raises(RunError, match=r'train-images-idx3-ubyte.gz is damaged \(its sha256'):
+        fashion_mnist.prepare(tmp_path, raw_dir, ignore, name='mnist')
+
+
+def test_a_set_of_this_name_in_another_version_is_used(tmp_path):
+    """A link to what TFDS prepared, or pictures of one's own: nothing is downloaded."""
+    (tmp_path / 'mnist/1.0.0').mkdir(parents=True)
+    (tmp_path / 'mnist/1.0.0/dataset_info.json').write_text('{}')
+    prepare.ensure('mnist', tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ['mnist']
+
+
+def test_no_place_has_the_digits(tmp_path, monkeypatch):
+    monkeypatch.setenv('NO_PROXY', '127.0.0.1')
+    monkeypatch.setattr(mnist.MNIST, 'URL', 'http://127.0.0.1:9/')  # nobody listens
+    with pytest.raises(RunError, match=r'internet, or put its .*prepare mnist .*--source=FOLDER'):
+        prepare.ensure('mnist', tmp_path)
+
+
+# ---- places of the raw files ------------------------------------------------------------------
+
+
+def test_a_damaged_place_is_passed_over_for_the_next(raw_dir, raw, tmp_path, monkeypatch):
     """data_dir/raw is incomplete; a share folder, as Debian's package makes it, is whole."""
     (tmp_path / 'data/raw').mkdir(parents=True)
     share = tmp_path / 'share/datasets'
@@ -125,7 +192,9 @@ def test_a_damaged_way_is_passed_over_for_the_next(raw_dir, raw, tmp_path, monke
     (share / 'fashion-mnist').symlink_to(raw_dir)
     monkeypatch.setenv('XDG_DATA_DIRS', str(tmp_path / 'share'))
     said = []
-    found = fashion_mnist._find(tmp_path / 'data', None, tmp_path / 'room', said.append)
+    found = fashion_mnist._find(
+        'fashion_mnist', tmp_path / 'data', tmp_path / 'scratch', said.append
+    )
     for split in raw:
         for ours, theirs in zip(found[split], raw[split], strict=True):
             assert np.array_equal(ours, theirs)
@@ -159,11 +228,11 @@ def test_apt_with_old_lists_renews_them_in_a_folder_of_its_own(raw_dir, raw, tmp
     )
     stand_in.chmod(0o755)
     monkeypatch.setenv('PATH', f'{stand_in.parent}:{os.environ["PATH"]}')
-    found = fashion_mnist.read_raw(fashion_mnist._fetch_by_apt(tmp_path / 'room'))
+    found = fashion_mnist.read_raw(fashion_mnist._fetch_by_apt(tmp_path / 'scratch'))
     assert np.array_equal(found['train'][0], raw['train'][0])
 
 
-def test_tfds_downloads_from_a_server(raw_dir, raw, tmp_path, monkeypatch):
+def test_a_download_from_a_server(raw_dir, raw, tmp_path, monkeypatch):
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, format, *args):
             """Say nothing."""
@@ -176,17 +245,19 @@ def test_tfds_downloads_from_a_server(raw_dir, raw, tmp_path, monkeypatch):
         monkeypatch.setattr(mnist.FashionMNIST, 'URL', url)
         monkeypatch.setenv('NO_PROXY', '127.0.0.1')
         try:
-            found = fashion_mnist.read_raw(fashion_mnist._fetch_by_tfds(tmp_path))
+            found = fashion_mnist.read_raw(
+                fashion_mnist._download('fashion_mnist', fashion_mnist.FILES, tmp_path)
+            )
         finally:
             server.shutdown()
             thread.join()
     assert np.array_equal(found['test'][1], raw['test'][1])
 
 
-def test_no_way_at_all_names_the_ways(tmp_path, monkeypatch):
+def test_no_place_at_all_names_the_places(tmp_path, monkeypatch):
     monkeypatch.setenv('PATH', str(tmp_path))
     monkeypatch.setenv('NO_PROXY', '127.0.0.1')
-    monkeypatch.setattr(fashion_mnist, '_share_folders', list)
+    monkeypatch.setattr(fashion_mnist, 'DEBIAN_FOLDER', Path('nowhere'))
     monkeypatch.setattr(mnist.FashionMNIST, 'URL', 'http://127.0.0.1:9/')  # nobody listens
     with pytest.raises(RunError, match=r'internet, install .*dataset-fashion-mnist, or put'):
         fashion_mnist.prepare(tmp_path, report=ignore)
@@ -223,18 +294,18 @@ def test_a_damaged_raw_file_is_named(raw_dir, tmp_path, name, damage, sentence):
     assert '\n' not in str(error.value)
 
 
-def test_a_set_that_is_not_whole_is_refused(few, tmp_path):
+def test_an_incomplete_set_is_refused(few, tmp_path):
     folder = fashion_mnist.write(few, tmp_path, ignore)
     with pytest.raises(RunError, match=r'not the official ones\): remove that folder and run'):
         fashion_mnist.prepare(tmp_path)
-    prepared.check_whole(folder, {'train': 300, 'test': 300})
+    prepared.check_complete(folder, {'train': 300, 'test': 300})
     path = folder / 'fashion_mnist-test.array_record-00000-of-00001'
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(RunError, match='is damaged'):
-        prepared.check_whole(folder, {'train': 300, 'test': 300})
+        prepared.check_complete(folder, {'train': 300, 'test': 300})
     path.unlink()
     with pytest.raises(RunError, match='is missing'):
-        prepared.check_whole(folder, {'train': 300, 'test': 300})
+        prepared.check_complete(folder, {'train': 300, 'test': 300})
 
 
 def test_a_full_disk_is_one_sentence_and_leaves_nothing(raw_dir, tmp_path):
@@ -243,7 +314,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(raw_dir, tmp_path):
         'import resource, sys; from alexnet_jax import fashion_mnist, prepare\n'
         'few = {k: (x[:300], y[:300]) for k, (x, y) in fashion_mnist.read_raw('
         f'fashion_mnist.Path({str(raw_dir)!r})).items()}}\n'
-        'fashion_mnist.read_raw = lambda folder: few\n'
+        'fashion_mnist.read_raw = lambda folder, files: few\n'
         'resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n'
         f'words = ["fashion_mnist", "--data_dir={tmp_path}", "--source={tmp_path}"]\n'
         'sys.exit(prepare.main(words))\n'

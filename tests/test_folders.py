@@ -44,29 +44,59 @@ def test_splits_that_are_folders(tmp_path):
     }
 
 
-def test_what_is_passed_over_is_said(tmp_path):
+def report(source):
+    said = []
+    list(source.members(said.append))
+    return said
+
+
+def test_classes_are_listed_with_their_counts(tmp_path):
+    put(tmp_path, 'a/1.jpg', 'a/2.jpg', 'b/1.png', 'c/x/1.png')
+    said = report(folders.source(tmp_path, 'x', validation=0, test=0))
+    assert said[0].endswith('3 classes: a 2, b 1, c 1')
+    put(tmp_path, *(f'{i}/1.jpg' for i in range(200)))
+    assert report(folders.source(tmp_path, 'x', validation=0, test=0))[0].endswith(' and 103 more')
+
+
+@pytest.mark.parametrize('inside', ['', 'train'])
+def test_what_systems_leave_is_no_class_and_no_picture(tmp_path, inside):
+    put(tmp_path / inside, 'a/1.jpg', 'b/1.jpg', '@eaDir/x.jpg', '__MACOSX/a/._1.jpg',
+        'lost+found/1.jpg', '.ipynb_checkpoints/1.jpg', 'a/@eaDir/1.jpg/SYNOPHOTO_THUMB.jpg',
+        'b/._1.jpg', 'Thumbs.db', 'a/desktop.ini', '$RECYCLE.BIN/1.jpg')  # fmt: skip
+    source = folders.source(tmp_path, 'x', validation=0, test=0)
+    assert source.class_names == ('a', 'b')
+    assert sum(source.images.values()) == 2
+    assert not any('passed over' in line for line in report(source))
+
+
+def test_what_is_passed_over_is_reported(tmp_path):
     put(tmp_path, 'a/1.jpg', 'a/2.heic', 'a/3.HEIC', 'a/.hidden', 'b/1.png', 'b/deep/README')
-    said = []
-    list(folders.source(tmp_path, 'x', validation=0, test=0).members(said.append))
-    assert '.heic 2, without an ending 1' in said[0]
+    said = report(folders.source(tmp_path, 'x', validation=0, test=0))[-1]
+    assert '(.heic 2, no ending 1)' in said
+    assert 'but 2 in HEIC, and those are not read here: convert' in said
+    put(tmp_path, 'c/1.heic')
+    with pytest.raises(UsageError, match='c holds no picture but 1 in HEIC, and those are not'):
+        folders.source(tmp_path, 'x')
 
 
-def test_pictures_of_no_class_are_said(tmp_path):
-    put(tmp_path, 'train/a/1.jpg', 'train/b/1.jpg', 'val/a/2.jpg', 'train/stray.jpg', 'top.png')
-    said = []
-    list(folders.source(tmp_path, 'x').members(said.append))
-    assert '.jpg 1' in said[0]
-    assert '.png 1' in said[0]
+def test_pictures_of_no_class_are_reported(tmp_path):
+    put(tmp_path, 'train/a/1.jpg', 'train/b/1.jpg', 'val/a/2.jpg', 'train/stray.jpg')
+    assert '(.jpg 1)' in report(folders.source(tmp_path, 'x'))[-1]
 
 
-def test_links_and_folders_that_cannot_be_read_are_refused(tmp_path, monkeypatch):
+def test_links_are_followed_and_loops_refused(tmp_path):
     put(tmp_path, 'pets/a/1.jpg', 'pets/b/1.jpg', 'elsewhere/2.jpg')
     (tmp_path / 'pets/a/more').symlink_to(tmp_path / 'elsewhere')
-    with pytest.raises(UsageError, match='a/more is a link, and links within a class are not'):
+    (tmp_path / 'pets/c').symlink_to(tmp_path / 'elsewhere')
+    source = folders.source(tmp_path / 'pets', 'x', validation=0, test=0)
+    assert found(source)['train'] == {'a/1.jpg': 0, 'a/more/2.jpg': 0, 'b/1.jpg': 1, 'c/2.jpg': 2}
+    (tmp_path / 'pets/a/loop').symlink_to(tmp_path / 'pets/a')
+    with pytest.raises(RunError, match='Too many levels of symbolic links'):
         folders.source(tmp_path / 'pets', 'x')
-    (tmp_path / 'pets/a/more').unlink()
-    (tmp_path / 'pets/c').symlink_to(tmp_path / 'elsewhere')  # a class may be one
-    assert folders.source(tmp_path / 'pets', 'x', validation=0, test=0).class_names == tuple('abc')
+
+
+def test_a_folder_that_cannot_be_read_is_refused(tmp_path, monkeypatch):
+    put(tmp_path, 'pets/a/1.jpg', 'pets/b/1.jpg')
     scandir = os.scandir
 
     def refuse(path):  # root may read everything
@@ -136,13 +166,13 @@ def test_names_that_cannot_be(tmp_path, name):
 @pytest.mark.parametrize(
     ('names', 'options', 'said'),
     [
-        ((), {}, '0 class'),
+        ((), {}, 'no folder of pictures'),
         (('a/1.jpg',), {}, '1 class'),
         (('a/1.jpg', 'b/note.txt'), {}, 'holds no picture'),
         (('train/a/1.jpg', 'train/b/1.jpg', 'val/c/1.jpg'), {}, "class 'c', which train has not"),
         (('train/a/1.jpg', 'val/a/1.jpg', 'valid/a/1.jpg'), {}, 'two folders for the split'),
         (('train/a/1.jpg', 'b/1.jpg'), {}, "'b', which is no split"),
-        (('train/a/1.jpg', 'train/b/1.jpg', 'val/1.jpg'), {}, 'val has no folder a class'),
+        (('train/a/1.jpg', 'train/b/1.jpg', 'val/1.jpg'), {}, 'val has no folder of pictures'),
         (('val/a/1.jpg', 'test/a/1.jpg'), {}, 'no folder train among them'),
         (('a/1.jpg', 'b/1.jpg'), {'test': 0.6}, 'too few pictures'),
         (('a/1.jpg', 'b/1.jpg'), {'test': -0.1}, 'are shares'),

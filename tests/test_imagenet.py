@@ -1,14 +1,15 @@
-"""Official archives, made small: labels from names alone, and whatever is not whole is refused."""
+"""Official archives and extracted folders, made small: labels from names, all pictures there."""
 
 import dataclasses
 import gzip
 import json
+import tarfile
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from alexnet_jax import archives, imagenet
+from alexnet_jax import archives, imagenet, shard_writer
 from alexnet_jax import config as configuration
 from alexnet_jax.errors import RunError, UsageError
 from alexnet_jax.imagenet import ILSVRC_2010, ILSVRC_2012
@@ -155,7 +156,7 @@ def test_without_a_devkit_2012_takes_the_lists_of_tfds(year_2012):
     source = imagenet.source(SMALL_2012, year_2012)
     assert len(source.class_names) == 1000
     assert source.words == ()
-    with pytest.raises(RunError, match='is no picture of a class of imagenet2012'):
+    with pytest.raises(RunError, match='download or extract it again'):
         list(source.members(ignore))
 
 
@@ -171,28 +172,36 @@ def refused(challenge, folder, said):
 @pytest.mark.parametrize(
     ('numbers', 'said'),
     [
-        ((4, 2, 1), r'3 of 4 pictures: 1 are missing, number 3 the first of them'),
-        ((4, 2, 2, 1, 3), 'twice'),
-        ((4, 2, 1, 5), 'is no validation picture'),
-        ((0, 1, 2, 3), 'is no validation picture'),
-        ((), '0 of 4 pictures'),
+        ((4, 2, 1), '3 of 4 pictures, and of class n03 1 of 2'),
+        ((4, 2, 2, 1), 'ILSVRC2012_val_00000002.JPEG twice'),
+        ((4, 2, 1, 5), '3 of 4'),
+        ((0, 1, 2, 3), '3 of 4'),
+        ((), '0 of 4'),
     ],
 )
-def test_validation_pictures_that_do_not_match(year_2012, numbers, said):
-    write_tar(year_2012 / 'ILSVRC2012_img_val.tar', numbered(2012, 'val', numbers))
+@pytest.mark.parametrize('extracted', [False, True])
+def test_validation_pictures_that_do_not_match(year_2012, numbers, said, extracted):
+    pictures = numbered(2012, 'val', numbers)
+    if extracted:
+        (year_2012 / 'ILSVRC2012_img_val.tar').unlink()
+        for i, (name, content) in enumerate(pictures):
+            (year_2012 / f'val/{i}').mkdir(parents=True)
+            (year_2012 / f'val/{i}/{name}').write_bytes(content)
+        (year_2012 / 'val').mkdir(exist_ok=True)
+    else:
+        write_tar(year_2012 / 'ILSVRC2012_img_val.tar', pictures)
     refused(SMALL_2012, year_2012, said)
 
 
 @pytest.mark.parametrize(
     ('classes', 'said'),
     [
-        (train(wnids=('n01', 'n03')), 'holds 0 pictures of class n02, not 1, and 5 of 6 in all'),
-        (train(count=TRAIN | {'n03': 2}), 'holds 2 pictures of class n03, not 3'),
-        (train(wnids=('n01', 'n02', 'n03', 'n01')), "'n01.tar' twice"),
-        ([('n04.tar', tar_bytes([('n04_1.JPEG', b'')]))], 'is no picture of a class'),
-        ([('n01.tar', tar_bytes([('n02_1.JPEG', b'')]))], 'is no picture of a class'),
-        ([('n01_1.JPEG', b'')], 'is no picture of a class'),
-        ([('n01.tar', tar_bytes([('n01_1.JPEG', b'')] * 2))], "'n01_1.JPEG' twice"),
+        (train(wnids=('n01', 'n03')), '5 of 6 pictures, and of class n02 0 of 1'),
+        (train(count=TRAIN | {'n03': 2}), '5 of 6 pictures, and of class n03 2 of 3'),
+        (train(wnids=('n01', 'n02', 'n03', 'n01')), '8 of 6 pictures, and of class n01 4 of 2'),
+        (train(count={'n01': 3, 'n02': 1, 'n03': 2}), '6 of 6 pictures, and of class n01 3 of 2'),
+        ([('n04.tar', tar_bytes([('n04_1.JPEG', b'')]))], '0 of 6 pictures'),
+        ([('n01_1.txt', b'')], '0 of 6 pictures'),
     ],
 )
 def test_training_pictures_that_do_not_match(year_2012, classes, said):
@@ -200,8 +209,80 @@ def test_training_pictures_that_do_not_match(year_2012, classes, said):
     refused(SMALL_2012, year_2012, said)
 
 
+# ---- extracted ------------------------------------------------------------------------------
+
+
+def extract(folder, place, val_by_class=False):
+    """Unpack the tar files of a year as people do, and remove them."""
+    with tarfile.open(folder / 'ILSVRC2012_img_train.tar') as tar:
+        for one in tar:
+            target = folder / place / 'train' / one.name[:-4]
+            with tarfile.open(fileobj=tar.extractfile(one)) as inner:
+                inner.extractall(target, filter='data')
+    with tarfile.open(folder / 'ILSVRC2012_img_val.tar') as tar:
+        tar.extractall(folder / place / 'val', filter='data')
+    if val_by_class:
+        for path in list((folder / place / 'val').iterdir()):
+            label = LABEL[VALIDATION[int(path.stem[-8:]) - 1]]
+            inside = path.parent / sorted(WNIDS)[label]
+            inside.mkdir(exist_ok=True)
+            path.rename(inside / path.name)
+    (folder / place / 'val/.DS_Store').write_text('')
+    (folder / place / 'train/n01/@eaDir').mkdir()
+    (folder / place / 'train/n01/@eaDir/n01_7.JPEG').write_text('')
+    for path in folder.glob('*.tar'):
+        path.unlink()
+
+
+@pytest.mark.parametrize('place', ['', 'ILSVRC/Data/CLS-LOC'])
+@pytest.mark.parametrize('val_by_class', [False, True])
+def test_extracted_folders_give_the_same_pictures(year_2012, place, val_by_class):
+    extract(year_2012, place, val_by_class)
+    assert listed(SMALL_2012, year_2012) == expected(2012, [('validation', 'val', VALIDATION)])
+
+
+def test_an_extracted_development_kit(year_2012):
+    extract(year_2012, '')
+    kit = year_2012 / 'ILSVRC2012_devkit_t12.tar.gz'
+    with tarfile.open(kit) as tar:
+        tar.extractall(year_2012, filter='data')
+    kit.unlink()
+    assert listed(SMALL_2012, year_2012) == expected(2012, [('validation', 'val', VALIDATION)])
+
+
+def test_prepared_from_folders_or_from_archives_the_bytes_are_the_same(year_2012, tmp_path):
+    folders = []
+    for name in ('archives', 'folders'):
+        source = imagenet.source(SMALL_2012, year_2012)
+        folder = shard_writer.make(
+            source, tmp_path / f'data_{name}', shard_writer.Form(32), ignore, workers=1
+        )
+        folders.append({path.name: path.read_bytes() for path in folder.iterdir()})
+        if name == 'archives':
+            extract(year_2012, 'Data/CLS-LOC')
+    assert folders[0] == folders[1]
+
+
+def test_a_picture_in_the_folder_of_another_class(year_2012):
+    extract(year_2012, '', val_by_class=True)
+    path = next((year_2012 / 'val/n01').iterdir())
+    path.rename(year_2012 / 'val/n03' / path.name)
+    refused(SMALL_2012, year_2012, 'is of class n01 in the ground truth, and not of n03')
+
+
+def test_a_training_picture_that_is_missing(year_2012):
+    extract(year_2012, '')
+    (year_2012 / 'train/n03/n03_2.JPEG').unlink()
+    refused(SMALL_2012, year_2012, '5 of 6 pictures, and of class n03 2 of 3')
+
+
+# ---- the official files ---------------------------------------------------------------------
+
+
 def test_the_real_challenge_wants_the_real_files(year_2012, tmp_path):
-    with pytest.raises(RunError, match=r'is a partial download \([\d,]+ of 147,897,477,120 bytes'):
+    with pytest.raises(
+        RunError, match=r'has [\d,]+ bytes and the official file 147,897,477,120: finish'
+    ):
         imagenet.source(ILSVRC_2012, year_2012)
     with pytest.raises(RunError, match=r'ILSVRC2010_images_train.tar is missing'):
         imagenet.source(ILSVRC_2010, year_2012)
@@ -209,7 +290,7 @@ def test_the_real_challenge_wants_the_real_files(year_2012, tmp_path):
         imagenet.source(ILSVRC_2010, tmp_path / 'nothing')
     train_archive = dataclasses.replace(SMALL_2012.archives['train'], size=100)
     larger = SMALL_2012.archives | {'train': train_archive}
-    with pytest.raises(RunError, match='bytes, not 100'):
+    with pytest.raises(RunError, match='the official file 100'):
         imagenet.source(dataclasses.replace(SMALL_2012, archives=larger), year_2012)
 
 
@@ -237,7 +318,7 @@ def test_development_kits_that_cannot_be(year_2012):
     damaged_kit(year_2012, truth=(3, 1, 1))
     assert '3 labels, not 4' in said()
     damaged_kit(year_2012, truth=(3, 1, 1, 9))
-    assert 'holds 9, which is no class' in said()
+    assert 'KeyError: 9' in said()
     damaged_kit(year_2012, synsets=synsets()[:2])
     assert 'lists 2 classes, not 3' in said()
     kit = damaged_kit(year_2012)

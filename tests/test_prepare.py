@@ -1,4 +1,4 @@
-"""The command: what it is told, what it makes of it, and one sentence where it cannot."""
+"""The command: its flags, what it writes, and one sentence where it fails."""
 
 import json
 import os
@@ -44,8 +44,8 @@ def test_ones_own_pictures_from_folder_to_dataset(pets, tmp_path, capsys):
     assert prepare.main(words) == 0  # it is there
 
 
-def test_a_worker_needs_neither_jax_nor_tfds(pets, tmp_path):
-    """Both take seconds to import, and memory for every core."""
+def test_the_command_starts_without_jax_and_tfds(pets, tmp_path):
+    """Both take seconds to import; a worker imports TFDS's record format, and no JAX."""
     script = (
         'import sys; from alexnet_jax import prepare\n'
         'known = {name.partition(".")[0] for name in sys.modules}\n'
@@ -67,7 +67,11 @@ def test_a_worker_needs_neither_jax_nor_tfds(pets, tmp_path):
         (['imagenet2012', '--source={tmp}'], 1, 'ILSVRC2012_img_train.tar is missing'),
         (['imagenet2010', '--source={tmp}'], 1, 'ILSVRC2010_images_train.tar is missing'),
         (['folder', '--source={tmp}/none'], 2, 'is no folder'),
-        (['folder', '--source={tmp}'], 2, '0 class'),
+        (['folder', '--source={tmp}/empty'], 2, 'no folder of pictures'),
+        (['folder', '--source={pets}', '--max_megapixels=0'], 2, '--max_megapixels must be'),
+        (['folder', '--source=gs://bucket/x'], 2, 'gs://bucket/x is not a local path'),
+        (['fashion_mnist', '--data_dir=s3://x/y'], 2, 's3://x/y is not a local path'),
+        (['mnist', '--source={tmp}'], 1, 'train-images-idx3-ubyte.gz is missing'),
         (['folder', '--source={pets}', '--name=A b'], 2, '--name'),
         (['folder', '--source={pets}', '--storage=gif'], 2, "invalid choice: 'gif'"),
         (['folder', '--source={pets}', '--quality=101'], 2, '--quality must be 1 to 100'),
@@ -86,12 +90,21 @@ def test_it_ends_badly_in_one_sentence(words, code, sentence, pets, tmp_path, ca
     monkeypatch.chdir(tmp_path)
     file = tmp_path / 'file'
     file.touch()
+    (tmp_path / 'empty').mkdir()
     given = [word.format(file=file, tmp=tmp_path, pets=pets) for word in words]
     assert prepare.main(given) == code
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert lines[0].startswith('prepare: ')
     assert sentence in lines[0]
+
+
+def test_the_home_directory_is_expanded(pets, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    (tmp_path / 'pets').symlink_to(pets)
+    words = ['folder', '--source=~/pets', '--data_dir=~/data', '--px=8', '--workers=1']
+    assert prepare.main(words) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / 'data/my_pets/1.0.0')
 
 
 def test_a_damaged_set_says_how_to_make_it_again(pets, tmp_path):
@@ -197,7 +210,7 @@ def test_another_format_needs_tensorflow(tfds_dir, tmp_path, monkeypatch):
     info = tmp_path / 'shapes/2.1.0/dataset_info.json'
     info.write_text(info.read_text().replace('array_record', 'tfrecord'))
     monkeypatch.setattr(prepare.importlib.util, 'find_spec', lambda name: None)
-    with pytest.raises(RunError, match='lies as array_record neither in'):
+    with pytest.raises(RunError, match='is as array_record neither in'):
         prepare.from_tfds('shapes', tmp_path / 'data', tmp_path)
     assert not (tmp_path / 'data').exists()
 
