@@ -55,7 +55,7 @@ def write(folder: Path, count: int, files: int, px: int, encoded: Callable[[int]
         path = version / f'{folder.name}-train.array_record-{i:05d}-of-{files:05d}'
         writer = ArrayRecordWriter(str(path), 'group_size:1,uncompressed')
         for _ in range(length):
-            writer.write(shard_writer.example(str(number), encoded(number), number % CLASSES))
+            writer.write(shard_writer.example(encoded(number), number % CLASSES, str(number)))
             number += 1
         writer.close()
     split = {'name': 'train', 'shardLengths': [str(length) for length in lengths]}
