@@ -32,6 +32,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 
 from alexnet_jax import checkpoint, command, export, files, imagenet, model, step, weight_files
 from alexnet_jax import config as configuration
@@ -53,15 +54,11 @@ ROOT = _BUNDLED if _BUNDLED.is_dir() else Path(__file__).parents[1]
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """A framework's names for the weights, and the pixels that its net expects.
-
-    Kernels are [out, in of one group, height, width], or [out, in] with `in` running over
-    channels, height, width.
-    """
+    """A framework's names for the weights, and the pixels that its net expects."""
 
     config: str  # of its net, FILE:SCALE
     names: Mapping[str, str]  # {our layer: their layer}
-    parts: tuple[str, str]  # suffixes of the weights' and the biases' names
+    parts: tuple[str, str]  # suffixes of the kernel's and the bias' names
     mean: tuple[float, float, float]  # of red, green, blue, in 0-255 units, subtracted ...
     std: tuple[float, float, float]  # ... before the division by this
     bgr: bool  # conv1 reads blue, green, red
@@ -97,8 +94,10 @@ ORIGINS = {
 def canonical(arrays: Arrays, origin: Origin, settings: Settings, file: str = 'the file') -> Params:
     """Convert another framework's weights to our parameter tree, float32.
 
-    The order of the channels and the deviations that differ between them are folded into conv1,
-    which reads (pixel - mean) * scale, see `augment.apply`.
+    Their kernels are [out, in, height, width], or [out, in] with `in` running over channels,
+    height, width. Ours are [height, width, in, out] and [in, out] with channels last. The order of
+    the channels and the deviations that differ between them are folded into conv1, which reads
+    (pixel - mean) * scale, see `augment.apply`.
 
     Args:
         arrays: by their names in the file, wrappers included.
@@ -118,19 +117,25 @@ def canonical(arrays: Arrays, origin: Origin, settings: Settings, file: str = 't
         )
     wanted: dict[str, tuple[int, ...]] = {}
     for stage in stages:
-        weights, biases = (origin.names[stage.layer.name] + part for part in origin.parts)
-        wanted |= {weights: stage.kernel[::-1], biases: stage.kernel[-1:]}  # all kernels are square
+        kernel, bias = (origin.names[stage.layer.name] + part for part in origin.parts)
+        wanted |= {kernel: stage.kernel[::-1], bias: stage.kernel[-1:]}  # kernels are square
     arrays = _check(_unwrap(arrays, next(iter(wanted)), file), wanted, file)
     found = iter(arrays.values())
     params = {
         s.layer.name: {'kernel': _kernel(next(found), s), 'bias': next(found)} for s in stages
     }
     conv1 = params[layers[0]]
-    if origin.bgr:
-        conv1['kernel'] = conv1['kernel'][:, :, ::-1]
+    kernel = conv1['kernel'][:, :, :: -1 if origin.bgr else 1]
     std = np.array(origin.std) * settings.preprocess.scale
-    conv1['kernel'] = np.asarray(conv1['kernel'] / std[:, None], np.float32)
+    conv1['kernel'] = (kernel / std[:, None]).astype(np.float32)
     return params
+
+
+def _kernel(weights: np.ndarray, stage: Stage) -> np.ndarray:
+    if stage.layer.kind == 'fc':
+        height, width, channels = stage.input if len(stage.input) == 3 else (1, 1, *stage.input)
+        weights = weights.reshape(-1, channels, height, width)
+    return weights.transpose(2, 3, 1, 0).reshape(stage.kernel)
 
 
 # Components that torch.nn.DataParallel, DistributedDataParallel and torch.compile put into names.
@@ -141,12 +146,8 @@ def _unwrap(arrays: Arrays, first: str, file: str) -> Arrays:
     """Return the arrays of the one net in a file by the net's own names.
 
     A training program's checkpoint has the net under a prefix ('state_dict.', 'model.', ...) and
-    other arrays beside it, such as the optimizer's; wrappers of the net insert components.
-
-    Args:
-        arrays: by their names in the file.
-        first: the net's own name of one of its arrays.
-        file: its name for error messages.
+    other arrays beside it, such as the optimizer's; wrappers of the net insert components. `first`
+    is the net's own name of one of its arrays.
     """
     components = (re.escape(part) for part in first.split('.'))
     pattern = re.compile(r'((?:.+\.)?)' + (r'\.' + _WRAPPER).join(components))
@@ -173,9 +174,7 @@ def _check(arrays: Arrays, wanted: Mapping[str, tuple[int, ...]], file: str) -> 
         if key not in arrays:
             raise UsageError(f'{file} has no {key}, which this net has; it has {_some(arrays)}.')
         array = arrays[key]
-        while array.ndim > len(shape) and array.shape[0] == 1:  # Caffe's old blobs have four axes
-            array = array[0]
-        if array.shape != shape:
+        if [n for n in array.shape if n != 1] != [n for n in shape if n != 1]:
             raise UsageError(
                 f'{file}: {key} is {list(array.shape)}, and this net wants {list(shape)}; choose '
                 f'the config of the net that it was made for.'
@@ -184,23 +183,18 @@ def _check(arrays: Arrays, wanted: Mapping[str, tuple[int, ...]], file: str) -> 
             raise UsageError(f'{file}: {key} is of type {array.dtype}, not floating-point.')
         if not np.isfinite(array).all():
             raise UsageError(f'{file}: {key} contains NaN or infinity (in float32).')
-        found[key] = array
+        found[key] = array.reshape(shape)  # Caffe and OpenCV add axes of length 1
     if extra := arrays.keys() - wanted.keys():
-        raise UsageError(f'{file} has {min(extra)}, which this net has not: it is another net.')
+        raise UsageError(
+            f'{file} has {min(extra)}, which this net has not; choose the config of the net that '
+            f'it was made for.'
+        )
     return found
 
 
 def _some(arrays: Arrays) -> str:
     names = sorted(arrays)
     return ', '.join(names[:3]) + (', ...' if len(names) > 3 else '') if names else 'no arrays'
-
-
-def _kernel(weights: np.ndarray, stage: Stage) -> np.ndarray:
-    """Return [kh, kw, in, out] of a convolution, [in, out] with channels last of an fc."""
-    if stage.layer.kind == 'fc':
-        height, width, channels = stage.input if len(stage.input) == 3 else (1, 1, *stage.input)
-        weights = weights.reshape(-1, channels, height, width)
-    return weights.transpose(2, 3, 1, 0).reshape(stage.kernel)
 
 
 def statistics_of(origin: Origin, recipe: Preprocess, mean: np.ndarray | None = None) -> Statistics:
@@ -247,15 +241,14 @@ def import_foreign(
 
     Raises:
         UsageError: the file contains another net, or the workdir another run.
-        RunError: the file is damaged or unsafe, or the workdir cannot be written.
+        RunError: the file is damaged, or the workdir cannot be written.
     """
-    _check_empty(workdir)
     settings = configuration.unpack(config)
     params = canonical(weight_files.read(file), origin, settings, str(file))
-    statistics = statistics_of(origin, settings.preprocess, mean)
     names = tuple(class_names) or default_names(settings.net.classes)
     if len(names) != settings.net.classes:
         raise UsageError(f'{len(names)} class names were given for {settings.net.classes} classes.')
+    statistics = statistics_of(origin, settings.preprocess, mean)
     return _save(config, params, statistics, names, file, workdir)
 
 
@@ -266,37 +259,23 @@ def import_own(file: Path, workdir: Path) -> str:
         UsageError: the file is not one of these, or the workdir contains another run.
         RunError: the file is damaged, or the workdir cannot be written.
     """
-    _check_empty(workdir)
     if file.suffix != '.safetensors':
         raise UsageError(f'{file}: our own weights come as .safetensors; see `export`.')
-    arrays = weight_files.read(file)
-    head = weight_files.metadata(file)
+    arrays, head = weight_files.read(file), weight_files.metadata(file)
     try:
         config, names = json.loads(head['config']), json.loads(head['class_names'])
     except (KeyError, ValueError) as problem:
         raise UsageError(
             f'{file} has no config in its head: `export` did not write it.'
         ) from problem
-    wanted = {
-        f'params/{stage.layer.name}/{kind}': shape
-        for stage in model.geometry(configuration.unpack(config).net)
-        for kind, shape in (('kernel', stage.kernel), ('bias', stage.kernel[-1:]))
-    }
     # Statistics have the shape of the stored images, which no config contains.
     fields = [f'statistics/{field}' for field in Statistics._fields]
-    wanted |= {field: arrays[field].shape if field in arrays else () for field in fields}
-    arrays = _check(arrays, wanted, str(file))
-    statistics = Statistics(*(jnp.array(arrays.pop(field)) for field in fields))
-    params: Params = {}
-    for name, array in arrays.items():
-        _, layer, kind = name.split('/')
-        params.setdefault(layer, {})[kind] = array
-    return _save(config, params, statistics, names, file, workdir)
-
-
-def _check_empty(workdir: Path) -> None:
-    if Checkpoints(workdir / 'checkpoints').steps():
-        raise UsageError(f'{workdir} has checkpoints already; choose another --workdir.')
+    wanted = {field: arrays[field].shape if field in arrays else () for field in fields}
+    for stage in model.geometry(configuration.unpack(config).net):
+        name = f'params/{stage.layer.name}'
+        wanted |= {f'{name}/kernel': stage.kernel, f'{name}/bias': stage.kernel[-1:]}
+    tree = traverse_util.unflatten_dict(_check(arrays, wanted, str(file)), sep='/')
+    return _save(config, tree['params'], Statistics(**tree['statistics']), names, file, workdir)
 
 
 def _save(
@@ -308,6 +287,8 @@ def _save(
     workdir: Path,
 ) -> str:
     """Write a workdir as a run would have left it before its first step."""
+    if Checkpoints(workdir / 'checkpoints').steps():
+        raise UsageError(f'{workdir} has checkpoints already; choose another --workdir.')
     settings = configuration.unpack(config)
     optimizer = step.make_optimizer(settings, images=settings.batch_size)
     state = step.init_state(settings, optimizer).replace(params=jax.device_put(params))
@@ -365,11 +346,8 @@ def export_checkpoint(file: Path, workdir: Path, at: checkpoint.Step = 'latest')
 def _serialize(restored: checkpoint.Restored, suffix: str) -> bytes:
     params, statistics = restored.state['state']['params'], restored.state['statistics']
     if suffix == '.safetensors':
-        arrays = {
-            f'params/{layer}/{kind}': np.ascontiguousarray(value)
-            for layer, row in params.items()
-            for kind, value in row.items()
-        } | {f'statistics/{field}': value for field, value in statistics.items()}
+        tree = {'params': params, 'statistics': statistics}
+        arrays = traverse_util.flatten_dict(jax.tree.map(np.ascontiguousarray, tree), sep='/')
         head = {key: json.dumps(restored.extra[key]) for key in ('config', 'class_names')}
         return command.library('safetensors.numpy', 'weights').save(arrays, head)
     write = export.onnx if suffix == '.onnx' else export.stablehlo

@@ -334,6 +334,26 @@ def test_a_file_gives_back_what_is_in_it(tmp_path, name):
     same(weight_files.read(file), arrays)
 
 
+@pytest.mark.parametrize(
+    ('of_kernels', 'of_biases'),
+    [((1, 1), (1, 1, 1)), ((), ()), ((), (1,))],
+    ids=['old Caffe', 'Caffe', 'OpenCV'],
+)
+def test_axes_of_length_one(of_kernels, of_biases):
+    arrays = foreign('caffenet', small('caffenet'))
+    settings = configuration.unpack(small('caffenet'))
+
+    def longer(array):
+        return array.reshape({1: of_biases, 2: of_kernels, 4: ()}[array.ndim] + array.shape)
+
+    found = {key: longer(array) for key, array in arrays.items()}
+    if of_biases == (1,):  # those of convolutions have it behind
+        found['conv1/1'] = found['conv1/1'].T
+    origin = weights.ORIGINS['caffenet']
+    found, expected = (weights.canonical(a, origin, settings) for a in (found, arrays))
+    assert jax.tree.all(jax.tree.map(np.array_equal, found, expected))
+
+
 def same(found, expected):
     assert found.keys() == expected.keys()
     for key, array in expected.items():
