@@ -51,13 +51,13 @@ def read(path: Path) -> Arrays:
         else:
             raise UsageError(
                 f'{path} is no weight file of PyTorch, safetensors or NumPy (.npz); for a '
-                f'.caffemodel see the head of alexnet_jax/weights.py.'
+                f'.caffemodel see python -m alexnet_jax.weights --help.'
             )
     except (AlexNetError, OSError):
         raise
     except Exception as problem:  # each library reports damage by exceptions of its own
         reason = ' '.join(str(problem).split())[:120]
-        raise RunError(f'{path} is damaged or incomplete ({reason}); get it anew.') from problem
+        raise RunError(f'{path} cannot be read ({reason}); if damaged, get it anew.') from problem
     return {name: _float32(array) for name, array in arrays.items()}
 
 

@@ -157,9 +157,7 @@ def _unwrap(arrays: Arrays, first: str, file: str) -> Arrays:
             f'{file} contains {len(prefixes)} nets ({", ".join(sorted(prefixes))}); save the one '
             f'to import in a file of its own.'
         )
-    if not prefixes:
-        raise UsageError(f'{file} has no {first}, which this net has; it has {_some(arrays)}.')
-    [prefix] = prefixes
+    prefix = prefixes[0] if prefixes else ''
     return {
         re.sub(rf'\b{_WRAPPER}', '', name.removeprefix(prefix)): array
         for name, array in arrays.items()
@@ -395,7 +393,9 @@ def _read_mean(file: Path) -> np.ndarray:
 
 def _parser() -> command.Parser:
     parser = command.Parser(
-        prog='python -m alexnet_jax.weights', description=(__doc__ or '').split('\n')[0]
+        prog='python -m alexnet_jax.weights',
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     verbs = parser.add_subparsers(dest='verb', required=True, metavar='import|export')
     into = verbs.add_parser('import', help='make a workdir with a checkpoint from a weight file')
