@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alexnet_jax import augment, checkpoint, export, model, weight_files, weights
+from alexnet_jax import augment, checkpoint, export, model, train, weight_files, weights
 from alexnet_jax import config as configuration
 from alexnet_jax.augment import Statistics
 from alexnet_jax.errors import RunError, UsageError
@@ -587,6 +587,10 @@ from configs import variant_torchvision
 def get_config(scale='quickstart'):
     config = variant_torchvision.get_config(scale)
     config.model.channels = 3
+    config.epochs, config.batch_size = 1.0, 16
+    config.data.train, config.data.validation = 'train[:16]', 'train[16:24]'
+    config.data.test = 'test[:8]'
+    config.loop.tensorboard = False
     return config
 """
 
@@ -659,6 +663,14 @@ def test_what_an_import_leaves(imported):
     names = weights.default_names(1000)
     assert names[0] == 'n01440764'
     assert list(names) == sorted(names)
+
+
+def test_an_imported_net_can_be_trained(imported, config_file, tmp_path):
+    workdir = shutil.copytree(imported[0], tmp_path / 'w')
+    train.run(weights.read_config(str(config_file)), workdir)
+    restored = checkpoint.read(workdir / 'checkpoints')
+    assert restored.step == 1
+    assert len(restored.extra['history']['errors']) == 1
 
 
 def test_a_workdir_with_a_checkpoint_is_left_alone(imported, config_file, capsys):
