@@ -1,8 +1,9 @@
-"""A trained net as a file that runs without this code: uint8 images in, class probabilities out.
+"""Write a trained net as a file that runs without this code: uint8 images in, probabilities out.
 
-Both forms hold preprocessing, net and weights, compute the centre view as `evaluate` does, and
+Both formats contain preprocessing, net and weights, compute the centre view as `evaluate` does, and
 take batches of any size of images as they were stored: uint8 [B, H, W, C], the sides and channels
-of the mean image.
+of the mean image. The ONNX graph is made here: jax2onnx 0.17.1 wants an older Orbax and refuses
+these nets (a symbolic batch, the resizing).
 """
 
 from collections.abc import Callable
@@ -26,7 +27,7 @@ Array = jax.Array
 
 
 def classify(settings: Settings, params: Any, statistics: Statistics) -> Callable[[Array], Array]:
-    """The function uint8 [B, H, W, C] -> float32 probabilities [B, classes]."""
+    """Return the function uint8 [B, H, W, C] -> float32 probabilities [B, classes]."""
     net = AlexNet(settings.net)
 
     def run(images: Array) -> Array:
@@ -38,7 +39,7 @@ def classify(settings: Settings, params: Any, statistics: Statistics) -> Callabl
 
 
 def stablehlo(settings: Settings, params: Any, statistics: Statistics) -> bytes:
-    """What `jax.export.deserialize(...).call(images)` runs on a CPU, a GPU or a TPU."""
+    """Return the bytes for `jax.export.deserialize(...).call(images)` on a CPU, a GPU or a TPU."""
     (batch,) = jax.export.symbolic_shape('batch')
     images = jax.ShapeDtypeStruct((batch, *statistics.mean_image.shape), jnp.uint8)
     run = jax.jit(classify(settings, params, statistics))
@@ -46,7 +47,7 @@ def stablehlo(settings: Settings, params: Any, statistics: Statistics) -> bytes:
 
 
 def onnx(settings: Settings, params: Any, statistics: Statistics) -> bytes:
-    """An ONNX model with one node or a few for each step of the layer table, in float32.
+    """Return an ONNX model with one node or a few for each operation of the layer table, float32.
 
     Raises:
         UsageError: a fully connected layer reads its own tower only.
@@ -71,39 +72,31 @@ class _Graph:
         self.nodes, self.constants = [], []
 
     def node(self, kind: str, *inputs: str, output: str = '', **attributes: Any) -> str:
-        """Add an operation; returns the name of its first result."""
+        """Add an operation with one result; return the result's name."""
         output = output or f'{kind.lower()}_{len(self.nodes)}'
         self.nodes.append(self.onnx.helper.make_node(kind, inputs, [output], **attributes))
         return output
 
     def split(self, x: str, parts: int) -> list[str]:
-        """Cut the channels into equal parts; returns their names."""
+        """Cut the channels into equal parts; return their names."""
         names = [f'split_{len(self.nodes)}_{part}' for part in range(parts)]
         self.nodes.append(self.onnx.helper.make_node('Split', [x], names, axis=1))
         return names
 
     def constant(self, value: Any) -> str:
-        """Add a float32 array; returns its name."""
+        """Add a float32 array; return its name."""
         name = f'constant_{len(self.constants)}'
         array = np.ascontiguousarray(value, np.float32)
         self.constants.append(self.onnx.numpy_helper.from_array(array, name))
         return name
 
     def serialize(self, settings: Settings, statistics: Statistics) -> bytes:
-        """The model, checked by ONNX's own checker."""
+        """Return the model, checked by ONNX's own checker."""
         helper, types = self.onnx.helper, self.onnx.TensorProto
-        images = ['batch', *statistics.mean_image.shape]
-        graph = helper.make_graph(
-            self.nodes,
-            settings.name,
-            [helper.make_tensor_value_info('images', types.UINT8, images)],
-            [
-                helper.make_tensor_value_info(
-                    'probabilities', types.FLOAT, ['batch', settings.net.classes]
-                )
-            ],
-            self.constants,
-        )
+        shapes = ['batch', *statistics.mean_image.shape], ['batch', settings.net.classes]
+        images = helper.make_tensor_value_info('images', types.UINT8, shapes[0])
+        output = helper.make_tensor_value_info('probabilities', types.FLOAT, shapes[1])
+        graph = helper.make_graph(self.nodes, settings.name, [images], [output], self.constants)
         opset = helper.make_opsetid('', OPSET)
         proto = helper.make_model(graph, opset_imports=[opset], ir_version=IR_VERSION)
         self.onnx.checker.check_model(proto)
@@ -111,7 +104,7 @@ class _Graph:
 
 
 def _preprocess(graph: _Graph, settings: Settings, statistics: Statistics) -> str:
-    """Channels first. Resizing, frame and crop are a product from each side; the rest an offset."""
+    """Add resizing, frame and crop as a product from each side, the rest as an offset."""
     recipe = settings.preprocess
     height, width, channels = statistics.mean_image.shape
     x = graph.node('Cast', 'images', to=graph.onnx.TensorProto.FLOAT)
@@ -127,7 +120,7 @@ def _preprocess(graph: _Graph, settings: Settings, statistics: Statistics) -> st
 
 
 def _rows(recipe: augment.Preprocess, side: int) -> np.ndarray:
-    """[input_px, side]: which stored rows make which rows of the centre crop."""
+    """Return the matrix [input_px, side] that makes rows of the centre crop of stored rows."""
     eye = jnp.eye(side)
     if side != recipe.resize_px:
         eye = jax.image.resize(eye, (recipe.resize_px, side), 'bilinear')
@@ -153,7 +146,7 @@ def _layer(graph: _Graph, x: str, stage: Stage, kernel: np.ndarray, bias: np.nda
         )
     if stage.groups > 1:
         raise UsageError(
-            f'{layer.name} reads its own tower only, which no .onnx holds: take .stablehlo.'
+            f'{layer.name} reads its own tower only, which ONNX cannot express: take .stablehlo.'
         )
     if len(stage.input) == 3:  # flattened with channels first
         kernel = kernel.reshape(*stage.input, -1).transpose(2, 0, 1, 3).reshape(kernel.shape)
@@ -163,7 +156,7 @@ def _layer(graph: _Graph, x: str, stage: Stage, kernel: np.ndarray, bias: np.nda
 
 def _follow(graph: _Graph, x: str, word: str, net: model.Net) -> str:
     if word in ('relu', 'tanh', 'sigmoid'):
-        return graph.node({'relu': 'Relu', 'tanh': 'Tanh', 'sigmoid': 'Sigmoid'}[word], x)
+        return graph.node(word.title(), x)
     if word == 'pool':
         kind = 'MaxPool' if net.pool.kind == 'max' else 'AveragePool'
         window, strides = [net.pool.window_px] * 2, [net.pool.stride_px] * 2
@@ -180,7 +173,7 @@ def _follow(graph: _Graph, x: str, word: str, net: model.Net) -> str:
 
 
 def _lrn(graph: _Graph, x: str, net: model.Net) -> str:
-    """LRN, whose window stops at a tower's border if it reads its own; ONNX divides its alpha."""
+    """Add LRN; its window stops at a tower's border if it reads its own. ONNX divides alpha."""
     how: dict[str, Any] = dict(
         size=net.lrn.size, alpha=net.lrn.alpha * net.lrn.size, beta=net.lrn.beta, bias=net.lrn.k
     )
@@ -191,7 +184,7 @@ def _lrn(graph: _Graph, x: str, net: model.Net) -> str:
 
 
 def _spatial_norm(graph: _Graph, x: str, norm: model.Norm) -> str:
-    """The sum over a window is its mean, zeros beyond the border, times its size."""
+    """Add spatial normalisation; a window's sum is its mean, with zeros outside, times its size."""
     mean = graph.node(
         'AveragePool',
         graph.node('Mul', x, x),

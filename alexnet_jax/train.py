@@ -235,7 +235,7 @@ def resume_or_start(job: Job, checkpoints: Checkpoints) -> tuple[Job, TrainState
         say(f'going on from step {restored.step} of {job.total_steps} in {job.workdir}')
         job = match_classes(job, restored.extra['class_names'])
         job = dataclasses.replace(job, statistics=Statistics(**restored.state['statistics']))
-        return job, restored.state['state'], History(**restored.extra['history'])
+        return job, restored.state['state'], History(**restored.extra.get('history', {}))
     state = job.start()
     if job.settings.init_from != 'none':
         state = begin_with(job, state)
