@@ -562,15 +562,20 @@ def _parser() -> command.Parser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add('images', nargs='*', metavar='IMAGE', help='files, folders or globs')
-    add('--workdir', type=Path, required=True, help='of a run')
+    add('images', nargs='*', type=command.expand, metavar='IMAGE', help='files, folders or globs')
+    add('--workdir', type=command.path, required=True, help='of a run')
     add('--step', default='latest', help='latest, best or a number')
     add('--layer', default='fc7_relu', help='a step of the net, as fc7_relu (the default)')
     add('--split', help='train, validation, test, or an expression of TFDS, instead of IMAGE')
-    add('--data_dir', default='', help='where the data lies, if not where the run had it')
-    add('--output', type=Path, metavar='FILE', help='.npz or .parquet')
+    add('--data_dir', type=command.expand, help='where the data lies, if not where the run had it')
+    add('--output', type=command.path, metavar='FILE', help='.npz or .parquet')
     add('--nearest', type=int, metavar='K', help='print the K nearest images of each')
-    add('--among', default='train', help='of which: a split, or an .npz made before')
+    add(
+        '--among',
+        type=command.expand,
+        default='train',
+        help='of which: a split, or an .npz made before',
+    )
     add('--json', action='store_true', help='of --nearest, one object a line')
     return parser
 

@@ -139,12 +139,14 @@ def _parser() -> command.Parser:
 
     def add(name: str, about: str, prepare: Callable[[Any], Path]) -> argparse.ArgumentParser:
         one = sets.add_parser(name, help=about, description=about, allow_abbrev=False)
-        one.add_argument('--data_dir', type=Path, default=Path('data'), help='where data sets lie')
+        one.add_argument(
+            '--data_dir', type=command.path, default=Path('data'), help='where data sets lie'
+        )
         one.set_defaults(prepare=prepare)
         return one
 
     one = add('fashion_mnist', '70,000 images of clothes, 28 x 28, 31 MB', _fashion_mnist)
-    one.add_argument('--source', type=Path, help='folder with the four raw .gz files')
+    one.add_argument('--source', type=command.path, help='folder with the four raw .gz files')
     for name, challenge in CHALLENGES.items():
         tars = ', '.join(archive.name for archive in challenge.archives.values())
         one = add(name, f'from {tars} and {challenge.devkit}', _imagenet)
@@ -158,14 +160,16 @@ def _parser() -> command.Parser:
                          help='if there is one split only')  # fmt: skip
     one = add('tfds', 'a set that TFDS has prepared as array_record, or can fetch', _tfds)
     one.add_argument('--name', required=True, help='as TFDS calls it')
-    tfds_dir = Path(os.environ.get('TFDS_DATA_DIR') or Path.home() / 'tensorflow_datasets')
-    one.add_argument('--tfds_dir', type=Path, default=tfds_dir, help='where TFDS puts data sets')
+    tfds_dir = os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets'
+    one.add_argument(
+        '--tfds_dir', type=command.path, default=tfds_dir, help='where TFDS puts data sets'
+    )
     return parser
 
 
 def _add_pictures(parser: argparse.ArgumentParser, source: str) -> None:
     form = Form()
-    parser.add_argument('--source', type=Path, required=True, help=source)
+    parser.add_argument('--source', type=command.path, required=True, help=source)
     parser.add_argument(
         '--storage',
         choices=('jpeg', 'raw'),

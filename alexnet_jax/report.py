@@ -461,8 +461,8 @@ def _parser() -> command.Parser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add('--workdir', type=Path, required=True, help='of a run')
-    add('--output', type=Path, metavar='FILE', help='W/report.html if not given')
+    add('--workdir', type=command.path, required=True, help='of a run')
+    add('--output', type=command.path, metavar='FILE', help='W/report.html if not given')
     add('--step', default='latest', help='of the checkpoints: latest, best or a number')
     add('--data_dir', default='', help='where the data lies, if not where the run had it')
     add('--among', default='train', help="where neighbours are looked for: a split, or TFDS's")

@@ -7,7 +7,6 @@ the same bits.
 
 import contextlib
 import dataclasses
-import json
 import math
 import signal
 import time
@@ -22,6 +21,7 @@ import optax
 
 from alexnet_jax import (
     augment,
+    config_file,
     data,
     diagnose,
     distributed,
@@ -123,7 +123,7 @@ def open_job(config: Config, settings: Settings, workdir: Path) -> Job:
     train_step, shardings = jit_train_step(settings, layout, optimizer, len(train))
     return Job(
         settings=settings,
-        config=json.loads(configuration.as_json(config)),
+        config=configuration.plain(config),
         workdir=workdir,
         layout=layout,
         train=train,
@@ -195,8 +195,8 @@ def run(config: Config, workdir: Path) -> str:
         RunError: data or disk are not to be had, numbers are not finite, or a signal came.
     """
     settings = configuration.unpack(config)
-    if not settings.net.classes:
-        config = configuration.with_classes(config, len(evaluate.class_names(settings)))
+    if config_file.is_open(config):
+        config = config_file.with_data(config, *evaluate.facts(settings))
         settings = configuration.unpack(config)
     parallel.set_up_cpu(settings.mesh.cpu_devices)
     with workdirs.open_workdir(config, workdir):

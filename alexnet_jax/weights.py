@@ -21,7 +21,6 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
-import runpy
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -31,13 +30,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alexnet_jax import checkpoint, command, export, files, model, step, train, weight_files
+from alexnet_jax import (
+    checkpoint,
+    command,
+    config_file,
+    export,
+    files,
+    model,
+    step,
+    train,
+    weight_files,
+)
 from alexnet_jax import config as configuration
 from alexnet_jax import workdir as workdirs
 from alexnet_jax.augment import Preprocess, Statistics
 from alexnet_jax.checkpoint import Checkpoints
 from alexnet_jax.config import Config, Settings
-from alexnet_jax.errors import RunError, UsageError, gist
+from alexnet_jax.errors import RunError, UsageError
 from alexnet_jax.model import Stage
 from alexnet_jax.records import say
 from alexnet_jax.weight_files import Arrays
@@ -290,7 +299,7 @@ def _save(
     with file.open('rb') as opened:
         digest = hashlib.file_digest(opened, 'sha256').hexdigest()
     extra = {
-        'config': json.loads(configuration.as_json(config)),
+        'config': configuration.plain(config),
         'history': dataclasses.asdict(train.History()),
         'class_names': list(class_names),
         'imported': {'file': file.name, 'sha256': digest},
@@ -377,17 +386,6 @@ WRITERS: dict[str, Callable[[checkpoint.Restored], bytes]] = {
 # ---------------------------------------------------------------------------------- the command
 
 
-def read_config(where: str) -> Config:
-    """The config of 'FILE' or 'FILE:SCALE', as main.py's --config takes it."""
-    file, _, scale = where.partition(':')
-    if not Path(file).is_file():
-        raise UsageError(f'there is no {file} here; --config=FILE gives the config of the net.')
-    try:
-        return runpy.run_path(file)['get_config'](*([scale] if scale else []))
-    except (KeyError, ValueError) as problem:
-        raise UsageError(f'{where} gives no config: {gist(problem)}.') from problem
-
-
 def _parser() -> command.Parser:
     parser = command.Parser(
         prog='python -m alexnet_jax.weights', description=(__doc__ or '').split('\n')[0]
@@ -395,14 +393,20 @@ def _parser() -> command.Parser:
     verbs = parser.add_subparsers(dest='verb', required=True, metavar='import|export')
     into = verbs.add_parser('import', help='a weight file becomes a workdir with a checkpoint')
     into.add_argument('origin', choices=[*ORIGINS, 'own'], help='whose net it is')
-    into.add_argument('file', type=Path, help=', '.join(weight_files.READERS))
-    into.add_argument('--workdir', type=Path, required=True, help='where the checkpoint will lie')
+    into.add_argument('file', type=command.path, help=', '.join(weight_files.READERS))
+    into.add_argument(
+        '--workdir', type=command.path, required=True, help='where the checkpoint will lie'
+    )
     into.add_argument('--config', help="its net, if not the origin's own; FILE or FILE:SCALE")
-    into.add_argument('--mean', type=Path, help="Caffe's mean image, .binaryproto or .npy")
-    into.add_argument('--class_names', type=Path, help='a text file, one name a line, by label')
+    into.add_argument('--mean', type=command.path, help="Caffe's mean image, .binaryproto or .npy")
+    into.add_argument(
+        '--class_names', type=command.path, help='a text file, one name a line, by label'
+    )
     out = verbs.add_parser('export', help='a checkpoint becomes a file')
-    out.add_argument('file', type=Path, help=', '.join(WRITERS))
-    out.add_argument('--workdir', type=Path, required=True, help='where the checkpoint lies')
+    out.add_argument('file', type=command.path, help=', '.join(WRITERS))
+    out.add_argument(
+        '--workdir', type=command.path, required=True, help='where the checkpoint lies'
+    )
     out.add_argument('--step', default='latest', help='latest, best, or a number')
     return parser
 
@@ -417,7 +421,7 @@ def act(args: argparse.Namespace) -> str:
             raise UsageError('our own files carry their config, mean and names: leave these away.')
         return import_own(args.file, args.workdir)
     origin = ORIGINS[args.origin]
-    config = read_config(args.config or origin.config)
+    config = config_file.load(args.config or origin.config, {})
     names = args.class_names.read_text().splitlines() if args.class_names else ()
     return import_foreign(
         args.file, origin, config, args.workdir, mean=args.mean, class_names=names
