@@ -208,9 +208,11 @@ def short(commit: str) -> str:
 
 
 def commit() -> str:
-    """The code's version, with '+' behind it if tracked files were changed; or 'unknown'.
+    """Return the code's commit, with '+' behind it if tracked files were changed; or 'unknown'.
 
-    Logs do not count: a measurement writes them, and its second half is of the same code.
+    It is unknown where git does not track this file: the repository around an installed package is
+    somebody else's. Logs do not count as changes: a measurement writes them, and its second half is
+    of the same code.
     """
 
     def git(*words: str) -> str:
@@ -221,6 +223,7 @@ def commit() -> str:
         return done.stdout.strip()
 
     try:
+        git('ls-files', '--error-unmatch', '--', Path(__file__).name)
         logs = ':(top,exclude)experiments/results'
         changed = git('status', '--porcelain', '--untracked-files=no', '--', ':(top)', logs)
         return git('rev-parse', 'HEAD') + ('+' if changed else '')
