@@ -10,10 +10,8 @@ import time
 from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
 from alexnet_jax.errors import RunError
+from alexnet_jax.progress import ProgressBar
 
 Report = Callable[[str], None]
 
@@ -150,29 +148,23 @@ def clock(secs: float) -> str:
 
 
 class Meter:
-    """How far a long work is, how fast, how long it will take: a bar, or lines now and then."""
+    """A progress bar that also shows the amount done and the rate; plain lines now and then."""
 
     def __init__(self, what: str, total: int, unit: str, report: Report, scale: int = 1):
         """`total` of `unit` (each of them `scale`) are to be done."""
         self._what, self._total, self._unit, self._scale = what, total, unit, scale
-        self._report, self._began, self._said = report, time.monotonic(), time.monotonic()
+        self._began = self._said = time.monotonic()
         self._first: int | None = None
-        console = Console(stderr=True)
-        columns = TextColumn('{task.description}'), BarColumn(), TimeRemainingColumn()
-        self._bar = Progress(*columns, console=console) if console.is_terminal else None
-        self._task = self._bar.add_task(what, total=total) if self._bar else None
+        self._bar = ProgressBar(total, report=report)
 
     def __enter__(self) -> 'Meter':
-        if self._bar:
-            self._bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._bar:
-            self._bar.stop()
+        self._bar.close()
 
     def to(self, done: int, every_secs: float = 30) -> None:
-        """`done` of the total are done by now; what the first call says was done before."""
+        """Show that `done` of the total are done; what the first call says was done before."""
         now = time.monotonic()
         if self._first is None:
             self._first, self._began = done, now
@@ -181,8 +173,7 @@ class Meter:
             f'{self._what}: {done / self._scale:,.0f} of {self._total / self._scale:,.0f} '
             f'{self._unit}, {rate / self._scale:,.1f} a second'
         )
-        if self._bar and self._task is not None:
-            self._bar.update(self._task, completed=done, description=line)
-        elif now - self._said >= every_secs and rate > 0:
+        self._bar.to(done, line)
+        if self._bar.plain and now - self._said >= every_secs and rate > 0:
             self._said = now
-            self._report(f'{line}, {clock((self._total - done) / rate)} left')
+            self._bar.line(f'{line}, {clock((self._total - done) / rate)} left')

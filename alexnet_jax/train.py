@@ -40,6 +40,7 @@ from alexnet_jax.config import Config, Settings
 from alexnet_jax.data import Dataset, TrainStream
 from alexnet_jax.errors import RunError, UsageError
 from alexnet_jax.parallel import Layout
+from alexnet_jax.progress import ProgressBar, duration
 from alexnet_jax.records import say
 from alexnet_jax.step import (
     TrainState,
@@ -382,7 +383,7 @@ class StepLog:
 
     def __init__(self, job: Job, history: History, book: records.Records, start: int):
         self.job, self.history, self.book = job, history, book
-        self.bar = records.ProgressBar(job.total_steps, start)
+        self.bar = ProgressBar(job.total_steps, start, say)
         self.means = records.Means(history.sums)
         self.pending: tuple[int, dict] | None = None
         self.since, self.stalled, self.logged_secs = time.perf_counter(), 0.0, history.secs
@@ -427,7 +428,7 @@ class StepLog:
             raise not_finite(self.job, state)
         self.means.add(metrics)
         self.steps += 1
-        self.bar.step(step)
+        self.bar.to(step)
         if step % self.job.settings.loop.log_every_steps == 0 or step == self.job.total_steps:
             self._write(step)
 
@@ -440,7 +441,10 @@ class StepLog:
         epoch = step / self.job.settings.steps_per_epoch(len(self.job.train))
         self.book.write('train', step, epoch=epoch, **means, **timing)
         left = (self.job.total_steps - step) * self.job.settings.batch_size / pace
-        self.bar.log(step, means['loss'], pace, left)
+        text = f'loss {means["loss"]:.4f}  {pace:.0f} images/s'
+        self.bar.to(step, text)
+        if self.bar.plain:
+            say(f'step {step}/{self.job.total_steps}  {text}  {duration(left)} left')
         self._judge_input(secs)
         self.steps, self.stalled, self.logged_secs = 0, 0.0, self.history.secs
 
