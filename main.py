@@ -46,9 +46,9 @@ def main(overrides: Mapping[str, str], flags: argparse.Namespace) -> None:
     if flags.mode != 'describe' and not distributed.child():
         where = flags.coordinator_address, flags.num_processes, flags.process_id
         if place := distributed.find_place(os.environ, *where):
-            same = {'mode': flags.mode, 'workdir': flags.workdir, 'overrides': overrides, **given}
-            limits = config.get('processes', {})
-            sys.exit(distributed.guard(place, {'config': config, **same}, **limits))
+            same = {'mode': flags.mode, 'workdir': flags.workdir, **given}
+            asked = {'config': config or overrides, **same}
+            sys.exit(distributed.guard(place, asked, **config.get('processes', {})))
     with distributed.joined():
         answer = act(flags, config, overrides, given)
     if distributed.is_first():

@@ -24,7 +24,7 @@ Rate = Callable[[Array, Array | int], Any]  # (step, drops of the plateau rule s
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """How a rate changes over a run; the fields that `kind` does not name are not used.
+    """A rate over a run; the fields that `kind` does not name are not used.
 
     constant: `rate`.
     steps: `rate` divided by `drop` at each epoch of `at_epochs`.
@@ -45,6 +45,16 @@ class Schedule:
     patience_epochs: float
     max_drops: int
     floor: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Late:
+    """One layer slowed, then frozen, late in the run (source: conv1 in runs 145 and 170)."""
+
+    layer: str  # 'none': no layer
+    slow_epoch: float  # from here the rate of its weights, not its biases, is multiplied by ...
+    slow_multiplier: float
+    freeze_epoch: float  # from here it is not updated, and its velocity is kept
 
 
 SCHEDULES = ('constant', 'steps', 'dexp', 'plateau')
@@ -78,7 +88,7 @@ def _piecewise(values: Sequence[float], starts: Sequence[int]) -> optax.Schedule
 
 
 def plateau_drops(errors: Sequence[float], schedule: Schedule, epochs_per_error: float) -> int:
-    """How often the rate has been divided after these validation errors, oldest first.
+    """Return how often the rate has been divided after these validation errors, oldest first.
 
     A function of the history alone, so that a resumed run cannot disagree with an undisturbed one.
     """
@@ -94,7 +104,7 @@ def plateau_drops(errors: Sequence[float], schedule: Schedule, epochs_per_error:
 
 
 class VelocityState(NamedTuple):
-    """Steps taken so far, and the velocity: a tree like the parameters."""
+    """The steps taken so far, and the velocity: a tree like the parameters."""
 
     step: Array
     velocity: optax.Updates
@@ -117,17 +127,16 @@ def velocity_2012(
     def update(updates, state, params=None, *, drops=0, **unused):
         del params, unused
 
-        def rate_at(path):
-            return rates((path[-2].key, path[-1].key))(state.step, drops)
-
-        def advance(path, g, v):
-            rate = rate_at(path)
-            return jnp.where(rate == 0, v, momentum * v - rate * g)
-
-        velocity = jax.tree_util.tree_map_with_path(advance, updates, state.velocity)
-        moved = jax.tree_util.tree_map_with_path(
-            lambda path, v: jnp.where(rate_at(path) == 0, 0, v), velocity
+        rate = jax.tree_util.tree_map_with_path(
+            lambda path, _: rates((path[-2].key, path[-1].key))(state.step, drops), updates
         )
+        velocity = jax.tree.map(
+            lambda rate, g, v: jnp.where(rate == 0, v, momentum * v - rate * g),
+            rate,
+            updates,
+            state.velocity,
+        )
+        moved = jax.tree.map(lambda rate, v: jnp.where(rate == 0, 0, v), rate, velocity)
         return moved, VelocityState(state.step + 1, velocity)
 
     return optax.GradientTransformationExtraArgs(
@@ -139,28 +148,18 @@ def velocity_2012(
 
 
 def decays(params: optax.Params) -> optax.Params:
-    """True where weight decay applies: on weights, fc8's included; on no bias (source)."""
+    """Return true where weight decay applies: on weights, fc8's included; on no bias (source)."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == 'kernel', params)
 
 
 def sgd_2012(
     rates: Callable[[tuple[str, str]], Rate], *, momentum: float, weight_decay: float
 ) -> optax.GradientTransformationExtraArgs:
-    """The update of this file's head, as a chain: weight decay, then rate and velocity."""
+    """Return the update of this file's head, as a chain: weight decay, then rate and velocity."""
     return optax.chain(
         optax.add_decayed_weights(weight_decay, mask=decays),
         velocity_2012(rates, momentum),
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class Late:
-    """One layer slowed, then frozen, late in the run (source: conv1 in runs 145 and 170)."""
-
-    layer: str  # 'none': no layer
-    slow_epoch: float  # from here the rate of its weights, not its biases, is multiplied by ...
-    slow_multiplier: float
-    freeze_epoch: float  # from here it is not updated, and its velocity is kept
 
 
 def parameter_rates(

@@ -463,7 +463,7 @@ def _parser() -> command.Parser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add('sweep', help='a sweep in experiments/, as contribution_table or figure1, or a file')
+    add('sweep', type=command.expand, help='one in experiments/, as figure1, or a file')
     add('--scale', default='', help='of the configs, as quickstart')
     add('--seeds', type=int, default=0, help='how many, from 0')
     add('--parallel', type=int, help='runs side by side; by default one a GPU, or one')

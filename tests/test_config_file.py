@@ -38,6 +38,13 @@ def test_no_path_at_all(path):
         command.path(path)
 
 
+def test_every_argument_that_is_a_path_is_expanded():
+    """`type=Path` takes '~' and gs://bucket for names of local folders."""
+    for folder in ('alexnet_jax', 'examples'):
+        for file in (REPOSITORY / folder).glob('*.py'):
+            assert 'type=Path' not in file.read_text(), file
+
+
 # ------------------------------------------------------------------------------------------ files
 
 
