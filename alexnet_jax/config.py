@@ -362,6 +362,6 @@ def _check_mesh(settings: Settings) -> None:
         own = [x.name for x in settings.net.layers[:-1] if x.kind == 'fc' and x.reads == 'own']
         _require(
             not own or towers == 1,
-            f'mesh.placement one_weird_trick splits layers across towers, and {", ".join(own)} reads '
+            f'mesh.placement one_weird_trick splits layers, and {", ".join(own)} reads '
             f'its own only; set its reads=all, or mesh.placement=towers.',
         )
