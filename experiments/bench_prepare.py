@@ -235,7 +235,9 @@ def device() -> str:
 def main() -> None:
     """Measures, prints a table, and keeps the record."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--pictures', type=Path, required=True, help='folder of photographs')
+    parser.add_argument(
+        '--pictures', type=command.path, required=True, help='folder of photographs'
+    )
     parser.add_argument('--images', type=int, default=1000, help='a shard has 2048')
     parser.add_argument('--rounds', type=int, default=5)
     flags = parser.parse_args()
