@@ -133,29 +133,40 @@ class Settings:
 
 POSITIVE = 'positive'
 FOLDER = command.expand
-# What a field may be besides of its type: the words there are, the least number, any number above
-# 0, or what makes a path of it. Of a tuple, each item.
+# Values that a field may have besides its type's: the words there are; the least number; any number
+# above 0; or a function that makes the value of it. Of a tuple, each item.
+# fmt: off
 LIMITS: dict[type, dict[str, Any]] = {
-    Settings: dict(seed=0, batch_size=1, epochs=0, init_statistics=('source', 'data'))
-    | dict(init_from=lambda value: value and FOLDER(value)),
+    Settings: dict(
+        seed=0, batch_size=1, epochs=0, init_statistics=('source', 'data'),
+        init_from=lambda value: value and FOLDER(value),
+    ),
     Data: dict(data_dir=FOLDER, workers=-1, resident_gib=0),
-    Net: dict(towers=1, input_px=1, channels=0, lrn_reads=('own', 'all'))
-    | dict(compute_dtype=('float32', 'bfloat16')),
-    Layer: dict(kind=('conv', 'fc'), reads=('own', 'all'), init=tuple(model.INITIALIZERS))
-    | dict(features=0, kernel_px=1, stride_px=1, padding_px=0, init_std=0, then=model.FOLLOWS),
+    Net: dict(
+        towers=1, input_px=1, channels=0, lrn_reads=('own', 'all'),
+        compute_dtype=('float32', 'bfloat16'),
+    ),
+    Layer: dict(
+        kind=('conv', 'fc'), features=0, kernel_px=1, stride_px=1, padding_px=0,
+        reads=('own', 'all'), init=tuple(model.INITIALIZERS), init_std=0, then=model.FOLLOWS,
+    ),
     Norm: dict(size=1, k=POSITIVE, alpha=0),
     Pool: dict(kind=('max', 'average'), window_px=1, stride_px=1, rounding=('down', 'up')),
     Dropout: dict(kind=('mask', 'inverted'), keep=POSITIVE),
-    Preprocess: dict(mean=('image', 'channel', 'none'), share=1, colour_noise=0)
-    | dict(noise_divisor=POSITIVE),
+    Preprocess: dict(
+        mean=('image', 'channel', 'none'), share=1, colour_noise=0, noise_divisor=POSITIVE,
+    ),
     Optimizer: dict(momentum=0, weight_decay=0),
     Schedule: dict(kind=optimizer.SCHEDULES, rate=0, drop=POSITIVE, factor=POSITIVE, switches=0),
-    Loop: dict(log_every_steps=1, eval_batch_size=1, prefetch_batches=1, compilation_cache=FOLDER)
-    | dict(evaluate_every_epochs=POSITIVE, checkpoint_every_epochs=POSITIVE)
-    | dict(on_dead_start=('warn', 'error')),
+    Loop: dict(
+        log_every_steps=1, evaluate_every_epochs=POSITIVE, checkpoint_every_epochs=POSITIVE,
+        eval_batch_size=1, prefetch_batches=1, compilation_cache=FOLDER,
+        on_dead_start=('warn', 'error'),
+    ),
     MeshShape: dict(data=-1, tower=1, placement=('towers', 'one_weird_trick'), cpu_devices=0),
     Processes: dict(join_timeout_secs=1, peer_timeout_secs=1),
 }
+# fmt: on
 
 
 def unpack(config: Config) -> Settings:
@@ -165,7 +176,7 @@ def unpack(config: Config) -> Settings:
         UsageError: a key is missing, unknown or of the wrong type, a value impossible, or the layer
             table describes no net.
     """
-    tree = plain(config)
+    tree = dict(config) if isinstance(config, dict) else plain(config)
     net = _net(_section(tree.pop('model', None), 'model'))
     recipe = dict(_section(tree.pop('preprocess', None), 'preprocess'))
     crop = dict(input_px=net.input_px, channels=net.channels)  # the recipe's output

@@ -18,6 +18,7 @@ from alexnet_jax.errors import UsageError
 
 # An ml_collections.ConfigDict, which is no Mapping to a type checker, or the dict of its JSON.
 Config = Any
+CONFIGS = Path(__file__).parents[1] / 'configs'  # those of this program, in a checkout
 
 
 def load(where: str, overrides: Mapping[str, Any]) -> Config:
@@ -36,7 +37,7 @@ def load(where: str, overrides: Mapping[str, Any]) -> Config:
     file = command.path(name)
     config = _read(file, argument)
     for key, value in overrides.items():
-        override(config, key, value, file.parent)
+        override(config, key, value)
     return config
 
 
@@ -81,14 +82,13 @@ KINDS = {
 }
 
 
-def override(config: Config, key: str, value: Any, beside: Path | None = None) -> None:
+def override(config: Config, key: str, value: Any) -> None:
     """Set one key of a config to a value, or to what a text means for a key of that type.
 
     Args:
         config: changed in place; values of a ConfigDict that depend on the key follow.
         key: dotted: 'optimizer.weights.rate'.
         value: text as on the command line, or the value itself.
-        beside: the folder of config files in which to look for one that has the key.
 
     Raises:
         UsageError: there is no such key, or the value is not of the key's type.
@@ -97,7 +97,7 @@ def override(config: Config, key: str, value: Any, beside: Path | None = None) -
     for name in key.split('.'):
         section = old
         if not _is_section(section) or name not in section:
-            raise _unknown(config, key, beside)
+            raise _unknown(config, key)
         old = section[name]
     try:
         section[name] = _parse(value, old) if isinstance(value, str) else value
@@ -125,17 +125,17 @@ def _parse(text: str, old: Any) -> Any:
     return tuple(value) if isinstance(value, (tuple, list)) else (value,)
 
 
-def _unknown(config: Config, key: str, beside: Path | None) -> UsageError:
+def _unknown(config: Config, key: str) -> UsageError:
     """Return the error for a key that a config lacks: which config has it, or what is near."""
     near = difflib.get_close_matches(key, list(_keys(config)), n=2, cutoff=0.75)
-    files = sorted(beside.glob('[a-z]*.py')) if beside else []
-    having = next((file for file in files if _has(file, key)), None)
+    files = sorted(CONFIGS.glob('[a-z]*.py'))
+    having = next((file.name for file in files if _has(file, key)), None)
     groups = ', '.join(group for group in config if _is_section(config[group]))
     hint = f'the groups of keys are {groups}.'
     if near:
         hint = f'did you mean {" or ".join(near)}?'
     if having:
-        hint = f'{having} has it.'
+        hint = f'configs/{having} has it.'
     return UsageError(f'--config.{key}: this config has no such key; {hint}')
 
 
