@@ -45,11 +45,14 @@ def _read(file: Path, argument: str) -> Config:
     if not file.is_file():
         raise UsageError(f'there is no config file {file}; those of this program are in configs/.')
     try:
-        if file.suffix != '.json':
-            return runpy.run_path(str(file))['get_config'](*([argument] if argument else []))
-        config = json.loads(file.read_text())
-        if argument or not isinstance(config, dict) or 'model' not in config:
-            raise ValueError('the config.json of a run is wanted, without an argument')
+        if file.suffix == '.json':
+            config = json.loads(file.read_text())
+        else:
+            config = runpy.run_path(str(file))['get_config'](*([argument] if argument else []))
+        if file.suffix == '.json' and argument:
+            raise ValueError(f"the config of a run takes no argument such as '{argument}'")
+        if not _is_section(config) or not {'name', 'scale', 'seed', 'model', 'data'} <= {*config}:
+            raise ValueError('name, scale, seed, model or data is missing from this config')
         return config
     except ValueError as error:  # a config's own: "scale 'huge' is not one of ..."
         raise UsageError(f'{file}: {error}.') from error

@@ -71,8 +71,10 @@ def test_a_config_of_a_run_is_a_config(tmp_path):
         ('a.py', 'def get_config(): return undefined', "name 'undefined' is not defined"),
         ('a.py', 'def get_config(): raise ValueError("not so")', 'not so'),
         ('a.json', '{"mod', 'a.json'),
-        ('a.json', '[1]', 'the config.json of a run is wanted'),
-        ('a.json:quickstart', '{"model": {}}', 'without an argument'),
+        ('a.json', '[1]', 'is missing from this config'),
+        ('a.json', '{"model": {}}', 'is missing from this config'),
+        ('a.py', 'def get_config(): return None', 'is missing from this config'),
+        ('a.json:quickstart', '{"model": {}}', 'takes no argument'),
     ],
 )
 def test_what_is_no_config_file(tmp_path, name, text, words):
