@@ -10,12 +10,14 @@
 | fashion_mnist | Fashion-MNIST at 224 px | full | not run; to beat: 10.1 % (its benchmark page) |
 | imagenet2012 | ILSVRC-2012 | full | run 170 on val: 42.34 / 19.58 %; 40.53 / 18.05 % |
 | imagenet2010 | ILSVRC-2010 | full | run 145 on test: 39.02 / 18.30 %; 37.47 / 17.00 % |
-| pictures | your own at 112 px | widths / 4 | EXPECT |
+| pictures | your own at 112 px | widths / 4 | openclipart-png: 44.50 / 19.65 %; 44.75 / 19.53 % |
 | pictures_full | your own at 224 px | full | not run |
 
 Your own pictures are prepared first, by `python -m alexnet_jax.prepare folder --source=FOLDER
 --name=NAME`. Classes, channels and splits are then taken from the data; a split that is not there
 is a tenth of the training split. The number of epochs is a guess: --config.epochs changes it.
+Debian's openclipart-png has 6,484 pictures to train on and 22 classes, the largest of them 27 % of
+the test split: one seed, twenty minutes on two busy cores.
 
 Constants are cited where they stand: [p 3.3] is a section of Krizhevsky, Sutskever, Hinton (2012),
 [source] the released program, `layers/layer-params-*.cfg` and its authors' notes in them.
