@@ -29,6 +29,7 @@ class Preprocess:
     share: int  # images in a row that share one offset and mirror: 32 in the source, 1 in the paper
     mean: str  # 'image': minus the mean image's centre crop; 'channel': minus its average; 'none'
     colour_noise: float  # deviation of the factor on each principal component: 0.1; 0 is off
+    noise_until_epoch: float  # from here on there is no colour noise: 68 of 95 in the source
     noise_divisor: float  # (image - mean + noise) / this, while the noise is on: 1.1 in the source
     scale: float  # multiplies the result; 1 in 2012, 1 / 255 in some tutorials
 

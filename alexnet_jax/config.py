@@ -1,24 +1,30 @@
-"""From a ConfigDict to plain values, validated once, here; no other room sees a ConfigDict.
+"""A config as frozen dataclasses, validated once, here; no other module sees a ConfigDict.
 
-Every complaint is one sentence that names the key and says what to do (`UsageError`, exit code 2).
+The fields are the config's keys, each beside what it may be (LIMITS). Every error is one sentence
+that names the key and says what to do (`UsageError`, exit code 2).
 """
 
 import dataclasses
-import json
 import math
 import typing
 from collections.abc import Mapping
 from typing import Any
 
-from alexnet_jax import model, optimizer
+from alexnet_jax import command, model, optimizer
 from alexnet_jax.augment import Preprocess
+from alexnet_jax.config_file import Config, as_json, differences, plain
 from alexnet_jax.errors import UsageError
-from alexnet_jax.model import Layer, Net
+from alexnet_jax.model import Dropout, Layer, Net, Norm, Pool
+from alexnet_jax.optimizer import Schedule
+
+__all__ = ['Config', 'Settings', 'as_json', 'differences', 'plain', 'unpack']
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """`train`, `validation` and `test` are split expressions of TFDS; `validation` may be 'none'.
+    """A data set and its splits, expressions of TFDS.
+
+    A split that is 'auto' is taken from the data; `validation` may be 'none'.
 
     workers: threads that read a data set too large for memory; -1: one a core; 0: none.
     resident_gib: up to which size a decoded split is held in memory; see data.load.
@@ -67,9 +73,6 @@ class Loop:
     on_dead_start: str
 
 
-PLACEMENTS = ('towers', 'one_weird_trick')
-
-
 @dataclasses.dataclass(frozen=True)
 class MeshShape:
     """Devices along each axis; data -1 takes all that are left. Placements: see parallel.py.
@@ -95,7 +98,7 @@ class Processes:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """A whole config as plain values.
+    """A complete config as plain values: each key in the section of its name, `model` in `net`.
 
     init_from: 'none', or the checkpoint whose weights the run begins with, 'WORKDIR[:step]'.
     init_statistics: whether the mean image and the colours are the 'source's or the 'data's.
@@ -110,7 +113,6 @@ class Settings:
     net: Net
     data: Data
     preprocess: Preprocess
-    noise_until_epoch: float
     optimizer: Optimizer
     loop: Loop
     mesh: MeshShape
@@ -120,103 +122,106 @@ class Settings:
     init_layers: tuple[str, ...] = ()
 
     def total_steps(self, images: int) -> int:
-        """Steps of the run: enough to see all images `epochs` times."""
-        return math.ceil(self.epochs * images / self.batch_size)
+        """Return the steps of the run: enough to see all images `epochs` times."""
+        steps = self.epochs * images / self.batch_size
+        if steps >= 2**31:
+            raise UsageError(f'epochs={self.epochs:g} are more than 2^31 steps; lower it.')
+        return math.ceil(steps)
 
     def steps_per_epoch(self, images: int) -> float:
         """Not a whole number in general: batches run on across epochs and drop no image."""
         return images / self.batch_size
 
 
-# An ml_collections.ConfigDict, which is no Mapping to a type checker, or the dict of its JSON.
-Config = Any
+POSITIVE = 'positive'
+FOLDER = command.expand
+# Values that a field may have besides its type's: the words there are; the least number; any number
+# above 0; or a function that makes the value of it. Of a tuple, each item.
+# fmt: off
+LIMITS: dict[type, dict[str, Any]] = {
+    Settings: dict(
+        seed=0, batch_size=1, epochs=0, init_statistics=('source', 'data'),
+        init_from=lambda value: value and FOLDER(value),
+    ),
+    Data: dict(data_dir=FOLDER, workers=-1, resident_gib=0),
+    Net: dict(
+        towers=1, input_px=1, channels=0, lrn_reads=('own', 'all'),
+        compute_dtype=('float32', 'bfloat16'),
+    ),
+    Layer: dict(
+        kind=('conv', 'fc'), features=0, kernel_px=1, stride_px=1, padding_px=0,
+        reads=('own', 'all'), init=tuple(model.INITIALIZERS), init_std=0, then=model.FOLLOWS,
+    ),
+    Norm: dict(size=1, k=POSITIVE, alpha=0),
+    Pool: dict(kind=('max', 'average'), window_px=1, stride_px=1, rounding=('down', 'up')),
+    Dropout: dict(kind=('mask', 'inverted'), keep=POSITIVE),
+    Preprocess: dict(
+        mean=('image', 'channel', 'none'), share=1, colour_noise=0, noise_divisor=POSITIVE,
+    ),
+    Optimizer: dict(momentum=0, weight_decay=0),
+    Schedule: dict(kind=optimizer.SCHEDULES, rate=0, drop=POSITIVE, factor=POSITIVE, switches=0),
+    Loop: dict(
+        log_every_steps=1, evaluate_every_epochs=POSITIVE, checkpoint_every_epochs=POSITIVE,
+        eval_batch_size=1, prefetch_batches=1, compilation_cache=FOLDER,
+        on_dead_start=('warn', 'error'),
+    ),
+    MeshShape: dict(data=-1, tower=1, placement=('towers', 'one_weird_trick'), cpu_devices=0),
+    Processes: dict(join_timeout_secs=1, peer_timeout_secs=1),
+}
+# fmt: on
 
 
 def unpack(config: Config) -> Settings:
-    """A ConfigDict, or the dict of a config.json, as plain values.
+    """Return a ConfigDict, or the dict of a config.json, as plain values.
 
     Raises:
         UsageError: a key is missing, unknown or of the wrong type, a value impossible, or the layer
             table describes no net.
     """
-    tree = json.loads(as_json(config))
-    net_tree, preprocess = dict(_section(tree, 'model')), dict(_section(tree, 'preprocess'))
-    if 'noise_until_epoch' not in preprocess:
-        raise UsageError('preprocess.noise_until_epoch is missing from this config; set it.')
-    until = _value(preprocess.pop('noise_until_epoch'), float, 'preprocess.noise_until_epoch')
-    preprocess |= {key: net_tree.get(key) for key in ('input_px', 'channels')}
-    top = {key: value for key, value in tree.items() if key not in ('model', 'preprocess')}
-    settings = _build(
-        Settings,
-        top,
-        '',
-        net=_net(net_tree),
-        preprocess=_build(Preprocess, preprocess, 'preprocess'),
-        noise_until_epoch=until,
-    )
+    tree = dict(config) if isinstance(config, dict) else plain(config)
+    net = _net(_section(tree.pop('model', None), 'model'))
+    recipe = dict(_section(tree.pop('preprocess', None), 'preprocess'))
+    crop = dict(input_px=net.input_px, channels=net.channels)  # the recipe's output
+    preprocess = _build(Preprocess, recipe, 'preprocess', **crop)
+    settings = _build(Settings, tree, '', net=net, preprocess=preprocess)
     _check(settings)
+    _check_mesh(settings)
     return settings
 
 
-def as_json(config: Config) -> str:
-    """A resolved config as text: sorted keys, tuples as lists, one field a line."""
-    tree = config.to_dict() if hasattr(config, 'to_dict') else config
-    return json.dumps(tree, indent=2, sort_keys=True)
+# ------------------------------------------------------------------------- a tree to dataclasses
 
 
-def with_classes(config: Config, classes: int) -> Config:
-    """The config, its last layer as wide as the data has classes where it says 0."""
-    tree = json.loads(as_json(config))
-    last = tree['model'][tree['model']['layers'][-1]]
-    last['features'] = last['features'] or classes
-    return tree
-
-
-def differences(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = '') -> list[str]:
-    """The dotted keys in which two configs (as dicts of JSON values) differ."""
-    keys = []
-    for key in sorted({*a, *b}):
-        left, right = a.get(key), b.get(key)
-        if isinstance(left, Mapping) and isinstance(right, Mapping):
-            keys += differences(left, right, f'{prefix}{key}.')
-        elif left != right or (key in a) != (key in b):
-            keys.append(prefix + key)
-    return keys
-
-
-# --------------------------------------------------------------------- ConfigDict to dataclasses
-
-
-def _build(cls, tree: Mapping[str, Any], path: str, **given):
-    """Fill dataclass `cls` from `tree`, field by field, checking names and types on the way."""
+def _build(cls: Any, tree: Any, path: str, **given: Any) -> Any:
+    """Fill dataclass `cls` from `tree`: names, types and LIMITS are checked field by field."""
+    tree = _section(tree, path)
     hints = typing.get_type_hints(cls)
     fields = [field for field in dataclasses.fields(cls) if field.name not in given]
-    wanted = {field.name for field in fields}
+    names = {field.name for field in fields}
     # What came later than the first checkpoints has a default.
     needed = {field.name for field in fields if field.default is dataclasses.MISSING}
     where = f'{path}.' if path else ''
-    for key in sorted(set(tree) - wanted):
-        raise UsageError(f'{where}{key} is not a key of this config; the keys are {_list(wanted)}.')
+    for key in sorted(set(tree) - names):
+        raise UsageError(f'{where}{key} is not a key of this config; the keys are {_list(names)}.')
     for key in sorted(needed - set(tree)):
         raise UsageError(f'{where}{key} is missing from this config; set it.')
-    values = {}
-    for key in wanted & set(tree):
+    for key in sorted(names & set(tree)):
         if dataclasses.is_dataclass(hints[key]):
-            values[key] = _build(hints[key], _section(tree, key, where), where + key)
+            given[key] = _build(hints[key], tree[key], where + key)
         else:
-            values[key] = _value(tree[key], hints[key], where + key)
-    return cls(**values, **given)
+            limit = LIMITS.get(cls, {}).get(key)
+            given[key] = _limited(_value(tree[key], hints[key], where + key), limit, where + key)
+    return cls(**given)
 
 
-def _section(tree: Mapping[str, Any], key: str, where: str = '') -> Mapping[str, Any]:
-    section = tree.get(key)
+def _section(section: Any, path: str) -> Mapping[str, Any]:
     if not isinstance(section, Mapping):
-        raise UsageError(f'{where}{key} must be a group of keys, and is {section!r}.')
+        raise UsageError(f'{path} must be a group of keys, and is {section!r}.')
     return section
 
 
 def _value(value: Any, kind: Any, path: str) -> Any:
-    """`value` as `kind` (int, float, bool, str, or a tuple of these), or one sentence why not."""
+    """Return `value` as `kind`: int, float, bool, str, or a tuple of these."""
     if typing.get_origin(kind) is tuple:
         inner = typing.get_args(kind)
         if isinstance(value, Mapping):  # a group of keys that are not known beforehand
@@ -235,6 +240,27 @@ def _value(value: Any, kind: Any, path: str) -> Any:
         raise UsageError(f'{path} must be of type {kind.__name__}, and is {value!r}.')
     if kind is float and not math.isfinite(value):
         raise UsageError(f'{path} must be finite, and is {value!r}.')
+    most = 2**64 if path == 'seed' else 2**31
+    if kind is int and value >= most:
+        raise UsageError(f'{path} must be below {most}, and is {value}.')
+    return value
+
+
+def _limited(value: Any, limit: Any, path: str) -> Any:
+    """Return `value`, a path expanded, if it is within the limit."""
+    if isinstance(value, tuple):
+        return tuple(_limited(item, limit, path) for item in value)
+    if callable(limit):
+        try:
+            return limit(value)
+        except UsageError as error:
+            raise UsageError(f'{path}: {error}') from error
+    if isinstance(limit, tuple) and value not in limit:
+        raise UsageError(f"{path}: '{value}' is not one of {', '.join(limit)}.")
+    if limit == POSITIVE and value <= 0:
+        raise UsageError(f'{path} must be positive, and is {value}.')
+    if isinstance(limit, int) and value < limit:
+        raise UsageError(f'{path} must be at least {limit}, and is {value}.')
     return value
 
 
@@ -242,31 +268,31 @@ def _list(words) -> str:
     return ', '.join(sorted(words))
 
 
+def _require(condition: bool, sentence: str) -> None:
+    if not condition:
+        raise UsageError(sentence)
+
+
 # ------------------------------------------------------------------------------ the layer table
 
 
-def _net(tree: dict[str, Any]) -> Net:
+def _net(section: Mapping[str, Any]) -> Net:
+    tree = dict(section)
     names = _value(tree.pop('layers', None), tuple[str, ...], 'model.layers')
-    scaling = tree.pop('init_scaling', None)
-    _one_of(scaling, ('none', 'fan_in'), 'model.init_scaling')
-    if not names:
-        raise UsageError('model.layers is empty; name at least one layer.')
-    if len(set(names)) < len(names):
-        raise UsageError(f'model.layers names a layer twice: {", ".join(names)}.')
-    rows = {key: value for key, value in tree.items() if _is_layer(value)}
-    missing = [name for name in names if name not in rows]
-    if missing:
-        raise UsageError(
-            f'model.layers names {missing[0]}, and there is no model.{missing[0]}; '
-            f'the rows are {_list(rows)}.'
-        )
-    rest = {key: value for key, value in tree.items() if key not in rows}
-    reference = {name: _value(rows[name].get('fan_in_2012'), int, _fan(name)) for name in names}
-    for name, inputs in reference.items():
-        _at_least(inputs, 1, _fan(name))
-    net = _build(Net, rest, 'model', layers=tuple(_layer(name, rows[name]) for name in names))
+    scaling = _limited(tree.pop('init_scaling', None), ('none', 'fan_in'), 'model.init_scaling')
+    rows = {key: tree.pop(key) for key in section if _is_layer(section[key])}
+    _require(bool(names), 'model.layers is empty; name at least one layer.')
+    twice = f'model.layers names a layer twice: {", ".join(names)}.'
+    _require(len(set(names)) == len(names), twice)
+    for name in names:
+        there = f'there is no model.{name}; the rows are {_list(rows)}.'
+        _require(name in rows, f'model.layers names {name}, and {there}')
+    rows = {name: dict(rows[name]) for name in names}
+    reference = [_fan_in_2012(rows[name], f'model.{name}.fan_in_2012') for name in names]
+    net = _build(Net, tree, 'model', layers=tuple(_layer(name, rows[name]) for name in names))
+    net = dataclasses.replace(net, channels=net.channels or 3)  # until the data is known
     for layer in net.layers[:-1]:  # the last one's 0 is 'as many as the data has classes'
-        _at_least(layer.features, 1, f'model.{layer.name}.features')
+        _limited(layer.features, 1, f'model.{layer.name}.features')
     _check_net(net)
     stages = model.geometry(net)
     if scaling == 'none':
@@ -274,165 +300,86 @@ def _net(tree: dict[str, Any]) -> Net:
     # fan-in * std^2 stays what it was in run 145's net, and with it the signal's strength.
     scaled = [
         dataclasses.replace(
-            stage.layer,
-            init_std=stage.layer.init_std * math.sqrt(reference[stage.layer.name] / stage.fan_in),
+            stage.layer, init_std=stage.layer.init_std * math.sqrt(fan_in_2012 / stage.fan_in)
         )
-        for stage in stages
+        for stage, fan_in_2012 in zip(stages, reference, strict=True)
     ]
     return dataclasses.replace(net, layers=tuple(scaled))
-
-
-def _fan(name: str) -> str:
-    return f'model.{name}.fan_in_2012'
 
 
 def _is_layer(value: Any) -> bool:
     return isinstance(value, Mapping) and 'reads' in value
 
 
+def _fan_in_2012(row: dict[str, Any], path: str) -> int:
+    return _limited(_value(row.pop('fan_in_2012', None), int, path), 1, path)
+
+
 def _layer(name: str, row: Mapping[str, Any]) -> Layer:
-    row = {key: value for key, value in row.items() if key != 'fan_in_2012'}
     if row.get('kind') == 'fc':  # a kernel over nothing
-        row = {'kernel_px': 1, 'stride_px': 1, 'padding_px': ((0, 0), (0, 0))} | row
+        row = {'kernel_px': 1, 'stride_px': 1, 'padding_px': ((0, 0), (0, 0)), **row}
     layer = _build(Layer, row, f'model.{name}', name=name)
-    path = f'model.{name}'
-    _one_of(layer.kind, ('conv', 'fc'), f'{path}.kind')
-    _one_of(layer.reads, ('own', 'all'), f'{path}.reads')
-    _one_of(layer.init, tuple(model.INITIALIZERS), f'{path}.init')
-    for word in layer.then:
-        _one_of(word, model.FOLLOWS, f'{path}.then')
-    if len(set(layer.then)) < len(layer.then):
-        raise UsageError(f'{path}.then names a word twice, and each layer does a thing once.')
-    for key, least in (('features', 0), ('kernel_px', 1), ('stride_px', 1)):
-        _at_least(getattr(layer, key), least, f'{path}.{key}')
-    for pad in (pad for pads in layer.padding_px for pad in pads):
-        _at_least(pad, 0, f'{path}.padding_px')
-    _at_least(layer.init_std, 0.0, f'{path}.init_std')
+    once = f'model.{name}.then names a word twice, and each layer does a thing once.'
+    _require(len(set(layer.then)) == len(layer.then), once)
     return layer
 
 
 def _check_net(net: Net) -> None:
-    for key in ('towers', 'input_px', 'channels'):
-        _at_least(getattr(net, key), 1, f'model.{key}')
-    for name in ('lrn', 'spatial_norm'):
-        norm = getattr(net, name)
-        if norm.size < 1 or norm.size % 2 == 0:
-            raise UsageError(f'model.{name}.size must be odd and positive, and is {norm.size}.')
-        if norm.k <= 0:
-            raise UsageError(f'model.{name}.k must be positive, and is {norm.k}.')
-        _at_least(norm.alpha, 0.0, f'model.{name}.alpha')
-    _one_of(net.lrn_reads, ('own', 'all'), 'model.lrn_reads')
-    _one_of(net.pool.kind, ('max', 'average'), 'model.pool.kind')
-    _at_least(net.pool.window_px, 1, 'model.pool.window_px')
-    _at_least(net.pool.stride_px, 1, 'model.pool.stride_px')
-    _one_of(net.pool.rounding, ('down', 'up'), 'model.pool.rounding')
-    if net.pool.rounding == 'up' and (
-        net.pool.kind != 'max' or net.pool.stride_px > net.pool.window_px
-    ):
-        raise UsageError(
-            "model.pool.rounding 'up' is for maxima whose windows leave no gap; set it to 'down'."
-        )
-    _one_of(net.dropout.kind, ('mask', 'inverted'), 'model.dropout.kind')
-    if not 0 < net.dropout.keep <= 1:
-        raise UsageError(f'model.dropout.keep must lie in (0, 1], and is {net.dropout.keep}.')
-    _one_of(net.compute_dtype, ('float32', 'bfloat16'), 'model.compute_dtype')
+    for name, size in (('lrn', net.lrn.size), ('spatial_norm', net.spatial_norm.size)):
+        _require(size % 2 == 1, f'model.{name}.size must be odd, and is {size}.')
+    gaps = net.pool.kind != 'max' or net.pool.stride_px > net.pool.window_px
+    _require(
+        net.pool.rounding == 'down' or not gaps,
+        "model.pool.rounding 'up' is for maxima whose windows leave no gap; set it to 'down'.",
+    )
+    keep = net.dropout.keep
+    _require(keep <= 1, f'model.dropout.keep must be in (0, 1], and is {keep}.')
 
 
 def _check(settings: Settings) -> None:
-    for key, least in (('batch_size', 1), ('seed', 0), ('epochs', 0.0)):
-        _at_least(getattr(settings, key), least, key)
-    recipe = settings.preprocess
-    if recipe.image_px < recipe.input_px:
-        raise UsageError(
-            f'preprocess.image_px is {recipe.image_px}, smaller than the crop of model.input_px '
-            f'({recipe.input_px}); enlarge it (2012: 256 and 224).'
-        )
-    if recipe.image_px < recipe.resize_px:
-        raise UsageError(
-            f'preprocess.image_px is {recipe.image_px}, smaller than preprocess.resize_px '
-            f'({recipe.resize_px}); enlarge it.'
-        )
-    _one_of(recipe.mean, ('image', 'channel', 'none'), 'preprocess.mean')
-    _at_least(recipe.share, 1, 'preprocess.share')
-    _at_least(recipe.colour_noise, 0.0, 'preprocess.colour_noise')
-    if recipe.noise_divisor <= 0:
-        raise UsageError('preprocess.noise_divisor must be positive.')
-    for name, schedule in vars(settings.optimizer).items():
-        if isinstance(schedule, optimizer.Schedule):
-            _check_schedule(schedule, f'optimizer.{name}')
-    update = settings.optimizer
-    if update.biases.kind == 'plateau' and update.weights.kind != 'plateau':
-        raise UsageError(
-            "optimizer.biases.kind 'plateau' follows the weights' rule: set "
-            'optimizer.weights.kind=plateau too.'
-        )
-    if update.weights.kind == 'plateau' and settings.data.validation == 'none':
-        raise UsageError(
-            "optimizer.weights.kind 'plateau' follows the validation error, and data.validation is "
-            'none: give a split, or another schedule.'
-        )
-    if not 0 <= update.momentum < 1:
-        raise UsageError('optimizer.momentum must lie in [0, 1).')
-    _at_least(update.weight_decay, 0.0, 'optimizer.weight_decay')
+    recipe, update = settings.preprocess, settings.optimizer
+    for px, what in (
+        (recipe.input_px, f'the crop of model.input_px ({recipe.input_px})'),
+        (recipe.resize_px, f'preprocess.resize_px ({recipe.resize_px})'),
+    ):
+        small = f'preprocess.image_px is {recipe.image_px}, smaller than {what}; enlarge it'
+        _require(recipe.image_px >= px, f'{small} (2012: 256 for crops of 224).')
+    _require(update.momentum < 1, 'optimizer.momentum must be in [0, 1).')
+    for name, schedule in (('weights', update.weights), ('biases', update.biases)):
+        ascend = list(schedule.at_epochs) == sorted(schedule.at_epochs)
+        _require(ascend, f'optimizer.{name}.at_epochs must ascend, and is {schedule.at_epochs}.')
+    _require(
+        update.biases.kind != 'plateau' or update.weights.kind == 'plateau',
+        "optimizer.biases.kind 'plateau' follows the weights' rule: set "
+        'optimizer.weights.kind=plateau too.',
+    )
+    _require(
+        update.weights.kind != 'plateau' or settings.data.validation != 'none',
+        "optimizer.weights.kind 'plateau' follows the validation error, and data.validation is "
+        'none: give a split, or another schedule.',
+    )
     names = tuple(layer.name for layer in settings.net.layers)
-    _one_of(settings.optimizer.late.layer, ('none', *names), 'optimizer.late.layer')
-    for name, multiplier in settings.optimizer.multipliers:
-        _one_of(name, names, 'optimizer.multipliers')
-        _at_least(multiplier, 0.0, f'optimizer.multipliers.{name}')
-    _one_of(settings.init_statistics, ('source', 'data'), 'init_statistics')
-    for name in settings.init_layers:
-        _one_of(name, names, 'init_layers')
-    _at_least(settings.data.workers, -1, 'data.workers')
-    _at_least(settings.data.resident_gib, 0.0, 'data.resident_gib')
-    loop = settings.loop
-    for key in ('log_every_steps', 'eval_batch_size', 'prefetch_batches'):
-        _at_least(getattr(loop, key), 1, f'loop.{key}')
-    for key in ('evaluate_every_epochs', 'checkpoint_every_epochs'):
-        if getattr(loop, key) <= 0:
-            raise UsageError(f'loop.{key} must be positive, and is {getattr(loop, key)}.')
-    _one_of(loop.on_dead_start, ('warn', 'error'), 'loop.on_dead_start')
-    for key in ('join_timeout_secs', 'peer_timeout_secs'):
-        _at_least(getattr(settings.processes, key), 1.0, f'processes.{key}')
-    _check_mesh(settings)
-
-
-def _check_schedule(schedule: optimizer.Schedule, path: str) -> None:
-    _one_of(schedule.kind, optimizer.SCHEDULES, f'{path}.kind')
-    _at_least(schedule.rate, 0.0, f'{path}.rate')
-    if schedule.drop <= 0 or schedule.factor <= 0:
-        raise UsageError(f'{path}: drop and factor must be positive.')
-    _at_least(schedule.switches, 0, f'{path}.switches')
-    if list(schedule.at_epochs) != sorted(schedule.at_epochs):
-        raise UsageError(f'{path}.at_epochs must ascend, and is {schedule.at_epochs}.')
+    _limited(update.late.layer, ('none', *names), 'optimizer.late.layer')
+    _limited(settings.init_layers, names, 'init_layers')
+    for name, multiplier in update.multipliers:
+        _limited(name, names, 'optimizer.multipliers')
+        _limited(multiplier, 0, f'optimizer.multipliers.{name}')
 
 
 def _check_mesh(settings: Settings) -> None:
-    _at_least(settings.mesh.cpu_devices, 0, 'mesh.cpu_devices')
     mesh, towers = settings.mesh, settings.net.towers
-    if mesh.data < 1 and mesh.data != -1:
-        raise UsageError(f'mesh.data must be positive, or -1 for all that are left: {mesh.data}.')
-    if mesh.tower < 1 or towers % mesh.tower:
-        raise UsageError(
-            f'mesh.tower is {mesh.tower}, and the net has {towers} tower(s); '
-            f'choose a divisor of {towers}.'
-        )
-    _one_of(mesh.placement, PLACEMENTS, 'mesh.placement')
+    _require(mesh.data != 0, 'mesh.data must be positive, or -1 for all that are left, and is 0.')
+    _require(
+        towers % mesh.tower == 0,
+        f'mesh.tower is {mesh.tower}, and the net has {towers} tower(s); choose a divisor of '
+        f'{towers}.',
+    )
     if mesh.placement == 'one_weird_trick':
-        if mesh.tower != 1:
-            raise UsageError('mesh.placement one_weird_trick has no tower axis; set mesh.tower=1.')
+        alone = 'mesh.placement one_weird_trick has no tower axis; set mesh.tower=1.'
+        _require(mesh.tower == 1, alone)
         own = [x.name for x in settings.net.layers[:-1] if x.kind == 'fc' and x.reads == 'own']
-        if own and towers > 1:
-            raise UsageError(
-                f'mesh.placement one_weird_trick splits layers across towers, and {own[0]} reads '
-                f'its own only; set model.{own[0]}.reads=all, or mesh.placement=towers.'
-            )
-
-
-def _one_of(word: Any, words: tuple[str, ...], path: str) -> None:
-    if word not in words:
-        raise UsageError(f"{path}: '{word}' is not one of {', '.join(words)}.")
-
-
-def _at_least(value: float, least: float, path: str) -> None:
-    if value < least:
-        raise UsageError(f'{path} must be at least {least}, and is {value}.')
+        _require(
+            not own or towers == 1,
+            f'mesh.placement one_weird_trick splits layers, and {", ".join(own)} reads '
+            f'its own only; set its reads=all, or mesh.placement=towers.',
+        )

@@ -291,6 +291,22 @@ def class_names(name: str, data_dir: str | Path, *, words: bool = True) -> tuple
     )
 
 
+def facts(name: str, data_dir: str | Path) -> tuple[int, int, tuple[str, ...]]:
+    """Return the number of classes, the channels of an image and the splits of a data set.
+
+    Raises:
+        UsageError, RunError: as `load`.
+    """
+    if name == 'none':
+        raise UsageError(
+            'data.name is not set: prepare your pictures with `python -m alexnet_jax.prepare '
+            'folder --source=FOLDER --name=NAME`, and set --config.data.name=NAME.'
+        )
+    folder = _folder(name, Path(data_dir))
+    (*_, channels), _ = form_of(folder)
+    return len(class_names(name, data_dir)), channels, tuple(prepared.shards(folder))
+
+
 def _names(folder: Path) -> list[str]:
     names = folder / 'label.labels.txt'
     if names.is_file():

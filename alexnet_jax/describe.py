@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from alexnet_jax import communication, parallel
+from alexnet_jax import communication, config_file, data, parallel
 from alexnet_jax import config as configuration
 from alexnet_jax.communication import Collective, Memory
 from alexnet_jax.config import Config, MeshShape, Settings
@@ -38,6 +38,10 @@ def run(config: Config) -> str:
         UsageError: the config is impossible.
     """
     settings = configuration.unpack(config)
+    names = settings.data
+    if not settings.net.classes and names.name != 'none':
+        config = config_file.with_data(config, *data.facts(names.name, names.data_dir))
+        settings = configuration.unpack(config)
     if not settings.net.classes:
         raise UsageError(
             'the last layer is as wide as the data has classes; set its features to describe the '

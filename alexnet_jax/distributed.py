@@ -21,7 +21,7 @@ from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from alexnet_jax import errors
+from alexnet_jax import command, config_file
 from alexnet_jax.errors import AlexNetError, RunError, UsageError
 
 AGAIN = 'start all processes again to resume from the latest checkpoint'
@@ -216,7 +216,7 @@ def _initialize(info: ProcessInfo, join_secs: int, peer_secs: int) -> None:
         f'not all of {info.processes} processes connected {where} within {join_secs} s '
         f'(processes.join_timeout_secs); see the logs of the others, then {AGAIN}.'
     )
-    alarm = threading.Timer(join_secs, lambda: _exit(errors.complain(RunError(why), PROGRAM)))
+    alarm = threading.Timer(join_secs, lambda: _exit(command.report(RunError(why), PROGRAM)))
     alarm.daemon = True
     alarm.start()
     try:
@@ -266,13 +266,11 @@ def _interrupt(number: int, frame: Any) -> None:
 
 def _check_request(request: Mapping[str, Any], timeout_ms: int) -> None:
     """Raise UsageError, with the keys that differ, in a process not started as process 0 was."""
-    from alexnet_jax import config  # here, because it imports JAX
-
     own = json.dumps(request)
     if is_first():
         _store().key_value_set(REQUEST, own)
     first = json.loads(_store().blocking_key_value_get(REQUEST, timeout_ms))
-    if keys := config.differences(first, json.loads(own)):
+    if keys := config_file.differences(first, json.loads(own)):
         raise UsageError(
             f'the flags differ from those of process 0 in {", ".join(keys)}; give all processes '
             f'the same.'
@@ -300,13 +298,13 @@ def _end(error: BaseException) -> NoReturn:
         import jax
 
         jax.distributed.shutdown()
-        _exit(errors.complain(error, PROGRAM) if is_first() else error.exit_code)
+        _exit(command.report(error, PROGRAM) if is_first() else error.exit_code)
     if lost := _is_loss(error):
         with contextlib.suppress(Exception):  # the process that is gone may have left a reason
             _follow(_store().blocking_key_value_get(LAST_WORDS, 1000))
         error = RunError(f'another process is gone ({lost}); {AGAIN}.')
     try:
-        code, why = errors.complain(error, PROGRAM), str(error)
+        code, why = command.report(error, PROGRAM), str(error)
     except Exception:
         traceback.print_exc()
         code, why = 1, f'{type(error).__name__}: {error}'

@@ -4,9 +4,7 @@ Errors are fractions in [0, 1]. Every image is counted once.
 """
 
 import dataclasses
-import functools
 import json
-import operator
 import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from alexnet_jax import augment, data, distributed, files, parallel, splits
+from alexnet_jax import augment, config_file, data, distributed, files, parallel, splits
 from alexnet_jax import config as configuration
 from alexnet_jax import workdir as workdirs
 from alexnet_jax.augment import Statistics
@@ -94,14 +92,15 @@ def restore(
 
 def _with(overrides: Mapping[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     for key, value in overrides.items():
-        *groups, name = key.split('.')
-        section = functools.reduce(operator.getitem, groups, config)
-        if value != section[name] and key not in (*workdirs.MAY_DIFFER, 'loop.eval_batch_size'):
+        new = config_file.plain(config)
+        config_file.override(new, key, value)
+        free = (*workdirs.MAY_DIFFER, 'loop.eval_batch_size')
+        if key not in free and config_file.differences(config, new):
             raise UsageError(
                 f'--config.{key} changes nothing in an evaluation: net and recipe are those of '
-                f'the checkpoint, which has {section[name]}; leave it out.'
+                f'the checkpoint; leave it out.'
             )
-        section[name] = value
+        config = new
     return config
 
 

@@ -505,15 +505,16 @@ def _parser() -> command.Parser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add('images', nargs='*', metavar='IMAGE', help='files, folders or globs')
-    add('--workdir', type=Path, required=True, help='of a run')
+    add('images', nargs='*', type=command.expand, metavar='IMAGE', help='files, folders or globs')
+    add('--workdir', type=command.path, required=True, help='of a run')
     add('--step', default='latest', help='latest, best or a number')
     add('--layer', default='fc7_relu', help='of the net, as fc7_relu (the default)')
     add('--split', help='train, validation, test, or an expression of TFDS, instead of IMAGE')
-    add('--data_dir', default='', help='of all data sets, if moved since the run')
-    add('--output', type=Path, metavar='FILE', help='.npy (with a .json beside it) or .parquet')
+    add('--data_dir', type=command.expand, default='', help='of all data sets, if moved')
+    add('--output', type=command.path, metavar='FILE', help='.npy (with a .json) or .parquet')
     add('--nearest', type=int, metavar='K', help='print the K nearest images of each')
-    add('--among', default='train', help='of which: a split, or an .npy made before')
+    among = 'of which: a split, or an .npy made before'
+    add('--among', type=command.expand, default='train', help=among)
     add('--json', action='store_true', help='of --nearest, one object a line')
     return parser
 

@@ -694,8 +694,7 @@ def run(args: argparse.Namespace) -> int:
     if args.output is not None and args.output.suffix not in ('.png', '.svg'):
         raise UsageError(f'--output={args.output} must end in .png or .svg.')
     runs = [
-        Run(Path(workdir), args.step, args.data_dir, args.among, args.rows)
-        for workdir in args.workdir.split(',')
+        Run(workdir, args.step, args.data_dir, args.among, args.rows) for workdir in args.workdir
     ]
     output = args.output or runs[0].workdir / f'{args.figure}.png'
     if runs[0].workdir.is_dir():
@@ -722,10 +721,15 @@ def _parser() -> command.Parser:
     )
     add = parser.add_argument
     add('figure', metavar='NAME', choices=('fig1', *FIGURES), help=', '.join(('fig1', *FIGURES)))
-    add('--workdir', required=True, help='of a run; for fig1 of two or more: A,B')
-    add('--output', type=Path, metavar='FILE', help='.png or .svg; W/NAME.png if not given')
+    add(
+        '--workdir',
+        type=command.paths,
+        required=True,
+        help='of a run; for fig1 of two or more: A,B',
+    )
+    add('--output', type=command.path, metavar='FILE', help='.png or .svg; W/NAME.png if not given')
     add('--step', default='latest', help='of the checkpoints: latest, best or a number')
-    add('--data_dir', default='', help='of all data sets, if moved since the run')
+    add('--data_dir', type=command.expand, default='', help='of all data sets, if moved')
     add('--among', default='train', help="where fig4_right looks: a split, or TFDS's expression")
     add('--rows', type=numbers, default=(), help='of the test images that fig4 shows, as in 0,7')
     return parser

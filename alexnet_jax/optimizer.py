@@ -12,21 +12,19 @@ two differ for some dozens of steps. Biases do not decay and have a rate of thei
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from alexnet_jax.errors import UsageError
-
 Array = jax.Array
-Rate = Callable[[Array, Array | int], Array]  # (step, drops of the plateau rule so far) -> rate
+Rate = Callable[[Array, Array | int], Any]  # (step, drops of the plateau rule so far) -> rate
 
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """How a rate changes over a run; the fields that `kind` does not name are not used.
+    """A rate over a run; the fields that `kind` does not name are not used.
 
     constant: `rate`.
     steps: `rate` divided by `drop` at each epoch of `at_epochs`.
@@ -49,41 +47,48 @@ class Schedule:
     floor: float
 
 
+@dataclasses.dataclass(frozen=True)
+class Late:
+    """One layer slowed, then frozen, late in the run (source: conv1 in runs 145 and 170)."""
+
+    layer: str  # 'none': no layer
+    slow_epoch: float  # from here the rate of its weights, not its biases, is multiplied by ...
+    slow_multiplier: float
+    freeze_epoch: float  # from here it is not updated, and its velocity is kept
+
+
 SCHEDULES = ('constant', 'steps', 'dexp', 'plateau')
 
 
 def rate_of(schedule: Schedule, *, total_steps: int, steps_per_epoch: float) -> Rate:
-    """The schedule as a function of (step, drops), both int32 scalars.
-
-    Raises:
-        UsageError: `schedule.kind` is unknown.
-    """
-    if schedule.kind == 'constant':
-        return lambda step, drops: jnp.float32(schedule.rate)
+    """Return the schedule as a function of (step, drops), both int32 scalars."""
+    rate = schedule.rate
     if schedule.kind == 'plateau':
         return lambda step, drops: jnp.maximum(
-            jnp.float32(schedule.rate) * jnp.float32(1 / schedule.drop) ** drops,
-            min(schedule.floor, schedule.rate),
+            jnp.float32(rate) * jnp.float32(1 / schedule.drop) ** drops, min(schedule.floor, rate)
         )
+    values, starts = [rate], []
     if schedule.kind == 'steps':
-        moments = [math.ceil(epoch * steps_per_epoch) for epoch in schedule.at_epochs]
-        values = [schedule.rate / schedule.drop**i for i in range(len(moments) + 1)]
+        starts = [math.ceil(epoch * steps_per_epoch) for epoch in schedule.at_epochs]
+        values += [rate / schedule.drop**i for i in range(1, len(starts) + 1)]
     elif schedule.kind == 'dexp':
-        pieces = schedule.switches + 1
-        moments = [math.ceil(total_steps * i / pieces) for i in range(1, pieces)]
-        values = [
-            schedule.rate / schedule.factor ** (i / max(schedule.switches, 1))
-            for i in range(pieces)
-        ]
-    else:
-        raise UsageError(f"a schedule of kind '{schedule.kind}' is not one of {SCHEDULES}.")
-    table = jnp.asarray(values, jnp.float32)
-    boundaries = jnp.asarray(moments, jnp.int32)
-    return lambda step, drops: table[jnp.sum(step >= boundaries)]
+        numbers = range(1, schedule.switches + 1)
+        starts = [math.ceil(total_steps * i / (schedule.switches + 1)) for i in numbers]
+        values += [rate / schedule.factor ** (i / schedule.switches) for i in numbers]
+    table = _piecewise(values, starts)
+    return lambda step, drops: table(step)
+
+
+def _piecewise(values: Sequence[float], starts: Sequence[int]) -> optax.Schedule:
+    """Return `values` one after the other; `starts` are the steps of all but the first.
+
+    `optax.piecewise_constant_schedule` multiplies factors, which rounds once more at each.
+    """
+    return optax.join_schedules([optax.constant_schedule(value) for value in values], starts)
 
 
 def plateau_drops(errors: Sequence[float], schedule: Schedule, epochs_per_error: float) -> int:
-    """How often the rate has been divided after these validation errors, oldest first.
+    """Return how often the rate has been divided after these validation errors, oldest first.
 
     A function of the history alone, so that a resumed run cannot disagree with an undisturbed one.
     """
@@ -99,7 +104,7 @@ def plateau_drops(errors: Sequence[float], schedule: Schedule, epochs_per_error:
 
 
 class VelocityState(NamedTuple):
-    """Steps taken so far, and the velocity: a tree like the parameters."""
+    """The steps taken so far, and the velocity: a tree like the parameters."""
 
     step: Array
     velocity: optax.Updates
@@ -122,17 +127,16 @@ def velocity_2012(
     def update(updates, state, params=None, *, drops=0, **unused):
         del params, unused
 
-        def rate_at(path):
-            return rates((path[-2].key, path[-1].key))(state.step, drops)
-
-        def advance(path, g, v):
-            rate = rate_at(path)
-            return jnp.where(rate == 0, v, momentum * v - rate * g)
-
-        velocity = jax.tree_util.tree_map_with_path(advance, updates, state.velocity)
-        moved = jax.tree_util.tree_map_with_path(
-            lambda path, v: jnp.where(rate_at(path) == 0, 0, v), velocity
+        rate = jax.tree_util.tree_map_with_path(
+            lambda path, _: rates((path[-2].key, path[-1].key))(state.step, drops), updates
         )
+        velocity = jax.tree.map(
+            lambda rate, g, v: jnp.where(rate == 0, v, momentum * v - rate * g),
+            rate,
+            updates,
+            state.velocity,
+        )
+        moved = jax.tree.map(lambda rate, v: jnp.where(rate == 0, 0, v), rate, velocity)
         return moved, VelocityState(state.step + 1, velocity)
 
     return optax.GradientTransformationExtraArgs(
@@ -144,28 +148,18 @@ def velocity_2012(
 
 
 def decays(params: optax.Params) -> optax.Params:
-    """True where weight decay applies: on weights, fc8's included; on no bias (source)."""
+    """Return true where weight decay applies: on weights, fc8's included; on no bias (source)."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == 'kernel', params)
 
 
 def sgd_2012(
     rates: Callable[[tuple[str, str]], Rate], *, momentum: float, weight_decay: float
 ) -> optax.GradientTransformationExtraArgs:
-    """The update of this file's head, as a chain: weight decay, then rate and velocity."""
+    """Return the update of this file's head, as a chain: weight decay, then rate and velocity."""
     return optax.chain(
         optax.add_decayed_weights(weight_decay, mask=decays),
         velocity_2012(rates, momentum),
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class Late:
-    """One layer slowed, then frozen, late in the run (source: conv1 in runs 145 and 170)."""
-
-    layer: str  # 'none': no layer
-    slow_epoch: float  # from here the rate of its weights, not its biases, is multiplied by ...
-    slow_multiplier: float
-    freeze_epoch: float  # from here it is not updated, and its velocity is kept
 
 
 def parameter_rates(
@@ -177,34 +171,22 @@ def parameter_rates(
     total_steps: int,
     steps_per_epoch: float,
 ) -> Callable[[tuple[str, str]], Rate]:
-    """The rate of each parameter, named (layer, 'kernel' or 'bias'), `late` included.
+    """Return what gives each parameter, named (layer, 'kernel' or 'bias'), its rate.
 
-    `multipliers` (layer, factor) are for fine-tuning: both rates of the layer are multiplied, and
-    with 0 it is frozen, weight decay included.
+    A layer's rate is that of its kind times its factor: its multiplier, which with 0 freezes the
+    layer (fine-tuning), and from the epochs of `late` on what that says.
     """
     durations = {'total_steps': total_steps, 'steps_per_epoch': steps_per_epoch}
     by_kind = {'kernel': rate_of(weights, **durations), 'bias': rate_of(biases, **durations)}
-    slow = math.ceil(late.slow_epoch * steps_per_epoch)
-    freeze = math.ceil(late.freeze_epoch * steps_per_epoch)
-
-    factors = dict(multipliers)
-
-    def multiplied(layer: str, kind: str) -> Rate:
-        factor = factors.get(layer, 1.0)
-        if factor == 1:
-            return by_kind[kind]
-        return lambda step, drops: by_kind[kind](step, drops) * factor
+    starts = [math.ceil(epoch * steps_per_epoch) for epoch in (late.slow_epoch, late.freeze_epoch)]
+    multiplier = dict(multipliers)
 
     def rates(path: tuple[str, str]) -> Rate:
         layer, kind = path
-        rate = multiplied(layer, kind)
-        if layer != late.layer:
-            return rate
-        slowed = late.slow_multiplier if kind == 'kernel' else 1.0  # source: `epsW` alone
-        return lambda step, drops: (
-            rate(step, drops)
-            * jnp.where(step >= slow, slowed, 1.0)
-            * jnp.where(step >= freeze, 0.0, 1.0)
-        )
+        own = multiplier.get(layer, 1.0)
+        slowed = own * (late.slow_multiplier if kind == 'kernel' else 1.0)  # source: `epsW` alone
+        is_late = layer == late.layer
+        factor = _piecewise([own, slowed, 0.0], starts) if is_late else _piecewise([own], [])
+        return lambda step, drops: by_kind[kind](step, drops) * factor(step)
 
     return rates

@@ -265,8 +265,10 @@ def _parser() -> command.Parser:
         epilog='Exit code 1 if a file was no image; the others are classified.',
         allow_abbrev=False,
     )
-    parser.add_argument('images', nargs='+', metavar='IMAGE', help='files, folders or globs')
-    parser.add_argument('--workdir', type=Path, required=True, help='of a run')
+    parser.add_argument(
+        'images', nargs='+', type=command.expand, metavar='IMAGE', help='files, folders or globs'
+    )
+    parser.add_argument('--workdir', type=command.path, required=True, help='of a run')
     parser.add_argument('--step', default='latest', help='latest, best or a number')
     parser.add_argument('--views', type=int, choices=(1, 10), default=1, help='to average over')
     parser.add_argument('--top', type=int, default=5, metavar='K', help='classes to print')

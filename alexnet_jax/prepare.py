@@ -129,17 +129,6 @@ def _prepare_by_tfds(name: str, data_dir: Path, tfds_dir: Path, report: Report) 
 # ---- the command ----------------------------------------------------------------------------
 
 
-def _path(text: str) -> Path:
-    """Return a path from the command line, with `~` expanded.
-
-    Raises:
-        UsageError: it is an address, not a path of this machine.
-    """
-    if '://' in text:
-        raise UsageError(f'{text} is not a local path; copy or mount it, and name that folder.')
-    return Path(text).expanduser()
-
-
 def _parser() -> command.Parser:
     parser = command.Parser(
         prog='python -m alexnet_jax.prepare', description='Prepare a data set.', allow_abbrev=False
@@ -149,14 +138,17 @@ def _parser() -> command.Parser:
     def add(name: str, about: str, prepare: Callable[[Any], Path]) -> argparse.ArgumentParser:
         one = sets.add_parser(name, help=about, description=about, allow_abbrev=False)
         one.add_argument(
-            '--data_dir', type=_path, default=Path('data'), help='the folder of all data sets'
+            '--data_dir',
+            type=command.path,
+            default=Path('data'),
+            help='the folder of all data sets',
         )
         one.set_defaults(prepare=prepare)
         return one
 
     for name, what in (('fashion_mnist', 'clothes'), ('mnist', 'handwritten digits')):
         one = add(name, f'70,000 images of {what}, 28 x 28 px', _mnist)
-        one.add_argument('--source', type=_path, help='folder with the four raw .gz files')
+        one.add_argument('--source', type=command.path, help='folder with the four raw .gz files')
     for name, challenge in CHALLENGES.items():
         tars = ', '.join(archive.name for archive in challenge.archives.values())
         about = f'from {tars} and {challenge.devkit}, or from folders they were extracted to'
@@ -171,14 +163,16 @@ def _parser() -> command.Parser:
                          help='if there is one split only')  # fmt: skip
     one = add('tfds', 'a set that TFDS has prepared as array_record, or can fetch', _tfds)
     one.add_argument('--name', required=True, help='as TFDS calls it')
-    tfds_dir = _path(os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets')
-    one.add_argument('--tfds_dir', type=_path, default=tfds_dir, help='where TFDS puts data sets')
+    tfds_dir = command.path(os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets')
+    one.add_argument(
+        '--tfds_dir', type=command.path, default=tfds_dir, help='where TFDS puts data sets'
+    )
     return parser
 
 
 def _add_pictures(parser: argparse.ArgumentParser, source: str) -> None:
     form = Form()
-    parser.add_argument('--source', type=_path, required=True, help=source)
+    parser.add_argument('--source', type=command.path, required=True, help=source)
     parser.add_argument(
         '--storage',
         choices=('jpeg', 'raw'),

@@ -10,10 +10,8 @@ import time
 from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import Progress
-
 from alexnet_jax.errors import RunError
+from alexnet_jax.progress import ProgressBar
 
 Report = Callable[[str], None]
 
@@ -151,15 +149,14 @@ def progress(what: str, total: int, report: Report) -> Generator[Callable[[int],
 
     It draws a bar on a terminal, and elsewhere reports a line every LOG_EVERY_SECS.
     """
-    console, logged = Console(stderr=True), time.monotonic()
-    with Progress(console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(what, total=total)
+    logged = time.monotonic()
+    with contextlib.closing(ProgressBar(total, report=report)) as bar:
 
         def update(done: int) -> None:
             nonlocal logged
-            bar.update(task, completed=done)
-            if not console.is_terminal and time.monotonic() - logged > LOG_EVERY_SECS:
+            bar.to(done, what)
+            if bar.plain and time.monotonic() - logged > LOG_EVERY_SECS:
                 logged = time.monotonic()
-                report(f'{what}: {done:,} of {total:,} ({done / total:.0%})')
+                bar.line(f'{what}: {done:,} of {total:,} ({done / total:.0%})')
 
         yield update

@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from alexnet_jax import command, distributed, files
 
@@ -124,56 +122,6 @@ def _without(module: str) -> Generator[None]:
         del sys.modules[module]
 
 
-class ProgressBar:
-    """A bar with loss, images/s and time left; on anything but a terminal, plain lines."""
-
-    def __init__(self, total_steps: int, step: int, console: Console | None = None):
-        self._console = console or Console(stderr=True)
-        self._total = total_steps
-        self._bar = None
-        if self._console.is_terminal and distributed.is_first():
-            columns = (
-                TextColumn('step {task.completed}/{task.total}'),
-                BarColumn(),
-                TextColumn('{task.description}'),
-                TimeRemainingColumn(),
-            )
-            self._bar = Progress(*columns, console=self._console)
-            self._task = self._bar.add_task('', total=total_steps, completed=step)
-            self._bar.start()
-
-    def step(self, step: int) -> None:
-        """Move the bar."""
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step)
-
-    def log(self, step: int, loss: float, images_per_sec: float, secs_left: float) -> None:
-        """Say how it goes."""
-        text = f'loss {loss:.4f}  {images_per_sec:.0f} images/s'
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step, description=text)
-        else:
-            say(f'step {step}/{self._total}  {text}  {_duration(secs_left)} left')
-
-    def line(self, text: str) -> None:
-        """A line that stays, above the bar if there is one."""
-        if self._bar is not None:
-            self._bar.console.print(text, highlight=False)
-        else:
-            say(text)
-
-    def close(self) -> None:
-        """Leave the terminal as it was."""
-        if self._bar is not None:
-            self._bar.stop()
-
-
-def _duration(secs: float) -> str:
-    minutes, seconds = divmod(round(max(secs, 0)), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f'{hours}:{minutes:02d}:{seconds:02d}' if hours else f'{minutes}:{seconds:02d}'
-
-
 # -------------------------------------------------------------------- what a figure needs beside it
 
 
@@ -208,9 +156,11 @@ def short(commit: str) -> str:
 
 
 def commit() -> str:
-    """The code's version, with '+' behind it if tracked files were changed; or 'unknown'.
+    """Return the code's commit, with '+' behind it if tracked files were changed; or 'unknown'.
 
-    Logs do not count: a measurement writes them, and its second half is of the same code.
+    It is unknown where git does not track this file: the repository around an installed package is
+    somebody else's. Logs do not count as changes: a measurement writes them, and its second half is
+    of the same code.
     """
 
     def git(*words: str) -> str:
@@ -221,6 +171,7 @@ def commit() -> str:
         return done.stdout.strip()
 
     try:
+        git('ls-files', '--error-unmatch', '--', Path(__file__).name)
         logs = ':(top,exclude)experiments/results'
         changed = git('status', '--porcelain', '--untracked-files=no', '--', ':(top)', logs)
         return git('rev-parse', 'HEAD') + ('+' if changed else '')

@@ -316,8 +316,8 @@ def _parser() -> command.Parser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add('--workdir', type=Path, required=True, help='of a run')
-    add('--output', type=Path, metavar='FILE', help='W/report.html if not given')
+    add('--workdir', type=command.path, required=True, help='of a run')
+    add('--output', type=command.path, metavar='FILE', help='W/report.html if not given')
     add('--step', default='latest', help='of the checkpoints: latest, best or a number')
     add('--data_dir', default='', help='of all data sets, if moved since the run')
     add('--among', default='train', help="where neighbours are looked for: a split, or TFDS's")

@@ -51,6 +51,11 @@ def class_names(config: Data, data_dir: str = '', *, words: bool = True) -> tupl
     return data.class_names(config.name, _ensure(config, data_dir), words=words)
 
 
+def facts(config: Data) -> tuple[int, int, tuple[str, ...]]:
+    """Return the number of classes, the channels and the splits of a run's data set."""
+    return data.facts(config.name, _ensure(config, ''))
+
+
 def match(
     dataset: Dataset, names: Sequence[str], config: Data, owner: object, data_dir: str = ''
 ) -> Dataset:

@@ -102,7 +102,7 @@ def inputs(
     recipe = settings.preprocess
     batch_size, *_, channels = batch['image'].shape
     draws = augment.draw(crop_key, batch_size, channels, recipe)
-    noise_steps = math.ceil(settings.noise_until_epoch * settings.steps_per_epoch(images))
+    noise_steps = math.ceil(recipe.noise_until_epoch * settings.steps_per_epoch(images))
     pixels = augment.apply(batch['image'], draws, statistics, recipe, state.step < noise_steps)
     return pixels, model.draw_masks(mask_key, settings.net, batch_size)
 

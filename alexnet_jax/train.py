@@ -7,7 +7,6 @@ the same bits.
 
 import contextlib
 import dataclasses
-import json
 import math
 import signal
 import time
@@ -22,6 +21,7 @@ import optax
 
 from alexnet_jax import (
     augment,
+    config_file,
     data,
     diagnose,
     distributed,
@@ -41,6 +41,7 @@ from alexnet_jax.config import Config, Settings
 from alexnet_jax.data import Dataset, TrainStream
 from alexnet_jax.errors import RunError, UsageError
 from alexnet_jax.parallel import Layout
+from alexnet_jax.progress import ProgressBar, duration
 from alexnet_jax.records import say
 from alexnet_jax.step import (
     TrainState,
@@ -125,7 +126,7 @@ def open_job(config: Config, settings: Settings, workdir: Path) -> Job:
     train_step, shardings = jit_train_step(settings, layout, optimizer, len(train))
     return Job(
         settings=settings,
-        config=json.loads(configuration.as_json(config)),
+        config=configuration.plain(config),
         workdir=workdir,
         layout=layout,
         train=train,
@@ -197,8 +198,8 @@ def run(config: Config, workdir: Path) -> str:
         RunError: data or disk are not to be had, numbers are not finite, or a signal came.
     """
     settings = configuration.unpack(config)
-    if not settings.net.classes:
-        config = configuration.with_classes(config, len(splits.class_names(settings.data)))
+    if config_file.is_open(config):
+        config = config_file.with_data(config, *splits.facts(settings.data))
         settings = configuration.unpack(config)
     parallel.set_up_cpu(settings.mesh.cpu_devices)
     with workdirs.open_workdir(config, workdir):
@@ -398,7 +399,7 @@ class StepLog:
 
     def __init__(self, job: Job, history: History, book: records.Records, start: int):
         self.job, self.history, self.book = job, history, book
-        self.bar = records.ProgressBar(job.total_steps, start)
+        self.bar = ProgressBar(job.total_steps, start, say, shown=distributed.is_first())
         self.means = records.Means(history.sums)
         self.pending: tuple[int, dict] | None = None
         self.since, self.stalled, self.logged_secs = time.perf_counter(), 0.0, history.secs
@@ -443,7 +444,7 @@ class StepLog:
             raise not_finite(self.job, state)
         self.means.add(metrics)
         self.steps += 1
-        self.bar.step(step)
+        self.bar.to(step)
         if step % self.job.settings.loop.log_every_steps == 0 or step == self.job.total_steps:
             self._write(step)
 
@@ -456,7 +457,10 @@ class StepLog:
         epoch = step / self.job.settings.steps_per_epoch(len(self.job.train))
         self.book.write('train', step, epoch=epoch, **means, **timing)
         left = (self.job.total_steps - step) * self.job.settings.batch_size / pace
-        self.bar.log(step, means['loss'], pace, left)
+        text = f'loss {means["loss"]:.4f}  {pace:.0f} images/s'
+        self.bar.to(step, text)
+        if self.bar.plain:
+            say(f'step {step}/{self.job.total_steps}  {text}  {duration(left)} left')
         self._judge_input(secs)
         self.steps, self.stalled, self.logged_secs = 0, 0.0, self.history.secs
 

@@ -24,7 +24,6 @@ import dataclasses
 import hashlib
 import json
 import re
-import runpy
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,22 +33,27 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from alexnet_jax import checkpoint, command, export, files, imagenet, model, step, weight_files
+from alexnet_jax import (
+    checkpoint,
+    command,
+    config_file,
+    export,
+    files,
+    imagenet,
+    model,
+    step,
+    weight_files,
+)
 from alexnet_jax import config as configuration
 from alexnet_jax import workdir as workdirs
 from alexnet_jax.augment import Preprocess, Statistics
 from alexnet_jax.checkpoint import Checkpoints
 from alexnet_jax.config import Config, Settings
-from alexnet_jax.errors import RunError, UsageError, gist
+from alexnet_jax.errors import RunError, UsageError
 from alexnet_jax.model import Stage
 from alexnet_jax.weight_files import Arrays
 
 Params = dict[str, dict[str, np.ndarray]]  # {layer: {'kernel', 'bias'}}, see model.init
-
-# The folder that contains configs/: in a checkout the repository's root. An installed package has
-# a copy in a folder of its own, where it meets no other package of that name.
-_BUNDLED = Path(__file__).with_name('_bundled')
-ROOT = _BUNDLED if _BUNDLED.is_dir() else Path(__file__).parents[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -293,7 +297,7 @@ def _save(
     with file.open('rb') as opened:
         digest = hashlib.file_digest(opened, 'sha256').hexdigest()
     extra = {
-        'config': json.loads(configuration.as_json(config)),
+        'config': configuration.plain(config),
         'class_names': list(class_names),
         'imported': {'file': file.name, 'sha256': digest},
     }
@@ -364,18 +368,11 @@ def read_config(where: str) -> Config:
     Raises:
         UsageError: there is no such file, or it gives no config.
     """
-    name, _, scale = where.partition(':')
-    file = Path(name) if Path(name).is_file() else ROOT / name
+    name, _, argument = where.partition(':')
+    file = Path(name) if Path(name).is_file() else config_file.ROOT / name
     if not file.is_file():
         raise UsageError(f'there is no {name} here; --config=FILE gives the config of the net.')
-    if str(ROOT) not in sys.path:  # a config imports the one that it changes from `configs`
-        sys.path.insert(0, str(ROOT))
-    try:
-        if file.suffix == '.json':
-            return json.loads(file.read_text())
-        return runpy.run_path(str(file))['get_config'](*([scale] if scale else []))
-    except Exception as problem:  # the file may be any program
-        raise UsageError(f'{where} gives no config: {gist(problem)}.') from problem
+    return config_file.load(':'.join([str(file), *([argument] if argument else [])]), {})
 
 
 def _read_mean(file: Path) -> np.ndarray:
@@ -400,14 +397,18 @@ def _parser() -> command.Parser:
     verbs = parser.add_subparsers(dest='verb', required=True, metavar='import|export')
     into = verbs.add_parser('import', help='make a workdir with a checkpoint from a weight file')
     into.add_argument('origin', choices=[*ORIGINS, 'own'], help='the framework of the net')
-    into.add_argument('file', type=Path, help="PyTorch's, .safetensors or .npz")
-    into.add_argument('--workdir', type=Path, required=True, help='folder for the checkpoint')
+    into.add_argument('file', type=command.path, help="PyTorch's, .safetensors or .npz")
+    into.add_argument(
+        '--workdir', type=command.path, required=True, help='folder for the checkpoint'
+    )
     into.add_argument('--config', help="its net, if not the origin's own; FILE or FILE:SCALE")
-    into.add_argument('--mean', type=Path, help="Caffe's mean image, .npy")
-    into.add_argument('--class_names', type=Path, help='a text file, one name a line, by label')
+    into.add_argument('--mean', type=command.path, help="Caffe's mean image, .npy")
+    into.add_argument(
+        '--class_names', type=command.path, help='a text file, one name a line, by label'
+    )
     out = verbs.add_parser('export', help='make a file from a checkpoint')
-    out.add_argument('file', type=Path, help=', '.join(FORMATS))
-    out.add_argument('--workdir', type=Path, required=True, help='folder of the checkpoint')
+    out.add_argument('file', type=command.path, help=', '.join(FORMATS))
+    out.add_argument('--workdir', type=command.path, required=True, help='folder of the checkpoint')
     out.add_argument('--step', default='latest', help='latest, best, or a number')
     return parser
 

@@ -108,9 +108,9 @@ def tour(workdir: Path, output: Path, data_dir: str) -> None:
 
 def _parser() -> command.Parser:
     parser = command.Parser(prog='python examples/tour.py', description='A tour of a checkpoint.')
-    parser.add_argument('--workdir', type=Path, required=True, help='of a run')
-    parser.add_argument('--output', type=Path, default=Path('tour'), help='a folder')
-    parser.add_argument('--data_dir', default='', help='where the data lies')
+    parser.add_argument('--workdir', type=command.path, required=True, help='of a run')
+    parser.add_argument('--output', type=command.path, default=Path('tour'), help='a folder')
+    parser.add_argument('--data_dir', type=command.expand, help='where the data lies')
     return parser
 
 

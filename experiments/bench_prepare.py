@@ -111,8 +111,10 @@ def measure(checkouts: dict[str, Path], room: Path, rounds: int, storage: str) -
 
 def _parser() -> argparse.ArgumentParser:
     parser = command.Parser(prog='python -m experiments.bench_prepare', description=__doc__)
-    parser.add_argument('--pictures', type=Path, required=True, help='folder of photographs')
-    parser.add_argument('--against', type=Path, help='another checkout')
+    parser.add_argument(
+        '--pictures', type=command.path, required=True, help='folder of photographs'
+    )
+    parser.add_argument('--against', type=command.path, help='another checkout')
     parser.add_argument('--rounds', type=int, default=5)
     return parser
 

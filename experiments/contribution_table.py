@@ -602,9 +602,14 @@ def _parser() -> command.Parser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add('--runs', type=Path, nargs='+', help='folders of workdirs of sweeps, to be kept first')
+    add(
+        '--runs',
+        type=command.path,
+        nargs='+',
+        help='folders of workdirs of sweeps, to be kept first',
+    )
     add('--scale', default='', help='of what is kept; all by default')
-    add('--results', type=Path, default=RESULTS, help='where runs are kept')
+    add('--results', type=command.path, default=RESULTS, help='where runs are kept')
     return parser
 
 

@@ -288,8 +288,8 @@ def _parser() -> command.Parser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add('--runs', type=Path, help="a sweep's folder of workdirs, to be kept first")
-    add('--results', type=Path, default=RESULTS, help='where runs are kept')
+    add('--runs', type=command.path, help="a sweep's folder of workdirs, to be kept first")
+    add('--results', type=command.path, default=RESULTS, help='where runs are kept')
     add('--target', type=float, default=TARGET, help='another training error, to look at')
     return parser
 

@@ -156,8 +156,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = command.Parser(prog='python -m experiments.rehearsal', description=__doc__)
-    parser.add_argument('--pictures', type=Path, required=True)
-    parser.add_argument('--scratch', type=Path, required=True, help='new; 3 GB')
+    parser.add_argument('--pictures', type=command.path, required=True)
+    parser.add_argument('--scratch', type=command.path, required=True, help='new; 3 GB')
     return parser
 
 

@@ -38,10 +38,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from alexnet_jax import command, records, workdir
+from alexnet_jax import command, config_file, records, workdir
 from alexnet_jax import config as configuration
 from alexnet_jax.command import say
-from alexnet_jax.errors import RunError, UsageError, gist
+from alexnet_jax.errors import RunError, UsageError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 POLL_SECS = 0.5
@@ -170,14 +170,10 @@ def resolve(file: Path, words: str, overrides: Mapping[str, Any], row: str) -> A
         UsageError: it is invalid.
     """
     try:
-        config = _module(file).get_config(words)
-        config.lock()
-        config.update_from_flattened_dict(overrides)
+        config = config_file.load(f'{file}:{words}', overrides)
         configuration.unpack(config)
     except UsageError as error:
         raise UsageError(f'{row}: {error}') from error
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UsageError(f'{row}: {gist(error)}') from error
     return config
 
 
@@ -463,11 +459,11 @@ def _parser() -> command.Parser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add('sweep', help='a sweep in experiments/, as contribution_table or figure1, or a file')
+    add('sweep', type=command.expand, help='one in experiments/, as figure1, or a file')
     add('--scale', default='', help='of the configs, as quickstart')
     add('--seeds', type=int, default=0, help='how many, from 0')
     add('--parallel', type=int, help='runs side by side; by default one a GPU, or one')
-    add('--workdirs', type=Path, default=Path('workdirs'), help='the folder for all sweeps')
+    add('--workdirs', type=command.path, default=Path('workdirs'), help='the folder for all sweeps')
     add('--dry_run', action='store_true', help='print the commands of what is not done')
     kinds = ('processes', 'local', 'slurm')
     add('--launcher', choices=kinds, default=kinds[0], help="local and slurm are submitit's")

@@ -129,8 +129,8 @@ def _parser() -> command.Parser:
     add('--target', type=float, default=TARGET, help='test accuracy (0.885)')
     add('--margin', type=float, default=0.01, help='validation above it ends the training')
     add('--dtype', choices=('float32', 'bfloat16'), default='bfloat16')
-    add('--workdir', type=Path, required=True, help='a new folder')
-    add('--out', type=Path, default=results.RESULTS, help='where the result is kept')
+    add('--workdir', type=command.path, required=True, help='a new folder')
+    add('--out', type=command.path, default=results.RESULTS, help='where the result is kept')
     add('--anyway', action='store_true', help='without a GPU too')
     return parser
 

@@ -116,8 +116,10 @@ def _parser() -> command.Parser:
         description='The table of the variants, from runs or from what is kept.',
         allow_abbrev=False,
     )
-    parser.add_argument('--runs', type=Path, help="a sweep's folder of workdirs, to be kept first")
-    parser.add_argument('--results', type=Path, default=RESULTS, help='where runs are kept')
+    parser.add_argument(
+        '--runs', type=command.path, help="a sweep's folder of workdirs, to be kept first"
+    )
+    parser.add_argument('--results', type=command.path, default=RESULTS, help='where runs are kept')
     return parser
 
 

@@ -11,7 +11,7 @@ import pytest
 
 import configs
 from alexnet_jax import config as configuration
-from alexnet_jax import describe, parallel
+from alexnet_jax import config_file, describe, parallel
 from alexnet_jax.augment import Statistics
 from alexnet_jax.config import MeshShape, Settings
 from alexnet_jax.errors import UsageError
@@ -95,7 +95,7 @@ def test_every_config_has_a_training_step(name):
     """Forward, backward and update fit together: all of it evaluated but for the numbers."""
     config = module_of(name).get_config('quickstart')
     config.batch_size = 4
-    config = configuration.with_classes(config, 10)
+    config = config_file.with_data(config, 10)
     step, state, batch, statistics = start(configuration.unpack(config), images=1000)
     before = jax.eval_shape(state)
     after, metrics = jax.eval_shape(step, before, batch, statistics)
@@ -508,6 +508,10 @@ def test_a_narrowed_net_keeps_the_strength_of_its_init():
 
 WRONG = {
     'batch_size': ('64', 'batch_size must be of type int'),
+    'loop.log_every_steps': (2**31, 'must be below 2147483648'),
+    'data.data_dir': ('gs://bucket/data', 'data.data_dir: gs://bucket/data is not a local path'),
+    'init_from': ('s3://bucket/run:best', 'init_from: s3://bucket/run:best is not a local path'),
+    'loop.compilation_cache': ('gs://b/c', 'loop.compilation_cache: gs://b/c is not a local path'),
     'seed': (-1, 'seed must be at least 0'),
     'epochs': (float('nan'), 'epochs must be finite'),
     'learning_rate': (0.1, 'learning_rate is not a key'),
@@ -530,13 +534,15 @@ WRONG = {
     'model.lrn.size': (4, 'must be odd'),
     'model.pool.kind': ('median', 'not one of max, average'),
     'model.pool.rounding': ('nearest', 'not one of down, up'),
-    'model.dropout.keep': (0.0, 'must lie in (0, 1]'),
+    'model.dropout.keep': (1.5, 'must be in (0, 1]'),
     'model.compute_dtype': ('float16', 'not one of float32, bfloat16'),
     'preprocess.image_px': (32, 'smaller than the crop'),
     'preprocess.resize_px': (80, 'smaller than preprocess.resize_px'),
     'preprocess.mean': ('None', "write 'none'"),
     'optimizer.weights.kind': ('cosine', 'not one of constant, steps, dexp, plateau'),
     'optimizer.biases.kind': ('plateau', "follows the weights' rule"),
+    'optimizer.momentum': (1.0, 'must be in [0, 1)'),
+    'preprocess.noise_divisor': (0.0, 'must be positive'),
     'optimizer.weight_decay': (-0.1, 'must be at least 0'),
     'model.conv1.fan_in_2012': (0, 'must be at least 1'),
     'mesh.cpu_devices': (-1, 'must be at least 0'),
@@ -544,6 +550,7 @@ WRONG = {
     'optimizer.late.layer': ('conv7', "'conv7' is not one of none, conv1"),
     'mesh.tower': (3, 'choose a divisor of 2'),
     'mesh.data': (0, 'must be positive'),
+    'mesh.data[1]': (-2, 'must be at least -1'),
     'mesh.placement': ('two_weird_tricks', 'not one of towers, one_weird_trick'),
     'processes.peer_timeout_secs': (0.0, 'must be at least 1'),
     'processes.join_timeout_secs': (-5.0, 'must be at least 1'),

@@ -1,20 +1,24 @@
-"""The doorbell as a person rings it: real processes, exit codes, one sentence, no traceback."""
+"""main.py as a person starts it: real processes, exit codes, one sentence, no traceback."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from alexnet_jax import machine
+from alexnet_jax import machine, prepare
+from tests.conftest import REPOSITORY
 
 CONFIG = '--config=configs/smoke.py'
 
 
 @pytest.fixture(scope='module')
 def ring(repository, data_dir, cache_dir):
-    def call(*words: str, data: bool = True):
+    def call(*words: str, data: bool = True, **environ: str):
         where = [
             f'--config.data.data_dir={data_dir}',
             f'--config.loop.compilation_cache={cache_dir}',
@@ -22,6 +26,7 @@ def ring(repository, data_dir, cache_dir):
         return subprocess.run(
             [sys.executable, 'main.py', *words, *(where if data else ())],
             cwd=repository,
+            env=os.environ | environ,
             capture_output=True,
             text=True,
             timeout=300,
@@ -46,17 +51,25 @@ def one_sentence(done, code: int, *words: str) -> None:
     ('words', 'said'),
     [
         ((), 'no --config; try --config=configs/alexnet.py'),
-        (('--config=configs/nothing.py',), 'there is no such config file'),
+        (('--config=configs/nothing.py',), 'there is no config file configs/nothing.py'),
         ((f'{CONFIG}:huge',), "'huge' is not one of quickstart"),
-        ((CONFIG, '--config.bach_size=3'), 'Did you mean "batch_size"'),
-        ((CONFIG, '--config.model.conv9.features=3'), 'Did you mean "conv'),
-        ((CONFIG, '--config.batch_size=many'), "not a whole number: 'many'"),
+        ((CONFIG, '--config.bach_size=3'), 'did you mean batch_size?'),
+        ((CONFIG, '--config.optimizer.multipliers.conv1=0'), 'configs/finetune.py has it.'),
+        ((CONFIG, '--config.batch_size=many'), 'batch_size=many: it must be a whole number'),
+        ((CONFIG, '--config.seed=18446744073709551616'), 'seed must be below 18446744073709551616'),
+        ((CONFIG, '--config.epochs=1e30', '--workdir={tmp}/w'), 'more than 2^31 steps'),
         ((CONFIG, "--config.model.conv1.then=('rel',)"), "'rel' is not one of relu"),
         ((CONFIG, '--config.model.input_px=7', '--mode=describe'), 'a kernel of 11 px does not'),
         ((CONFIG, '--config.optimizer.late.layer=None'), "write 'none'"),
-        ((CONFIG, '--mode=sing'), 'train|evaluate|describe'),
-        ((CONFIG, '--cnfig=x'), "Unknown command line flag 'cnfig'"),
-        ((CONFIG, 'please'), "'please' is not a flag"),
+        ((CONFIG, '--mode=sing'), "invalid choice: 'sing'"),
+        ((CONFIG, '--cnfig=x'), 'unrecognized arguments: --cnfig=x'),
+        ((CONFIG, 'please'), 'unrecognized arguments: please'),
+        ((CONFIG, '--workdir=gs://bucket/x'), 'gs://bucket/x is not a local path'),
+        (('--config=configs/finetune.py:quickstart', '--config.init_from=gs://b/run:best'),
+         'init_from: gs://b/run:best is not a local path'),
+        (('--mode=evaluate', '--workdir={tmp},gs://b/x'), 'gs://b/x is not a local path'),
+        (('--mode=evaluate', '--workdir={tmp}', '--data_dir=s3://b'), 's3://b is not a local path'),
+        (('--config=configs/alexnet.py:pictures', '--workdir={tmp}/w'), 'data.name is not set'),
         ((CONFIG, '--config.data.name=imagenet99', '--workdir={tmp}/w'), 'imagenet99'),
         ((CONFIG, '--config.data.test=tset', '--workdir={tmp}/w'), 'tset'),
         ((CONFIG, '--config.data.name=fashion_mnist', '--config.model.fc8.features=7',
@@ -70,6 +83,7 @@ def one_sentence(done, code: int, *words: str) -> None:
 def test_what_makes_no_sense(ring, tmp_path, words, said):
     words = [word.replace('{tmp}', str(tmp_path)) for word in words]
     one_sentence(ring(*words, data=CONFIG in words), 2, said)
+    assert not (REPOSITORY / 'gs:').exists()
 
 
 def test_no_data_and_no_way_to_get_it(ring, tmp_path):
@@ -88,6 +102,76 @@ def test_a_workdir_that_cannot_be_written(ring, tmp_path):
     (tmp_path / 'file').write_text('no folder')
     done = ring(CONFIG, f'--workdir={tmp_path / "file" / "w"}')
     one_sentence(done, 1, 'cannot write to', 'choose another --workdir')
+
+
+def test_home_is_expanded(ring, trained, data_dir, tmp_path):
+    """In a flag that a shell leaves as it is, and in a value of a config; spaces are cut."""
+    home = {'HOME': str(tmp_path)}
+    few = ('--config.data.train=train[:128]', '--config.data.test=test[:40]', '--config.epochs=1')
+    (tmp_path / 'data').symlink_to(data_dir)
+    where = ('--config.data.data_dir=~/data', '--config.loop.compilation_cache= ~/cache')
+    done = ring(CONFIG, '--workdir=~/runs/w', *few, *where, data=False, **home)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / 'runs' / 'w' / 'config.json').is_file()
+    assert any((tmp_path / 'cache').iterdir())
+    done = ring('--mode=evaluate', f'--workdir= ~/runs/w , {trained[0]}', data=False, **home)
+    one_sentence(done, 2, 'was evaluated on other images')  # so both were found
+
+
+@pytest.mark.parametrize('words', [(CONFIG, '--mode=describe'), ('--mode=evaluate',)])
+def test_a_platform_that_is_not_there(ring, trained, words):
+    words = (*words, f'--workdir={trained[0]}')
+    done = ring(*words, data=False, JAX_PLATFORMS='cuda')
+    one_sentence(done, 2, 'the environment variable JAX_PLATFORMS=cuda')
+
+
+def test_a_reader_that_has_seen_enough(repository):
+    """No sentence, no traceback, and the exit code of a broken pipe."""
+    command = f'{sys.executable} main.py {CONFIG} --mode=describe; echo $? >&2'
+    done = subprocess.run(
+        ['bash', '-c', f'({command}) | true'],
+        cwd=repository, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.stderr == '141\n'
+
+
+def test_the_config_of_a_run_starts_another(ring, trained, tmp_path):
+    """The same numbers come of it."""
+    workdir, first = trained
+    done = ring(f'--config={workdir}/config.json', f'--workdir={tmp_path}/w', data=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.partition(' on ')[0] == first.stdout.partition(' on ')[0]
+    old, new = (json.loads((w / 'config.json').read_text()) for w in (workdir, tmp_path / 'w'))
+    assert old == new
+
+
+def test_own_pictures_in_one_command(ring, tmp_path):
+    """Classes, channels and splits come from the data; a resumed run finds them the same."""
+    rng = np.random.default_rng(0)
+    for name, colour in {'blue': 2, 'green': 1, 'red': 0}.items():
+        for number in range(60):
+            pixels = rng.integers(0, 60, (40, 50, 3), np.uint8)
+            pixels[..., colour] += 150
+            file = tmp_path / 'mine' / name / f'{number}.png'
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(file)
+    words = ['folder', f'--source={tmp_path}/mine', f'--data_dir={tmp_path}', '--px=32']
+    assert prepare.main([*words, '--validation=0.1', '--test=0.1']) == 0
+    flags = ('--config=configs/alexnet.py:pictures', '--config.data.name=mine')
+    small = ('--config.batch_size=16', '--config.epochs=2', '--config.preprocess.resize_px=64',
+             '--config.preprocess.image_px=64', '--config.model.input_px=64')  # fmt: skip
+    where = (f'--config.data.data_dir={tmp_path}', f'--workdir={tmp_path}/w')
+    for _ in range(2):
+        done = ring(*flags, *small, *where, data=False)
+        assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith('alexnet: test accuracy')
+    config = json.loads((tmp_path / 'w' / 'config.json').read_text())
+    assert (config['model']['fc8']['features'], config['model']['channels']) == (3, 3)
+    assert [config['data'][s] for s in ('train', 'validation', 'test')] == [
+        'train', 'validation', 'test',
+    ]  # fmt: skip
+    done = ring(*flags, *small, *where[:1], '--mode=describe', data=False)
+    assert '64 x 64 x 3' in done.stdout
 
 
 def test_describe_prints_a_page(ring):

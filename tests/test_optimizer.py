@@ -12,7 +12,6 @@ import pytest
 from alexnet_jax import config as configuration
 from alexnet_jax import parallel
 from alexnet_jax.config import MeshShape
-from alexnet_jax.errors import UsageError
 from alexnet_jax.optimizer import (
     Late,
     Schedule,
@@ -287,11 +286,6 @@ def test_plateau_divides_once_a_drop_down_to_the_floor():
 def test_a_floor_above_the_rate_does_not_raise_it():
     rate = rate_of(schedule('plateau', 0.01, floor=1.0), total_steps=100, steps_per_epoch=10)
     assert at(rate, 0) == pytest.approx(0.01)
-
-
-def test_unknown_schedule_is_refused():
-    with pytest.raises(UsageError, match=r"'cosine' is not one of"):
-        rate_of(schedule('cosine', 0.01), total_steps=100, steps_per_epoch=10)
 
 
 # --------------------------------------------------------------------------------- the plateau rule

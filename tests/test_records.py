@@ -1,11 +1,12 @@
 """What a run says of itself, also after a crash in the middle of a line."""
 
 import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from alexnet_jax import records
 
@@ -63,23 +64,20 @@ def test_tensorboard_does_not_bring_pytorch_along(tmp_path):
     assert said == 'True False\n'
 
 
-def test_plain_lines_when_not_a_terminal(capsys):
-    bar = records.ProgressBar(100, 0)
-    bar.step(1)
-    bar.log(50, 1.25, 400.0, 75.0)
-    bar.line('epoch 1.00')
-    bar.close()
-    assert capsys.readouterr().err.splitlines() == [
-        'step 50/100  loss 1.2500  400 images/s  1:15 left',
-        'epoch 1.00',
-    ]
-
-
-def test_a_bar_on_a_terminal():
-    console = Console(force_terminal=True, width=100, record=True)
-    bar = records.ProgressBar(100, 0, console)
-    bar.log(50, 1.25, 400.0, 75.0)
-    bar.step(50)
-    bar.close()
-    assert '50/100' in console.export_text()
-    assert bar._bar is not None
+def test_the_commit_is_that_of_this_code_or_unknown(tmp_path):
+    """A package inside somebody else's repository, untracked there, has no commit."""
+    git = ('git', '-c', 'user.name=a', '-c', 'user.email=a', '-C', str(tmp_path))
+    code = tmp_path / 'lib' / 'alexnet_jax'
+    shutil.copytree(Path(records.__file__).parent, code)
+    subprocess.run([*git, 'init', '-q'], check=True)
+    subprocess.run([*git, 'commit', '-q', '--allow-empty', '-m', 'theirs'], check=True)
+    script = (
+        f'import sys; sys.path.insert(0, {str(code.parent)!r}); from alexnet_jax import records\n'
+    )
+    script += f'assert records.__file__.startswith({str(code)!r}); print(records.commit())'
+    ask = [sys.executable, '-c', script]
+    assert subprocess.check_output(ask, text=True) == 'unknown\n'
+    subprocess.run([*git, 'add', '.'], check=True)
+    subprocess.run([*git, 'commit', '-q', '-m', 'ours'], check=True)
+    head = subprocess.check_output([*git, 'rev-parse', 'HEAD'], text=True)
+    assert subprocess.check_output(ask, text=True) == head

@@ -27,7 +27,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 # Half of a GPU's memory for JAX: PyTorch wants some too. Before JAX is imported.
@@ -128,7 +127,7 @@ def _parser() -> command.Parser:
     add('--dtype', choices=('float32', 'bfloat16'), help='float32 on a CPU, bfloat16 on a GPU')
     add('--rounds', type=int, default=5)
     add('--sample_secs', type=float, default=0.5, help='of each benchmark in each round, about')
-    add('--out', type=Path, default=RESULTS, help='where results are kept')
+    add('--out', type=command.path, default=RESULTS, help='where results are kept')
     add('--page', action='store_true', help='measure nothing: write tables and charts')
     return parser
 

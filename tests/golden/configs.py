@@ -27,7 +27,8 @@ def modules() -> Iterator[tuple[str, ModuleType]]:
 
 def scales(module: ModuleType) -> tuple[str, ...]:
     """Those at which a config makes sense."""
-    return getattr(module, 'SCALES', alexnet.SCALES)
+    pictures = alexnet.PICTURES if module is alexnet else ()
+    return (*getattr(module, 'SCALES', alexnet.SCALES), *pictures)
 
 
 def resolved() -> Iterator[tuple[str, str]]:

@@ -1,0 +1,244 @@
+"""Configs as people hand them in: a file, values that override its keys, JSON. Without JAX.
+
+A config file is a Python file with a function `get_config`, whose argument follows a colon, or the
+config.json of a run. Both give a tree of named values: a ConfigDict, or the dict of the JSON.
+"""
+
+import ast
+import contextlib
+import difflib
+import json
+import runpy
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from alexnet_jax import command
+from alexnet_jax.errors import UsageError
+
+# An ml_collections.ConfigDict, which is no Mapping to a type checker, or the dict of its JSON.
+Config = Any
+# The folder that contains configs/: in a checkout the repository's root. An installed package has
+# a copy in a folder of its own, where it meets no other package of that name.
+_BUNDLED = Path(__file__).with_name('_bundled')
+ROOT = _BUNDLED if _BUNDLED.is_dir() else Path(__file__).parents[1]
+CONFIGS = ROOT / 'configs'
+
+
+def load(where: str, overrides: Mapping[str, Any]) -> Config:
+    """Return the config of 'FILE.py', 'FILE.py:ARGUMENT' or of a run's config.json.
+
+    Args:
+        where: the file, as `--config` takes it.
+        overrides: {dotted key: new value}, see `override`.
+
+    Raises:
+        UsageError: there is no such file, it holds no config, or an override does not fit it.
+    """
+    name, _, argument = where.partition(':')
+    if '://' in where:
+        name = where  # `command.path` refuses it
+    file = command.path(name)
+    config = _read(file, argument)
+    for key, value in overrides.items():
+        override(config, key, value)
+    return config
+
+
+def _read(file: Path, argument: str) -> Config:
+    if str(ROOT) not in sys.path:  # a config imports the one that it changes from `configs`
+        sys.path.insert(0, str(ROOT))
+    if not file.is_file():
+        raise UsageError(f'there is no config file {file}; those of this program are in configs/.')
+    try:
+        if file.suffix == '.json':
+            config = json.loads(file.read_text())
+        else:
+            config = runpy.run_path(str(file))['get_config'](*([argument] if argument else []))
+        if file.suffix == '.json' and argument:
+            raise ValueError(f"the config of a run takes no argument such as '{argument}'")
+        if not _is_section(config) or not {'name', 'scale', 'seed', 'model', 'data'} <= {*config}:
+            raise ValueError('name, scale, seed, model or data is missing from this config')
+        return config
+    except ValueError as error:  # a config's own: "scale 'huge' is not one of ..."
+        raise UsageError(f'{file}: {error}.') from error
+    except Exception as error:  # whatever is wrong in a person's Python file
+        what = f'{type(error).__name__}: {error}'
+        raise UsageError(f'{file} gives no config ({what}).') from error
+
+
+# ------------------------------------------------------------------------------------- overrides
+
+
+def split(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Return a command line without its `--config.KEY=VALUE`, and these as {key: value}."""
+    others, overrides, left = [], {}, iter(words)
+    for word in left:
+        name, equals, value = word.partition('=')
+        if name.startswith('--config.'):
+            overrides[name.removeprefix('--config.')] = value if equals else next(left, '')
+        else:
+            others.append(word)
+    return others, overrides
+
+
+KINDS = {
+    bool: 'true or false',
+    int: 'a whole number',
+    float: 'a number',
+    tuple: "a tuple, as (1, 2) or ('relu',)",
+    list: "a tuple, as (1, 2) or ('relu',)",
+}
+
+
+def override(config: Config, key: str, value: Any) -> None:
+    """Set one key of a config to a value, or to what a text means for a key of that type.
+
+    Args:
+        config: changed in place; values of a ConfigDict that depend on the key follow.
+        key: dotted: 'optimizer.weights.rate'.
+        value: text as on the command line, or the value itself.
+
+    Raises:
+        UsageError: there is no such key, or the value is not of the key's type.
+    """
+    section, old, name = config, config, ''
+    for name in key.split('.'):
+        section = old
+        if not _is_section(section) or name not in section:
+            raise _unknown(config, key)
+        old = section[name]
+    try:
+        section[name] = _parse(value, old) if isinstance(value, str) else value
+    except (KeyError, SyntaxError, TypeError, ValueError) as error:
+        kind = KINDS.get(type(old), 'a dict of its keys')
+        now = '' if _is_section(old) else f'; now it is {old}'
+        raise UsageError(f'--config.{key}={value}: it must be {kind}{now}.') from error
+
+
+def _is_section(value: Any) -> bool:
+    return hasattr(value, 'keys')
+
+
+def _parse(text: str, old: Any) -> Any:
+    """Return what `text` means for a key that holds `old`."""
+    if isinstance(old, bool):
+        return {'true': True, '1': True, 'false': False, '0': False}[text.lower()]
+    if isinstance(old, (int, float, str)):
+        return type(old)(text)
+    if isinstance(old, (tuple, list)) and text.isidentifier():  # one word of a tuple of words
+        return (text,)
+    value = ast.literal_eval(text)
+    if _is_section(old):
+        return type(old)(dict(value))
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
+
+
+def _unknown(config: Config, key: str) -> UsageError:
+    """Return the error for a key that a config lacks: which config has it, or what is near."""
+    near = difflib.get_close_matches(key, list(_keys(config)), n=2, cutoff=0.75)
+    files = sorted(CONFIGS.glob('[a-z]*.py'))
+    having = next((file.name for file in files if _has(file, key)), None)
+    groups = ', '.join(group for group in config if _is_section(config[group]))
+    hint = f'the groups of keys are {groups}.'
+    if near:
+        hint = f'did you mean {" or ".join(near)}?'
+    if having:
+        hint = f'configs/{having} has it.'
+    return UsageError(f'--config.{key}: this config has no such key; {hint}')
+
+
+def _keys(tree: Config, prefix: str = '') -> Iterator[str]:
+    for key in tree:
+        yield prefix + key
+        if _is_section(tree[key]):
+            yield from _keys(tree[key], f'{prefix}{key}.')
+
+
+def _has(file: Path, key: str) -> bool:
+    with contextlib.suppress(UsageError):  # a file that gives no config by itself
+        return key in _keys(_read(file, ''))
+    return False
+
+
+# ------------------------------------------------------------------------- what the data decides
+
+
+def is_open(config: Config) -> bool:
+    """Return whether the config leaves something to the data, see `with_data`."""
+    net, splits = config['model'], config['data']
+    last = net[net['layers'][-1]]
+    return not last['features'] or not net['channels'] or 'auto' in dict(splits).values()
+
+
+def with_data(
+    config: Config, classes: int, channels: int = 0, splits: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Return the config with the data's values in place of what it leaves open.
+
+    Args:
+        config: `features` of the last layer and `channels` may be 0, and a split 'auto'.
+        classes: of the data.
+        channels: of its stored images.
+        splits: names of its splits.
+
+    Raises:
+        UsageError: a split is 'auto', and there is nothing to take it from.
+    """
+    tree = plain(config)
+    net = tree['model']
+    last = net[net['layers'][-1]]
+    last['features'] = last['features'] or classes
+    net['channels'] = net['channels'] or channels
+    tree['data'] |= _splits(tree['data'], splits)
+    return tree
+
+
+def _splits(wanted: Mapping[str, Any], there: Sequence[str]) -> dict[str, str]:
+    """Return {key: split} for each 'auto': of that name, or else a tenth of the training split."""
+    names = dict(train=('train',), validation=('validation', 'val', 'valid'), test=('test',))
+    auto = [key for key in names if wanted[key] == 'auto']
+    found = {key: name for key in auto for name in names[key] if name in there}
+    missing = [key for key in auto if key not in found]
+    if missing and 'train' not in found and len(there) == 1:  # one split, by any name
+        found['train'] = there[0]
+        missing = [key for key in missing if key != 'train']
+    if missing and 'train' not in found:
+        raise UsageError(
+            f"data.{missing[0]} is 'auto', and {wanted['name']} has the splits {', '.join(there)}; "
+            f'set it to one of them, or to a part of one as in {there[0]}[90%:].'
+        )
+    end = 100 - 10 * len(missing)
+    train = found.get('train')
+    for number, key in enumerate(missing):
+        found[key] = f'{train}[{end + 10 * number}%:{end + 10 * (number + 1)}%]'
+    if missing:
+        found['train'] = f'{train}[:{end}%]'
+    return found
+
+
+# ------------------------------------------------------------------------------------------ JSON
+
+
+def plain(config: Config) -> dict[str, Any]:
+    """Return a config as the dict of its JSON, a copy."""
+    return json.loads(as_json(config))
+
+
+def as_json(config: Config) -> str:
+    """Return a config as text: sorted keys, tuples as lists, one field a line."""
+    tree = config.to_dict() if hasattr(config, 'to_dict') else config
+    return json.dumps(tree, indent=2, sort_keys=True)
+
+
+def differences(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = '') -> list[str]:
+    """Return the dotted keys in which two configs (as dicts of JSON values) differ."""
+    keys = []
+    for key in sorted({*a, *b}):
+        left, right = a.get(key), b.get(key)
+        if isinstance(left, Mapping) and isinstance(right, Mapping):
+            keys += differences(left, right, f'{prefix}{key}.')
+        elif left != right or (key in a) != (key in b):
+            keys.append(prefix + key)
+    return keys

@@ -1,0 +1,58 @@
+"""The progress of long work: a bar on a terminal, plain lines elsewhere."""
+
+from collections.abc import Callable
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from alexnet_jax import command
+
+
+class ProgressBar:
+    """A bar on stderr with a text and the time left; on anything but a terminal, plain lines.
+
+    Args:
+        total: of the work.
+        done: at the beginning.
+        report: prints a plain line.
+        console: stderr by default.
+        shown: false for plain lines on a terminal too, as in all processes but the first.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        done: int = 0,
+        report: Callable[[str], None] = command.say,
+        console: Console | None = None,
+        shown: bool = True,
+    ):
+        console = console or Console(stderr=True)
+        text = TextColumn('{task.description}', markup=False)
+        columns = BarColumn(), text, TimeRemainingColumn()
+        self.plain, self._report = not (shown and console.is_terminal), report
+        self._bar = Progress(*columns, console=console, disable=self.plain)
+        self._task = self._bar.add_task('', total=total, completed=done)
+        self._bar.start()
+
+    def to(self, done: int, text: str | None = None) -> None:
+        """Move the bar; `text` stands beside it from now on."""
+        self._bar.update(self._task, completed=done, description=text)
+
+    def line(self, text: str) -> None:
+        """Print a line that stays, above the bar if there is one."""
+        if self.plain:
+            self._report(text)
+        else:
+            self._bar.console.print(text, highlight=False, markup=False)
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        self._bar.stop()
+
+
+def duration(secs: float) -> str:
+    """Return a time as people write it: '1:15', '2:00:05'."""
+    minutes, seconds = divmod(round(max(secs, 0)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f'{hours}:{minutes:02d}:{seconds:02d}' if hours else f'{minutes}:{seconds:02d}'

@@ -1,0 +1,214 @@
+"""Config files, overrides and what a config takes from the data: every way of getting one wrong."""
+
+import json
+
+import pytest
+
+from alexnet_jax import command, config_file
+from alexnet_jax.errors import UsageError
+from configs import finetune, smoke
+from tests.conftest import REPOSITORY
+
+CONFIGS = REPOSITORY / 'configs'
+
+
+def load(where='smoke.py', **overrides):
+    return config_file.load(f'{CONFIGS}/{where}', overrides)
+
+
+# ------------------------------------------------------------------------------------------ paths
+
+
+def test_home_is_expanded_and_spaces_are_cut(monkeypatch):
+    monkeypatch.setenv('HOME', '/home/me')
+    assert str(command.path(' ~/runs/a ')) == '/home/me/runs/a'
+    assert [str(path) for path in command.paths('~/A, B')] == ['/home/me/A', 'B']
+    assert command.expand('W:best') == 'W:best'
+
+
+@pytest.mark.parametrize('path', ['gs://bucket/x', 'file:///tmp/x', 's3://b', 'https://host/x.png'])
+def test_a_scheme_is_refused(path):
+    with pytest.raises(UsageError, match='is not a local path'):
+        command.path(path)
+
+
+@pytest.mark.parametrize('path', ['', ' ', '~nobody-of-this-name/x'])
+def test_no_path_at_all(path):
+    with pytest.raises(UsageError, match=r'is empty|no such home'):
+        command.path(path)
+
+
+def test_every_argument_that_is_a_path_is_expanded():
+    """`type=Path` takes '~' and gs://bucket for names of local folders."""
+    for folder in ('alexnet_jax', 'examples'):
+        for file in (REPOSITORY / folder).glob('*.py'):
+            assert 'type=Path' not in file.read_text(), file
+
+
+# ------------------------------------------------------------------------------------------ files
+
+
+def test_a_config_of_a_run_is_a_config(tmp_path):
+    """The file of one run starts another: also with overrides, of tuples too."""
+    config = smoke.get_config()
+    file = tmp_path / 'config.json'
+    file.write_text(config_file.as_json(config))
+    assert config_file.load(str(file), {}) == config_file.plain(config)
+    overrides = {'model.conv1.then': "('relu', 'pool')", 'epochs': '3', 'seed': '7'}
+    found = config_file.load(str(file), overrides)
+    config.model.conv1.then, config.seed = ('relu', 'pool'), 7
+    expected = config_file.plain(config) | {'epochs': 3.0}  # what derives from it stays as it was
+    assert config_file.plain(found) == expected
+
+
+@pytest.mark.parametrize(
+    ('name', 'text', 'words'),
+    [
+        ('nothing.py', None, 'there is no config file'),
+        ('a.py', 'x = 1', 'KeyError'),
+        ('a.py', 'import nonsense', "No module named 'nonsense'"),
+        ('a.py', 'def get_config(): return 1 +', 'SyntaxError'),
+        ('a.py', 'def get_config(): return undefined', "name 'undefined' is not defined"),
+        ('a.py', 'def get_config(): raise ValueError("not so")', 'not so'),
+        ('a.json', '{"mod', 'a.json'),
+        ('a.json', '[1]', 'is missing from this config'),
+        ('a.json', '{"model": {}}', 'is missing from this config'),
+        ('a.py', 'def get_config(): return None', 'is missing from this config'),
+        ('a.json:quickstart', '{"model": {}}', 'takes no argument'),
+    ],
+)
+def test_what_is_no_config_file(tmp_path, name, text, words):
+    if text is not None:
+        (tmp_path / name.partition(':')[0]).write_text(text)
+    with pytest.raises(UsageError) as caught:
+        config_file.load(str(tmp_path / name), {})
+    assert words in str(caught.value)
+    assert '\n' not in str(caught.value)
+
+
+# -------------------------------------------------------------------------------------- overrides
+
+
+def test_overrides_are_split_from_the_command_line():
+    words = ['--mode=train', '--config.seed=3', '--config=x.py', '--config.epochs', '2']
+    words.append('--config.model.conv1.then=a=b')
+    others, overrides = config_file.split(words)
+    assert others == ['--mode=train', '--config=x.py']
+    assert overrides == {'seed': '3', 'epochs': '2', 'model.conv1.then': 'a=b'}
+
+
+@pytest.mark.parametrize(
+    ('key', 'text', 'value'),
+    [
+        ('seed', '7', 7),
+        ('epochs', '7', 7.0),
+        ('epochs', '1e-1', 0.1),
+        ('loop.tensorboard', 'false', False),
+        ('loop.tensorboard', 'True', True),
+        ('data.train', 'train[:5]', 'train[:5]'),
+        ('data.name', '', ''),
+        ('model.conv1.then', 'relu', ('relu',)),
+        ('model.conv1.then', "('relu', 'pool')", ('relu', 'pool')),
+        ('model.conv1.then', '()', ()),
+        ('model.conv1.padding_px', '((1, 2), (3, 4))', ((1, 2), (3, 4))),
+        ('optimizer.weights.at_epochs', '1.5', (1.5,)),
+    ],
+)
+def test_the_value_of_a_text(key, text, value):
+    section = load(**{key: text})
+    for name in key.split('.'):
+        section = section[name]
+    assert section == value
+    assert type(section) is type(value)
+
+
+def test_a_group_is_replaced_by_a_dict():
+    config = finetune.get_config('quickstart')
+    config_file.override(config, 'optimizer.multipliers', "{'conv1': 0.0}")
+    assert config.optimizer.multipliers.to_dict() == {'conv1': 0.0}
+
+
+def test_what_depends_on_a_value_follows_it():
+    assert load(epochs='4').preprocess.noise_until_epoch == pytest.approx(4 * 68 / 95)
+
+
+@pytest.mark.parametrize(
+    ('key', 'text', 'words'),
+    [
+        ('optimizer.multipliers.conv1', '0', 'no such key; configs/finetune.py has it.'),
+        ('init_from', 'W', 'configs/finetune.py has it.'),
+        ('bach_size', '3', 'did you mean batch_size?'),
+        ('optimzer.late.layer', 'conv1', 'did you mean optimizer.late.layer'),
+        ('model.conv9.features', '3', 'did you mean model.conv'),
+        ('model.conv1.features.x', '3', 'did you mean model.conv1.features'),
+        ('model.conv1.padding_px[0]', '3', 'did you mean model.conv1.padding_px'),
+        ('zzz', '3', 'the groups of keys are data, loop, mesh'),
+        ('', '3', 'no such key'),
+        ('batch_size', 'many', 'must be a whole number; now it is 64'),
+        ('batch_size', '3.5', 'must be a whole number'),
+        ('batch_size', '', 'must be a whole number'),
+        ('epochs', 'None', 'must be a number'),
+        ('loop.tensorboard', 'maybe', 'must be true or false'),
+        ('model.conv1.then', "('relu'", 'must be a tuple'),
+        ('model', '3', 'must be a dict of its keys'),
+        ('model', '{', 'must be a dict of its keys'),
+    ],
+)
+def test_what_is_wrong_with_an_override(key, text, words):
+    with pytest.raises(UsageError) as caught:
+        load(**{key: text})
+    assert str(caught.value).startswith(f'--config.{key}')
+    assert words in str(caught.value)
+    assert '\n' not in str(caught.value)
+
+
+# ------------------------------------------------------------------------- what the data decides
+
+
+def splits(there, **wanted):
+    tree = {'model': {'layers': ['fc8'], 'fc8': {'features': 0}, 'channels': 0}}
+    tree['data'] = dict(name='d', train='auto', validation='auto', test='auto') | wanted
+    assert config_file.is_open(tree)
+    found = config_file.with_data(tree, 22, 3, there)
+    assert not config_file.is_open(found)
+    assert found['model'] == {'layers': ['fc8'], 'fc8': {'features': 22}, 'channels': 3}
+    return tuple(found['data'][key] for key in ('train', 'validation', 'test'))
+
+
+def test_splits_are_those_of_the_data():
+    assert splits(('train', 'validation', 'test')) == ('train', 'validation', 'test')
+    assert splits(('train', 'val', 'test')) == ('train', 'val', 'test')
+
+
+def test_a_split_that_is_not_there_is_a_tenth_of_training():
+    assert splits(('train', 'test')) == ('train[:90%]', 'train[90%:100%]', 'test')
+    assert splits(('train', 'validation')) == ('train[:90%]', 'validation', 'train[90%:100%]')
+    tenths = ('[:80%]', '[80%:90%]', '[90%:100%]')
+    assert splits(('train',)) == tuple(f'train{tenth}' for tenth in tenths)
+    assert splits(('all',)) == tuple(f'all{tenth}' for tenth in tenths)
+
+
+def test_splits_that_are_named_stay():
+    assert splits(('train', 'test'), validation='test') == ('train', 'test', 'test')
+    assert splits(('a', 'b'), train='a', validation='b', test='b') == ('a', 'b', 'b')
+
+
+@pytest.mark.parametrize(
+    ('there', 'wanted', 'key'),
+    [
+        (('a', 'b'), {}, 'train'),
+        (('train', 'test'), {'train': 'train[:100]'}, 'validation'),
+    ],
+)
+def test_there_is_nothing_to_take_a_split_from(there, wanted, key):
+    with pytest.raises(UsageError, match=f"data.{key} is 'auto'"):
+        splits(there, **wanted)
+
+
+# ------------------------------------------------------------------------------------------- JSON
+
+
+def test_json_of_a_config_is_plain():
+    config = smoke.get_config()
+    assert config_file.plain(config) == json.loads(config_file.as_json(config))
+    assert config_file.plain(config_file.plain(config)) == config_file.plain(config)

@@ -1,0 +1,41 @@
+"""Progress as a person sees it, on a terminal and in a log."""
+
+from rich.console import Console
+
+from alexnet_jax.prepared import Meter
+from alexnet_jax.progress import ProgressBar, duration
+
+
+def test_plain_lines_when_not_a_terminal(capsys):
+    bar = ProgressBar(100)
+    bar.to(1)
+    bar.to(50, 'loss 1.2500')
+    bar.line('epoch 1.00 [/b]')
+    bar.close()
+    assert bar.plain
+    assert capsys.readouterr().err == 'epoch 1.00 [/b]\n'
+
+
+def test_a_bar_on_a_terminal():
+    console = Console(force_terminal=True, width=100, record=True)
+    bar = ProgressBar(100, 0, console=console)
+    bar.to(50, 'loss 1.2500  data train[:50]')
+    bar.line('of train[:50] [/b]')
+    bar.close()
+    text = console.export_text()
+    assert 'loss 1.2500  data train[:50]' in text
+    assert 'of train[:50] [/b]' in text
+
+
+def test_a_meter_shows_amounts_and_rates():
+    said = []
+    with Meter('reading', 4000, 'kB', said.append, scale=1000) as meter:
+        meter.to(1000, every_secs=0)
+        meter.to(3000, every_secs=0)
+    (line,) = said
+    assert line.startswith('reading: 3 of 4 kB, ')
+    assert line.endswith(' left')
+
+
+def test_durations():
+    assert [duration(secs) for secs in (-1, 75, 7205)] == ['0:00', '1:15', '2:00:05']
