@@ -2,7 +2,7 @@
 
 from rich.console import Console
 
-from alexnet_jax.prepared import Meter
+from alexnet_jax import prepared
 from alexnet_jax.progress import ProgressBar, duration
 
 
@@ -27,14 +27,13 @@ def test_a_bar_on_a_terminal():
     assert 'of train[:50] [/b]' in text
 
 
-def test_a_meter_shows_amounts_and_rates():
-    said = []
-    with Meter('reading', 4000, 'kB', said.append, scale=1000) as meter:
-        meter.to(1000, every_secs=0)
-        meter.to(3000, every_secs=0)
-    (line,) = said
-    assert line.startswith('reading: 3 of 4 kB, ')
-    assert line.endswith(' left')
+def test_preparation_reports_lines_when_not_a_terminal(monkeypatch):
+    monkeypatch.setattr(prepared, 'LOG_EVERY_SECS', 0)
+    reported = []
+    with prepared.progress('reading', 4000, reported.append) as update:
+        update(1000)
+        update(3000)
+    assert reported[-1] == 'reading: 3,000 of 4,000 (75%)'
 
 
 def test_durations():
