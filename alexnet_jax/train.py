@@ -229,7 +229,7 @@ def resume_or_start(job: Job, checkpoints: Checkpoints) -> tuple[Job, TrainState
         shapes,
         job.shardings,
     )
-    restored = checkpoints.restore_newest_sound(
+    restored = checkpoints.restore_newest_intact(
         {'state': target, 'statistics': job.statistics._asdict()}
     )
     if restored is not None:
