@@ -435,15 +435,11 @@ def _placed(found: Restored, target: PyTree | None) -> Restored:
     if target is None:
         return found
     arrays = traverse_util.flatten_dict(found.state, sep='/')
-    likes, structure = jax.tree.flatten(target)
-    leaves = [_place(arrays[n], x) for n, x in zip(_named_leaves(target), likes, strict=True)]
-    return found._replace(state=structure.unflatten(leaves))
-
-
-def _place(array: np.ndarray, like: Any) -> Any:
-    if not isinstance(like, (jax.Array, jax.ShapeDtypeStruct)):
-        return array
-    return jax.device_put(array) if like.sharding is None else parallel.place(array, like.sharding)
+    leaves = [
+        parallel.place(arrays[name], like.sharding) if hasattr(like, 'sharding') else arrays[name]
+        for name, like in _named_leaves(target).items()
+    ]
+    return found._replace(state=jax.tree.structure(target).unflatten(leaves))
 
 
 def _check_fits(path: Path, saved: Mapping[str, Any], target: Mapping[str, Any]) -> None:
