@@ -188,13 +188,15 @@ class Checkpoints:
                 if manager is not None:
                     manager.close()
             self._sweep()
-            reason = _reason(problem)
+            reason, advice = _reason(problem), 'make room or make the folder writable, then'
             if jax.process_count() > 1 and not _DISK.search(reason):
-                raise  # a process was lost; nothing is wrong with the disk
+                if isinstance(problem, jax.errors.JaxRuntimeError):
+                    raise  # distributed.py knows which process was lost
+                advice = 'another process may be lost:'
             raise RunError(
                 f'the checkpoint of step {step} could not be written to {self.directory} '
-                f'({reason}); earlier ones are untouched: make room or make the folder writable, '
-                'then run the same command again to resume from the latest'
+                f'({reason}); earlier ones are untouched: {advice} run the same command again to '
+                'resume from the latest'
             ) from problem
 
     def _sweep(self) -> None:

@@ -193,7 +193,7 @@ def run(config: Config, workdir: Path, extend: bool = False) -> str:
     Args:
         config: what to train.
         workdir: the folder of the run.
-        extend: the run there may have had other `epochs` and other rates, see `resume`.
+        extend: the run there may have had other `epochs` and rates, see `record_extension`.
 
     Returns:
         One sentence: the accuracy that was reached, and the workdir.
@@ -273,14 +273,14 @@ def record_extension(
     """Write the config of an extension, and a record of what it changes from which step on.
 
     The state, its step and its velocity are those of the checkpoint. Rates are functions of the
-    step under the new config, so that those stretched over `epochs` (dexp) differ from those that
-    the run would have had if it had been planned as long from the start; all others do not.
+    step under the new config. What is stretched over `epochs` (rates of kind dexp; in our configs
+    `late` and the end of colour noise too) was not until now as in a run as long from the start.
     """
     words = ', '.join(f'{key} {old} -> {new}' for key, (old, new) in changed.items())
     say(
-        f'extending from step {step}: {words}. Rates follow the new config from here; one of kind '
-        f'dexp, stretched over epochs, is not what {job.settings.epochs:g} epochs from the start '
-        f'would have had until now, and may rise.'
+        f'extending from step {step}: {words}. Rates follow the new config from here and may rise: '
+        f'what is stretched over epochs, as dexp, was not until now what it would have been in '
+        f'{job.settings.epochs:g} epochs from the start.'
     )
     if distributed.is_first():
         workdirs.write_config(job.config, job.workdir)

@@ -35,7 +35,7 @@ MAY_DIFFER = (
 
 
 # What an extension may change besides: the state has the same arrays under any of it.
-EXTENDABLE = ('epochs', 'optimizer')
+EXTENDABLE = ('epochs', 'optimizer', 'preprocess.noise_until_epoch')
 
 
 @contextlib.contextmanager
@@ -127,7 +127,7 @@ def use_compilation_cache(where: str, workdir: Path) -> None:
 
 def _check_same(old: Config, new: Config, workdir: Path, extend: bool) -> None:
     barred = changes(old, new)
-    extendable = all(key.split('.')[0] in EXTENDABLE for key in barred)
+    extendable = all(f'{key}.'.startswith(tuple(f'{e}.' for e in EXTENDABLE)) for key in barred)
     if not barred or (extend and extendable):
         return
     way = 'the config it was started with (its config.json)'
