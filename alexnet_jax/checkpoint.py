@@ -120,17 +120,17 @@ class Checkpoints:
                 are untouched. A later failure is raised by the next save, wait or close.
         """
         self.wait()
-        leaves = _named_leaves(state)
-        with futures.ThreadPoolExecutor() as pool:  # a GB/s on each core
-            described = list(pool.map(_describe, map(_to_host, leaves.values())))
+        leaves, extra = _named_leaves(state), json.loads(json.dumps(extra))
         candidate = error is not None and math.isfinite(error)
-        manifest = {
-            'step': step,
-            'error': float(error) if candidate else None,
-            'extra': json.loads(json.dumps(extra)),
-            'leaves': dict(zip(leaves, described, strict=True)),
-        }
-        with self._failing_in_one_sentence(step):
+        with self._failing_in_one_sentence(step):  # gathering fails too when a process is lost
+            with futures.ThreadPoolExecutor() as pool:  # a GB/s on each core
+                described = list(pool.map(_describe, map(_to_host, leaves.values())))
+            manifest = {
+                'step': step,
+                'error': float(error) if candidate else None,
+                'extra': extra,
+                'leaves': dict(zip(leaves, described, strict=True)),
+            }
             manager = self._manager or self._open()
             # Found out inside Orbax, a folder that is not writable leaves coroutines behind.
             tempfile.TemporaryFile(dir=self.directory).close()
