@@ -188,15 +188,13 @@ class Checkpoints:
                 if manager is not None:
                     manager.close()
             self._sweep()
-            reason, advice = _reason(problem), 'make room or make the folder writable, then'
-            if jax.process_count() > 1 and not _DISK.search(reason):
-                if isinstance(problem, jax.errors.JaxRuntimeError):
-                    raise  # distributed.py knows which process was lost
-                advice = 'another process may be lost:'
+            reason = _reason(problem)
+            if distributed.several() and not _DISK.search(reason):
+                raise  # a process is lost, as a rule: distributed.py reports it
             raise RunError(
                 f'the checkpoint of step {step} could not be written to {self.directory} '
-                f'({reason}); earlier ones are untouched: {advice} run the same command again to '
-                'resume from the latest'
+                f'({reason}); earlier ones are untouched: make room or make the folder writable, '
+                'then run the same command again to resume from the latest'
             ) from problem
 
     def _sweep(self) -> None:
@@ -284,7 +282,7 @@ class Checkpoints:
         """
         self.close()  # a manager does not expect its checkpoints to be renamed
         found = self._newest_intact(target) if distributed.is_first() else None
-        if jax.process_count() > 1:
+        if distributed.several():
             own = np.int32(_NO_STEP if found is None else found.step)
             step = int(multihost_utils.broadcast_one_to_all(own))
             if found is None and step != _NO_STEP:
