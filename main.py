@@ -48,8 +48,8 @@ def main(overrides: Mapping[str, str], flags: argparse.Namespace) -> None:
         raise UsageError('no --config; try --config=configs/alexnet.py.')
     where = flags.coordinator_address, flags.num_processes, flags.process_id
     info = None if flags.mode == 'describe' else distributed.detect(os.environ, *where)
-    given_to_all = {name: getattr(flags, name) for name in ('mode', 'workdir', 'extend')}
-    request = {'config': config or overrides, **given_to_all, **given}
+    same = {name: getattr(flags, name) for name in ('mode', 'workdir', 'extend')}
+    request = {'config': config or overrides, **same, **given}
     with distributed.joined(info, request, **config.get('processes', {})):
         answer = act(flags, config, overrides, given)
     if distributed.is_first():
