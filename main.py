@@ -23,6 +23,7 @@ def parser() -> command.Parser:
     add('--mode', choices=('train', 'evaluate', 'describe'), default='train')
     add('--workdir', help='workdirs/<config>-<scale>-<seed> by default; to evaluate an ensemble, '
         'several with commas between')  # fmt: skip
+    add('--extend', action='store_true', help='continue a run under other epochs or rates')
     add('--step', help='the checkpoint to evaluate: latest (the default), best, or a number')
     add('--split', help='to evaluate on: train, validation, test (the default), or one of TFDS')
     add('--data_dir', type=command.expand, help='the data to evaluate on, if it has moved')
@@ -38,6 +39,8 @@ def main(overrides: Mapping[str, str], flags: argparse.Namespace) -> None:
     given = {name: value for name in of_evaluation if (value := getattr(flags, name)) is not None}
     if given and flags.mode != 'evaluate':
         raise UsageError(f'--{next(iter(given))} is of --mode=evaluate; leave it out.')
+    if flags.extend and flags.mode != 'train':
+        raise UsageError('--extend is of --mode=train; leave it out.')
     config: dict[str, Any] = {}
     if flags.config:
         config = config_file.plain(config_file.load(flags.config, overrides))
@@ -45,7 +48,8 @@ def main(overrides: Mapping[str, str], flags: argparse.Namespace) -> None:
         raise UsageError('no --config; try --config=configs/alexnet.py.')
     where = flags.coordinator_address, flags.num_processes, flags.process_id
     info = None if flags.mode == 'describe' else distributed.detect(os.environ, *where)
-    request = {'config': config or overrides, 'mode': flags.mode, 'workdir': flags.workdir, **given}
+    same = {name: getattr(flags, name) for name in ('mode', 'workdir', 'extend')}
+    request = {'config': config or overrides, **same, **given}
     with distributed.joined(info, request, **config.get('processes', {})):
         answer = act(flags, config, overrides, given)
     if distributed.is_first():
@@ -66,7 +70,7 @@ def act(flags: argparse.Namespace, config: dict, overrides: Mapping, given: Mapp
         return evaluate.line(found)
     from alexnet_jax import train
 
-    return train.run(config, command.path(workdir))
+    return train.run(config, command.path(workdir), flags.extend)
 
 
 if __name__ == '__main__':

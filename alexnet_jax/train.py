@@ -187,11 +187,16 @@ class History:
     secs: float = 0.0  # of training: evaluation and saving not counted
 
 
-def run(config: Config, workdir: Path) -> str:
-    """Train a config to its end, or go on where its workdir stopped, and evaluate it.
+def run(config: Config, workdir: Path, extend: bool = False) -> str:
+    """Train a config to its end, resuming from the workdir's last checkpoint, and evaluate it.
+
+    Args:
+        config: what to train.
+        workdir: the folder of the run.
+        extend: the run there may have had other `epochs` and rates, see `record_extension`.
 
     Returns:
-        One sentence: what was reached, and where it lies.
+        One sentence: the accuracy that was reached, and the workdir.
 
     Raises:
         UsageError: the config is impossible, or the workdir belongs to another one.
@@ -202,15 +207,17 @@ def run(config: Config, workdir: Path) -> str:
         config = config_file.with_data(config, *splits.facts(settings.data))
         settings = configuration.unpack(config)
     parallel.set_up_cpu(settings.mesh.cpu_devices)
-    with workdirs.open_workdir(config, workdir):
+    with workdirs.open_workdir(config, workdir, extend):
         workdirs.use_compilation_cache(settings.loop.compilation_cache, workdir)
         job = open_job(config, settings, workdir)
         devices = job.layout.mesh.devices.flatten()
         say(f'on {len(devices)} device(s) of kind {devices[0].device_kind}: {job.layout}')
         with Checkpoints(workdir / 'checkpoints', report=say) as checkpoints:
-            job, state, history = resume_or_start(job, checkpoints)
+            job, state, history, changed = resume_or_start(job, checkpoints)
             book = records.Records(workdir, int(state.step), settings.loop.tensorboard)
             try:
+                if changed:
+                    record_extension(job, int(state.step), changed, book)
                 state = train(job, state, history, checkpoints, book)
                 checkpoints.wait()
                 return finish(job, state, history, book)
@@ -218,10 +225,19 @@ def run(config: Config, workdir: Path) -> str:
                 book.close()
 
 
-def resume_or_start(job: Job, checkpoints: Checkpoints) -> tuple[Job, TrainState, History]:
-    """The newest checkpoint that verifies, or step 0 and its pre-flight check.
+def resume_or_start(
+    job: Job, checkpoints: Checkpoints
+) -> tuple[Job, TrainState, History, dict[str, list[Any]]]:
+    """Return the newest checkpoint that verifies, or step 0 after its pre-flight check.
 
-    A run goes on with the mean image that it began with, whatever the data has become.
+    A run keeps the mean image that it began with, whatever the data has become.
+
+    Returns:
+        The job, the state, the history, and what of the checkpoint's config has changed since, as
+        `workdir.changes`: if anything, then this is an extension.
+
+    Raises:
+        UsageError: an extension that ends before the checkpoint's step.
     """
     shapes = jax.eval_shape(lambda: init_state(job.settings, job.optimizer))
     target = jax.tree.map(
@@ -229,19 +245,47 @@ def resume_or_start(job: Job, checkpoints: Checkpoints) -> tuple[Job, TrainState
         shapes,
         job.shardings,
     )
-    restored = checkpoints.restore_newest_sound(
+    restored = checkpoints.restore_newest_intact(
         {'state': target, 'statistics': job.statistics._asdict()}
     )
     if restored is not None:
+        changed = workdirs.changes(restored.extra['config'], job.config)
+        if changed and restored.step >= job.total_steps:
+            raise UsageError(
+                f'{job.workdir} has been trained for {restored.step} steps, and an extension to '
+                f'{job.settings.epochs:g} epochs ends after {job.total_steps}; set epochs higher.'
+            )
         say(f'going on from step {restored.step} of {job.total_steps} in {job.workdir}')
         job = match_classes(job, restored.extra['class_names'])
         job = dataclasses.replace(job, statistics=Statistics(**restored.state['statistics']))
-        return job, restored.state['state'], History(**restored.extra.get('history', {}))
+        history = History(**restored.extra.get('history', {}))
+        return job, restored.state['state'], history, changed
     state = job.start()
     if job.settings.init_from != 'none':
         state = begin_with(job, state)
     preflight(job, state)
-    return job, state, History()
+    return job, state, History(), {}
+
+
+def record_extension(
+    job: Job, step: int, changed: dict[str, list[Any]], book: records.Records
+) -> None:
+    """Write the config of an extension, and a record of what it changes from which step on.
+
+    The state, its step and its velocity are those of the checkpoint. Rates are functions of the
+    step under the new config. What is stretched over `epochs` (rates of kind dexp; in our configs
+    `late` and the end of colour noise too) was not until now as in a run as long from the start.
+    """
+    words = ', '.join(f'{key} {old} -> {new}' for key, (old, new) in changed.items())
+    say(
+        f'extending from step {step}: {words}. Rates follow the new config from here and may rise: '
+        f'what is stretched over epochs, as dexp, was not until now what it would have been in '
+        f'{job.settings.epochs:g} epochs from the start.'
+    )
+    if distributed.is_first():
+        workdirs.write_config(job.config, job.workdir)
+    if not any(r['kind'] == 'extension' and r['step'] == step for r in records.read(job.workdir)):
+        book.write('extension', step, changed=changed)
 
 
 def match_classes(job: Job, names: list[str]) -> Job:
@@ -381,7 +425,8 @@ def finish(job: Job, state: TrainState, history: History, book: records.Records)
     )
     if distributed.is_first():
         evaluate.keep_predictions(job.workdir, 'test', arrays)
-    if not any(record['kind'] == 'test' for record in records.read(job.workdir)):
+    tested = {record['step'] for record in records.read(job.workdir) if record['kind'] == 'test'}
+    if job.total_steps not in tested:
         book.write('test', job.total_steps, secs=history.secs, **result)
     centre, ten = result['centre'], result['ten_views']
     return (

@@ -1,10 +1,12 @@
-"""A run's folder: made or recognised, locked, and told what it holds."""
+"""The folder of a run: created, locked, and compared with the config that is to run in it."""
 
 import contextlib
 import fcntl
+import functools
 import json
 from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -32,17 +34,26 @@ MAY_DIFFER = (
 )
 
 
-@contextlib.contextmanager
-def open_workdir(config: Config, workdir: Path) -> Generator[None]:
-    """Make the folder, or see that it is this config's and nobody else's; note the environment.
+# What an extension may change besides: the state has the same arrays under any of it.
+EXTENDABLE = ('epochs', 'optimizer', 'preprocess.noise_until_epoch')
 
-    Of several processes the first does it, and the others see that they find the same folder.
+
+@contextlib.contextmanager
+def open_workdir(config: Config, workdir: Path, extend: bool = False) -> Generator[None]:
+    """Create and lock the folder of a run, compare its config, and record the environment.
+
+    Of several processes the first does it, and the others check that they see the same folder.
+
+    Args:
+        config: what is to run. A folder without a checkpoint and without a recorded step takes it.
+        workdir: the folder.
+        extend: allow a change of EXTENDABLE; `write_config` is then called by whoever trains on.
 
     Raises:
-        UsageError: the folder holds a run of another config.
+        UsageError: the folder holds a run of another config, or none to extend.
         RunError: it cannot be written, another run is at work in it, or processes do not share it.
     """
-    with _open(config, workdir) if distributed.is_first() else contextlib.nullcontext():
+    with _open(config, workdir, extend) if distributed.is_first() else contextlib.nullcontext():
         distributed.wait_for_all('workdir')
         if not (workdir / 'config.json').exists():
             raise RunError(
@@ -53,8 +64,9 @@ def open_workdir(config: Config, workdir: Path) -> Generator[None]:
 
 
 @contextlib.contextmanager
-def _open(config: Config, workdir: Path) -> Generator[None]:
-    text = configuration.as_json(config)
+def _open(config: Config, workdir: Path, extend: bool) -> Generator[None]:
+    if extend and not _has_checkpoint(workdir):
+        raise UsageError(f'{workdir} holds no checkpoint to extend; leave --extend out.')
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         lock = (workdir / '.lock').open('w')
@@ -68,12 +80,40 @@ def _open(config: Config, workdir: Path) -> Generator[None]:
         except OSError as error:
             raise RunError(f'another process is training in {workdir}; wait for it.') from error
         path = workdir / 'config.json'
-        if path.exists():
-            _same_config(json.loads(path.read_text()), json.loads(text), workdir)
+        if not _has_checkpoint(workdir):
+            # An earlier start may have failed after it took them from another run.
+            (workdir / 'source_statistics.npz').unlink(missing_ok=True)
+        if path.exists() and has_run(workdir):
+            _check_same(json.loads(path.read_text()), config, workdir, extend)
         else:
-            _write(path, text + '\n')
+            write_config(config, workdir)
         _write(workdir / 'environment.json', json.dumps(records.environment(), indent=2) + '\n')
         yield
+
+
+def has_run(workdir: Path) -> bool:
+    """Return whether there is a checkpoint or a recorded step; a failed start leaves neither."""
+    return _has_checkpoint(workdir) or bool(records.read(workdir))
+
+
+def _has_checkpoint(workdir: Path) -> bool:
+    return any(path.name.isdecimal() for path in (workdir / 'checkpoints').glob('*'))
+
+
+def write_config(config: Config, workdir: Path) -> None:
+    """Write config.json."""
+    _write(workdir / 'config.json', configuration.as_json(config) + '\n')
+
+
+def changes(old: Config, new: Config) -> dict[str, list[Any]]:
+    """Return {dotted key: [old value, new value]} of all keys that a resumed run may not change."""
+    old, new = (json.loads(configuration.as_json(config)) for config in (old, new))
+    keys = [key for key in configuration.differences(old, new) if key not in MAY_DIFFER]
+    return {key: [_value(old, key), _value(new, key)] for key in keys}
+
+
+def _value(tree: dict, key: str) -> Any:
+    return functools.reduce(lambda node, name: (node or {}).get(name), key.split('.'), tree)
 
 
 def use_compilation_cache(where: str, workdir: Path) -> None:
@@ -85,14 +125,18 @@ def use_compilation_cache(where: str, workdir: Path) -> None:
         jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
 
 
-def _same_config(old: dict, new: dict, workdir: Path) -> None:
-    keys = configuration.differences(old, new)
-    barred = [key for key in keys if key not in MAY_DIFFER]
-    if barred:
-        raise UsageError(
-            f'{workdir} holds a run of another config, different in {", ".join(barred)}; choose '
-            f'another --workdir, or the config it was started with (its config.json).'
-        )
+def _check_same(old: Config, new: Config, workdir: Path, extend: bool) -> None:
+    barred = changes(old, new)
+    extendable = all(f'{key}.'.startswith(tuple(f'{e}.' for e in EXTENDABLE)) for key in barred)
+    if not barred or (extend and extendable):
+        return
+    way = 'the config it was started with (its config.json)'
+    if extendable and _has_checkpoint(workdir):
+        way += ', or add --extend to train it on under the new one'
+    raise UsageError(
+        f'{workdir} holds a run of another config, different in {", ".join(barred)}; choose '
+        f'another --workdir, or {way}.'
+    )
 
 
 def _write(path: Path, text: str) -> None:

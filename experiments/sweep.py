@@ -148,7 +148,7 @@ def _run(
     if not (REPOSITORY / file).is_file():
         raise UsageError(f'there is no config {file}.')
     config = resolve(REPOSITORY / file, words, overrides, row)
-    if (place / 'config.json').exists():
+    if (place / 'config.json').exists() and workdir.has_run(place):
         old = json.loads((place / 'config.json').read_text())
         new = json.loads(configuration.as_json(config))
         keys = {*configuration.differences(old, new)} - {*workdir.MAY_DIFFER}

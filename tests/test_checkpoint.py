@@ -1,5 +1,7 @@
 """Checkpoints: bit-exact round trips, and whatever damages them is found before it is used."""
 
+import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -16,10 +18,12 @@ import absl.logging
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from alexnet_jax import checkpoint, evaluate
 from alexnet_jax.checkpoint import Checkpoints, read
 from alexnet_jax.errors import RunError, UsageError
 
@@ -42,7 +46,7 @@ def assert_same(got, want):
 
 
 def resumed(checkpoints, target=None):
-    restored = checkpoints.restore_newest_sound(target)
+    restored = checkpoints.restore_newest_intact(target)
     assert restored is not None
     return restored
 
@@ -66,7 +70,6 @@ def test_every_kind_of_leaf_comes_back_bit_for_bit(tmp_path):
         'bool': jnp.array([True, False, True]),
         'key': jax.random.key_data(jax.random.key(7)),
         'zero_dim': [jnp.float32(2.5), np.float64(0.1), np.uint8(255)],
-        'python': {'int': 2**40, 'float': 0.1, 'bool': True},
         'none': None,
         'no_leaf': (),
         'strided': np.arange(12.0).reshape(3, 4).T[::2],
@@ -76,8 +79,6 @@ def test_every_kind_of_leaf_comes_back_bit_for_bit(tmp_path):
         step, restored, extra = checkpoints.restore(state)
     assert_same(restored, state)
     assert (step, extra) == (3, {'history': [0.5, None], 'name': 'ä'})
-    assert restored['python'] == {'int': 2**40, 'float': 0.1, 'bool': True}
-    assert restored['python']['bool'] is True
     assert isinstance(restored['float'], jax.Array)
     assert isinstance(restored['strided'], np.ndarray)
 
@@ -171,29 +172,16 @@ def test_latest_and_best_are_kept(tmp_path, errors, keep_latest, keep_best, step
             checkpoints.save(step, state_of(step, 2), {}, error=error)
     assert checkpoints.steps() == steps
     assert checkpoints.best_step() == best
-    assert checkpoints.latest_step() == steps[-1]
     for step in steps:
         assert_same(checkpoints.restore(state_of(0, 2), step).state, state_of(step, 2))
     if best is not None:
         assert checkpoints.restore(None, 'best').step == best
 
 
-def test_a_step_saved_again_is_replaced_once_the_new_one_is_whole(tmp_path):
-    with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(4, state_of(1), {'n': 1}, error=0.1)
-        checkpoints.save(4, state_of(2), {'n': 2}, error=0.9, wait=True)
-        assert checkpoints.steps() == [4]
-        assert_same(checkpoints.restore(state_of(0)).state, state_of(2))
-        checkpoints.save(4, state_of(3), {'n': 3}, error=None, wait=True)
-        assert checkpoints.restore(None).extra == {'n': 3}
-        assert checkpoints.best_step() is None
-    assert len(os.listdir(tmp_path)) == 1
-
-
 def test_only_a_writer_clears_away_what_a_kill_left(tmp_path):
     saved(tmp_path)
     (tmp_path / '3.orbax-checkpoint-tmp' / 'state').mkdir(parents=True)
-    (tmp_path / '1.deleted').mkdir()
+    (tmp_path / 'deleted' / '1').mkdir(parents=True)
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.steps() == [1, 2]
         assert checkpoints.restore(None).step == 2
@@ -206,9 +194,12 @@ def test_only_a_writer_clears_away_what_a_kill_left(tmp_path):
 
 DAMAGES = {
     'flip': lambda file, at: _flip(file, at),
-    'truncate': lambda file, _: os.truncate(file, file.stat().st_size // 2),
+    'truncate': lambda file, at: os.truncate(file, int(file.stat().st_size * at)),
     'empty': lambda file, _: os.truncate(file, 0),
     'delete': lambda file, _: file.unlink(),
+    'append': lambda file, _: file.write_bytes(file.read_bytes() + b'{}'),
+    'zero': lambda file, _: file.write_bytes(bytes(file.stat().st_size)),
+    'swap': lambda file, at: _swap(file, at),
 }
 
 
@@ -216,6 +207,18 @@ def _flip(file, at):
     content = bytearray(file.read_bytes())
     content[int(at * len(content))] ^= 0x10
     file.write_bytes(content)
+
+
+def _swap(file, at):
+    """Exchange a file with one of the same name in step 1, or with another of its folder."""
+    newest = next(parent for parent in file.parents if parent.name == '2')
+    other = newest.with_name('1') / file.relative_to(newest)
+    if not other.exists():  # array files are named at random
+        others = files_of(newest)
+        other = newest / others[int(at * len(others))]
+    ours, theirs = file.read_bytes(), other.read_bytes()
+    other.write_bytes(ours)
+    file.write_bytes(theirs)
 
 
 def files_of(checkpoint):
@@ -227,18 +230,24 @@ def largest(checkpoint):
 
 
 def resume_after(room, pristine, file, damage, at=0.5):
-    """Damages one file of step 2 in a copy and resumes: (was step 2 set aside, reports)."""
+    """Damage one file of step 2 in a copy and resume: (was step 2 set aside, reports)."""
     directory = room / 'copy'
     shutil.rmtree(directory, ignore_errors=True)
     shutil.copytree(pristine, directory)
     DAMAGES[damage](directory / '2' / file, at)
     reports = []
     checkpoints = Checkpoints(directory, report=reports.append)
-    restored = resumed(checkpoints, state_of(0))
+    try:
+        restored = resumed(checkpoints, state_of(0))
+    except RunError as error:  # a swap damages step 1 too
+        if damage == 'swap' and all(f'checkpoint {n} in' in str(error) for n in (1, 2)):
+            return True, [str(error)]
+        raise
     assert_same(restored.state, state_of(restored.step))  # never a wrong value, whatever was hit
     assert restored.extra == {'step': restored.step}
     assert checkpoints.steps() == [1, 2][: restored.step]
     assert (directory / 'damaged-2').exists() == (restored.step == 1)
+    assert len(reports) == (restored.step == 1)  # never silent
     return restored.step == 1, reports
 
 
@@ -251,27 +260,40 @@ def test_each_file_damaged_is_found_or_was_harmless(tmp_path, damage):
         aside, reports = resume_after(tmp_path, tmp_path / 'pristine', file, damage)
         if aside:
             found.add(str(file))
-            assert len(reports) == 1
             assert 'checkpoint 2 in' in reports[0]
-            assert 'set aside as damaged-2, going on from step 1' in reports[0]
+            assert damage == 'swap' or 'set aside as damaged-2, resuming from step 1' in reports[0]
     # Orbax keeps more than the values depend on (sharding, timestamps, commit marks, metadata kept
     # twice): damage there may do no harm, and resume_after saw that every leaf verified.
-    vital = {'manifest/manifest.json', 'manifest/manifest.json.sha256'}
-    vital.add(str(largest(newest).relative_to(newest)))
-    if damage in ('truncate', 'empty'):
+    vital = {'manifest/metadata'}
+    if damage != 'append':  # Orbax reads the byte ranges that its metadata names
+        vital.add(str(largest(newest).relative_to(newest)))
+    if damage in ('truncate', 'empty', 'zero', 'append'):
         vital.add('state/_METADATA')
     assert vital <= found
 
 
-def test_a_flip_anywhere_gives_the_right_values_or_none(tmp_path):
+def test_random_damages_give_the_right_values_or_none(tmp_path):
     saved(tmp_path / 'pristine')
-    rng = random.Random(1)
+    seed = random.randrange(2**32)
+    rng = random.Random(seed)
     files = files_of(tmp_path / 'pristine' / '2')
-    outcomes = [
-        resume_after(tmp_path, tmp_path / 'pristine', rng.choice(files), 'flip', at=rng.random())[0]
-        for _ in range(60)
-    ]
+    outcomes = []
+    for _ in range(100):
+        file, damage, at = rng.choice(files), rng.choice(list(DAMAGES)), rng.random()
+        try:
+            outcomes.append(resume_after(tmp_path, tmp_path / 'pristine', file, damage, at)[0])
+        except Exception as error:
+            raise AssertionError(f'seed {seed}: {damage} of {file} at {at}') from error
+    print(f'seed {seed}: {sum(outcomes)} of 100 were found, the others were harmless')
     assert any(outcomes)
+
+
+def test_a_checkpoint_in_the_place_of_another_is_damaged(tmp_path):
+    checkpoints = saved(tmp_path)
+    shutil.rmtree(tmp_path / '2')
+    shutil.copytree(tmp_path / '1', tmp_path / '2')
+    with pytest.raises(RunError, match=r'checkpoint 2 in .* is damaged: it holds step 1'):
+        checkpoints.restore(None)
 
 
 def test_a_damaged_array_is_named_when_asked_for_explicitly(tmp_path):
@@ -279,7 +301,7 @@ def test_a_damaged_array_is_named_when_asked_for_explicitly(tmp_path):
     DAMAGES['flip'](largest(tmp_path / '2'), 0.5)
     for step in ('latest', 2):
         with pytest.raises(
-            RunError, match=r'checkpoint 2 in .* is damaged: .*; use another step: 1'
+            RunError, match=r'checkpoint 2 in .* is damaged: .*; choose another of the steps 1, 2'
         ):
             checkpoints.restore(state_of(0), step)
     assert_same(checkpoints.restore(state_of(0), 1).state, state_of(1))
@@ -311,9 +333,9 @@ def test_several_damaged_ones_are_set_aside_and_none_when_all_are(tmp_path):
     os.truncate(largest(tmp_path / '1'), 10)
     for _ in range(2):  # a second start must not take the workdir for a fresh one
         with pytest.raises(
-            RunError, match=r'no checkpoint in .* is sound \(checkpoint 1 in .*start over'
+            RunError, match=r'no checkpoint in .* is intact \(checkpoint 1 in .*start over'
         ):
-            checkpoints.restore_newest_sound(None)
+            checkpoints.restore_newest_intact(None)
     with Checkpoints(tmp_path) as again:
         again.save(2, state_of(2), {}, error=None)
         assert_same(again.restore(state_of(0)).state, state_of(2))
@@ -322,10 +344,70 @@ def test_several_damaged_ones_are_set_aside_and_none_when_all_are(tmp_path):
 def test_damage_does_not_disturb_later_saves_nor_the_best(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, state_of(1), {}, error=0.1, wait=True)
-        (tmp_path / '1' / 'manifest' / 'manifest.json').write_text('{')
+        (tmp_path / '1' / 'manifest' / 'metadata').write_text('{')
         checkpoints.save(2, state_of(2), {}, error=0.5, wait=True)
         assert checkpoints.best_step() == 2
         assert resumed(checkpoints).step == 2
+
+
+# ------------------------------------------------------------------ the first format
+
+
+@pytest.fixture
+def first_format(repository, tmp_path):
+    """Two checkpoints, written by the last commit with the first format."""
+    directory = tmp_path / 'first'
+    shutil.unpack_archive(repository / 'tests/golden/checkpoint_format_1.zip', directory)
+    return directory
+
+
+def test_the_first_format_is_read(first_format):
+    checkpoints = Checkpoints(first_format)
+    assert (checkpoints.steps(), checkpoints.best_step()) == ([3, 7], 3)
+    restored = checkpoints.restore(None)
+    kernel = np.arange(6, dtype=np.float32).reshape(2, 3) * 7
+    np.testing.assert_array_equal(restored.state['state']['params']['conv1']['kernel'], kernel)
+    assert restored.extra == {'config': {'name': 'ä'}, 'history': {'errors': [0.5]}}
+    with checkpoints:  # retention ranks them with those of today
+        checkpoints.save(8, state_of(8), {}, error=0.6)
+        checkpoints.save(9, state_of(9), {}, error=0.7)
+    assert (checkpoints.steps(), checkpoints.best_step()) == ([3, 8, 9], 3)
+
+
+@pytest.mark.parametrize('damage', ['flip', 'truncate', 'empty', 'delete', 'append', 'zero'])
+def test_damage_of_the_first_format_is_found(first_format, damage):
+    newest = first_format / '7'
+    for file in files_of(newest):
+        copy = first_format.with_name('copy')
+        shutil.copytree(first_format, copy)
+        DAMAGES[damage](copy / '7' / file, 0.5)
+        reports = []
+        restored = resumed(Checkpoints(copy, report=reports.append))
+        assert len(reports) == (restored.step == 3)
+        assert restored.step == 3 or 'manifest.json' not in file.name
+        assert int(restored.state['state']['step']) == restored.step
+        assert restored.state['state']['params']['conv1']['bias'][0] == restored.step
+        shutil.rmtree(copy)
+
+
+def test_a_run_of_the_first_format_is_evaluated(smoke_run, data_dir, tmp_path):
+    """Also with another optimizer's state, which evaluation does not look at."""
+    found = read(smoke_run / 'checkpoints')
+    found.state['state']['opt_state'] = {'trace': {'conv1': np.ones(3, np.float32)}}
+    path = tmp_path / 'old' / 'checkpoints' / str(found.step)
+    leaves = checkpoint._named_leaves(found.state)
+    manifest = {'format': 1, 'step': found.step, 'error': None, 'extra': found.extra}
+    manifest['leaves'] = {name: checkpoint._describe(leaf) for name, leaf in leaves.items()}
+    with contextlib.closing(ocp.Checkpointer(ocp.PyTreeCheckpointHandler())) as writer:
+        writer.save(path / 'state', args=ocp.args.PyTreeSave(found.state))
+    (path / 'manifest').mkdir()
+    body = json.dumps(manifest, indent=1).encode()
+    (path / 'manifest' / 'manifest.json').write_bytes(body)
+    line = f'{hashlib.sha256(body).hexdigest()}  manifest.json\n'
+    (path / 'manifest' / 'manifest.json.sha256').write_text(line)
+    old = evaluate.run([tmp_path / 'old'], data_dir=str(data_dir))
+    new = evaluate.run([smoke_run], data_dir=str(data_dir))
+    assert old['centre'] == new['centre']
 
 
 # ------------------------------------------------------------------ kill -9
@@ -338,8 +420,8 @@ CHILD = """
     from alexnet_jax.checkpoint import Checkpoints
 
     checkpoints = Checkpoints(Path(sys.argv[2]))
-    restored = checkpoints.restore_newest_sound(None)
-    first = restored.step if restored else 0   # a step that is there already is saved again
+    restored = checkpoints.restore_newest_intact(None)
+    first = restored.step + 1 if restored else 0
     print('ready', first, flush=True)
     for step in range(first, first + 1000):
         checkpoints.save(step, state_of(step, 300_000), {'step': step}, error=1 / (1 + step % 7))
@@ -359,7 +441,7 @@ def test_killed_at_any_moment_whatever_is_there_is_whole(tmp_path):
         )
         with child:
             assert child.stdout is not None
-            assert child.stdout.readline().split() == ['ready', str(max(reached, 0))]
+            assert child.stdout.readline().split() == ['ready', str(reached + 1)]
             time.sleep(rng.uniform(0.1, 0.5))
             if round_ % 2:
                 while not any(tmp_path.glob('*.orbax-checkpoint-tmp*')):
@@ -377,7 +459,6 @@ def test_killed_at_any_moment_whatever_is_there_is_whole(tmp_path):
             assert restored.extra == {'step': step}
     assert left_half_written
     with checkpoints:
-        checkpoints.save(reached, state_of(reached), {}, error=None)
         checkpoints.save(reached + 1, state_of(reached + 1), {}, error=None)
     assert_same(checkpoints.restore(state_of(0)).state, state_of(reached + 1))
     assert not any(tmp_path.glob('*.orbax-checkpoint-tmp*'))
@@ -442,12 +523,8 @@ def test_a_folder_without_checkpoints(tmp_path, exists):
     if exists:
         (directory / 'damaged-5').mkdir(parents=True)
     checkpoints = Checkpoints(directory)
-    assert checkpoints.restore_newest_sound(None) is None
-    assert (checkpoints.steps(), checkpoints.latest_step(), checkpoints.best_step()) == (
-        [],
-        None,
-        None,
-    )
+    assert checkpoints.restore_newest_intact(None) is None
+    assert (checkpoints.steps(), checkpoints.best_step()) == ([], None)
     for step in ('latest', 'best', 3):
         with pytest.raises(RunError, match=r'no checkpoint in .*; train first with'):
             checkpoints.restore(None, step)
@@ -456,25 +533,28 @@ def test_a_folder_without_checkpoints(tmp_path, exists):
 
 def test_a_step_that_is_not_there(tmp_path):
     checkpoints = saved(tmp_path)
-    for step in (3, 'newest', '1'):
-        with pytest.raises(UsageError, match=f"of step {step!r} in .*'latest', 'best' and 1, 2$"):
+    for step in (3, 'newest', '1', 'best'):
+        with pytest.raises(
+            UsageError, match=f"of step {step!r} in .*'latest', 'best' .* and 1, 2$"
+        ):
             checkpoints.restore(None, step)
-    with pytest.raises(UsageError, match=r'has a validation error.*one of the steps 1, 2$'):
-        checkpoints.restore(None, 'best')
 
 
 @pytest.mark.parametrize(
     ('change', 'sentence'),
     [
-        (lambda s: s['params'].update(fc=np.zeros(2)), 'params/fc is wanted and not in it'),
-        (lambda s: s.pop('step'), 'step is in it and not wanted'),
+        (
+            lambda s: s['params'].update(fc=np.zeros(2)),
+            r"params/fc is absent in it, and \('float64', \[2\]\) in this run",
+        ),
+        (lambda s: s.pop('step'), r"step is \('int32', \[\]\) in it, and absent in this run"),
         (
             lambda s: s['params']['conv1'].update(bias=np.zeros(8)),
-            r'params/conv1/bias has shape \[7\] in it and \[8\] is wanted',
+            r"params/conv1/bias is \('float64', \[7\]\) in it, and \('float64', \[8\]\) in",
         ),
         (
             lambda s: s['params']['conv1'].update(bias=np.zeros(7, np.float32)),
-            'params/conv1/bias has dtype float64 in it and float32 is wanted',
+            r"params/conv1/bias is \('float64', \[7\]\) in it, and \('float32', \[7\]\) in",
         ),
     ],
 )
@@ -482,48 +562,19 @@ def test_a_target_that_does_not_fit_is_no_damage(tmp_path, change, sentence):
     checkpoints = saved(tmp_path)
     target = state_of(0)
     change(target)
-    for restore in (checkpoints.restore, checkpoints.restore_newest_sound):
+    for restore in (checkpoints.restore, checkpoints.restore_newest_intact):
         with pytest.raises(RunError, match=sentence):
             restore(target)
     assert sorted(os.listdir(tmp_path)) == ['1', '2']
 
 
-@pytest.mark.parametrize(
-    ('state', 'extra', 'sentence'),
-    [
-        ({'w': 1}, {'array': np.zeros(3)}, 'ndarray is not JSON serializable'),
-        ({'rng': jax.random.key(0)}, {}, r'rng cannot be saved: .*jax.random.key_data'),
-        ({'a': {'w': 'text'}}, {}, r'a/w cannot be saved: it is a str, not an array'),
-        ({'w': np.zeros((0, 3))}, {}, r'w cannot be saved: its shape \(0, 3\) holds nothing'),
-        ({'a': {'b': 1}, 'a/b': 2}, {}, 'the same path'),
-        ({}, {}, 'no leaf'),
-    ],
-)
-def test_what_cannot_be_saved(tmp_path, state, extra, sentence):
-    with Checkpoints(tmp_path) as checkpoints:
-        with pytest.raises(UsageError, match=sentence):
-            checkpoints.save(1, state, extra, error=None)
-        checkpoints.save(1, {'w': 1}, {}, error=None)
-    assert checkpoints.steps() == [1]
-
-
-def test_nonsense_limits():
-    for keep_latest, keep_best in ((0, 1), (1, -1)):
-        with pytest.raises(UsageError, match='keep_latest must be at least 1'):
-            Checkpoints(Path('nowhere'), keep_latest=keep_latest, keep_best=keep_best)
-
-
 # ------------------------------------------------------------------ on disk and on the console
 
 
-def test_the_manifest_is_plain_json_that_sha256sum_can_check(tmp_path):
+def test_the_manifest_is_plain_json(tmp_path):
     saved(tmp_path, steps=(1,))
-    manifest = json.loads((tmp_path / '1/manifest/manifest.json').read_text())
+    manifest = json.loads((tmp_path / '1/manifest/metadata').read_text())
     assert manifest['leaves']['params/conv1/bias']['shape'] == [7]
-    if shutil.which('sha256sum') is None:
-        pytest.skip('no sha256sum here')
-    check = ['sha256sum', '--check', '--status', 'manifest.json.sha256']
-    assert subprocess.run(check, cwd=tmp_path / '1/manifest').returncode == 0
 
 
 def test_orbax_is_quiet_and_others_are_not(tmp_path):
@@ -544,3 +595,14 @@ def test_orbax_is_quiet_and_others_are_not(tmp_path):
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
+
+
+def test_the_import_changes_nothing(repository):
+    code = """
+        import logging, sys
+        hook = sys.unraisablehook
+        import alexnet_jax.checkpoint
+        assert sys.unraisablehook is hook
+        assert not [name for name in ('absl', 'asyncio') if logging.getLogger(name).filters]
+    """
+    subprocess.run([sys.executable, '-c', textwrap.dedent(code)], cwd=repository, check=True)

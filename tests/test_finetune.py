@@ -13,6 +13,7 @@ from alexnet_jax import checkpoint, data, evaluate, fashion_mnist, prepare, trai
 from alexnet_jax import config as configuration
 from alexnet_jax.errors import RunError, UsageError
 from alexnet_jax.optimizer import Late, Schedule, parameter_rates
+from alexnet_jax.workdir import open_workdir
 from configs import alexnet, finetune, smoke
 
 
@@ -244,6 +245,19 @@ def test_the_recipe_is_for_any_of_our_nets(base):
     settings = configuration.unpack(finetune.get_config(base))
     assert settings.optimizer.weights.rate < 0.005
     assert settings.net.classes == 0
+
+
+def test_a_failed_start_from_one_source_leaves_nothing_to_another(smoke_run, seven, tmp_path):
+    other = tmp_path / 'other'
+    saved = checkpoint.read(smoke_run / 'checkpoints')
+    saved.state['statistics']['mean_image'] += 1
+    with checkpoint.Checkpoints(other / 'checkpoints') as checkpoints:
+        checkpoints.save(saved.step, saved.state, saved.extra, error=None)
+    with open_workdir(tuned(smoke_run, seven), tmp_path / 'w'):
+        transfer.statistics(str(smoke_run), tmp_path / 'w')
+    with open_workdir(tuned(other, seven), tmp_path / 'w'):
+        found = transfer.statistics(str(other), tmp_path / 'w')
+    np.testing.assert_array_equal(found.mean_image, saved.state['statistics']['mean_image'])
 
 
 def test_a_config_from_before_fine_tuning_still_loads(smoke_run):

@@ -19,7 +19,7 @@ import pytest
 
 from alexnet_jax import checkpoint, records, train
 from alexnet_jax import config as configuration
-from alexnet_jax.errors import RunError, UsageError
+from alexnet_jax.errors import AlexNetError, RunError, UsageError
 from alexnet_jax.step import inputs
 from alexnet_jax.workdir import open_workdir
 from configs import ablation_lrn, alexnet_paper, smoke
@@ -145,7 +145,7 @@ def test_a_run_goes_on_where_it_was_on_another_mesh(reference, data_dir, tmp_pat
     job = train.open_job(config, configuration.unpack(config), workdir)
     with checkpoint.Checkpoints(workdir / 'checkpoints') as checkpoints:
         otherwise = jax.tree.map(jax.numpy.zeros_like, job.statistics)  # as of data that changed
-        job, state, _ = train.resume_or_start(
+        job, state, *_ = train.resume_or_start(
             dataclasses.replace(job, statistics=otherwise), checkpoints
         )
     found = checkpoint.read(workdir / 'checkpoints').state
@@ -298,6 +298,84 @@ def test_a_batch_larger_than_the_data(data_dir, tmp_path):
         train.run(tiny(data_dir, batch_size=512), tmp_path / 'w')
 
 
+@pytest.mark.parametrize(
+    'impossible',
+    [
+        {'mesh__data': 2, 'batch_size': 63},
+        {'data__name': 'no_such_data'},
+        {'model__fc8__features': 11},
+        {'data__train': 'train[:10]'},
+        {'loop__on_dead_start': 'error', 'loop__min_logit_std': 1e9},
+        {'data__data_dir': '/dev/null/data'},
+    ],
+)
+def test_a_start_that_failed_leaves_the_workdir_free(data_dir, tmp_path, impossible):
+    with pytest.raises(AlexNetError):
+        train.run(tiny(data_dir, **impossible), tmp_path / 'w')
+    other = tiny(data_dir, epochs=0.25, batch_size=32)
+    with open_workdir(other, tmp_path / 'w'):
+        written = json.loads((tmp_path / 'w' / 'config.json').read_text())
+    assert written == json.loads(configuration.as_json(other))
+
+
+def test_a_workdir_with_a_step_or_a_checkpoint_is_taken(reference, data_dir, tmp_path):
+    other = tiny(data_dir, batch_size=32)
+    for left_out in ('checkpoints', 'metrics.jsonl'):
+        workdir = tmp_path / left_out
+        shutil.copytree(reference, workdir, ignore=shutil.ignore_patterns(left_out))
+        with pytest.raises(UsageError, match='different in batch_size; choose another'):
+            train.run(other, workdir)
+
+
+# ------------------------------------------------------------------------------ extensions
+
+CONSTANT = {
+    'optimizer__weights__kind': 'constant',
+    'optimizer__biases__kind': 'constant',
+    'optimizer__late__layer': 'none',
+    'optimizer__late__slow_epoch': 9.0,
+    'optimizer__late__freeze_epoch': 9.0,
+    'preprocess__noise_until_epoch': 9.0,
+}
+
+
+def test_an_extension_with_constant_rates_is_a_run_as_long(data_dir, tmp_path):
+    train.run(tiny(data_dir, epochs=2.0, **CONSTANT), tmp_path / 'long')
+    train.run(tiny(data_dir, epochs=1.0, **CONSTANT), tmp_path / 'extended')
+    train.run(tiny(data_dir, epochs=2.0, **CONSTANT), tmp_path / 'extended', extend=True)
+    long, extended = outcome(tmp_path / 'long'), outcome(tmp_path / 'extended')
+    added = [row for row in extended[2] if row not in long[2]]
+    assert [(row['kind'], row['step']) for row in added] == [('test', 4), ('extension', 4)]
+    assert added[1]['changed'] == {'epochs': [1.0, 2.0]}
+    assert_same(long, (*extended[:2], [r for r in extended[2] if r not in added], extended[3]))
+    tree = json.loads((tmp_path / 'extended' / 'config.json').read_text())
+    assert tree['epochs'] == 2.0
+
+
+def test_extensions_that_are_refused(reference, data_dir, tmp_path):
+    workdir = shutil.copytree(reference, tmp_path / 'w')
+    before = {path.name: path.read_bytes() for path in workdir.glob('*.json*')}
+    longer = tiny(data_dir, epochs=3.0)
+    for config, extend, sentence in (
+        (longer, False, r'different in epochs, .*, or add --extend to train it on'),
+        (tiny(data_dir, epochs=3.0, seed=1), False, r'different in epochs, .*, seed; (?!.*extend)'),
+        (tiny(data_dir, epochs=3.0, seed=1), True, r'different in epochs, .*, seed'),
+        (tiny(data_dir, epochs=1.0), True, r'8 steps, and an extension to 1 epochs ends after 4;'),
+        (tiny(data_dir, epochs=3.0, data__train='train[:10]'), True, r'data\.train'),
+    ):
+        with pytest.raises(UsageError, match=sentence):
+            train.run(config, workdir, extend=extend)
+    with pytest.raises(AlexNetError):  # it fails after the config was accepted
+        train.run(tiny(data_dir, epochs=3.0, data__data_dir='/dev/null/data'), workdir, extend=True)
+    now = {path.name: path.read_bytes() for path in workdir.glob('*.json*')}
+    assert {k: v for k, v in now.items() if k != 'environment.json'} == {
+        k: v for k, v in before.items() if k != 'environment.json'
+    }
+    with pytest.raises(UsageError, match=r'holds no checkpoint to extend; leave --extend out'):
+        train.run(longer, tmp_path / 'empty', extend=True)
+    assert not (tmp_path / 'empty').exists()
+
+
 # ------------------------------------------------------------------------------ kills and signals
 
 
@@ -388,6 +466,35 @@ def test_a_full_disk_ends_in_a_sentence_and_loses_nothing(undisturbed, start, sm
     assert process.returncode == 0, said
     assert 'going on from step' in said
     assert_same(outcome(undisturbed), outcome(workdir))
+
+
+def test_a_killed_extension_ends_in_the_same_bits(undisturbed, start):
+    """The rates are stretched over the epochs; twice extended, once killed, it is the same run."""
+    once, killed = (undisturbed.parent / name for name in ('once', 'killed-extension'))
+    for workdir in (once, killed):
+        shutil.copytree(undisturbed, workdir)
+    longer = ('--config.epochs=10', '--config.loop.checkpoint_every_epochs=0.5')
+    process = start(once, *longer)
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 2
+    assert 'or add --extend' in said
+    process = start(once, *longer, '--extend')
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    assert 'extending from step 128: epochs 8.0 -> 10.0, optimizer.late.freeze_epoch' in said
+    for step, flags in ((132, ['--extend']), (148, [])):  # the flag is needed once
+        process = start(killed, *longer, *flags)
+        wait_for_step(process, killed, step)
+        process.kill()
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == -signal.SIGKILL, said
+    process = start(killed, *longer, '--extend')
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    assert_same(outcome(once), outcome(killed))
+    rows = [row for row in records.read(killed) if row['kind'] == 'extension']
+    assert [row['step'] for row in rows] == [128]
+    assert rows[0]['changed']['epochs'] == [8.0, 10.0]
 
 
 def test_config_json_is_the_config(undisturbed):
