@@ -439,7 +439,7 @@ def run(args: argparse.Namespace) -> int:
     trained = evaluate.restore(args.workdir, args.step)
     faults: list[str] = []
     if args.split:
-        features = of_split(trained, args.layer, args.split, args.data_dir)
+        features = of_split(trained, args.layer, args.split, args.data_dir or '')
     else:
         features = of_files(trained, args.layer, args.images, faults)
     say(f'{args.workdir}: step {trained.step}, {args.layer} of {len(features)} image(s)')
@@ -454,7 +454,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _among(trained: Trained, queries: Features, args: argparse.Namespace) -> Features:
     if Path(args.among).suffix != '.npy':
-        return of_split(trained, args.layer, args.among, args.data_dir)
+        return of_split(trained, args.layer, args.among, args.data_dir or '')
     among = read(Path(args.among))
     for key in ('layer', 'step', 'parameters_sha256'):
         if among.about.get(key) != queries.about[key]:
@@ -510,7 +510,7 @@ def _parser() -> command.Parser:
     add('--step', default='latest', help='latest, best or a number')
     add('--layer', default='fc7_relu', help='of the net, as fc7_relu (the default)')
     add('--split', help='train, validation, test, or an expression of TFDS, instead of IMAGE')
-    add('--data_dir', type=command.expand, default='', help='of all data sets, if moved')
+    add('--data_dir', type=command.expand, help='of all data sets, if moved')
     add('--output', type=command.path, metavar='FILE', help='.npy (with a .json) or .parquet')
     add('--nearest', type=int, metavar='K', help='print the K nearest images of each')
     among = 'of which: a split, or an .npy made before'

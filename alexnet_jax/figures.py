@@ -694,7 +694,8 @@ def run(args: argparse.Namespace) -> int:
     if args.output is not None and args.output.suffix not in ('.png', '.svg'):
         raise UsageError(f'--output={args.output} must end in .png or .svg.')
     runs = [
-        Run(workdir, args.step, args.data_dir, args.among, args.rows) for workdir in args.workdir
+        Run(workdir, args.step, args.data_dir or '', args.among, args.rows)
+        for workdir in args.workdir
     ]
     output = args.output or runs[0].workdir / f'{args.figure}.png'
     if runs[0].workdir.is_dir():
@@ -729,7 +730,7 @@ def _parser() -> command.Parser:
     )
     add('--output', type=command.path, metavar='FILE', help='.png or .svg; W/NAME.png if not given')
     add('--step', default='latest', help='of the checkpoints: latest, best or a number')
-    add('--data_dir', type=command.expand, default='', help='of all data sets, if moved')
+    add('--data_dir', type=command.expand, help='of all data sets, if moved')
     add('--among', default='train', help="where fig4_right looks: a split, or TFDS's expression")
     add('--rows', type=numbers, default=(), help='of the test images that fig4 shows, as in 0,7')
     return parser

@@ -302,7 +302,7 @@ def write(run: Run, output: Path) -> None:
 
 def _act(args: argparse.Namespace) -> int:
     output = args.output or args.workdir / 'report.html'
-    run = Run(args.workdir, args.step, args.data_dir, args.among)
+    run = Run(args.workdir, args.step, args.data_dir or '', args.among)
     write(run, output)
     say(f'{args.workdir}: {output.stat().st_size:,} bytes')
     print(output)
@@ -319,7 +319,7 @@ def _parser() -> command.Parser:
     add('--workdir', type=command.path, required=True, help='of a run')
     add('--output', type=command.path, metavar='FILE', help='W/report.html if not given')
     add('--step', default='latest', help='of the checkpoints: latest, best or a number')
-    add('--data_dir', default='', help='of all data sets, if moved since the run')
+    add('--data_dir', type=command.expand, help='of all data sets, if moved since the run')
     add('--among', default='train', help="where neighbours are looked for: a split, or TFDS's")
     return parser
 

@@ -127,11 +127,17 @@ def use_compilation_cache(where: str, workdir: Path) -> None:
 
 def _check_same(old: Config, new: Config, workdir: Path, extend: bool) -> None:
     barred = changes(old, new)
-    extendable = all(f'{key}.'.startswith(tuple(f'{e}.' for e in EXTENDABLE)) for key in barred)
-    if not barred or (extend and extendable):
+    allowed = tuple(f'{key}.' for key in EXTENDABLE)
+    fixed = [key for key in barred if not f'{key}.'.startswith(allowed)]
+    if extend and fixed:
+        raise UsageError(
+            f'--extend changes {", ".join(EXTENDABLE)} alone, and the run in {workdir} differs in '
+            f'{", ".join(fixed)}; give the values of its config.json.'
+        )
+    if not barred or extend:
         return
     way = 'the config it was started with (its config.json)'
-    if extendable and _has_checkpoint(workdir):
+    if not fixed and _has_checkpoint(workdir):
         way += ', or add --extend to train it on under the new one'
     raise UsageError(
         f'{workdir} holds a run of another config, different in {", ".join(barred)}; choose '

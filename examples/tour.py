@@ -7,7 +7,7 @@
 Each stop is a function of a few lines, to be taken from here; in `tour` lie, when it is over,
 
     images/              eight test images as PNG files, which are then classified
-    features.npy, .json  the last hidden layer's activations of 1,000 training images
+    features.npy, .json  the last hidden layer's activations of the test images
     fig3.png, ...        the paper's figures, as PNG and as SVG
     report.html          the run on one page
     net.stablehlo        preprocessing, net and weights in one file that runs with jax alone
@@ -26,7 +26,7 @@ from alexnet_jax import command, evaluate, features, figures, predict, report, w
 from alexnet_jax.errors import AlexNetError, RunError
 from alexnet_jax.figures import Run
 
-AMONG = 'train[:5000]'  # neighbours are looked for in a part of the data: this is a tour
+AMONG = 'train[:10%]'  # neighbours are looked for in a part of the data: this is a tour
 
 
 def save_images(run: Run, folder: Path) -> None:
@@ -53,9 +53,9 @@ def classify_files(run: Run, folder: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def save_features(run: Run, path: Path) -> None:
-    """The last hidden layer's activations of 1,000 training images."""
+    """Write the last hidden layer's activations of the test images."""
     layer = figures.last_hidden(run.trained.settings.net)
-    activations = features.of_split(run.trained, layer, 'train[:1000]', run.data_dir)
+    activations = features.of_split(run.trained, layer, 'test', run.data_dir)
     features.write(activations, path, block=500)
 
 

@@ -325,7 +325,7 @@ def test_features_of_another_net_are_refused(workdir, tmp_path, capsys):
         (('--split=test', '--output=a.npy', '--nearest=3'), 2, 'or --nearest=K'),
         (('--split=test', '--output=a.csv'), 2, 'must end in .npy or .parquet'),
         (('--split=test', '--output=a.npy', '--layer=fc7'), 2, 'fc7_linear, fc7_relu'),
-        (('--split=tset', '--output=a.npy'), 2, "no split 'tset'"),
+        (('--split=tset', '--output=a.npy'), 2, "Unknown split 'tset'"),
         (('--split=test[:1]', '--nearest=257'), 2, '1..256'),
         (('--split=test[:1]', '--output={t}/no/a.npy'), 1, 'No such file or directory'),
         (('--split=test[:1]', '--nearest=1', '--among={t}/a.npy'), 1, 'a.npy cannot be read'),

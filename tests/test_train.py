@@ -359,7 +359,7 @@ def test_extensions_that_are_refused(reference, data_dir, tmp_path):
     for config, extend, sentence in (
         (longer, False, r'different in epochs, .*, or add --extend to train it on'),
         (tiny(data_dir, epochs=3.0, seed=1), False, r'different in epochs, .*, seed; (?!.*extend)'),
-        (tiny(data_dir, epochs=3.0, seed=1), True, r'different in epochs, .*, seed'),
+        (tiny(data_dir, epochs=3.0, seed=1), True, r'--extend changes epochs, .* differs in seed;'),
         (tiny(data_dir, epochs=1.0), True, r'8 steps, and an extension to 1 epochs ends after 4;'),
         (tiny(data_dir, epochs=3.0, data__train='train[:10]'), True, r'data\.train'),
     ):
