@@ -198,12 +198,15 @@ def test_sources_that_are_not_there(smoke_run, seven, tmp_path, init_from, error
 
 
 def test_images_of_other_channels_need_statistics_of_their_own(smoke_run, seven, tmp_path):
-    workdir = tmp_path / 'w'
-    workdir.mkdir()
-    with (workdir / 'source_statistics.npz').open('wb') as file:
-        np.savez(file, mean_image=np.zeros((8, 8, 3), np.float32), colour_basis=np.eye(3))
+    saved = checkpoint.read(smoke_run / 'checkpoints')
+    saved.state['statistics'] = {
+        'mean_image': np.zeros((8, 8, 3), np.float32),
+        'colour_basis': np.eye(3),
+    }
+    with checkpoint.Checkpoints(tmp_path / 'coloured' / 'checkpoints') as checkpoints:
+        checkpoints.save(saved.step, saved.state, saved.extra, error=None)
     with pytest.raises(UsageError, match=r'3 channel\(s\), and seven has 1; set init_statistics'):
-        train.run(tuned(smoke_run, seven), workdir)
+        train.run(tuned(tmp_path / 'coloured', seven), tmp_path / 'w')
 
 
 def test_rates_a_layer():
