@@ -19,9 +19,7 @@ class Preprocess:
     """The recipe (paper, section 4.1; the source where it says more)."""
 
     resize_px: int  # side to which images are brought: 256 in 2012
-    image_px: (
-        int  # side of the square from which crops are taken, black round a smaller image: 256 too
-    )
+    image_px: int  # side of the square that crops are taken from, black around a smaller image: 256
     input_px: int  # side of a crop: 224 in 2012
     channels: int  # that the net reads: 3, or 1; grey images are repeated
     crop: bool  # random offsets in training; else the centre

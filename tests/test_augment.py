@@ -22,6 +22,7 @@ PAPER = Preprocess(
     share=1,
     mean='image',
     colour_noise=0.1,
+    noise_until_epoch=68.0,
     noise_divisor=1.1,
     scale=1.0,
 )
@@ -142,7 +143,13 @@ def test_the_same_bits_and_pixels_on_every_mesh(shape):
         return prepare(jax.random.key(3), placed)
 
     (draws, pixels), (expected_draws, expected) = on(shape), on((1, 1))
-    jax.tree.map(np.testing.assert_array_equal, draws, expected_draws)
+    for drawn, wanted in zip(draws, expected_draws, strict=True):
+        if np.issubdtype(drawn.dtype, np.floating):
+            # jax 0.12 compiles the inverse error function by shard, and one of 48 normal numbers
+            # is off by a unit in the last place; the random bits behind them are the same.
+            np.testing.assert_array_max_ulp(np.asarray(drawn), np.asarray(wanted), maxulp=1)
+        else:
+            np.testing.assert_array_equal(drawn, wanted)
     np.testing.assert_allclose(pixels, expected, rtol=1e-6, atol=1e-4)  # 255 in float32: 3e-5
 
 

@@ -438,7 +438,7 @@ def test_the_size_of_evaluation_batches_changes_no_number(smoke_run):
     found = []
     for size in (16, 7, 64):
         trained = evaluate.restore(smoke_run, overrides={'loop.eval_batch_size': size})
-        dataset = evaluate.open_split(trained.settings, 'test')
+        dataset = evaluate.open_split(trained, 'test')
         predict = evaluate.make_predict(trained.settings, trained.layout)
         how = {'layout': trained.layout, 'batch_size': trained.settings.loop.eval_batch_size}
         found.append(

@@ -604,7 +604,7 @@ def config_file(tmp_path_factory, data_dir):
 def imported(tmp_path_factory, config_file):
     """(workdir, the weights that it was made of): made by the command."""
     folder = tmp_path_factory.mktemp('imported')
-    config = configuration.load(str(config_file), {})
+    config = weights.read_config(str(config_file))
     arrays = foreign('torchvision', config)
     file = write(folder / 'theirs.safetensors', arrays)
     words = ['import', 'torchvision', file, '--workdir', folder / 'w', '--config', config_file]
