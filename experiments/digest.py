@@ -44,7 +44,12 @@ class Kept:
 
     def final(self) -> dict[str, Any]:
         """Its record of all test images."""
-        return next(record for record in self.records if record['kind'] == 'test')
+        return _last_test(self.records)
+
+
+def _last_test(found: Sequence[Mapping[str, Any]]) -> Any:
+    """Return the record of all test images, the last one of a run that was extended, or None."""
+    return next((record for record in reversed(found) if record['kind'] == 'test'), None)
 
 
 # ------------------------------------------------------------------------------------ to be written
@@ -57,7 +62,7 @@ def keep(workdir: Path, folder: Path) -> None:
         RunError: it is not finished, damaged, or its predictions are not those of its end.
     """
     found = records.read(workdir)
-    final = next((record for record in found if record['kind'] == 'test'), None)
+    final = _last_test(found)
     if final is None:
         raise RunError(f'{workdir} is not finished; the same sweep goes on.')
     arrays = evaluate.load_predictions(workdir)
@@ -238,8 +243,9 @@ def _read(folder: Path) -> tuple[tuple[str, int], Kept]:
             wrong=unpacked(own),
             labels=own['labels_sha256'],
         )
-        run.final()
-    except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:
+        if run.final() is None:
+            raise ValueError('metrics.jsonl has no test record')
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(f'{folder} is damaged ({error!r}); keep the run again.') from error
     return (run.row, run.seed), run
 
