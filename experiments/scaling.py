@@ -22,6 +22,7 @@ from alexnet_jax import communication, config, ops, parallel
 from alexnet_jax.config import Settings
 from alexnet_jax.model import geometry
 from configs import alexnet, variant_torchvision
+from experiments.throughput.tables import markdown
 
 RESULTS = Path(__file__).parent / 'results' / 'scaling'
 STEPS, TABLES = (RESULTS / name for name in ('steps.jsonl', 'tables.md'))
@@ -168,12 +169,6 @@ def flops_table(rows: list[dict[str, Any]]) -> str:
         body.append([name, *(f'{count / 1e9:.1f}' for count in counts)])
     head = ['net', "GFLOP, XLA's count", 'GFLOP by hand', "GB read and written, XLA's count"]
     return markdown([head, *body])
-
-
-def markdown(rows: list[list[str]]) -> str:
-    """Return a Markdown table, the first row its head."""
-    lines = ['| ' + ' | '.join(row) + ' |' for row in rows]
-    return '\n'.join([lines[0], '|' + '---|' * len(rows[0]), *lines[1:]])
 
 
 def _is(row: dict[str, Any], net: str, placement: str) -> bool:
