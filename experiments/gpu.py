@@ -1,74 +1,86 @@
-"""What a session with an accelerator is spent on, in the order of its worth.
+"""Run what needs a GPU, the most valuable first, inside a time limit and without a network.
 
-    python -m experiments.gpu [--out=experiments/results/gpu] [--workdirs=workdirs] [--steps=1,2,3]
+    python -m experiments.gpu [--steps=smoke,gluon] [--secs=540] [--archive=FILE.tar.gz]
 
-Each step is a command of its own with a time limit; its output goes to <out>/<step>.log, and one
-that fails does not stop the rest. The logs of finished runs are copied to <out>/<run>/.
+Each step is a command with a time limit of its own. Its output goes to <out>/<step>.log, and a step
+that fails does not stop the rest. A run that meets its limit saves, and the same command resumes
+it. The logs of runs and the tables are kept in <out>, and after each step in the archive too.
+`experiments/gpu_bundle.py` packs what a machine without a network lacks.
 """
 
 import argparse
 import shutil
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
 # No jax here: the parent would hold the memory that its children want.
-STEPS = (
-    # (name, seconds at most, command); results are kept row by row, so a limit loses the rest only
-    ('smoke', 120, 'main.py --config=configs/smoke.py --workdir={workdirs}/smoke'),
-    ('steps_2012', 590, '-m experiments.throughput --parts=steps --nets=2012'),
-    ('layers', 240, '-m experiments.throughput --parts=layers --nets=2012'),
-    (
-        'time_to_accuracy',
-        590,
-        '-m experiments.time_to_accuracy --workdir={workdirs}/time_to_accuracy',
+THROUGHPUT = '-m experiments.throughput --rounds=3 --sample_secs=0.3 --out={out}/throughput'
+SWEEP = '-m experiments.sweep {name} --scale=quickstart --workdirs={{workdirs}} --parallel=12'
+STEPS = {
+    # name: (seconds at most, command)
+    'smoke': (60, 'main.py --config=configs/smoke.py --workdir={workdirs}/smoke'),
+    'quickstart': (60, 'main.py --config=configs/alexnet.py --workdir={workdirs}/quickstart'),
+    'gluon': (
+        90,
+        'main.py --config=configs/variant_gluon.py:fashion_mnist --config.epochs=5 '
+        '--workdir={workdirs}/gluon',
     ),
-    ('feeding', 400, '-m experiments.throughput --parts=feeding'),
-    (
-        'fashion_mnist',
-        500,
+    'd2l': (120, 'main.py --config=configs/variant_d2l.py:fashion_mnist --workdir={workdirs}/d2l'),
+    'fashion_mnist': (
+        150,
         'main.py --config=configs/alexnet.py:fashion_mnist --workdir={workdirs}/fashion_mnist',
     ),
-    *(
-        (
-            f'fashion_mnist_{name}',
-            500,
-            f'main.py --config=configs/variant_{name}.py:fashion_mnist '
-            f'--workdir={{workdirs}}/fashion_mnist_{name}',
-        )
-        for name in ('d2l', 'gluon')
+    'train_128': (75, f'{THROUGHPUT} --parts=steps --nets=2012 --batches=128 --passes=train'),
+    'train_1024': (75, f'{THROUGHPUT} --parts=steps --nets=2012 --batches=1024 --passes=train'),
+    'forward': (100, f'{THROUGHPUT} --parts=steps --nets=2012 --passes=forward'),
+    'time_to_accuracy': (
+        90,
+        '-m experiments.time_to_accuracy --workdir={workdirs}/time_to_accuracy '
+        '--out={out}/throughput',
     ),
-    ('start', 400, '-m experiments.throughput --parts=start --rounds=3'),
-    (
-        'steps_others',
-        590,
-        '-m experiments.throughput --parts=steps --nets=2012_without_LRN,torchvision,quickstart',
+    'table': (400, SWEEP.format(name='contribution_table') + ' --seeds=5'),
+    'rates': (100, SWEEP.format(name='contribution_rates') + ' --seeds=3'),
+    'table_10': (400, SWEEP.format(name='contribution_table') + ' --seeds=10'),
+    'rates_10': (400, SWEEP.format(name='contribution_rates') + ' --seeds=10'),
+    'bfloat16': (100, SWEEP.format(name='contribution_bfloat16') + ' --seeds=5'),
+    'variants': (200, SWEEP.format(name='variants') + ' --seeds=3'),
+    'layers': (90, f'{THROUGHPUT} --parts=layers --nets=2012'),
+    'feeding': (120, f'{THROUGHPUT} --parts=feeding'),
+    'keep': (
+        90,
+        '-m experiments.contribution_table --results={out}/contribution_table --runs '
+        '{workdirs}/contribution_table-quickstart {workdirs}/contribution_rates-quickstart '
+        '{workdirs}/contribution_bfloat16-quickstart',
     ),
-    (
-        'fashion_mnist_lrn',
-        500,
-        'main.py --config=configs/ablation_lrn.py:fashion_mnist '
-        '--workdir={workdirs}/fashion_mnist_lrn',
+    'keep_variants': (
+        60,
+        '-m experiments.variants --results={out}/variants --runs {workdirs}/variants-quickstart',
     ),
-)
+}
+SAVE_SECS = 25  # for a run that is stopped
 KEPT = ('config.json', 'environment.json', 'metrics.jsonl')
 
 
-def run(name: str, limit_secs: float, command: str, out: Path, workdirs: Path) -> str:
-    """Run one step; what became of it, in a few words."""
-    words = [sys.executable, *command.format(workdirs=workdirs).split()]
+def run(command: str, log: Path, limit_secs: float) -> str:
+    """Run one step; return in a few words what became of it."""
     start = time.monotonic()
-    with (out / f'{name}.log').open('w') as log:
+    with log.open('a') as out:
+        child = subprocess.Popen([sys.executable, *command.split()], stdout=out, stderr=out)
         try:
-            done = subprocess.run(
-                words, stdout=log, stderr=subprocess.STDOUT, timeout=limit_secs, check=False
-            )
-            verdict = 'done' if done.returncode == 0 else f'exit code {done.returncode}'
+            code = child.wait(limit_secs)
+            outcome = 'done' if code == 0 else f'exit code {code}'
         except subprocess.TimeoutExpired:
-            verdict = f'stopped at its limit of {limit_secs} s'
-    keep(workdirs / name, out / name)
-    return f'{verdict}, {time.monotonic() - start:.0f} s'
+            outcome = f'stopped at its limit of {limit_secs:.0f} s'
+            child.terminate()
+            try:
+                child.wait(SAVE_SECS)
+            except subprocess.TimeoutExpired:
+                child.kill()
+                child.wait()
+    return f'{outcome}, {time.monotonic() - start:.0f} s'
 
 
 def keep(run_folder: Path, folder: Path) -> None:
@@ -79,18 +91,36 @@ def keep(run_folder: Path, folder: Path) -> None:
             shutil.copy(run_folder / file, folder / file)
 
 
+def pack(out: Path, archive: Path) -> None:
+    """Write all results into one compressed archive, complete or not at all."""
+    scratch = archive.with_name(archive.name + '.part')
+    with tarfile.open(scratch, 'w:gz') as tar:
+        tar.add(out, arcname='gpu')
+    scratch.replace(archive)
+
+
 def main() -> None:
-    """Run the steps asked for, and say what became of each."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Run the steps asked for until the time is over, and print what became of each."""
+    parser = argparse.ArgumentParser(description=(__doc__ or '').splitlines()[0])
     parser.add_argument('--out', type=Path, default=Path('experiments/results/gpu'))
     parser.add_argument('--workdirs', type=Path, default=Path('workdirs'))
-    parser.add_argument('--steps', default='', help='numbers from 1, with commas; all by default')
+    parser.add_argument('--steps', default=','.join(STEPS), help='names, with commas between')
+    parser.add_argument('--secs', type=float, default=540, help='for all steps')
+    parser.add_argument('--archive', type=Path, help='.tar.gz of --out, renewed after each step')
     args = parser.parse_args()
-    wanted = [int(number) for number in args.steps.split(',') if number]
+    end = time.monotonic() + args.secs
     args.out.mkdir(parents=True, exist_ok=True)
-    for number, (name, limit_secs, command) in enumerate(STEPS, start=1):
-        if not wanted or number in wanted:
-            print(f'{number}. {name}: {run(name, limit_secs, command, args.out, args.workdirs)}')
+    for name in args.steps.split(','):
+        limit_secs, command = STEPS[name]
+        left = end - time.monotonic() - SAVE_SECS
+        if left < 10:
+            print(f'{name}: not run, no time left', flush=True)
+            continue
+        command = command.format(workdirs=args.workdirs, out=args.out)
+        print(f'{name}: {run(command, args.out / f"{name}.log", min(limit_secs, left))}', flush=True)
+        keep(args.workdirs / name, args.out / name)
+        if args.archive:
+            pack(args.out, args.archive)
 
 
 if __name__ == '__main__':
