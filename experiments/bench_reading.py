@@ -30,8 +30,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from alexnet_jax import pictures, records, shard_writer
+from alexnet_jax.data import images as image_io
+from alexnet_jax.data.prepare import shards
 from alexnet_jax.machine import cores
+from alexnet_jax.training import metrics
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / 'experiments' / 'results' / 'reading'
@@ -55,7 +57,7 @@ def write(folder: Path, count: int, files: int, px: int, encoded: Callable[[int]
         path = version / f'{folder.name}-train.array_record-{i:05d}-of-{files:05d}'
         writer = ArrayRecordWriter(str(path), 'group_size:1,uncompressed')
         for _ in range(length):
-            writer.write(shard_writer.example(encoded(number), number % CLASSES, str(number)))
+            writer.write(shards.example(encoded(number), number % CLASSES, str(number)))
             number += 1
         writer.close()
     split = {'name': 'train', 'shardLengths': [str(length) for length in lengths]}
@@ -93,7 +95,7 @@ def write_all(scratch: Path, count: int) -> dict[str, int]:
     images = [drawn(rng) for _ in range(100)]
     encoded = {
         'raw': [image.tobytes() for image in images],
-        'jpeg': [pictures.jpeg(image, QUALITY) for image in images],
+        'jpeg': [image_io.jpeg(image, QUALITY) for image in images],
     }
     for name, some in encoded.items():
         write(scratch / name, IMAGES[name], 4, PX, lambda i, some=some: some[i % len(some)])
@@ -241,8 +243,8 @@ def main() -> None:
         shutil.rmtree(scratch)
     packages = ('array-record', 'pillow', 'simplejpeg')
     versions = {package: metadata.version(package) for package in packages}
-    result |= {'environment': records.environment() | versions, 'load_average': os.getloadavg()}
-    device = re.sub(r'\W+', '_', records.device_name()).strip('_').lower()
+    result |= {'environment': metrics.environment() | versions, 'load_average': os.getloadavg()}
+    device = re.sub(r'\W+', '_', metrics.device_name()).strip('_').lower()
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f'{device}.json'
     path.write_text(json.dumps(result, indent=1) + '\n')

@@ -23,9 +23,10 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from alexnet_jax import checkpoint, evaluate
-from alexnet_jax.checkpoint import Checkpoints, read
 from alexnet_jax.errors import RunError, UsageError
+from alexnet_jax.inference import evaluate
+from alexnet_jax.training import checkpoint
+from alexnet_jax.training.checkpoint import Checkpoints, read
 
 
 def state_of(step, size=3000):
