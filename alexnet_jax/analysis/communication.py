@@ -30,7 +30,7 @@ from alexnet_jax.training.step import init_state, jit_train_step, make_optimizer
 IMAGES = 1_281_167  # ILSVRC-2012's; only the schedules' constants depend on it
 BOOKKEEPING = 'bookkeeping'  # scalars: loss, error count, the check that all is finite
 UNKNOWN = 'unknown'  # an array that belongs to no layer: nobody meant to send it
-GRADIENT_SCOPE = 'data_parallel'  # the name that parallel.py gives to the sums of gradients
+GRADIENT_SCOPE = 'data_parallel'  # the name that parallel/mesh.py gives to the sums of gradients
 KINDS = ('all-gather', 'reduce-scatter', 'all-reduce', 'all-to-all', 'collective-permute')
 # LLVM's optimisations off: half the time, and XLA's program, all that is read, stays as it is.
 QUICK_COMPILE = {'xla_backend_optimization_level': '0'}

@@ -17,7 +17,7 @@ Report = Callable[[str], None]
 
 FETCHED = ('fashion_mnist', 'mnist')  # prepared without being given any files
 OFFICIAL = ('imagenet2010', 'imagenet2012')  # their archives are available on request only
-PREPARATION = 'preparation.json'  # beside the records of a set that shard_writer made
+PREPARATION = 'preparation.json'  # beside the records of a set that prepare/shards.py wrote
 LOG_EVERY_SECS = 30
 
 

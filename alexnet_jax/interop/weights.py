@@ -46,7 +46,7 @@ from alexnet_jax.training import checkpoint, step
 from alexnet_jax.training import workdir as workdirs
 from alexnet_jax.training.checkpoint import Checkpoints
 
-Params = dict[str, dict[str, np.ndarray]]  # {layer: {'kernel', 'bias'}}, see model.init
+Params = dict[str, dict[str, np.ndarray]]  # {layer: {'kernel', 'bias'}}, see alexnet.init
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,7 +23,7 @@ from alexnet_jax.training import checkpoint
 from alexnet_jax.training.checkpoint import Restored, Step
 from alexnet_jax.training.metrics import say
 
-Params = Mapping[str, Mapping[str, np.ndarray]]  # the canonical tree, see model.init
+Params = Mapping[str, Mapping[str, np.ndarray]]  # the canonical tree, see alexnet.init
 
 
 def source(init_from: str) -> tuple[Path, Step]:

@@ -299,7 +299,7 @@ def match_classes(job: Job, names: list[str]) -> Job:
 
 
 def begin_with(job: Job, state: TrainState) -> TrainState:
-    """The state of step 0 with the weights of another run's net; see transfer.py."""
+    """The state of step 0 with the weights of another run's net; see finetune.py."""
     where = job.settings.init_from
     restored = finetune.read(where)
     fresh = mesh.fetch(state.params, job.layout)
@@ -313,7 +313,7 @@ def begin_with(job: Job, state: TrainState) -> TrainState:
 
 
 def preflight(job: Job, state: TrainState) -> None:
-    """Say how the start looks, before it costs days; see diagnose.py."""
+    """Say how the start looks, before it costs days; see preflight.py."""
     labels, pixels = first_batch(job)
     params = mesh.fetch(state.params, job.layout)
     found = checks.preflight(job.settings.net, params, pixels, labels)
