@@ -108,11 +108,12 @@ START = """
 import json, sys, time
 begin = time.perf_counter()
 from pathlib import Path
-from alexnet_jax import data
-dataset = data.load('small', sys.argv[1], 'train', workers=2, resident_gib=0.0)
+from alexnet_jax.data import datasets
+from alexnet_jax.data.batches import TrainStream
+dataset = datasets.load('small', sys.argv[1], 'train', workers=2, resident_gib=0.0)
 opened = time.perf_counter()
-data.statistics_of(dataset)
-stream = data.TrainStream(dataset, seed=0, batch_size=128)
+datasets.statistics_of(dataset)
+stream = TrainStream(dataset, seed=0, batch_size=128)
 stream.batch(0)
 batch = time.perf_counter()
 for step in range(1, 200):  # of 626 files, most are opened in 25,600 images
@@ -134,16 +135,18 @@ print(json.dumps({
 RATES = """
 import json, sys, time
 from pathlib import Path
-from alexnet_jax import data, machine
+from alexnet_jax.data import datasets
+from alexnet_jax.data.batches import TrainStream, prefetch
+from alexnet_jax.parallel import cpu
 folder, name, workers, count = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-dataset = data.load(name, folder, 'train', workers=workers, resident_gib=0.0)
-stream = data.TrainStream(dataset, 0, 128)
+dataset = datasets.load(name, folder, 'train', workers=workers, resident_gib=0.0)
+stream = TrainStream(dataset, 0, 128)
 if workers:  # as in training
-    batches = data.prefetch(stream.batch, 0, 10**9, depth=2, threads=2)
+    batches = prefetch(stream.batch, 0, 10**9, depth=2, threads=2)
 else:
     batches = (stream.batch(step) for step in range(10**9))
 next(batches)
-machine.keep_freed()
+cpu.keep_freed()
 
 def processor_secs():
     children = ' '.join(path.read_text() for path in Path('/proc/self/task').glob('*/children'))
@@ -153,13 +156,13 @@ def processor_secs():
 for _ in sys.stdin:
     for _ in range(6):  # what was read ahead is used up
         next(batches)
-    begin, cpu = time.perf_counter(), processor_secs()
+    begin, spent = time.perf_counter(), processor_secs()
     for _ in range(count):
         next(batches)
     images = count * 128
     print(json.dumps({
         'images_per_sec': images / (time.perf_counter() - begin),
-        'cpu_ms': 1e3 * (processor_secs() - cpu) / images,
+        'cpu_ms': 1e3 * (processor_secs() - spent) / images,
     }), flush=True)
 """
 

@@ -418,7 +418,7 @@ CHILD = """
     from pathlib import Path
     sys.path.insert(0, sys.argv[1])
     from tests.test_checkpoint import assert_same, state_of
-    from alexnet_jax.checkpoint import Checkpoints
+    from alexnet_jax.training.checkpoint import Checkpoints
 
     checkpoints = Checkpoints(Path(sys.argv[2]))
     restored = checkpoints.restore_newest_intact(None)

@@ -136,7 +136,7 @@ def test_unknown_names_and_absent_data(data_dir, tmp_path):
         datasets.load('fashion', data_dir, 'train')
     with pytest.raises(UsageError, match=r"Unknown split 'valid'.*train, test"):
         datasets.load('fashion_mnist', data_dir, 'valid')
-    with pytest.raises(RunError, match=r'run `python -m alexnet_jax\.prepare fashion_mnist'):
+    with pytest.raises(RunError, match=r'run `python -m alexnet_jax prepare fashion_mnist'):
         datasets.load('fashion_mnist', tmp_path, 'train')
 
 

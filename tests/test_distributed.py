@@ -136,8 +136,8 @@ def test_process_0_alone_speaks(undisturbed):
 SHARE = """
 import sys
 import jax, numpy as np
-from alexnet_jax import parallel
 from alexnet_jax.config import MeshShape
+from alexnet_jax.parallel import mesh
 port, process = sys.argv[1:]
 head = f'127.0.0.1:{port}'
 jax.distributed.initialize(
@@ -148,11 +148,11 @@ jax.distributed.initialize(
     coordinator_bind_address=head,
 )
 for shape in ((4, 1), (2, 2), (1, 4), (4, 1, 'one_weird_trick')):
-    layout = parallel.lay_out(MeshShape(*shape), 64)
-    rows = parallel.own_rows(layout, 64)
+    layout = mesh.lay_out(MeshShape(*shape), 64)
+    rows = mesh.own_rows(layout, 64)
     read = np.arange(64)[rows]
-    batch = parallel.place_batch(layout, {'label': read}, 64)
-    assert np.array_equal(parallel.fetch(batch, layout)['label'], np.arange(64))
+    batch = mesh.place_batch(layout, {'label': read}, 64)
+    assert np.array_equal(mesh.fetch(batch, layout)['label'], np.arange(64))
     print(rows.start, rows.stop)
 """
 
@@ -306,7 +306,7 @@ def test_data_that_is_not_the_same_everywhere(command, data_dir, tmp_path, fault
 
 BUG = """
 import sys
-from alexnet_jax import distributed
+from alexnet_jax.parallel import distributed
 with distributed.joined(distributed.detect({}, sys.argv[1], 2, int(sys.argv[2])), {}):
     distributed.wait_for_all('start')
     if sys.argv[2] == '1':
@@ -456,7 +456,7 @@ def test_processes_of_a_host_share_its_gpus(visible, info, own):
 
 CONNECT = """
 import os
-from alexnet_jax import distributed
+from alexnet_jax.parallel import distributed
 info = distributed.detect(os.environ)
 with distributed.joined(info, {}):
     import jax

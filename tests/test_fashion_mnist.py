@@ -119,7 +119,7 @@ def test_killed_in_the_middle_then_two_at_once_make_one_complete_set(raw_dir, da
 def test_every_process_writes_the_same_bytes(few, raw_dir, tmp_path):
     """TFDS's writer did not: it serialises a map of features in an order of the process."""
     script = (
-        'import sys; from alexnet_jax import fashion_mnist\n'
+        'import sys; from alexnet_jax.data.prepare import fashion_mnist\n'
         f'raw = fashion_mnist.read_raw(fashion_mnist.Path({str(raw_dir)!r}))\n'
         'few = {k: (x[:300], y[:300]) for k, (x, y) in raw.items()}\n'
         'fashion_mnist.write(few, fashion_mnist.Path(sys.argv[1]))\n'
@@ -313,13 +313,13 @@ def test_an_incomplete_set_is_refused(few, tmp_path):
 def test_a_full_disk_is_one_sentence_and_leaves_nothing(raw_dir, tmp_path):
     """A limit on file sizes stands in for the full disk; 300 images stand in for all."""
     script = (
-        'import resource, sys; from alexnet_jax import fashion_mnist, prepare\n'
+        'import resource, sys; from alexnet_jax.data.prepare import command, fashion_mnist\n'
         'few = {k: (x[:300], y[:300]) for k, (x, y) in fashion_mnist.read_raw('
         f'fashion_mnist.Path({str(raw_dir)!r})).items()}}\n'
         'fashion_mnist.read_raw = lambda folder, files: few\n'
         'resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n'
         f'words = ["fashion_mnist", "--data_dir={tmp_path}", "--source={tmp_path}"]\n'
-        'sys.exit(prepare.main(words))\n'
+        'sys.exit(command.main(words))\n'
     )
     done = subprocess.run(
         [sys.executable, '-c', script], cwd=REPOSITORY, capture_output=True, text=True

@@ -225,9 +225,9 @@ def test_what_the_system_cannot_read_is_not_called_damaged(sets, repository, wor
     """With no descriptor left the data set is as sound as before, and nobody is to remove it."""
     script = (
         'import resource\n'
-        'from alexnet_jax import data, stored\n'
-        'stored._allow_files()\n'  # once: raised again later, the limit below would be gone
-        f'd = data.load("drawn", {str(sets["picture"])!r}, "train", workers={workers},'
+        'from alexnet_jax.data import datasets, records\n'
+        'records._allow_files()\n'  # once: raised again later, the limit below would be gone
+        f'd = datasets.load("drawn", {str(sets["picture"])!r}, "train", workers={workers},'
         ' resident_gib=0.0)\n'
         'resource.setrlimit(resource.RLIMIT_NOFILE, (3, 4096))\n'
         'try: d.images[:300]\n'
@@ -248,8 +248,9 @@ def test_a_process_that_reads_leaves_nothing_behind(sets, repository, how):
     """However it ends: while it reads it has no children, and no file in /dev/shm."""
     script = (
         'import time, numpy as np\n'
-        'from alexnet_jax import data\n'
-        f'd = data.load("drawn", {str(sets["picture"])!r}, "train", workers=2, resident_gib=0.0)\n'
+        'from alexnet_jax.data import datasets\n'
+        f'd = datasets.load("drawn", {str(sets["picture"])!r}, "train", workers=2,'
+        ' resident_gib=0.0)\n'
         'd.take(np.arange(300)); print("read", flush=True)\n'
         f'while {how is not None}: d.take(np.arange(300))\n'
     )

@@ -195,8 +195,8 @@ def test_a_bomb_is_refused_before_it_goes_off(side):
 def test_a_bomb_is_refused_where_warnings_are_none():
     script = (
         'import sys; from tests import test_pictures as t\n'
-        'try: t.pictures.picture(t.bomb(9_500), 256)\n'
-        'except t.pictures.BadImage as error: sys.exit(f"{error}")\n'
+        'try: t.images.picture(t.bomb(9_500), 256)\n'
+        'except t.images.BadImage as error: sys.exit(f"{error}")\n'
     )
     done = subprocess.run(
         [sys.executable, '-W', 'ignore', '-c', script], capture_output=True, text=True

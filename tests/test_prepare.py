@@ -48,7 +48,7 @@ def test_ones_own_pictures_from_folder_to_dataset(pets, tmp_path, capsys):
 def test_the_command_starts_without_jax_and_tfds(pets, tmp_path):
     """Both take seconds to import; a worker imports TFDS's record format, and no JAX."""
     script = (
-        'import sys; from alexnet_jax import prepare\n'
+        'import sys; from alexnet_jax.data.prepare import command\n'
         'known = {name.partition(".")[0] for name in sys.modules}\n'
         'sys.exit(str(known & {"jax", "flax", "tensorflow_datasets", "tensorflow", "scipy"}))\n'
     )

@@ -55,8 +55,8 @@ def test_tensorboard_does_not_bring_pytorch_along(tmp_path):
     pytest.importorskip('tensorboardX')
     script = (
         'import pathlib, sys\n'
-        'from alexnet_jax import records\n'
-        f'book = records.Records(pathlib.Path({str(tmp_path)!r}), 0, tensorboard=True)\n'
+        'from alexnet_jax.training import metrics\n'
+        f'book = metrics.Records(pathlib.Path({str(tmp_path)!r}), 0, tensorboard=True)\n'
         'book.write("train", 1, loss=0.5); book.close()\n'
         'print("tensorboardX" in sys.modules, "torch" in sys.modules)'
     )
