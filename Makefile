@@ -27,13 +27,14 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 data: env $(DATA)
 
 $(DATA):
-	$(BIN)/python -m alexnet_jax.prepare fashion_mnist --data_dir=data
+	$(BIN)/python -m alexnet_jax prepare fashion_mnist --data_dir=data
 
 test: lint types tests
 
 lint: env
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/lint-imports --no-cache
 
 types: env
 	$(BIN)/ty check --python $(VENV) $(TYPED)

@@ -10,8 +10,9 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from alexnet_jax import command, config_file, distributed
+from alexnet_jax import command, config_file
 from alexnet_jax.errors import UsageError
+from alexnet_jax.parallel import distributed
 
 
 def parser() -> command.Parser:
@@ -60,15 +61,15 @@ def act(flags: argparse.Namespace, config: dict, overrides: Mapping, given: Mapp
     """Call the one function for the mode; return what is for stdout."""
     workdir = flags.workdir or 'workdirs/{name}-{scale}-{seed}'.format(**config)
     if flags.mode == 'describe':
-        from alexnet_jax import describe
+        from alexnet_jax.analysis import describe
 
         return describe.run(config)
     if flags.mode == 'evaluate':
-        from alexnet_jax import evaluate
+        from alexnet_jax.inference import evaluate
 
         found = evaluate.run(command.paths(workdir), **given, overrides=overrides)
         return evaluate.line(found)
-    from alexnet_jax import train
+    from alexnet_jax.training import train
 
     return train.run(config, command.path(workdir), flags.extend)
 

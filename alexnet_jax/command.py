@@ -50,6 +50,23 @@ class Parser(argparse.ArgumentParser):
         """Raise UsageError."""
         raise UsageError(f'{message} (see {self.prog} --help).')
 
+    def add_workdir(self, **options: Any) -> None:
+        """Add --workdir; `options` are those of `add_argument` that differ."""
+        self._add('--workdir', options, type=path, required=True, help='the folder of a run')
+
+    def add_step(self, **options: Any) -> None:
+        """Add --step, the checkpoint of a run."""
+        what = 'the checkpoint: latest, best or a number'
+        self._add('--step', options, default='latest', help=what)
+
+    def add_data_dir(self, **options: Any) -> None:
+        """Add --data_dir, the folder of all data sets."""
+        what = 'the folder of all data sets, if moved since the run'
+        self._add('--data_dir', options, type=expand, help=what)
+
+    def _add(self, flag: str, options: dict[str, Any], **defaults: Any) -> None:
+        self.add_argument(flag, **defaults | options)
+
 
 def run(
     name: str,

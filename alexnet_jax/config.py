@@ -10,12 +10,13 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from alexnet_jax import command, model, optimizer
-from alexnet_jax.augment import Preprocess
+from alexnet_jax import command
 from alexnet_jax.config_file import Config, as_json, differences, plain
 from alexnet_jax.errors import UsageError
-from alexnet_jax.model import Dropout, Layer, Net, Norm, Pool
-from alexnet_jax.optimizer import Schedule
+from alexnet_jax.model import alexnet, optimizer
+from alexnet_jax.model.alexnet import Dropout, Layer, Net, Norm, Pool
+from alexnet_jax.model.augment import Preprocess
+from alexnet_jax.model.optimizer import Schedule
 
 __all__ = ['Config', 'Settings', 'as_json', 'differences', 'plain', 'unpack']
 
@@ -75,7 +76,7 @@ class Loop:
 
 @dataclasses.dataclass(frozen=True)
 class MeshShape:
-    """Devices along each axis; data -1 takes all that are left. Placements: see parallel.py.
+    """Devices along each axis; data -1 takes all that are left. Placements: see parallel/mesh.py.
 
     cpu_devices: as how many devices a CPU is to appear, if it has the cores and JAX has not looked
         yet; 0: as one, or as the environment has it. Operations too small to share keep one core
@@ -150,7 +151,7 @@ LIMITS: dict[type, dict[str, Any]] = {
     ),
     Layer: dict(
         kind=('conv', 'fc'), features=0, kernel_px=1, stride_px=1, padding_px=0,
-        reads=('own', 'all'), init=tuple(model.INITIALIZERS), init_std=0, then=model.FOLLOWS,
+        reads=('own', 'all'), init=tuple(alexnet.INITIALIZERS), init_std=0, then=alexnet.FOLLOWS,
     ),
     Norm: dict(size=1, k=POSITIVE, alpha=0),
     Pool: dict(kind=('max', 'average'), window_px=1, stride_px=1, rounding=('down', 'up')),
@@ -294,7 +295,7 @@ def _net(section: Mapping[str, Any]) -> Net:
     for layer in net.layers[:-1]:  # the last one's 0 is 'as many as the data has classes'
         _limited(layer.features, 1, f'model.{layer.name}.features')
     _check_net(net)
-    stages = model.geometry(net)
+    stages = alexnet.geometry(net)
     if scaling == 'none':
         return net
     # fan-in * std^2 stays what it was in run 145's net, and with it the signal's strength.

@@ -13,7 +13,7 @@
 | pictures | your own at 112 px | widths / 4 | openclipart-png: 44.50 / 19.65 %; 44.75 / 19.53 % |
 | pictures_full | your own at 224 px | full | not run |
 
-Your own pictures are prepared first, by `python -m alexnet_jax.prepare folder --source=FOLDER
+Your own pictures are prepared first, by `python -m alexnet_jax prepare folder --source=FOLDER
 --name=NAME`. Classes, channels and splits are then taken from the data; a split that is not there
 is a tenth of the training split. The number of epochs is a guess: --config.epochs changes it.
 Debian's openclipart-png has 6,484 pictures to train on and 22 classes, the largest of them 27 % of
@@ -46,7 +46,7 @@ def get_config(scale: str = 'quickstart') -> ConfigDict:
     config.preprocess = preprocess(config.get_ref('epochs'))
     config.optimizer = optimizer(config.get_ref('epochs'))
     config.loop = loop()
-    # -1: all devices that are left; placement: 'towers' or 'one_weird_trick' (parallel.py)
+    # -1: all devices that are left; placement: 'towers' or 'one_weird_trick' (parallel/mesh.py)
     config.mesh = dict(data=-1, tower=1, placement='towers', cpu_devices=0)
     # How long processes wait for those that have not come, and for those that fell silent.
     config.processes = dict(join_timeout_secs=300.0, peer_timeout_secs=60.0)

@@ -1,6 +1,6 @@
 """Fine-tuning: a trained net on other images and other classes.
 
-    python -m alexnet_jax.prepare folder --source=my_images --name=flowers
+    python -m alexnet_jax prepare folder --source=my_images --name=flowers
     python main.py --config=configs/finetune.py --config.data.name=flowers \\
         --config.init_from=workdirs/alexnet-imagenet2012-0 --workdir=workdirs/flowers
 

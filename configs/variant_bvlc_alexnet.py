@@ -1,11 +1,11 @@
 """Caffe's bvlc_alexnet: the replication of 2012 that most of the literature calls AlexNet.
 
     python main.py --config=configs/variant_bvlc_alexnet.py:imagenet2012
-    python -m alexnet_jax.weights import bvlc_alexnet bvlc_alexnet.npz --workdir=W
+    python -m alexnet_jax weights import bvlc_alexnet bvlc_alexnet.npz --workdir=W
 
 The weights: http://dl.caffe.berkeleyvision.org/bvlc_alexnet.caffemodel, 244 MB, sha1
 9116a64c0fbe4459d18f4bb6b56d647b63920377, for unrestricted use; how to make an .npz of them, says
-`python -m alexnet_jax.weights --help`. Expect of them on ILSVRC-2012 val, centre crop, as Caffe's
+`python -m alexnet_jax weights --help`. Expect of them on ILSVRC-2012 val, centre crop, as Caffe's
 model zoo states it: 57.1 % top-1 and 80.2 % top-5 accuracy, of images warped to 256 x 256 (not run
 here: neither file nor data were at hand).
 

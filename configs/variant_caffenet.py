@@ -1,11 +1,11 @@
 """Caffe's reference CaffeNet: bvlc_alexnet with pooling before LRN, and biases of 1.
 
     python main.py --config=configs/variant_caffenet.py:imagenet2012
-    python -m alexnet_jax.weights import caffenet bvlc_reference_caffenet.npz --workdir=W
+    python -m alexnet_jax weights import caffenet bvlc_reference_caffenet.npz --workdir=W
 
 The weights: http://dl.caffe.berkeleyvision.org/bvlc_reference_caffenet.caffemodel, 244 MB, sha1
 4c8d77deb20ea792f84eb5e6d0a11ca0a8660a46, for unrestricted use; how to make an .npz of them, says
-`python -m alexnet_jax.weights --help`. Expect of them on ILSVRC-2012 val, centre crop, as Caffe's
+`python -m alexnet_jax weights --help`. Expect of them on ILSVRC-2012 val, centre crop, as Caffe's
 model zoo states it: 57.4 % top-1 and 80.4 % top-5 accuracy (not run here: neither file nor data
 were at hand).
 """

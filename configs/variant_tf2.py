@@ -2,7 +2,7 @@
 
     python main.py --config=configs/variant_tf2.py
     python main.py --config=configs/variant_tf2.py:fashion_mnist
-    python -m alexnet_jax.prepare mnist --source=FOLDER   # the digits' four idx files
+    python -m alexnet_jax prepare mnist --source=FOLDER   # the digits' four idx files
     python main.py --config=configs/variant_tf2.py --config.data.name=mnist
 
 Reported there: nothing (it trains on MNIST's digits, enlarged to 224 px, and counts top-1 and top-5

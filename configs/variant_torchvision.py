@@ -1,7 +1,7 @@
 """torchvision's `alexnet`: the one-tower net of Krizhevsky (2014), as PyTorch users know it.
 
     python main.py --config=configs/variant_torchvision.py:imagenet2012
-    python -m alexnet_jax.weights import torchvision alexnet-owt-7be5be79.pth --workdir=W
+    python -m alexnet_jax weights import torchvision alexnet-owt-7be5be79.pth --workdir=W
 
 The weights: alexnet-owt-7be5be79.pth, 244 MB, 61,100,840 parameters; where it lies, says
 `torchvision.models.AlexNet_Weights.IMAGENET1K_V1.url`. Expect of them on ILSVRC-2012 val, centre

@@ -22,9 +22,12 @@ import jax
 import numpy as np
 from PIL import Image
 
-from alexnet_jax import command, evaluate, features, figures, predict, report, weights
+from alexnet_jax import command
+from alexnet_jax.analysis import figures, report
+from alexnet_jax.analysis.figures import Run
 from alexnet_jax.errors import AlexNetError, RunError
-from alexnet_jax.figures import Run
+from alexnet_jax.inference import evaluate, features, predict
+from alexnet_jax.interop import weights
 
 AMONG = 'train[:10%]'  # neighbours are looked for in a part of the data: this is a tour
 

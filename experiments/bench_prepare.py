@@ -46,7 +46,7 @@ def draw(pictures: Path, folder: Path, count: int) -> None:
 
 def prepare(checkout: Path, source: Path, scratch: Path, storage: str) -> dict[str, float]:
     """Run one preparation; return seconds, processor seconds and the peaks of memory in MiB."""
-    words = ['-m', 'alexnet_jax.prepare', 'folder', f'--source={source}', '--workers=1',
+    words = ['-m', 'alexnet_jax', 'prepare', 'folder', f'--source={source}', '--workers=1',
              f'--data_dir={scratch}', f'--storage={storage}']  # fmt: skip
     before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     child = subprocess.Popen(

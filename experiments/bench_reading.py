@@ -30,8 +30,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from alexnet_jax import pictures, records, shard_writer
+from alexnet_jax.data import images as image_io
+from alexnet_jax.data.prepare import shards
 from alexnet_jax.machine import cores
+from alexnet_jax.training import metrics
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / 'experiments' / 'results' / 'reading'
@@ -55,7 +57,7 @@ def write(folder: Path, count: int, files: int, px: int, encoded: Callable[[int]
         path = version / f'{folder.name}-train.array_record-{i:05d}-of-{files:05d}'
         writer = ArrayRecordWriter(str(path), 'group_size:1,uncompressed')
         for _ in range(length):
-            writer.write(shard_writer.example(encoded(number), number % CLASSES, str(number)))
+            writer.write(shards.example(encoded(number), number % CLASSES, str(number)))
             number += 1
         writer.close()
     split = {'name': 'train', 'shardLengths': [str(length) for length in lengths]}
@@ -93,7 +95,7 @@ def write_all(scratch: Path, count: int) -> dict[str, int]:
     images = [drawn(rng) for _ in range(100)]
     encoded = {
         'raw': [image.tobytes() for image in images],
-        'jpeg': [pictures.jpeg(image, QUALITY) for image in images],
+        'jpeg': [image_io.jpeg(image, QUALITY) for image in images],
     }
     for name, some in encoded.items():
         write(scratch / name, IMAGES[name], 4, PX, lambda i, some=some: some[i % len(some)])
@@ -106,11 +108,12 @@ START = """
 import json, sys, time
 begin = time.perf_counter()
 from pathlib import Path
-from alexnet_jax import data
-dataset = data.load('small', sys.argv[1], 'train', workers=2, resident_gib=0.0)
+from alexnet_jax.data import datasets
+from alexnet_jax.data.batches import TrainStream
+dataset = datasets.load('small', sys.argv[1], 'train', workers=2, resident_gib=0.0)
 opened = time.perf_counter()
-data.statistics_of(dataset)
-stream = data.TrainStream(dataset, seed=0, batch_size=128)
+datasets.statistics_of(dataset)
+stream = TrainStream(dataset, seed=0, batch_size=128)
 stream.batch(0)
 batch = time.perf_counter()
 for step in range(1, 200):  # of 626 files, most are opened in 25,600 images
@@ -132,16 +135,18 @@ print(json.dumps({
 RATES = """
 import json, sys, time
 from pathlib import Path
-from alexnet_jax import data, machine
+from alexnet_jax.data import datasets
+from alexnet_jax.data.batches import TrainStream, prefetch
+from alexnet_jax.parallel import cpu
 folder, name, workers, count = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-dataset = data.load(name, folder, 'train', workers=workers, resident_gib=0.0)
-stream = data.TrainStream(dataset, 0, 128)
+dataset = datasets.load(name, folder, 'train', workers=workers, resident_gib=0.0)
+stream = TrainStream(dataset, 0, 128)
 if workers:  # as in training
-    batches = data.prefetch(stream.batch, 0, 10**9, depth=2, threads=2)
+    batches = prefetch(stream.batch, 0, 10**9, depth=2, threads=2)
 else:
     batches = (stream.batch(step) for step in range(10**9))
 next(batches)
-machine.keep_freed()
+cpu.keep_freed()
 
 def processor_secs():
     children = ' '.join(path.read_text() for path in Path('/proc/self/task').glob('*/children'))
@@ -151,13 +156,13 @@ def processor_secs():
 for _ in sys.stdin:
     for _ in range(6):  # what was read ahead is used up
         next(batches)
-    begin, cpu = time.perf_counter(), processor_secs()
+    begin, spent = time.perf_counter(), processor_secs()
     for _ in range(count):
         next(batches)
     images = count * 128
     print(json.dumps({
         'images_per_sec': images / (time.perf_counter() - begin),
-        'cpu_ms': 1e3 * (processor_secs() - cpu) / images,
+        'cpu_ms': 1e3 * (processor_secs() - spent) / images,
     }), flush=True)
 """
 
@@ -241,8 +246,8 @@ def main() -> None:
         shutil.rmtree(scratch)
     packages = ('array-record', 'pillow', 'simplejpeg')
     versions = {package: metadata.version(package) for package in packages}
-    result |= {'environment': records.environment() | versions, 'load_average': os.getloadavg()}
-    device = re.sub(r'\W+', '_', records.device_name()).strip('_').lower()
+    result |= {'environment': metrics.environment() | versions, 'load_average': os.getloadavg()}
+    device = re.sub(r'\W+', '_', metrics.device_name()).strip('_').lower()
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f'{device}.json'
     path.write_text(json.dumps(result, indent=1) + '\n')

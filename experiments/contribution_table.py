@@ -35,10 +35,13 @@ from typing import Any
 
 import numpy as np
 
-from alexnet_jax import command, evaluate, figures, records, workdir
+from alexnet_jax import command
 from alexnet_jax import config as configuration
+from alexnet_jax.analysis import figures
 from alexnet_jax.command import say
 from alexnet_jax.errors import RunError, UsageError
+from alexnet_jax.inference import evaluate
+from alexnet_jax.training import metrics, workdir
 from configs import ABLATIONS, Claim
 from experiments import contribution_bfloat16, contribution_rates, digest, intervals
 from experiments.digest import MEASURES, Kept
@@ -361,7 +364,7 @@ def notes(found: Sequence[Row], runs: Sequence[Kept]) -> str:
     config, images = runs[0].config, len(runs[0].wrong['centre']['top1_error'])
     hours = sum(run.final()['secs'] for run in runs) / 3600
     devices = sorted({run.environment['device'] for run in runs})
-    commits = sorted({records.short(run.environment['commit']) for run in runs})
+    commits = sorted({metrics.short(run.environment['commit']) for run in runs})
     return (
         f'Scale {config["scale"]}: {config["data"]["name"]}, all {images} images of '
         f'`{config["data"]["test"]}`, ten views. Points are error after the change minus error '

@@ -20,9 +20,11 @@ from typing import Any
 
 import numpy as np
 
-from alexnet_jax import evaluate, files, records
+from alexnet_jax import files
 from alexnet_jax.command import say
 from alexnet_jax.errors import RunError
+from alexnet_jax.inference import evaluate
+from alexnet_jax.training import metrics
 
 MEASURES = {'top1_error': 1, 'top5_error': 5}
 ENSEMBLES = (2, 3, 5)  # sizes, beside that of all seeds
@@ -61,7 +63,7 @@ def keep(workdir: Path, folder: Path) -> None:
     Raises:
         RunError: it is not finished, damaged, or its predictions are not those of its end.
     """
-    found = records.read(workdir)
+    found = metrics.read(workdir)
     final = _last_test(found)
     if final is None:
         raise RunError(f'{workdir} is not finished; the same sweep goes on.')
@@ -118,7 +120,7 @@ def keep_all(
         keep(workdir, target / f'{row}-{seed}')
     for (row, seed), workdir in lost.items():
         kept = target / f'{row}-{seed}'
-        _keep_records(workdir, records.read(workdir), kept)
+        _keep_records(workdir, metrics.read(workdir), kept)
         write_text(kept / 'diverged', '')
         (kept / 'wrong.json').unlink(missing_ok=True)
     return target, found
@@ -239,7 +241,7 @@ def _read(folder: Path) -> tuple[tuple[str, int], Kept]:
             seed=int(seed),
             config=json.loads((folder / 'config.json').read_text()),
             environment=json.loads((folder / 'environment.json').read_text()),
-            records=records.read(folder),
+            records=metrics.read(folder),
             wrong=unpacked(own),
             labels=own['labels_sha256'],
         )

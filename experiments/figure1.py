@@ -4,7 +4,7 @@
     python -m experiments.figure1 --runs=workdirs/figure1-fashion_mnist
     python -m experiments.figure1                                       # again, from what is kept
 
-On CIFAR-10, the paper's data, likewise with --scale=cifar10, once `python -m alexnet_jax.prepare
+On CIFAR-10, the paper's data, likewise with --scale=cifar10, once `python -m alexnet_jax prepare
 tfds --name=cifar10` has it (that wants TensorFlow and the network, once).
 
 The net is figure1_net.py's, with ReLU and with tanh, on the same batches, and nothing regularised.
@@ -25,9 +25,11 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from alexnet_jax import command, figures, records
+from alexnet_jax import command
+from alexnet_jax.analysis import figures
 from alexnet_jax.command import say
 from alexnet_jax.errors import RunError, UsageError
+from alexnet_jax.training import metrics
 from experiments import digest
 
 RATES = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128)
@@ -115,7 +117,7 @@ def keep(folder: Path, results: Path) -> Path:
         text = json.dumps(config, indent=2, sort_keys=True) + '\n'
         digest.write_text(own / 'config.json', text)
         digest.write_text(own / 'environment.json', (path / 'environment.json').read_text())
-        digest.write_text(own / 'metrics.jsonl', digest.lines(_small(records.read(path))))
+        digest.write_text(own / 'metrics.jsonl', digest.lines(_small(metrics.read(path))))
     return target
 
 
@@ -123,7 +125,7 @@ def _ended(path: Path) -> bool:
     """At its last epoch, or where its numbers turned infinite; what was cut off says nothing."""
     if (path / 'config.json').exists():
         epochs = json.loads((path / 'config.json').read_text())['epochs']
-        trained = [row['epoch'] for row in records.read(path) if row['kind'] == 'train']
+        trained = [row['epoch'] for row in metrics.read(path) if row['kind'] == 'train']
         if digest.diverged(path) or (trained and trained[-1] >= epochs - 1e-6):
             return True
     say(f'{path} is not finished, and is left out.')
@@ -147,7 +149,7 @@ def read(folder: Path) -> list[Curves]:
             config = json.loads(path.read_text())
             function = config['name'].removeprefix('figure1_')
             key = (function, config['optimizer']['weights']['rate'])
-            found.setdefault(key, {})[config['seed']] = list(records.read(path.parent))
+            found.setdefault(key, {})[config['seed']] = list(metrics.read(path.parent))
         except (OSError, ValueError, KeyError) as error:
             raise RunError(f'{path.parent} is damaged ({error!r}); keep it again.') from error
     order = sorted(found, key=lambda key: (list(FUNCTIONS).index(key[0]), key[1]))

@@ -17,7 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alexnet_jax import config, model, parallel, records, step, train
+from alexnet_jax import config
+from alexnet_jax.model import alexnet
+from alexnet_jax.parallel import mesh
+from alexnet_jax.training import metrics as run_metrics
+from alexnet_jax.training import step, train
 from configs import smoke
 
 RESULTS = Path(__file__).parent / 'results' / 'meshes.jsonl'
@@ -56,13 +60,13 @@ def open_row(row: str, factor: float) -> tuple[train.Job, step.TrainState]:
 
 def gradients(job: train.Job, state: step.TrainState) -> tuple[float, dict]:
     """Loss and gradients of the first step."""
-    forward = parallel.forward(job.settings.net, job.layout)
+    forward = mesh.forward(job.settings.net, job.layout)
 
     @jax.jit
     def run(state, batch, statistics):
         pixels, masks = step.inputs(job.settings, len(job.train), state, batch, statistics)
         return jax.value_and_grad(
-            lambda params: model.mean_loss(forward(params, pixels, masks), batch['label'])
+            lambda params: alexnet.mean_loss(forward(params, pixels, masks), batch['label'])
         )(state.params)
 
     loss, grads = run(state, job.batch(0), job.statistics)
@@ -106,7 +110,7 @@ def main() -> None:
                 record['parameters'] = distance(params, ours[3])
             record[f'curve_{rate}'] = float(np.max(np.abs(losses - ours[2])))
         print(json.dumps(record), flush=True)
-        lines.append(json.dumps(record | records.environment()) + '\n')
+        lines.append(json.dumps(record | run_metrics.environment()) + '\n')
     RESULTS.write_text(''.join(lines))
 
 

@@ -24,8 +24,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from alexnet_jax import command, imagenet, shard_writer
-from alexnet_jax.imagenet import ILSVRC_2010, ILSVRC_2012, Challenge
+from alexnet_jax import command
+from alexnet_jax.data.prepare import imagenet, shards
+from alexnet_jax.data.prepare.imagenet import ILSVRC_2010, ILSVRC_2012, Challenge
 
 Named = tuple[str, bytes]  # a file's name and contents
 
@@ -231,8 +232,8 @@ def _act(args: argparse.Namespace) -> None:
         command.say(f'{len(photos)} photographs: {challenge}')
         return
     source = imagenet.source(built(args.source), args.source)
-    form = shard_writer.Form(storage=args.storage)
-    print(shard_writer.make(source, args.data_dir, form, command.say, workers=args.workers))
+    form = shards.Form(storage=args.storage)
+    print(shards.make(source, args.data_dir, form, command.say, workers=args.workers))
 
 
 if __name__ == '__main__':

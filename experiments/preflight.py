@@ -12,7 +12,9 @@ import json
 import statistics
 from pathlib import Path
 
-from alexnet_jax import config, diagnose, model, records, step, train
+from alexnet_jax import config
+from alexnet_jax.model import alexnet as model
+from alexnet_jax.training import metrics, preflight, step, train
 from configs import alexnet, alexnet_paper
 
 RESULTS = Path(__file__).parent / 'results' / 'preflight.jsonl'
@@ -38,7 +40,7 @@ def measure(recipe: str, scale: str, init_scaling: str, factor: float, seed: int
     job = train.open_job(chosen, settings, Path())
     labels, pixels = train.first_batch(job)
     params = model.init(step.init_key(step.seed_of(settings)), settings.net)
-    return diagnose.preflight(settings.net, params, pixels, labels).logit_std
+    return preflight.preflight(settings.net, params, pixels, labels).logit_std
 
 
 def main() -> None:
@@ -52,7 +54,7 @@ def main() -> None:
         keys = ('recipe', 'scale', 'init_scaling', 'factor')
         record = dict(zip(keys, row, strict=True)) | {'logit_std': found}
         print(*row, f'median {statistics.median(found):.1e}', sep=' | ')
-        lines.append(json.dumps(record | records.environment()) + '\n')
+        lines.append(json.dumps(record | metrics.environment()) + '\n')
     RESULTS.write_text(''.join(lines))
 
 

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from alexnet_jax import records
+from alexnet_jax.training import metrics
 from experiments.throughput import tables
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,13 +26,13 @@ def quickstart() -> str:
     for folder in sorted((RESULTS / 'quickstart').glob('*')):
         where = json.loads((folder / 'environment.json').read_text())
         config = json.loads((folder / 'config.json').read_text())
-        (final,) = [row for row in records.read(folder) if row['kind'] == 'test']
+        (final,) = [row for row in metrics.read(folder) if row['kind'] == 'test']
         rows.append(
             f'| {where["cpus"]} x {where["device"]} | {config["seed"]} '
             f'| {1 - final["centre"]["top1_error"]:.4f} '
             f'| {1 - final["ten_views"]["top1_error"]:.4f} '
             f'| {final["secs"]:.0f} s, {config["epochs"]:g} epochs '
-            f'| {records.short(where["commit"])} |'
+            f'| {metrics.short(where["commit"])} |'
         )
     return '\n'.join(rows)
 

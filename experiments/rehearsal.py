@@ -24,8 +24,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from alexnet_jax import command, records
+from alexnet_jax import command
 from alexnet_jax.errors import RunError
+from alexnet_jax.training import metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / 'results' / 'rehearsal.jsonl'
@@ -119,7 +120,7 @@ def train(scratch: Path) -> list[dict[str, Any]]:
     cut_off = scratch / 'cut_off'
     killed = run(training(cut_off, data), log, kill_when=lambda secs: _checkpoints(cut_off) >= 2)
     resumed = run(training(cut_off, data), log)
-    said = [record for record in records.read(scratch / 'run') if record['kind'] == 'train']
+    said = [record for record in metrics.read(scratch / 'run') if record['kind'] == 'train']
     whole['steps'] = said[-1]['step']
     for key in ('images_per_sec', 'stall_secs'):
         whole[key] = [record.get(key) for record in said]
@@ -169,7 +170,7 @@ def _act(flags: argparse.Namespace) -> int:
     rows += prepare(tars, flags.scratch)
     rows += train(flags.scratch)
     rows += evaluate(flags.scratch)
-    RESULTS.write_text(''.join(json.dumps(row | records.environment()) + '\n' for row in rows))
+    RESULTS.write_text(''.join(json.dumps(row | metrics.environment()) + '\n' for row in rows))
     for row in rows:
         print(row)
     return 0

@@ -4,7 +4,7 @@
     python -m experiments.scaling --compile  # compile for 1 to 64 devices; store rows and tables
 
 Weak scaling, 128 images a device. FLOPs, bytes and messages of one device are read from XLA's
-program (alexnet_jax/communication.py). It is compiled by a CPU's XLA from the forms that
+program (alexnet_jax/analysis/communication.py). It is compiled by a CPU's XLA from the forms that
 accelerators get (`accelerator_forms`): a CPU's own forms of LRN and convolution count some 10 %
 more operations, and not as many on every mesh. Speeds are not estimated: none was measured.
 """
@@ -18,9 +18,12 @@ from typing import Any
 
 import jax
 
-from alexnet_jax import communication, config, ops, parallel
+from alexnet_jax import config
+from alexnet_jax.analysis import communication
 from alexnet_jax.config import Settings
-from alexnet_jax.model import geometry
+from alexnet_jax.model import ops
+from alexnet_jax.model.alexnet import geometry
+from alexnet_jax.parallel import mesh
 from configs import alexnet, variant_torchvision
 from experiments.throughput.tables import markdown
 
@@ -65,7 +68,7 @@ def cases() -> Iterator[tuple[str, str, int]]:
 def compile_step(net: str, placement: str, devices: int) -> dict[str, Any]:
     """Return a row of steps.jsonl: what one device computes, holds and sends in a step."""
     settings = settings_of(net, placement, devices)
-    layout = parallel.lay_out(settings.mesh, settings.batch_size)
+    layout = mesh.lay_out(settings.mesh, settings.batch_size)
     with accelerator_forms():
         found = communication.read_step(settings, layout)
     messages: dict[str, dict[str, Any]] = {}

@@ -38,10 +38,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from alexnet_jax import command, config_file, records, workdir
+from alexnet_jax import command, config_file
 from alexnet_jax import config as configuration
 from alexnet_jax.command import say
 from alexnet_jax.errors import RunError, UsageError
+from alexnet_jax.training import metrics, workdir
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 POLL_SECS = 0.5
@@ -79,7 +80,7 @@ class Run:
     @property
     def finished(self) -> bool:
         """Return whether it has its final record and its predictions."""
-        final = any(record['kind'] == 'test' for record in records.read(self.workdir))
+        final = any(record['kind'] == 'test' for record in metrics.read(self.workdir))
         return final and (self.workdir / 'predictions_test.npz').exists()
 
 

@@ -21,11 +21,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from alexnet_jax import command, files, parallel, records, train
+from alexnet_jax import command, files
 from alexnet_jax import config as configuration
-from alexnet_jax import workdir as workdirs
 from alexnet_jax.errors import RunError, UsageError
-from alexnet_jax.train import Job
+from alexnet_jax.parallel import cpu, mesh
+from alexnet_jax.training import metrics, train
+from alexnet_jax.training import workdir as workdirs
+from alexnet_jax.training.train import Job
 from experiments.throughput import results
 
 TARGET = 0.885
@@ -64,13 +66,13 @@ class Epochs:
         with np.load(self.found[number]['path']) as file:
             leaves = list(file.values())
         tree = jax.tree.unflatten(jax.tree.structure(like), leaves)
-        return parallel.place(tree, shardings)
+        return mesh.place(tree, shardings)
 
 
 def measure(config: Any, workdir: Path, target: float, margin: float) -> dict[str, Any]:
     """Train, then look at the test images; `secs` is None where no epoch reached the target."""
     settings = configuration.unpack(config)
-    parallel.set_up_cpu(settings.mesh.cpu_devices)
+    cpu.set_up_cpu(settings.mesh.cpu_devices)
     with workdirs.open_workdir(config, workdir):
         workdirs.use_compilation_cache(settings.loop.compilation_cache, workdir)
         job = train.open_job(config, settings, workdir)
@@ -98,7 +100,7 @@ def measure(config: Any, workdir: Path, target: float, margin: float) -> dict[st
 
 
 def _train(job: Job, state: Any, epochs: Epochs) -> None:
-    book = records.Records(job.workdir, 0, job.settings.loop.tensorboard)
+    book = metrics.Records(job.workdir, 0, job.settings.loop.tensorboard)
     try:
         train.train(job, state, train.History(), epochs, book)
     except Reached:

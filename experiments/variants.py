@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from alexnet_jax import command, records
+from alexnet_jax import command
 from alexnet_jax.command import say
 from alexnet_jax.errors import RunError
+from alexnet_jax.training import metrics
 from configs import VARIANTS
 from experiments import digest
 from experiments.digest import Kept
@@ -43,7 +44,7 @@ def table(runs: Sequence[Kept], scale: str) -> str:
             epochs = f'{own[0].config["epochs"]:g}'
             cells = [str(len(own)), _accuracy(own, 'centre'), _accuracy(own, 'ten_views'), epochs]
         rows.append('| ' + ' | '.join([name, *cells, _reported(name, scale)]) + ' |')
-    commits = ', '.join(sorted({records.short(run.environment['commit']) for run in runs}))
+    commits = ', '.join(sorted({metrics.short(run.environment['commit']) for run in runs}))
     devices = ', '.join(sorted({run.environment['device'] for run in runs}))
     test = runs[0].config['data']['test']
     rows += ['', f'Means ± standard deviation over seeds; all images of `{test}`.']

@@ -51,7 +51,7 @@ def cache_dir() -> Path:
 @pytest.fixture(scope='session')
 def data_dir() -> Path:
     """A folder with Fashion-MNIST prepared in it (prepared now if it is not there yet)."""
-    from alexnet_jax import fashion_mnist
+    from alexnet_jax.data.prepare import fashion_mnist
 
     path = Path(os.environ.get('ALEXNET_DATA_DIR', REPOSITORY / 'data'))
     fashion_mnist.prepare(path)
@@ -76,7 +76,7 @@ def smoke_config(data_dir: Path) -> ConfigDict:
 @pytest.fixture(scope='session')
 def smoke_run(data_dir, tmp_path_factory) -> Path:
     """The workdir of a smoke run, shrunk; to be looked at, or copied, not changed."""
-    from alexnet_jax import train
+    from alexnet_jax.training import train
 
     workdir = tmp_path_factory.mktemp('runs') / 'smoke'
     train.run(smoke_config(data_dir), workdir)

@@ -7,7 +7,7 @@ import tarfile
 
 import pytest
 
-from alexnet_jax import archives
+from alexnet_jax.data.prepare import archives
 from alexnet_jax.errors import RunError
 from experiments.official_tars import tar_bytes
 

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alexnet_jax import augment, parallel
-from alexnet_jax.augment import Draws, Preprocess, Statistics
 from alexnet_jax.config import MeshShape
+from alexnet_jax.model import augment
+from alexnet_jax.model.augment import Draws, Preprocess, Statistics
+from alexnet_jax.parallel import mesh
 
 PAPER = Preprocess(
     resize_px=256,
@@ -36,7 +37,7 @@ def recipe(**changes):
 def layout_of(shape, batch_size):
     if jax.device_count() < math.prod(shape):
         pytest.skip(f'{math.prod(shape)} devices are wanted; tests/conftest.py makes eight')
-    return parallel.lay_out(MeshShape(*shape), batch_size)
+    return mesh.lay_out(MeshShape(*shape), batch_size)
 
 
 def images_of(count, side, channels, seed=0):
@@ -139,7 +140,7 @@ def test_the_same_bits_and_pixels_on_every_mesh(shape):
         return draws, augment.apply(images, draws, statistics, small, True)
 
     def on(shape):
-        placed = jax.device_put(images, parallel.batch_sharding(layout_of(shape, 16)))
+        placed = jax.device_put(images, mesh.batch_sharding(layout_of(shape, 16)))
         return prepare(jax.random.key(3), placed)
 
     (draws, pixels), (expected_draws, expected) = on(shape), on((1, 1))

@@ -23,9 +23,10 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from alexnet_jax import checkpoint, evaluate
-from alexnet_jax.checkpoint import Checkpoints, read
 from alexnet_jax.errors import RunError, UsageError
+from alexnet_jax.inference import evaluate
+from alexnet_jax.training import checkpoint
+from alexnet_jax.training.checkpoint import Checkpoints, read
 
 
 def state_of(step, size=3000):
@@ -417,7 +418,7 @@ CHILD = """
     from pathlib import Path
     sys.path.insert(0, sys.argv[1])
     from tests.test_checkpoint import assert_same, state_of
-    from alexnet_jax.checkpoint import Checkpoints
+    from alexnet_jax.training.checkpoint import Checkpoints
 
     checkpoints = Checkpoints(Path(sys.argv[2]))
     restored = checkpoints.restore_newest_intact(None)

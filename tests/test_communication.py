@@ -6,12 +6,13 @@ import functools
 import jax
 import pytest
 
-from alexnet_jax import communication, parallel
 from alexnet_jax import config as configuration
-from alexnet_jax import step as steps
-from alexnet_jax.communication import BOOKKEEPING, UNKNOWN, Collective, Reading
+from alexnet_jax.analysis import communication
+from alexnet_jax.analysis.communication import BOOKKEEPING, UNKNOWN, Collective, Reading
 from alexnet_jax.config import MeshShape, Settings
 from alexnet_jax.errors import RunError
+from alexnet_jax.parallel import mesh as meshes
+from alexnet_jax.training import step as steps
 from configs import smoke
 
 FLOAT32 = 4
@@ -40,10 +41,10 @@ def reading(
     return communication.read_step(settings, lay_out(shape))
 
 
-def lay_out(shape: MeshShape) -> parallel.Layout:
+def lay_out(shape: MeshShape) -> meshes.Layout:
     if jax.device_count() < 8:
         pytest.skip('eight devices are wanted; tests/conftest.py makes them')
-    return parallel.lay_out(shape, BATCH)
+    return meshes.lay_out(shape, BATCH)
 
 
 def table(rows: tuple[Collective, ...]) -> dict[tuple[str, str, str, str], tuple[int, int]]:

@@ -11,12 +11,14 @@ import pytest
 
 import configs
 from alexnet_jax import config as configuration
-from alexnet_jax import config_file, describe, parallel
-from alexnet_jax.augment import Statistics
+from alexnet_jax import config_file
+from alexnet_jax.analysis import describe
 from alexnet_jax.config import MeshShape, Settings
 from alexnet_jax.errors import UsageError
-from alexnet_jax.model import Net, geometry
-from alexnet_jax.step import init_state, make_optimizer, make_train_step
+from alexnet_jax.model.alexnet import Net, geometry
+from alexnet_jax.model.augment import Statistics
+from alexnet_jax.parallel import mesh
+from alexnet_jax.training.step import init_state, make_optimizer, make_train_step
 from configs import (
     ablation_depth,
     ablation_one_tower,
@@ -79,7 +81,7 @@ def test_every_config_at_every_scale_unpacks_and_is_described(name, tmp_path, mo
 
 def start(settings: Settings, images: int):
     """(step, state's maker, abstract batch, statistics) of a config on one device, without data."""
-    layout = parallel.lay_out(MeshShape(data=1, tower=1), settings.batch_size)
+    layout = mesh.lay_out(MeshShape(data=1, tower=1), settings.batch_size)
     optimizer = make_optimizer(settings, images)
     batch = {
         'image': jax.ShapeDtypeStruct((settings.batch_size, 28, 28, 1), jnp.uint8),

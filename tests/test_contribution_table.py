@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from alexnet_jax import config as configuration
-from alexnet_jax import evaluate, records
 from alexnet_jax.errors import RunError
+from alexnet_jax.inference import evaluate
+from alexnet_jax.training import metrics
 from configs import ABLATIONS, Claim
 from experiments import contribution_table, digest, intervals, variants
 
@@ -235,7 +236,7 @@ def test_what_is_kept_is_small_and_knows_no_machine(built):
     assert files.keys() == {'config.json', 'environment.json', 'metrics.jsonl', 'wrong.json'}
     assert len(files['wrong.json']) < 4 * IMAGES / 8 * 4 / 3 + 300
     assert '/somewhere' not in ''.join(files.values())
-    kinds = [record['kind'] for record in records.read(folder)]
+    kinds = [record['kind'] for record in metrics.read(folder)]
     assert kinds == ['train', 'validation', 'train', 'validation', 'test']
 
 

@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 from tensorflow_datasets.core import hashing
 
-from alexnet_jax import data, fashion_mnist
+from alexnet_jax.data import batches as batching
+from alexnet_jax.data import datasets
+from alexnet_jax.data.prepare import fashion_mnist
 from alexnet_jax.errors import RunError, UsageError
 
 SMALL = {'train': 600, 'test': 200}
@@ -22,7 +24,7 @@ SMALL = {'train': 600, 'test': 200}
 
 @pytest.fixture(scope='module')
 def train(data_dir):
-    return data.load('fashion_mnist', data_dir, 'train')
+    return datasets.load('fashion_mnist', data_dir, 'train')
 
 
 @pytest.fixture(scope='module')
@@ -30,7 +32,7 @@ def small_master(data_dir, tmp_path_factory):
     """The first images of each split, prepared as a data set of their own."""
     raw = {}
     for split, n in SMALL.items():
-        part = data.load('fashion_mnist', data_dir, f'{split}[:{n}]')
+        part = datasets.load('fashion_mnist', data_dir, f'{split}[:{n}]')
         raw[split] = (part.images[..., 0], part.labels)
     folder = tmp_path_factory.mktemp('small')
     fashion_mnist.write(raw, folder, report=lambda line: None)
@@ -63,7 +65,7 @@ def same(a, b):
 @pytest.mark.parametrize('split', ['train', 'test'])
 def test_every_image_and_label_is_the_original_in_tfds_order(data_dir, split):
     """Undo TFDS's shuffle (a sort by hashed index), and the raw files' checksums must come out."""
-    dataset = data.load('fashion_mnist', data_dir, split)
+    dataset = datasets.load('fashion_mnist', data_dir, split)
     hasher = hashing.Hasher(split)
     order = sorted(range(len(dataset)), key=hasher.hash_key)
     images, labels = np.empty_like(dataset.images), np.empty(len(dataset), np.uint8)
@@ -79,7 +81,7 @@ def test_shapes_types_and_names(data_dir, train):
     assert train.images.shape == (60_000, 28, 28, 1)
     assert train.images.dtype == np.uint8
     assert train.labels.dtype == np.int32
-    assert len(data.load('fashion_mnist', data_dir, 'test')) == 10_000
+    assert len(datasets.load('fashion_mnist', data_dir, 'test')) == 10_000
     assert np.array_equal(np.bincount(train.labels), [6000] * 10)
     assert train.class_names[0] == 'T-shirt/top'
     assert train.class_names[9] == 'Ankle boot'
@@ -104,7 +106,7 @@ LENGTHS = {'train': [20_000, 20_000, 20_000], 'test': [10_000]}
     ],
 )
 def test_split_expressions(expression, terms):
-    assert data.parse_split(expression, LENGTHS) == terms
+    assert datasets.parse_split(expression, LENGTHS) == terms
 
 
 @pytest.mark.parametrize(
@@ -114,13 +116,13 @@ def test_split_expressions(expression, terms):
 )  # fmt: skip
 def test_a_wrong_split_is_refused_in_one_sentence(expression):
     with pytest.raises(UsageError, match='train') as error:
-        data.parse_split(expression, LENGTHS)
+        datasets.parse_split(expression, LENGTHS)
     assert '\n' not in str(error.value)
 
 
 def test_slices_and_sums_are_parts_of_the_whole(data_dir, train):
-    part = data.load('fashion_mnist', data_dir, 'train[55000:]+test[:10]')
-    test = data.load('fashion_mnist', data_dir, 'test')
+    part = datasets.load('fashion_mnist', data_dir, 'train[55000:]+test[:10]')
+    test = datasets.load('fashion_mnist', data_dir, 'test')
     assert np.array_equal(part.images[:5000], train.images[55_000:])
     assert np.array_equal(part.labels[5000:], test.labels[:10])
     assert len(part) == 5010
@@ -131,11 +133,11 @@ def test_slices_and_sums_are_parts_of_the_whole(data_dir, train):
 
 def test_unknown_names_and_absent_data(data_dir, tmp_path):
     with pytest.raises(UsageError, match=r"no data set 'fashion'.*choose from fashion_mnist"):
-        data.load('fashion', data_dir, 'train')
+        datasets.load('fashion', data_dir, 'train')
     with pytest.raises(UsageError, match=r"Unknown split 'valid'.*train, test"):
-        data.load('fashion_mnist', data_dir, 'valid')
-    with pytest.raises(RunError, match=r'run `python -m alexnet_jax\.prepare fashion_mnist'):
-        data.load('fashion_mnist', tmp_path, 'train')
+        datasets.load('fashion_mnist', data_dir, 'valid')
+    with pytest.raises(RunError, match=r'run `python -m alexnet_jax prepare fashion_mnist'):
+        datasets.load('fashion_mnist', tmp_path, 'train')
 
 
 # ---- the decoded copy -----------------------------------------------------------------------
@@ -143,13 +145,13 @@ def test_unknown_names_and_absent_data(data_dir, tmp_path):
 
 def test_the_second_load_maps_the_copy_and_none_imports_anything_heavy(small):
     script = (
-        'import sys; from alexnet_jax import data\n'
-        f'images = data.load("fashion_mnist", {str(small)!r}, "train").images\n'
-        'heavy = {"jax", "tensorflow", "tensorflow_datasets", "alexnet_jax.prepare",'
-        ' "alexnet_jax.shard_writer", "multiprocessing"} & set(sys.modules)\n'
+        'import sys; from alexnet_jax.data import datasets\n'
+        f'images = datasets.load("fashion_mnist", {str(small)!r}, "train").images\n'
+        'heavy = {"jax", "tensorflow", "tensorflow_datasets", "alexnet_jax.data.prepare",'
+        ' "multiprocessing"} & set(sys.modules)\n'
         'print(len(images), images.flags.writeable, sorted(heavy))\n'
     )
-    words, cwd = [sys.executable, '-c', script], Path(data.__file__).parents[1]
+    words, cwd = [sys.executable, '-c', script], Path(__file__).parents[1]
     runs = [subprocess.check_output(words, cwd=cwd, text=True) for _ in range(2)]
     assert runs[0] == '600 True []\n'
     assert runs[1] == '600 False []\n'
@@ -158,7 +160,7 @@ def test_the_second_load_maps_the_copy_and_none_imports_anything_heavy(small):
 @pytest.mark.parametrize('part', ['images.npy', 'labels.npy', 'json'])
 @pytest.mark.parametrize('damage', ['flip', 'truncate', 'remove'])
 def test_a_damaged_copy_is_made_again(small, part, damage):
-    good = data.load('fashion_mnist', small, 'train')
+    good = datasets.load('fashion_mnist', small, 'train')
     path = small / f'decoded/fashion_mnist-3.0.1-train.{part}'
     content = path.read_bytes()
     path.unlink()  # not in place: `good` maps the old file
@@ -167,22 +169,22 @@ def test_a_damaged_copy_is_made_again(small, part, damage):
         flip(path, len(content) // 2)
     elif damage == 'truncate':
         path.write_bytes(content[: len(content) // 2])
-    assert same(data.load('fashion_mnist', small, 'train'), good)
+    assert same(datasets.load('fashion_mnist', small, 'train'), good)
     assert path.read_bytes() == content
     assert len(list(path.parent.iterdir())) == 3
 
 
 def test_a_stale_copy_is_made_again(small, small_master, tmp_path):
-    before = data.load('fashion_mnist', small, 'train')
+    before = datasets.load('fashion_mnist', small, 'train')
     reversed_raw = {
         split: (part.images[::-1, ..., 0], part.labels[::-1])
         for split in SMALL
-        for part in [data.load('fashion_mnist', small, split)]
+        for part in [datasets.load('fashion_mnist', small, split)]
     }
     fashion_mnist.write(reversed_raw, tmp_path / 'other', report=lambda line: None)
     shutil.rmtree(small / 'fashion_mnist')
     shutil.copytree(tmp_path / 'other/fashion_mnist', small / 'fashion_mnist')
-    after = data.load('fashion_mnist', small, 'train')
+    after = datasets.load('fashion_mnist', small, 'train')
     assert not same(before, after)
     assert np.array_equal(np.sort(before.labels), np.sort(after.labels))
 
@@ -190,27 +192,27 @@ def test_a_stale_copy_is_made_again(small, small_master, tmp_path):
 def test_no_room_for_a_copy_is_said_and_survived(small, caplog):
     (small / 'decoded').write_text('a file where the folder should be')
     with caplog.at_level(logging.WARNING):
-        dataset = data.load('fashion_mnist', small, 'test')
+        dataset = datasets.load('fashion_mnist', small, 'test')
     assert len(dataset) == 200
     assert 'cannot keep a decoded copy' in caplog.text
 
 
 def test_a_truncated_or_missing_record_file_is_refused(small):
     path = record_file(small)
-    data.load('fashion_mnist', small, 'train')  # a decoded copy must not hide the damage
+    datasets.load('fashion_mnist', small, 'train')  # a decoded copy must not hide the damage
     content = path.read_bytes()
     for rest in (content[: len(content) // 2], b''):
         path.write_bytes(rest)
         with pytest.raises(RunError, match=r'is damaged .*remove that folder and run `python'):
-            data.load('fashion_mnist', small, 'train')
+            datasets.load('fashion_mnist', small, 'train')
     path.unlink()
     with pytest.raises(RunError, match='is missing'):
-        data.load('fashion_mnist', small, 'train')
+        datasets.load('fashion_mnist', small, 'train')
 
 
 def test_a_flipped_byte_in_a_record_file_never_gives_wrong_images(small):
     path = record_file(small)
-    good = data.load('fashion_mnist', small, 'train')
+    good = datasets.load('fashion_mnist', small, 'train')
     content = path.read_bytes()
     used = len(content.rstrip(b'\0'))
     refused = 0
@@ -218,7 +220,7 @@ def test_a_flipped_byte_in_a_record_file_never_gives_wrong_images(small):
         path.write_bytes(content)
         flip(path, offset)
         try:
-            assert same(data.load('fashion_mnist', small, 'train'), good), offset
+            assert same(datasets.load('fashion_mnist', small, 'train'), good), offset
         except RunError:
             refused += 1
     assert refused > 0
@@ -227,7 +229,7 @@ def test_a_flipped_byte_in_a_record_file_never_gives_wrong_images(small):
 def test_a_damaged_description_is_refused(small):
     (small / 'fashion_mnist/3.0.1/dataset_info.json').write_text('{"name": ')
     with pytest.raises(RunError, match=r'is damaged \(dataset_info\.json'):
-        data.load('fashion_mnist', small, 'train')
+        datasets.load('fashion_mnist', small, 'train')
 
 
 # ---- batches --------------------------------------------------------------------------------
@@ -236,37 +238,37 @@ def test_a_damaged_description_is_refused(small):
 @pytest.mark.parametrize('n', [1, 2, 1000, 60_000])
 def test_every_epoch_is_a_full_permutation(n):
     for epoch in range(3):
-        order = data.permutation(7, epoch, n)
+        order = batching.permutation(7, epoch, n)
         assert order.dtype == np.int64
         assert np.array_equal(np.sort(order), np.arange(n))
 
 
 def test_permutations_differ_between_seeds_and_epochs_and_never_change():
-    orders = {tuple(data.permutation(s, e, 100)) for s in range(5) for e in range(5)}
+    orders = {tuple(batching.permutation(s, e, 100)) for s in range(5) for e in range(5)}
     assert len(orders) == 25
     # Philox's raw stream is fixed by its definition, so these are the same for ever.
-    assert data.permutation(0, 0, 8).tolist() == [0, 2, 1, 5, 4, 3, 6, 7]
-    assert data.permutation(3, 2, 8).tolist() == [2, 4, 1, 3, 6, 5, 0, 7]
+    assert batching.permutation(0, 0, 8).tolist() == [0, 2, 1, 5, 4, 3, 6, 7]
+    assert batching.permutation(3, 2, 8).tolist() == [2, 4, 1, 3, 6, 5, 0, 7]
 
 
 @pytest.mark.parametrize('batch_size', [1, 3, 10, 25])
 def test_batches_chain_through_the_epochs_without_loss(batch_size):
     n, seed = 10, 4
     steps = 3 * n  # whole epochs, whatever the batch size
-    chain = np.concatenate([data.batch_indices(seed, s, batch_size, n) for s in range(steps)])
+    chain = np.concatenate([batching.batch_indices(seed, s, batch_size, n) for s in range(steps)])
     for epoch in range(steps * batch_size // n):
-        assert np.array_equal(chain[epoch * n : (epoch + 1) * n], data.permutation(seed, epoch, n))
+        part = chain[epoch * n : (epoch + 1) * n]
+        assert np.array_equal(part, batching.permutation(seed, epoch, n))
 
 
 @pytest.mark.parametrize('processes', [1, 2, 4])
 def test_shares_of_processes_make_up_the_global_batch(train, processes):
     share = 64 // processes
-    whole = data.TrainStream(train, seed=1, batch_size=64)
-    parts = [
-        data.TrainStream(train, 1, 64, slice(i * share, (i + 1) * share)) for i in range(processes)
-    ]
+    whole = batching.TrainStream(train, seed=1, batch_size=64)
+    shares = [slice(i * share, (i + 1) * share) for i in range(processes)]
+    parts = [batching.TrainStream(train, 1, 64, rows) for rows in shares]
     for step in (0, 937, 10**6):  # 937: the batch that spans the first two epochs
-        indices = data.batch_indices(1, step, 64, len(train))
+        indices = batching.batch_indices(1, step, 64, len(train))
         batch = whole.batch(step)
         assert np.array_equal(batch['image'], train.images[indices])
         for key in ('image', 'label'):
@@ -278,10 +280,10 @@ def test_shares_of_processes_make_up_the_global_batch(train, processes):
 @pytest.mark.parametrize('batch_size', [4, 64, 600, 1000])
 @pytest.mark.parametrize('processes', [1, 2, 4])
 def test_evaluation_counts_every_image_once(small_master, batch_size, processes):
-    dataset = data.load('fashion_mnist', small_master, 'train[:597]')
+    dataset = datasets.load('fashion_mnist', small_master, 'train[:597]')
     share = batch_size // processes
     streams = [
-        data.eval_batches(dataset, batch_size, slice(i * share, (i + 1) * share))
+        batching.eval_batches(dataset, batch_size, slice(i * share, (i + 1) * share))
         for i in range(processes)
     ]
     images, labels = [], []
@@ -305,14 +307,14 @@ def prefetch_threads():
 
 @pytest.mark.parametrize('depth', [1, 2, 5])
 def test_prefetch_keeps_order_and_ends(depth):
-    assert list(data.prefetch(lambda i: i * i, 3, 20, depth)) == [i * i for i in range(3, 20)]
-    assert list(data.prefetch(lambda i: i, 5, 5, depth)) == []
+    assert list(batching.prefetch(lambda i: i * i, 3, 20, depth)) == [i * i for i in range(3, 20)]
+    assert list(batching.prefetch(lambda i: i, 5, 5, depth)) == []
     assert not prefetch_threads()
 
 
 def test_prefetch_works_ahead_but_no_further_than_asked():
     called = {i: threading.Event() for i in range(10)}
-    stream = data.prefetch(lambda i: called[i].set() or i, 0, 10, depth=3)
+    stream = batching.prefetch(lambda i: called[i].set() or i, 0, 10, depth=3)
     assert next(stream) == 0
     assert called[3].wait(timeout=30)  # while the caller holds item 0
     assert not called[4].wait(timeout=0.1)
@@ -325,7 +327,7 @@ def test_prefetch_raises_where_the_item_would_have_come():
             raise ValueError('item 3')
         return i
 
-    stream = data.prefetch(fail_at_three, 0, 10)
+    stream = batching.prefetch(fail_at_three, 0, 10)
     assert [next(stream), next(stream), next(stream)] == [0, 1, 2]
     with pytest.raises(ValueError, match='item 3'):
         next(stream)
@@ -333,12 +335,12 @@ def test_prefetch_raises_where_the_item_would_have_come():
 
 
 def test_prefetch_leaves_no_thread_when_the_consumer_stops_early():
-    stream = data.prefetch(lambda i: i, 0, 1000)
+    stream = batching.prefetch(lambda i: i, 0, 1000)
     next(stream)
     assert prefetch_threads()
     stream.close()
     assert not prefetch_threads()
-    stream = data.prefetch(lambda i: i, 0, 1000)
+    stream = batching.prefetch(lambda i: i, 0, 1000)
     next(stream)
     del stream
     gc.collect()
@@ -349,7 +351,7 @@ def test_prefetch_leaves_no_thread_when_the_consumer_stops_early():
 
 
 def test_statistics_of_the_training_images(train):
-    result = data.statistics(train.images)
+    result = datasets.statistics(train.images)
     direct = train.images.astype(np.float64)
     # float32 rounds to 6e-8; the float64 sums themselves are exact.
     np.testing.assert_allclose(result.mean_image, direct.mean(axis=0), rtol=1e-7)
@@ -363,7 +365,7 @@ def test_statistics_in_colour_are_the_principal_components(train):
     grey = train.images[:1500, ..., 0].astype(np.float64)
     colour = np.stack([grey, 0.5 * grey + 60, 0.9 * np.roll(grey, 1, axis=0)], axis=-1)
     images = colour.astype(np.uint8)  # 1500: the last chunk is a part
-    result = data.statistics(images)
+    result = datasets.statistics(images)
     covariance = np.cov(images.reshape(-1, 3).T.astype(np.float64), bias=True)
     vectors, std = result.colour_vectors.astype(np.float64), result.colour_std.astype(np.float64)
     # float32 entries: 1e-6 of the largest variance

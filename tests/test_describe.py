@@ -10,9 +10,10 @@ import jax
 import pytest
 
 from alexnet_jax import config as configuration
-from alexnet_jax import describe, parallel
+from alexnet_jax.analysis import describe
 from alexnet_jax.errors import UsageError
-from alexnet_jax.model import geometry
+from alexnet_jax.model.alexnet import geometry
+from alexnet_jax.parallel import mesh
 from configs import ablation_lrn, alexnet, smoke
 
 
@@ -103,7 +104,7 @@ def test_the_largest_batch_by_hand():
 
 def test_memory_of_the_compiled_step_is_linear_in_the_batch():
     settings = configuration.unpack(on(1, 1))
-    layout = parallel.lay_out(settings.mesh, settings.batch_size)
+    layout = mesh.lay_out(settings.mesh, settings.batch_size)
     peak = describe.compiled_peak(settings, layout)
     found = describe.compiled_bytes(settings, layout, 1024)
     assert peak.at(1024) == pytest.approx(found, rel=0.02)  # see Peak; found: 0.7 %

@@ -13,9 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from alexnet_jax import data, distributed, fashion_mnist, records
-from alexnet_jax.distributed import ProcessInfo, detect
+from alexnet_jax.data import datasets
+from alexnet_jax.data.prepare import fashion_mnist
 from alexnet_jax.errors import RunError, UsageError
+from alexnet_jax.parallel import distributed
+from alexnet_jax.parallel.distributed import ProcessInfo, detect
+from alexnet_jax.training import metrics
 from tests.test_train import assert_same, outcome
 
 # A checkpoint every other step, so that kills fall into saves too. Small rates: at the recipe's own
@@ -78,7 +81,7 @@ class Crew:
     def wait_for_step(self, step: int) -> None:
         deadline = time.monotonic() + SECS
         while time.monotonic() < deadline:
-            rows = records.read(self.folder / 'run')
+            rows = metrics.read(self.folder / 'run')
             if any(row['kind'] == 'train' and row['step'] >= step for row in rows):
                 return
             assert all(g.poll() is None for g in self.processes.values()), self.said(0)
@@ -122,7 +125,7 @@ def test_process_0_alone_speaks(undisturbed):
     assert (undisturbed.folder / 'out.1').read_text() == ''
     assert undisturbed.said(1) == ''
     assert 'Gloo' not in undisturbed.said(0)
-    kinds = [row['kind'] for row in records.read(undisturbed.folder / 'run')]
+    kinds = [row['kind'] for row in metrics.read(undisturbed.folder / 'run')]
     assert kinds.count('test') == 1
     assert kinds.count('validation') == 2
     environment = json.loads((undisturbed.folder / 'run' / 'environment.json').read_text())
@@ -133,8 +136,8 @@ def test_process_0_alone_speaks(undisturbed):
 SHARE = """
 import sys
 import jax, numpy as np
-from alexnet_jax import parallel
 from alexnet_jax.config import MeshShape
+from alexnet_jax.parallel import mesh
 port, process = sys.argv[1:]
 head = f'127.0.0.1:{port}'
 jax.distributed.initialize(
@@ -145,11 +148,11 @@ jax.distributed.initialize(
     coordinator_bind_address=head,
 )
 for shape in ((4, 1), (2, 2), (1, 4), (4, 1, 'one_weird_trick')):
-    layout = parallel.lay_out(MeshShape(*shape), 64)
-    rows = parallel.own_rows(layout, 64)
+    layout = mesh.lay_out(MeshShape(*shape), 64)
+    rows = mesh.own_rows(layout, 64)
     read = np.arange(64)[rows]
-    batch = parallel.place_batch(layout, {'label': read}, 64)
-    assert np.array_equal(parallel.fetch(batch, layout)['label'], np.arange(64))
+    batch = mesh.place_batch(layout, {'label': read}, 64)
+    assert np.array_equal(mesh.fetch(batch, layout)['label'], np.arange(64))
     print(rows.start, rows.stop)
 """
 
@@ -283,7 +286,8 @@ def test_data_that_is_not_the_same_everywhere(command, data_dir, tmp_path, fault
     splits = ('--config.data.data_dir=data', '--config.data.name=mine',
               '--config.data.train=train[:256]',
               '--config.data.validation=train[256:320]')  # fmt: skip
-    train, test = (data.load('fashion_mnist', data_dir, f'{s}[:400]') for s in ('train', 'test'))
+    first = ('train[:400]', 'test[:400]')
+    train, test = (datasets.load('fashion_mnist', data_dir, split) for split in first)
     places = [tmp_path / 'host0', tmp_path / 'host1']
     for i, place in enumerate(places):
         place.mkdir()
@@ -302,7 +306,7 @@ def test_data_that_is_not_the_same_everywhere(command, data_dir, tmp_path, fault
 
 BUG = """
 import sys
-from alexnet_jax import distributed
+from alexnet_jax.parallel import distributed
 with distributed.joined(distributed.detect({}, sys.argv[1], 2, int(sys.argv[2])), {}):
     distributed.wait_for_all('start')
     if sys.argv[2] == '1':
@@ -452,7 +456,7 @@ def test_processes_of_a_host_share_its_gpus(visible, info, own):
 
 CONNECT = """
 import os
-from alexnet_jax import distributed
+from alexnet_jax.parallel import distributed
 info = distributed.detect(os.environ)
 with distributed.joined(info, {}):
     import jax

@@ -8,10 +8,15 @@ import numpy as np
 import pytest
 
 from alexnet_jax import config as configuration
-from alexnet_jax import data, evaluate, features, figures, model, parallel, records, report
-from alexnet_jax.augment import Statistics
+from alexnet_jax.analysis import figures, report
 from alexnet_jax.config import MeshShape
+from alexnet_jax.data import datasets
 from alexnet_jax.errors import RunError
+from alexnet_jax.inference import evaluate, features
+from alexnet_jax.model import alexnet
+from alexnet_jax.model.augment import Statistics
+from alexnet_jax.parallel import mesh as meshes
+from alexnet_jax.training import metrics
 from configs import smoke
 
 
@@ -60,24 +65,24 @@ def test_class_accuracy():
 @pytest.fixture(scope='module')
 def net(data_dir):
     settings = configuration.unpack(smoke.get_config())
-    dataset = data.load('fashion_mnist', data_dir, 'test[:150]')
-    measured = data.statistics(dataset.images)
+    dataset = datasets.load('fashion_mnist', data_dir, 'test[:150]')
+    measured = datasets.statistics(dataset.images)
     statistics = Statistics(
         measured.mean_image, (measured.colour_vectors * measured.colour_std).astype(np.float32)
     )
-    return settings, model.init(jax.random.key(0), settings.net), statistics, dataset
+    return settings, alexnet.init(jax.random.key(0), settings.net), statistics, dataset
 
 
 @pytest.mark.parametrize(('batch_size', 'mesh'), [(64, (1, 1)), (150, (2, 1)), (33, (4, 2))])
 def test_every_image_is_counted_once(net, batch_size, mesh):
     settings, params, statistics, dataset = net
-    layout = parallel.lay_out(MeshShape(*mesh), 64)
+    layout = meshes.lay_out(MeshShape(*mesh), 64)
     predict = evaluate.make_predict(settings, layout)
     how = {'layout': layout, 'batch_size': batch_size}
     one = evaluate.probabilities(predict, params, statistics, dataset, **how)
     assert one.shape == (150, 10)
     np.testing.assert_allclose(one.sum(axis=1), 1, rtol=1e-5)
-    whole = parallel.lay_out(MeshShape(1, 1), 64)
+    whole = meshes.lay_out(MeshShape(1, 1), 64)
     reference = evaluate.probabilities(
         evaluate.make_predict(settings, whole),
         params,
@@ -92,7 +97,7 @@ def test_every_image_is_counted_once(net, batch_size, mesh):
 def test_a_net_that_has_diverged_is_not_evaluated(net):
     settings, params, statistics, dataset = net
     broken = params | {'fc8': params['fc8'] | {'bias': params['fc8']['bias'] + np.inf}}
-    layout = parallel.lay_out(MeshShape(1, 1), 64)
+    layout = meshes.lay_out(MeshShape(1, 1), 64)
     predict = evaluate.make_predict(settings, layout)
     with pytest.raises(RunError, match='the net has diverged'):
         evaluate.probabilities(predict, broken, statistics, dataset, layout=layout, batch_size=150)
@@ -100,7 +105,7 @@ def test_a_net_that_has_diverged_is_not_evaluated(net):
 
 def test_ten_views_average_probabilities(net):
     settings, params, statistics, dataset = net
-    layout = parallel.lay_out(MeshShape(1, 1), 64)
+    layout = meshes.lay_out(MeshShape(1, 1), 64)
     predict = evaluate.make_predict(settings, layout)
     how = {'layout': layout, 'batch_size': 150}
     ten = evaluate.probabilities(predict, params, statistics, dataset, views=range(10), **how)
@@ -118,7 +123,7 @@ def test_a_workdir_that_may_be_read_but_not_written(smoke_run, tmp_path, read_on
     (copy / 'predictions_test.npz').unlink()
     read_only(copy)
     found = evaluate.run([copy])
-    (end,) = [r for r in records.read(copy) if r['kind'] == 'test']
+    (end,) = [r for r in metrics.read(copy) if r['kind'] == 'test']
     assert found['centre'] == pytest.approx(end['centre'], rel=1e-5)
     (line,) = [line for line in capsys.readouterr().err.splitlines() if 'warning' in line]
     assert 'predictions_test.npz cannot be written (Read-only file system' in line

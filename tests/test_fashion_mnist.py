@@ -18,12 +18,14 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core import hashing
 from tensorflow_datasets.image_classification import mnist
 
-from alexnet_jax import data, fashion_mnist, prepare, prepared
+from alexnet_jax.data import datasets, prepared
+from alexnet_jax.data.prepare import command as prepare
+from alexnet_jax.data.prepare import fashion_mnist
 from alexnet_jax.errors import RunError, UsageError
 
 OFFICIAL = {'train': 60_000, 'test': 10_000}
-REPOSITORY = Path(prepare.__file__).parents[1]  # where `-m alexnet_jax.prepare` is found
-COMMAND = [sys.executable, '-m', 'alexnet_jax.prepare', 'fashion_mnist']
+REPOSITORY = Path(__file__).parents[1]  # where `-m alexnet_jax prepare` is found
+COMMAND = [sys.executable, '-m', 'alexnet_jax', 'prepare', 'fashion_mnist']
 
 
 def ignore(line):
@@ -35,7 +37,7 @@ def raw_dir(data_dir, tmp_path_factory):
     """The four raw .gz files, made anew from the prepared data by undoing TFDS's shuffle."""
     folder = tmp_path_factory.mktemp('raw')
     for split, (image_file, label_file) in fashion_mnist.FILES.items():
-        dataset = data.load('fashion_mnist', data_dir, split)
+        dataset = datasets.load('fashion_mnist', data_dir, split)
         order = sorted(range(len(dataset)), key=hashing.Hasher(split).hash_key)
         images, labels = np.empty_like(dataset.images), np.empty(len(dataset), np.uint8)
         images[order], labels[order] = dataset.images, dataset.labels
@@ -91,7 +93,7 @@ def test_killed_in_the_middle_then_two_at_once_make_one_complete_set(raw_dir, da
     assert victim.returncode == -signal.SIGKILL
     assert (tmp_path / '.prepare-fashion_mnist').is_dir()  # what it left
     with pytest.raises(RunError, match='run `python -m'):
-        data.load('fashion_mnist', tmp_path, 'train')
+        datasets.load('fashion_mnist', tmp_path, 'train')
 
     pair = [
         subprocess.Popen(
@@ -109,7 +111,7 @@ def test_killed_in_the_middle_then_two_at_once_make_one_complete_set(raw_dir, da
         '.prepare-fashion_mnist.lock',
     }
     for split in OFFICIAL:
-        made, official = (data.load('fashion_mnist', d, split) for d in (tmp_path, data_dir))
+        made, official = (datasets.load('fashion_mnist', d, split) for d in (tmp_path, data_dir))
         assert np.array_equal(made.images, official.images)
         assert np.array_equal(made.labels, official.labels)
 
@@ -117,7 +119,7 @@ def test_killed_in_the_middle_then_two_at_once_make_one_complete_set(raw_dir, da
 def test_every_process_writes_the_same_bytes(few, raw_dir, tmp_path):
     """TFDS's writer did not: it serialises a map of features in an order of the process."""
     script = (
-        'import sys; from alexnet_jax import fashion_mnist\n'
+        'import sys; from alexnet_jax.data.prepare import fashion_mnist\n'
         f'raw = fashion_mnist.read_raw(fashion_mnist.Path({str(raw_dir)!r}))\n'
         'few = {k: (x[:300], y[:300]) for k, (x, y) in raw.items()}\n'
         'fashion_mnist.write(few, fashion_mnist.Path(sys.argv[1]))\n'
@@ -153,7 +155,7 @@ def test_digits_from_a_folder(digits, raw, tmp_path, capsys):
     words = ['mnist', f'--source={digits}', f'--data_dir={tmp_path}']
     assert prepare.main(words) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / 'mnist/3.0.1')
-    dataset = data.load('mnist', tmp_path, 'test')
+    dataset = datasets.load('mnist', tmp_path, 'test')
     assert dataset.class_names == tuple('0123456789')
     assert dataset.images.shape == (10_000, 28, 28, 1)
     assert np.array_equal(np.bincount(dataset.labels), np.bincount(raw['test'][1]))
@@ -311,13 +313,13 @@ def test_an_incomplete_set_is_refused(few, tmp_path):
 def test_a_full_disk_is_one_sentence_and_leaves_nothing(raw_dir, tmp_path):
     """A limit on file sizes stands in for the full disk; 300 images stand in for all."""
     script = (
-        'import resource, sys; from alexnet_jax import fashion_mnist, prepare\n'
+        'import resource, sys; from alexnet_jax.data.prepare import command, fashion_mnist\n'
         'few = {k: (x[:300], y[:300]) for k, (x, y) in fashion_mnist.read_raw('
         f'fashion_mnist.Path({str(raw_dir)!r})).items()}}\n'
         'fashion_mnist.read_raw = lambda folder, files: few\n'
         'resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n'
         f'words = ["fashion_mnist", "--data_dir={tmp_path}", "--source={tmp_path}"]\n'
-        'sys.exit(prepare.main(words))\n'
+        'sys.exit(command.main(words))\n'
     )
     done = subprocess.run(
         [sys.executable, '-c', script], cwd=REPOSITORY, capture_output=True, text=True

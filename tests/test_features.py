@@ -8,8 +8,9 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
-from alexnet_jax import data, evaluate, features
+from alexnet_jax.data import datasets
 from alexnet_jax.errors import RunError, UsageError
+from alexnet_jax.inference import evaluate, features
 
 TEST, TRAIN = 40, 256
 
@@ -26,7 +27,7 @@ def trained(workdir):
 
 @pytest.fixture(scope='module')
 def images(data_dir):
-    return data.load('fashion_mnist', data_dir, f'test[:{TEST}]').images
+    return datasets.load('fashion_mnist', data_dir, f'test[:{TEST}]').images
 
 
 # ------------------------------------------------------------------------------- activations

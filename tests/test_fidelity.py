@@ -102,5 +102,5 @@ def test_what_is_wrong_would_be_seen():
     page = '| no. | config key | code |\n|---|---|---|\n| 1-1 | `seed=1`<br>`a b.c=2` | - |\n\ntext'
     assert rows(page) == [{'no.': '1-1', 'config key': '`seed=1`<br>`a b.c=2`', 'code': '-'}]
     assert KEY.fullmatch('`a:b b.c=("x",)`').groups() == ('a', 'b', 'b.c', '("x",)')
-    assert 'AlexNet._lrn' in names_in('alexnet_jax/model.py')
-    assert 'AlexNet.lrn' not in names_in('alexnet_jax/model.py')
+    assert 'AlexNet._lrn' in names_in('alexnet_jax/model/alexnet.py')
+    assert 'AlexNet.lrn' not in names_in('alexnet_jax/model/alexnet.py')

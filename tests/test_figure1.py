@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from alexnet_jax import config as configuration
-from alexnet_jax import model
 from alexnet_jax.errors import RunError
+from alexnet_jax.model import alexnet
 from experiments import digest, figure1, figure1_net, sweep
 
 SEEDS = 3
@@ -173,7 +173,7 @@ def test_the_nets_differ_in_the_function_alone_and_regularise_nothing(data):
     assert settings.optimizer.weight_decay == 0
     assert (settings.preprocess.crop, settings.preprocess.mirror) == (False, False)
     assert settings.preprocess.colour_noise == 0
-    params = jax.eval_shape(lambda: model.init(jax.random.key(0), settings.net))
+    params = jax.eval_shape(lambda: alexnet.init(jax.random.key(0), settings.net))
     channels = {'fashion_mnist': 1, 'cifar10': 3}[data]
     last = {'fashion_mnist': 2 * 2, 'cifar10': 3 * 3}[data]  # 28-13-6-2 and 32-15-7-3
     by_hand = 25 * (channels * 32 + 32 * 32 + 32 * 64) + 32 + 32 + 64 + (last * 64 + 1) * 10

@@ -13,11 +13,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alexnet_jax import checkpoint, data, evaluate, features, figures, model
 from alexnet_jax import config as configuration
-from alexnet_jax.augment import Statistics
+from alexnet_jax.analysis import figures
+from alexnet_jax.analysis.figures import Run
+from alexnet_jax.data import datasets
 from alexnet_jax.errors import UsageError
-from alexnet_jax.figures import Run
+from alexnet_jax.inference import evaluate, features
+from alexnet_jax.model import alexnet as model
+from alexnet_jax.model.augment import Statistics
+from alexnet_jax.training import checkpoint
 from configs import alexnet
 
 pytest.importorskip('matplotlib', reason="pip install -e '.[figures]'")
@@ -45,7 +49,7 @@ def run(workdir):
 
 @pytest.fixture(scope='module')
 def test_images(data_dir):
-    return data.load('fashion_mnist', data_dir, f'test[:{TEST}]')
+    return datasets.load('fashion_mnist', data_dir, f'test[:{TEST}]')
 
 
 def drawn(axes):
@@ -308,7 +312,7 @@ def test_fig4_left_shows_the_five_most_probable(run, test_images):
 def test_fig4_right_shows_the_nearest_that_numpy_finds(run, test_images, data_dir):
     axes = figures.make('fig4_right', [Run(run.workdir, rows=(0, 7))]).axes
     extract = features.make_extract(run.trained, 'fc7_relu')
-    among = data.load('fashion_mnist', data_dir, 'train[:256]')
+    among = datasets.load('fashion_mnist', data_dir, 'train[:256]')
     rows = extract(among.images).astype(np.float64)
     for place, row in enumerate((0, 7)):
         own = axes[8 * place : 8 * place + 8]

@@ -9,11 +9,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alexnet_jax import checkpoint, data, evaluate, fashion_mnist, prepare, train, transfer
 from alexnet_jax import config as configuration
+from alexnet_jax.data import datasets
+from alexnet_jax.data.prepare import command as prepare
+from alexnet_jax.data.prepare import fashion_mnist
 from alexnet_jax.errors import RunError, UsageError
-from alexnet_jax.optimizer import Late, Schedule, parameter_rates
-from alexnet_jax.workdir import open_workdir
+from alexnet_jax.inference import evaluate
+from alexnet_jax.model.optimizer import Late, Schedule, parameter_rates
+from alexnet_jax.training import checkpoint, train
+from alexnet_jax.training import finetune as finetuning
+from alexnet_jax.training.workdir import open_workdir
 from configs import alexnet, finetune, smoke
 
 
@@ -22,7 +27,7 @@ def seven(data_dir, tmp_path_factory):
     """A data set of Fashion-MNIST's first seven classes, as somebody's own images."""
     raw = {}
     for split in ('train', 'test'):
-        part = data.load('fashion_mnist', data_dir, f'{split}[:400]')
+        part = datasets.load('fashion_mnist', data_dir, f'{split}[:400]')
         chosen = part.labels < 7
         raw[split] = (part.images[chosen][..., 0], part.labels[chosen])
     folder = tmp_path_factory.mktemp('seven')
@@ -98,7 +103,7 @@ def test_a_run_goes_on_without_its_source(run, tmp_path):
 def test_statistics_of_the_data_instead(run, smoke_run, seven, tmp_path):
     config = tuned(smoke_run, seven, init_statistics='data', epochs=0.5)
     train.run(config, tmp_path / 'run')
-    images = data.load('seven', seven, 'train[:192]').images
+    images = datasets.load('seven', seven, 'train[:192]').images
     mean = evaluate.restore(tmp_path / 'run').statistics.mean_image
     np.testing.assert_allclose(mean, images.mean(axis=0), rtol=1e-5)
     assert not (tmp_path / 'run/source_statistics.npz').exists()
@@ -106,23 +111,23 @@ def test_statistics_of_the_data_instead(run, smoke_run, seven, tmp_path):
 
 def test_the_same_classes_keep_the_last_layer(smoke_run, data_dir, capsys):
     config = tuned(smoke_run, data_dir, data__name='fashion_mnist', model__fc8__features=10)
-    restored = transfer.read(f'{smoke_run}:8')
+    restored = finetuning.read(f'{smoke_run}:8')
     theirs = restored.state['state']['params']
     fresh = jax.tree.map(np.zeros_like, theirs)
     names = list(config.model.layers)
     classes = restored.extra['class_names']
-    kept, carried = transfer.parameters(fresh, restored, names, [['0'], classes], 'there')
+    kept, carried = finetuning.parameters(fresh, restored, names, [['0'], classes], 'there')
     np.testing.assert_array_equal(kept['fc8']['kernel'], theirs['fc8']['kernel'])
     assert carried == names
     assert 'starting from step 8 of there: conv1, conv2,' in (said := capsys.readouterr().err)
     assert said.endswith('fc7, fc8 carried over, none fresh\n')
     others = [classes[::-1], [str(i) for i in range(10)]]
-    found, carried = transfer.parameters(fresh, restored, names, others, 'there')
+    found, carried = finetuning.parameters(fresh, restored, names, others, 'there')
     assert found['fc8'] is fresh['fc8']
     assert carried == names[:-1]
     assert 'fc7 carried over, fresh: fc8 (other classes)' in capsys.readouterr().err
     fresh['fc8'] = {'kernel': np.zeros((3, 5), np.float32), 'bias': np.zeros(5, np.float32)}
-    found, _ = transfer.parameters(fresh, restored, names, [classes], 'there')
+    found, _ = finetuning.parameters(fresh, restored, names, [classes], 'there')
     assert found['fc8'] is fresh['fc8']
     assert 'fc7 carried over, fresh: fc8 (512x10 there, 3x5 here)' in capsys.readouterr().err
 
@@ -164,18 +169,18 @@ def test_layers_to_carry_over_are_named(smoke_run, seven, tmp_path, capsys):
 
 def test_the_same_weights_in_another_net_are_told(smoke_run, seven, capsys):
     config = tuned(smoke_run, seven)
-    restored = transfer.read(str(smoke_run))
+    restored = finetuning.read(str(smoke_run))
     tree = json.loads(configuration.as_json(config))
     layers = tree['model']['layers']
-    transfer.compare(tree, restored, 'W', layers[:-1])
+    finetuning.compare(tree, restored, 'W', layers[:-1])
     assert capsys.readouterr().err == ''  # what differs is about beginnings and training
     tree['model']['conv1']['then'] = ['relu', 'lrn', 'pool']
     tree['preprocess']['scale'] = 0.5
-    transfer.compare(tree, restored, 'W', layers[:-1])
+    finetuning.compare(tree, restored, 'W', layers[:-1])
     assert capsys.readouterr().err.strip() == (
         'warning: W was trained with other values of model.conv1.then, preprocess.scale'
     )
-    transfer.compare(tree, restored, 'W', ['fc7'])
+    finetuning.compare(tree, restored, 'W', ['fc7'])
     assert capsys.readouterr().err.splitlines() == [
         'warning: fc7 of W followed another layer there; to start fresh from there on, set '
         'init_layers to the layers before',
@@ -257,9 +262,9 @@ def test_a_failed_start_from_one_source_leaves_nothing_to_another(smoke_run, sev
     with checkpoint.Checkpoints(other / 'checkpoints') as checkpoints:
         checkpoints.save(saved.step, saved.state, saved.extra, error=None)
     with open_workdir(tuned(smoke_run, seven), tmp_path / 'w'):
-        transfer.statistics(str(smoke_run), tmp_path / 'w')
+        finetuning.statistics(str(smoke_run), tmp_path / 'w')
     with open_workdir(tuned(other, seven), tmp_path / 'w'):
-        found = transfer.statistics(str(other), tmp_path / 'w')
+        found = finetuning.statistics(str(other), tmp_path / 'w')
     np.testing.assert_array_equal(found.mean_image, saved.state['statistics']['mean_image'])
 
 
@@ -278,7 +283,7 @@ def test_a_config_from_before_fine_tuning_still_loads(smoke_run):
 @pytest.fixture(scope='module')
 def pictures(data_dir, tmp_path_factory):
     """Two sets from folders of pictures: 'small' of three classes, 'big' of five others."""
-    part = data.load('fashion_mnist', data_dir, 'train[:400]')
+    part = datasets.load('fashion_mnist', data_dir, 'train[:400]')
     folder = tmp_path_factory.mktemp('pictures')
     for name, classes in (('small', (7, 8, 9)), ('big', (0, 1, 2, 3, 4))):
         for label in classes:

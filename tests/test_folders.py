@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from alexnet_jax import folders
+from alexnet_jax.data.prepare import image_folder
 from alexnet_jax.errors import RunError, UsageError
 
 
@@ -34,7 +34,7 @@ def test_splits_that_are_folders(tmp_path):
     put(tmp_path, 'train/dog/1.jpg', 'train/cat/deep/2.PNG', 'train/cat/3.webp', 'val/cat/4.jpeg',
         'Test/dog/5.jpg', 'train/cat/notes.txt', 'train/.git/6.jpg', 'train/cat/.7.jpg',
         'notes.md')  # fmt: skip
-    source = folders.source(tmp_path, 'pets')
+    source = image_folder.source(tmp_path, 'pets')
     assert source.name == 'pets'
     assert source.class_names == ('cat', 'dog')
     assert found(source) == {
@@ -52,10 +52,11 @@ def report(source):
 
 def test_classes_are_listed_with_their_counts(tmp_path):
     put(tmp_path, 'a/1.jpg', 'a/2.jpg', 'b/1.png', 'c/x/1.png')
-    said = report(folders.source(tmp_path, 'x', validation=0, test=0))
+    said = report(image_folder.source(tmp_path, 'x', validation=0, test=0))
     assert said[0].endswith('3 classes: a 2, b 1, c 1')
     put(tmp_path, *(f'{i}/1.jpg' for i in range(200)))
-    assert report(folders.source(tmp_path, 'x', validation=0, test=0))[0].endswith(' and 103 more')
+    source = image_folder.source(tmp_path, 'x', validation=0, test=0)
+    assert report(source)[0].endswith(' and 103 more')
 
 
 @pytest.mark.parametrize('inside', ['', 'train'])
@@ -63,7 +64,7 @@ def test_what_systems_leave_is_no_class_and_no_picture(tmp_path, inside):
     put(tmp_path / inside, 'a/1.jpg', 'b/1.jpg', '@eaDir/x.jpg', '__MACOSX/a/._1.jpg',
         'lost+found/1.jpg', '.ipynb_checkpoints/1.jpg', 'a/@eaDir/1.jpg/SYNOPHOTO_THUMB.jpg',
         'b/._1.jpg', 'Thumbs.db', 'a/desktop.ini', '$RECYCLE.BIN/1.jpg')  # fmt: skip
-    source = folders.source(tmp_path, 'x', validation=0, test=0)
+    source = image_folder.source(tmp_path, 'x', validation=0, test=0)
     assert source.class_names == ('a', 'b')
     assert sum(source.images.values()) == 2
     assert not any('passed over' in line for line in report(source))
@@ -71,28 +72,28 @@ def test_what_systems_leave_is_no_class_and_no_picture(tmp_path, inside):
 
 def test_what_is_passed_over_is_reported(tmp_path):
     put(tmp_path, 'a/1.jpg', 'a/2.heic', 'a/3.HEIC', 'a/.hidden', 'b/1.png', 'b/deep/README')
-    said = report(folders.source(tmp_path, 'x', validation=0, test=0))[-1]
+    said = report(image_folder.source(tmp_path, 'x', validation=0, test=0))[-1]
     assert '(.heic 2, no ending 1)' in said
     assert 'but 2 in HEIC, and those are not read here: convert' in said
     put(tmp_path, 'c/1.heic')
     with pytest.raises(UsageError, match='c holds no picture but 1 in HEIC, and those are not'):
-        folders.source(tmp_path, 'x')
+        image_folder.source(tmp_path, 'x')
 
 
 def test_pictures_of_no_class_are_reported(tmp_path):
     put(tmp_path, 'train/a/1.jpg', 'train/b/1.jpg', 'val/a/2.jpg', 'train/stray.jpg')
-    assert '(.jpg 1)' in report(folders.source(tmp_path, 'x'))[-1]
+    assert '(.jpg 1)' in report(image_folder.source(tmp_path, 'x'))[-1]
 
 
 def test_links_are_followed_and_loops_refused(tmp_path):
     put(tmp_path, 'pets/a/1.jpg', 'pets/b/1.jpg', 'elsewhere/2.jpg')
     (tmp_path / 'pets/a/more').symlink_to(tmp_path / 'elsewhere')
     (tmp_path / 'pets/c').symlink_to(tmp_path / 'elsewhere')
-    source = folders.source(tmp_path / 'pets', 'x', validation=0, test=0)
+    source = image_folder.source(tmp_path / 'pets', 'x', validation=0, test=0)
     assert found(source)['train'] == {'a/1.jpg': 0, 'a/more/2.jpg': 0, 'b/1.jpg': 1, 'c/2.jpg': 2}
     (tmp_path / 'pets/a/loop').symlink_to(tmp_path / 'pets/a')
     with pytest.raises(RunError, match='Too many levels of symbolic links'):
-        folders.source(tmp_path / 'pets', 'x')
+        image_folder.source(tmp_path / 'pets', 'x')
 
 
 def test_a_folder_that_cannot_be_read_is_refused(tmp_path, monkeypatch):
@@ -106,7 +107,7 @@ def test_a_folder_that_cannot_be_read_is_refused(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, 'scandir', refuse)
     with pytest.raises(RunError, match=r'a cannot be read \(Permission denied\)'):
-        folders.source(tmp_path / 'pets', 'x')
+        image_folder.source(tmp_path / 'pets', 'x')
 
 
 def many(root, per_class):
@@ -118,7 +119,7 @@ def many(root, per_class):
 @pytest.mark.parametrize('inside', ['', 'train'])
 def test_one_split_is_divided_class_by_class(tmp_path, inside):
     many(tmp_path / inside, {'a': 100, 'b': 20})
-    splits = found(folders.source(tmp_path, 'x', validation=0.1, test=0.25))
+    splits = found(image_folder.source(tmp_path, 'x', validation=0.1, test=0.25))
     counts = {
         split: [list(labels.values()).count(label) for label in (0, 1)]
         for split, labels in splits.items()
@@ -130,16 +131,16 @@ def test_one_split_is_divided_class_by_class(tmp_path, inside):
 def test_a_picture_stays_in_its_split_when_others_come(tmp_path):
     """Nearly all do: where the border runs moves by as much as the class grows."""
     many(tmp_path, {'a': 200, 'b': 200})
-    before = found(folders.source(tmp_path, 'x'))
+    before = found(image_folder.source(tmp_path, 'x'))
     many(tmp_path, {'a': 210, 'b': 210})
-    after = found(folders.source(tmp_path, 'x'))
+    after = found(image_folder.source(tmp_path, 'x'))
     stayed = sum(len(before[split].keys() & after[split].keys()) for split in before)
     assert stayed >= 380
 
 
 def test_no_share_no_split(tmp_path):
     many(tmp_path, {'a': 5, 'b': 5})
-    assert found(folders.source(tmp_path, 'x', validation=0.2, test=0)).keys() == {
+    assert found(image_folder.source(tmp_path, 'x', validation=0.2, test=0)).keys() == {
         'train',
         'validation',
     }
@@ -152,15 +153,15 @@ def test_no_share_no_split(tmp_path):
 def test_names(tmp_path, folder, name, made):
     if folder == 'été':
         with pytest.raises(UsageError, match='--name'):
-            folders.source(many(tmp_path / '2024', {'a': 5, 'b': 5}))
+            image_folder.source(many(tmp_path / '2024', {'a': 5, 'b': 5}))
         return
-    assert folders.source(many(tmp_path / folder, {'a': 5, 'b': 5}), name).name == made
+    assert image_folder.source(many(tmp_path / folder, {'a': 5, 'b': 5}), name).name == made
 
 
 @pytest.mark.parametrize('name', ['fashion_mnist', 'imagenet2012', 'Two Words', '9', 'a/b', '..'])
 def test_names_that_cannot_be(tmp_path, name):
     with pytest.raises(UsageError, match='--name'):
-        folders.source(many(tmp_path, {'a': 5, 'b': 5}), name)
+        image_folder.source(many(tmp_path, {'a': 5, 'b': 5}), name)
 
 
 @pytest.mark.parametrize(
@@ -182,10 +183,10 @@ def test_names_that_cannot_be(tmp_path, name):
 )
 def test_folders_that_do_not_fit_together(tmp_path, names, options, said):
     with pytest.raises(UsageError, match=said) as caught:
-        folders.source(put(tmp_path, *names), 'x', **options)
+        image_folder.source(put(tmp_path, *names), 'x', **options)
     assert '\n' not in str(caught.value)
 
 
 def test_no_folder(tmp_path):
     with pytest.raises(UsageError, match='is no folder'):
-        folders.source(tmp_path / 'nothing')
+        image_folder.source(tmp_path / 'nothing')

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alexnet_jax import archives, imagenet, shard_writer
 from alexnet_jax import config as configuration
+from alexnet_jax.data.prepare import archives, imagenet, shards
+from alexnet_jax.data.prepare.imagenet import ILSVRC_2010, ILSVRC_2012
 from alexnet_jax.errors import RunError, UsageError
-from alexnet_jax.imagenet import ILSVRC_2010, ILSVRC_2012
 from configs import alexnet
 from experiments import official_tars, rehearsal
 from experiments.official_tars import tar_bytes, write_devkit, write_tar
@@ -254,9 +254,7 @@ def test_prepared_from_folders_or_from_archives_the_bytes_are_the_same(year_2012
     folders = []
     for name in ('archives', 'folders'):
         source = imagenet.source(SMALL_2012, year_2012)
-        folder = shard_writer.make(
-            source, tmp_path / f'data_{name}', shard_writer.Form(32), ignore, workers=1
-        )
+        folder = shards.make(source, tmp_path / f'data_{name}', shards.Form(32), ignore, workers=1)
         folders.append({path.name: path.read_bytes() for path in folder.iterdir()})
         if name == 'archives':
             extract(year_2012, 'Data/CLS-LOC')

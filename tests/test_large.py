@@ -20,12 +20,16 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from alexnet_jax import config as configuration
-from alexnet_jax import data, evaluate, pictures, prepare, records, stored, train
-from alexnet_jax import statistics as image_statistics
-from alexnet_jax.data import LargeDataset
+from alexnet_jax.data import batches, datasets, records
+from alexnet_jax.data import images as image_io
+from alexnet_jax.data import statistics as image_statistics
+from alexnet_jax.data.datasets import LargeDataset
+from alexnet_jax.data.prepare import command as prepare
+from alexnet_jax.data.readers import Readers
 from alexnet_jax.errors import RunError, UsageError
-from alexnet_jax.readers import Readers
-from alexnet_jax.workdir import MAY_DIFFER
+from alexnet_jax.inference import evaluate
+from alexnet_jax.training import metrics, train
+from alexnet_jax.training.workdir import MAY_DIFFER
 from tests.conftest import smoke_config
 from tests.test_distributed import Crew
 from tests.test_train import assert_same, outcome
@@ -101,7 +105,7 @@ def copy(sets, tmp_path):
 
 
 def large(folder, split='train', workers=2):
-    return data.load('drawn', folder, split, workers=workers, resident_gib=0.0)
+    return datasets.load('drawn', folder, split, workers=workers, resident_gib=0.0)
 
 
 # ---- contents -------------------------------------------------------------------------------
@@ -123,14 +127,14 @@ def test_what_is_read_is_what_tfds_reads(sets, form, split):
         if form == 'pixels':
             np.testing.assert_array_equal(image, example['image'])
         else:
-            np.testing.assert_array_equal(image, pictures.decode(example['image'], shape))
+            np.testing.assert_array_equal(image, image_io.decode(example['image'], shape))
         assert label == example['label']
 
 
 @pytest.mark.parametrize('form', ['pixels', 'picture', 'any size'])
 def test_small_and_large_are_the_same(sets, form, tmp_path):
     folder = shutil.copytree(sets[form], tmp_path / 'data')
-    small, big = data.load('drawn', folder, 'train[7:]'), large(folder, 'train[7:]')
+    small, big = datasets.load('drawn', folder, 'train[7:]'), large(folder, 'train[7:]')
     assert isinstance(small.images, np.ndarray)
     assert not isinstance(big.images, np.ndarray)
     np.testing.assert_array_equal(small.images, big.images[:])
@@ -150,20 +154,20 @@ def test_a_record_is_parsed_as_protobuf_does():
         example.features.feature['label'].int64_list.value.append(label)
         example.features.feature['weights'].float_list.value.extend([1.0, 2.0])
         example.features.feature['file_name'].bytes_list.value.append(b'image')
-        found = stored.image_and_label(example.SerializeToString())
+        found = records.image_and_label(example.SerializeToString())
         assert (bytes(found[0]), found[1]) == (image, label)
     unpacked = b'\x0a\x1d\x0a\x0e\x0a\x05label\x12\x05\x1a\x03\x08\xac\x02'
     unpacked = (
         unpacked[:0] + bytes.fromhex('0a22') + bytes.fromhex('0a0e0a056c6162656c12051a0308ac02')
     )
     unpacked += bytes.fromhex('0a100a05696d61676512070a050a03616263')
-    assert stored.image_and_label(unpacked) == (memoryview(b'abc'), 300)
+    assert records.image_and_label(unpacked) == (memoryview(b'abc'), 300)
 
 
 @pytest.mark.parametrize('record', [b'', b'\x0a', b'\x0a\x05abc', b'\x00\x01', b'\xff' * 20])
 def test_what_is_no_record_is_refused(record):
     with pytest.raises((ValueError, IndexError)):
-        stored.image_and_label(record)
+        records.image_and_label(record)
 
 
 def test_images_are_had_by_number_slice_and_array(sets):
@@ -190,9 +194,9 @@ def test_images_are_had_by_number_slice_and_array(sets):
 @pytest.mark.parametrize('workers', [0, 2])
 def test_batches_are_those_of_a_set_in_memory(sets, tmp_path, workers):
     folder = shutil.copytree(sets['picture'], tmp_path / 'data')
-    small, big = data.load('drawn', folder, 'train'), large(folder, workers=workers)
+    small, big = datasets.load('drawn', folder, 'train'), large(folder, workers=workers)
     for rows in (slice(None), slice(0, 32), slice(32, 64)):
-        ours, theirs = (data.TrainStream(d, 3, 64, rows) for d in (big, small))
+        ours, theirs = (batches.TrainStream(d, 3, 64, rows) for d in (big, small))
         for step in (0, 4, 10**6):  # 4: the batch that spans the first two epochs
             batch, expected = ours.batch(step), theirs.batch(step)
             assert batch.keys() == expected.keys()
@@ -200,7 +204,7 @@ def test_batches_are_those_of_a_set_in_memory(sets, tmp_path, workers):
                 assert batch[key].dtype == expected[key].dtype
                 np.testing.assert_array_equal(batch[key], expected[key])
         for batch, expected in zip(
-            data.eval_batches(big, 64, rows), data.eval_batches(small, 64, rows), strict=True
+            batches.eval_batches(big, 64, rows), batches.eval_batches(small, 64, rows), strict=True
         ):
             for key in expected:
                 np.testing.assert_array_equal(batch[key], expected[key])
@@ -210,7 +214,7 @@ def test_threads_may_read_at_once(sets):
     dataset = large(sets['pixels'])
     everything = Readers(0).take(dataset.images.source, np.arange(300))[0]
     orders = [np.random.default_rng(i).permutation(300)[:100] for i in range(40)]
-    found = data.prefetch(lambda i: dataset.take(orders[i]), 0, 40, depth=8, threads=8)
+    found = batches.prefetch(lambda i: dataset.take(orders[i]), 0, 40, depth=8, threads=8)
     for order, (images, labels) in zip(orders, found, strict=True):
         np.testing.assert_array_equal(images, everything[order])
         assert len(labels) == 100
@@ -221,9 +225,9 @@ def test_what_the_system_cannot_read_is_not_called_damaged(sets, repository, wor
     """With no descriptor left the data set is as sound as before, and nobody is to remove it."""
     script = (
         'import resource\n'
-        'from alexnet_jax import data, stored\n'
-        'stored._allow_files()\n'  # once: raised again later, the limit below would be gone
-        f'd = data.load("drawn", {str(sets["picture"])!r}, "train", workers={workers},'
+        'from alexnet_jax.data import datasets, records\n'
+        'records._allow_files()\n'  # once: raised again later, the limit below would be gone
+        f'd = datasets.load("drawn", {str(sets["picture"])!r}, "train", workers={workers},'
         ' resident_gib=0.0)\n'
         'resource.setrlimit(resource.RLIMIT_NOFILE, (3, 4096))\n'
         'try: d.images[:300]\n'
@@ -244,8 +248,9 @@ def test_a_process_that_reads_leaves_nothing_behind(sets, repository, how):
     """However it ends: while it reads it has no children, and no file in /dev/shm."""
     script = (
         'import time, numpy as np\n'
-        'from alexnet_jax import data\n'
-        f'd = data.load("drawn", {str(sets["picture"])!r}, "train", workers=2, resident_gib=0.0)\n'
+        'from alexnet_jax.data import datasets\n'
+        f'd = datasets.load("drawn", {str(sets["picture"])!r}, "train", workers=2,'
+        ' resident_gib=0.0)\n'
         'd.take(np.arange(300)); print("read", flush=True)\n'
         f'while {how is not None}: d.take(np.arange(300))\n'
     )
@@ -301,7 +306,7 @@ def test_descriptions_of_other_data_are_refused(copy):
 def test_labels_are_read_once_and_again_when_the_records_change(copy, monkeypatch):
     expected = large(copy).labels
     read = []
-    monkeypatch.setattr(stored.Source, 'read', lambda *_: read.append(1) or 1 / 0)
+    monkeypatch.setattr(records.Source, 'read', lambda *_: read.append(1) or 1 / 0)
     np.testing.assert_array_equal(large(copy).labels, expected)
     assert not read
     path = next((copy / 'drawn/1.0.0').glob('*train*-00001-of-*'))
@@ -313,8 +318,8 @@ def test_labels_are_read_once_and_again_when_the_records_change(copy, monkeypatc
 def test_statistics_of_a_large_set(copy, caplog):
     dataset = large(copy)
     with caplog.at_level(logging.WARNING):
-        result = data.statistics_of(dataset)
-        again = data.statistics_of(large(copy))
+        result = datasets.statistics_of(dataset)
+        again = datasets.statistics_of(large(copy))
     assert len(caplog.records) == 1  # the second time they are there
     images = dataset.images[:].astype(np.float64)
     np.testing.assert_allclose(result.mean_image, images.mean(axis=0), rtol=1e-6)
@@ -330,18 +335,18 @@ def test_statistics_of_a_large_set(copy, caplog):
 
 
 def test_statistics_beside_the_records_are_used(copy):
-    own = data.statistics_of(large(copy, 'train[:100%]'))
-    mine = data.Statistics(own.mean_image + 1, own.colour_std, own.colour_vectors)
+    own = datasets.statistics_of(large(copy, 'train[:100%]'))
+    mine = datasets.Statistics(own.mean_image + 1, own.colour_std, own.colour_vectors)
     beside = copy / 'drawn/1.0.0/statistics.npz'
     image_statistics.save(beside, mine, SIZES['train'])
-    np.testing.assert_array_equal(data.statistics_of(large(copy)).mean_image, mine.mean_image)
-    part = data.statistics_of(large(copy, 'train[:299]')).mean_image  # not of that part
+    np.testing.assert_array_equal(datasets.statistics_of(large(copy)).mean_image, mine.mean_image)
+    part = datasets.statistics_of(large(copy, 'train[:299]')).mean_image  # not of that part
     assert np.abs(part - own.mean_image).max() < 0.9
     image_statistics.save(beside, mine, SIZES['train'] - 1)  # of another preparation
-    np.testing.assert_array_equal(data.statistics_of(large(copy)).mean_image, own.mean_image)
+    np.testing.assert_array_equal(datasets.statistics_of(large(copy)).mean_image, own.mean_image)
     # Earlier versions stored those of the images before encoding, under another name.
     np.savez(beside, count=SIZES['train'], **vars(mine))
-    np.testing.assert_array_equal(data.statistics_of(large(copy)).mean_image, own.mean_image)
+    np.testing.assert_array_equal(datasets.statistics_of(large(copy)).mean_image, own.mean_image)
 
 
 @pytest.fixture(scope='module')
@@ -364,12 +369,10 @@ def noise(tmp_path_factory):
 def test_one_mean_image_wherever_the_images_are_kept(noise, split, tmp_path):
     """In memory, in the files, as prepared, and without what preparation has summed up."""
     folder = shutil.copytree(noise, tmp_path / 'data')
-    found = [
-        data.statistics_of(data.load('noise', folder, split, workers=workers, resident_gib=gib))
-        for workers, gib in ((0, 4.0), (2, 4.0), (0, 0.0), (2, 0.0))
-    ]
+    ways = [dict(workers=w, resident_gib=g) for w, g in ((0, 4.0), (2, 4.0), (0, 0.0), (2, 0.0))]
+    found = [datasets.statistics_of(datasets.load('noise', folder, split, **how)) for how in ways]
     (folder / 'noise/1.0.0/statistics.npz').unlink()
-    found.append(data.statistics_of(data.load('noise', folder, split, resident_gib=0.0)))
+    found.append(datasets.statistics_of(datasets.load('noise', folder, split, resident_gib=0.0)))
     for other in found[1:]:
         for name, value in vars(other).items():
             np.testing.assert_array_equal(value, getattr(found[0], name), name)
@@ -381,7 +384,7 @@ def test_words_beside_the_names(copy):
     words.write_text('tench, Tinca tinca\ncrane\ncock\ncrane\nostrich\n')
     names = ('tench, Tinca tinca', 'crane (n1)', 'cock', 'crane (n3)', 'ostrich')
     assert large(copy).class_names == names
-    assert data.class_names('drawn', copy) == names
+    assert datasets.class_names('drawn', copy) == names
     words.write_text('tench\n')
     with pytest.raises(RunError, match='1 words for 5 classes'):
         large(copy)
@@ -475,9 +478,9 @@ def test_how_many_cores_would_do(sets, wanted, says, monkeypatch):
     assert isinstance(dataset, LargeDataset)
     dataset.images.readers = Readers(2)
     dataset.images.readers._secs.append(2.0 / 10_000)
-    assert says in data.shortage(dataset, wanted)
-    small = data.load('drawn', sets['picture'], 'test')
-    assert data.shortage(small, wanted) is None
+    assert says in datasets.shortage(dataset, wanted)
+    small = datasets.load('drawn', sets['picture'], 'test')
+    assert datasets.shortage(small, wanted) is None
 
 
 @pytest.fixture
@@ -507,7 +510,7 @@ def test_a_stopped_run_on_a_large_set_resumes(smoke_run, command, tmp_path):
 def test_two_processes_read_a_share_each(smoke_run, command, tmp_path):
     crew = Crew([*command, '--config.mesh.data=2', '--config.epochs=1.0'], tmp_path, 2, devices=2)
     assert crew.wait() == {0: 0, 1: 0}, crew.said(0) + crew.said(1)
-    first, expected = (records.read(folder)[0] for folder in (tmp_path / 'run', smoke_run))
+    first, expected = (metrics.read(folder)[0] for folder in (tmp_path / 'run', smoke_run))
     assert first['step'] == 1
     # The first step's loss is of all 64 images; sums are taken in another order, rounded to 1e-7.
     assert first['loss'] == pytest.approx(expected['loss'], rel=1e-5)

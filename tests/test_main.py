@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alexnet_jax import machine, prepare
+from alexnet_jax import machine
+from alexnet_jax.data.prepare import command as prepare
 from tests.conftest import REPOSITORY
 
 CONFIG = '--config=configs/smoke.py'
@@ -94,7 +95,7 @@ def test_no_data_and_no_way_to_get_it(ring, tmp_path):
         f'--config.data.data_dir={tmp_path}',
         data=False,
     )
-    way = 'alexnet_jax.prepare imagenet2012 --source=FOLDER'
+    way = 'alexnet_jax prepare imagenet2012 --source=FOLDER'
     one_sentence(done, 1, f'imagenet2012 is not in {tmp_path}', way)
 
 

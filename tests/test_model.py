@@ -17,12 +17,13 @@ import optax
 import pytest
 
 from alexnet_jax import config as configuration
-from alexnet_jax import model, parallel
-from alexnet_jax.augment import Statistics
 from alexnet_jax.config import MeshShape
 from alexnet_jax.errors import UsageError
-from alexnet_jax.model import AlexNet, Dropout, Layer, Net, geometry
-from alexnet_jax.step import TrainState, make_optimizer, make_train_step
+from alexnet_jax.model import alexnet as model
+from alexnet_jax.model.alexnet import AlexNet, Dropout, Layer, Net, geometry
+from alexnet_jax.model.augment import Statistics
+from alexnet_jax.parallel import mesh
+from alexnet_jax.training.step import TrainState, make_optimizer, make_train_step
 from configs import ablation_one_tower, alexnet, alexnet_paper, smoke
 from tests.golden import cases
 from tests.golden.cases import net_of
@@ -542,18 +543,16 @@ def test_logits_loss_and_gradients_are_pytorchs(recipe):
 def layout_of(shape, batch_size):
     if jax.device_count() < math.prod(shape[:2]):
         pytest.skip(f'{math.prod(shape[:2])} devices are wanted; tests/conftest.py makes eight')
-    return parallel.lay_out(MeshShape(*shape), batch_size)
+    return mesh.lay_out(MeshShape(*shape), batch_size)
 
 
 def on_mesh(net: Net, case: cases.Case, shape):
     """A training pass on a mesh of that shape; everything is brought back to the host."""
     layout = layout_of(shape, len(case.images))
-    params = jax.device_put(
-        case.params, parallel.shardings(parallel.parameter_specs(net, layout), layout)
-    )
-    batch = jax.device_put((case.images, case.labels), parallel.batch_sharding(layout))
-    masks = jax.device_put(case.masks, parallel.whole(layout))
-    run = training_pass(parallel.forward(net, layout), compiler_options=QUICK_COMPILE)
+    params = jax.device_put(case.params, mesh.shardings(mesh.parameter_specs(net, layout), layout))
+    batch = jax.device_put((case.images, case.labels), mesh.batch_sharding(layout))
+    masks = jax.device_put(case.masks, mesh.whole(layout))
+    run = training_pass(mesh.forward(net, layout), compiler_options=QUICK_COMPILE)
     return jax.device_get(run(params, *batch, masks))
 
 
@@ -620,13 +619,13 @@ def test_lrn_across_towers_on_two_devices():
 )
 def test_meshes_that_do_not_fit(shape, batch_size, says):
     with pytest.raises(UsageError, match=re.escape(says)):
-        parallel.lay_out(MeshShape(*shape), batch_size)
+        mesh.lay_out(MeshShape(*shape), batch_size)
 
 
 def test_units_that_do_not_divide():
     net = change(small_net(), 'fc6', features=130)
     with pytest.raises(UsageError, match='fc6: 4 devices do not divide its 130 units'):
-        parallel.forward(net, parallel.lay_out(MeshShape(4, 1, TRICK), 4))
+        mesh.forward(net, mesh.lay_out(MeshShape(4, 1, TRICK), 4))
 
 
 def test_the_training_step_is_compiled_once():
@@ -646,12 +645,12 @@ def test_the_training_step_is_compiled_once():
             sound=jnp.ones((), bool),
         )
 
-    shardings = parallel.state_shardings(jax.eval_shape(fresh, case.params), settings.net, layout)
+    shardings = mesh.state_shardings(jax.eval_shape(fresh, case.params), settings.net, layout)
     state = jax.jit(fresh, out_shardings=shardings)(case.params)
     side = settings.preprocess.image_px
     statistics = Statistics(jnp.zeros((side, side, 1)), jnp.eye(1))
     batch = {'image': np.zeros((4, side, side, 1), np.uint8), 'label': case.labels}
-    batch = jax.device_put(batch, parallel.batch_sharding(layout))
+    batch = jax.device_put(batch, mesh.batch_sharding(layout))
     traces, step = [], make_train_step(settings, layout, optimizer, images=1024)
 
     def counted(*args):

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from alexnet_jax import ops
 from alexnet_jax.errors import UsageError
+from alexnet_jax.model import ops
 
 
 def normal(*shape, seed=0):

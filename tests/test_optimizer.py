@@ -10,9 +10,8 @@ import optax
 import pytest
 
 from alexnet_jax import config as configuration
-from alexnet_jax import parallel
 from alexnet_jax.config import MeshShape
-from alexnet_jax.optimizer import (
+from alexnet_jax.model.optimizer import (
     Late,
     Schedule,
     parameter_rates,
@@ -20,6 +19,7 @@ from alexnet_jax.optimizer import (
     rate_of,
     sgd_2012,
 )
+from alexnet_jax.parallel import mesh
 from configs import alexnet, smoke
 from tests.golden import cases
 
@@ -45,7 +45,7 @@ def shipped(scale):
 def layout_of(shape, batch_size):
     if jax.device_count() < math.prod(shape):
         pytest.skip(f'{math.prod(shape)} devices are wanted; tests/conftest.py makes eight')
-    return parallel.lay_out(MeshShape(*shape), batch_size)
+    return mesh.lay_out(MeshShape(*shape), batch_size)
 
 
 def tree_of(seed):
@@ -201,8 +201,8 @@ def test_sharded_update_equals_the_whole_one():
     gradients = jax.tree.map(np.sin, params)
     transform = transform_of(schedule('constant', 0.01), schedule('constant', 0.02))
     layout = layout_of((2, 2), batch_size=2)
-    split = parallel.shardings(parallel.parameter_specs(net, layout), layout)
-    state_split = parallel.state_shardings(jax.eval_shape(transform.init, params), net, layout)
+    split = mesh.shardings(mesh.parameter_specs(net, layout), layout)
+    state_split = mesh.state_shardings(jax.eval_shape(transform.init, params), net, layout)
 
     def two_steps(params, gradients):
         state = transform.init(params)

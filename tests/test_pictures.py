@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps, PngImagePlugin
 
-from alexnet_jax import pictures, predict
+from alexnet_jax.data import images
+from alexnet_jax.inference import predict
 from experiments import official_tars
 
 
@@ -39,7 +40,7 @@ def reference(picture, px):
 @pytest.mark.parametrize('size', [(96, 64), (64, 96), (64, 64), (32, 32), (320, 256)])
 def test_the_shorter_side_is_resized_and_the_centre_kept(size):
     picture = photo(*size)
-    found = pictures.picture(png(picture), 32)
+    found = images.picture(png(picture), 32)
     assert found.shape == (32, 32, 3)
     assert found.dtype == np.uint8
     np.testing.assert_array_equal(found, reference(picture, 32))
@@ -48,41 +49,41 @@ def test_the_shorter_side_is_resized_and_the_centre_kept(size):
 def test_a_ratio_that_leaves_a_fraction_of_a_pixel():
     """97 x 62: the largest centre square begins at 17.5."""
     square = photo(97, 62).resize((32, 32), Image.Resampling.BICUBIC, box=(17.5, 0, 79.5, 62))
-    np.testing.assert_array_equal(pictures.picture(png(photo(97, 62)), 32), np.asarray(square))
+    np.testing.assert_array_equal(images.picture(png(photo(97, 62)), 32), np.asarray(square))
 
 
 def test_every_odd_one_is_read_as_the_plain_one():
     """What official_tars puts into archives: all show the same photograph."""
     picture = photo(400, 300)
-    plain = pictures.picture(official_tars.jpeg(picture), 64).astype(int)
+    plain = images.picture(official_tars.jpeg(picture), 64).astype(int)
     odd = official_tars.odd_ones(picture)
     for kind in ('PNG', 'progressive', 'more bytes than it needs', 'large'):
-        assert np.abs(pictures.picture(odd[kind], 64) - plain).mean() < 3, kind
+        assert np.abs(images.picture(odd[kind], 64) - plain).mean() < 3, kind
     # Pillow's way from RGB to CMYK and back is not exact.
-    assert np.abs(pictures.picture(odd['CMYK'], 64) - plain).mean() < 6
+    assert np.abs(images.picture(odd['CMYK'], 64) - plain).mean() < 6
     turned = np.asarray(ImageOps.fit(picture, (64, 64), Image.Resampling.BICUBIC)).astype(int)
-    assert np.abs(pictures.picture(odd['EXIF'], 64) - np.rot90(turned, -1)).mean() < 3
-    grey = pictures.picture(odd['grey'], 64)
+    assert np.abs(images.picture(odd['EXIF'], 64) - np.rot90(turned, -1)).mean() < 3
+    grey = images.picture(odd['grey'], 64)
     assert (grey == grey[..., :1]).all()
     for kind in ('narrow', 'flat', 'tiny'):
-        assert pictures.picture(odd[kind], 64).shape == (64, 64, 3), kind
+        assert images.picture(odd[kind], 64).shape == (64, 64, 3), kind
 
 
 def test_predict_reads_files_the_same_way(tmp_path):
     for kind, content in official_tars.odd_ones(photo(300, 200)).items():
         (tmp_path / 'a.jpg').write_bytes(content)
         np.testing.assert_array_equal(
-            predict.read(tmp_path / 'a.jpg', (64, 64, 3)), pictures.picture(content, 64), kind
+            predict.read(tmp_path / 'a.jpg', (64, 64, 3)), images.picture(content, 64), kind
         )
 
 
 def test_the_stored_size_comes_through_unchanged():
     image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
-    np.testing.assert_array_equal(pictures.picture(png(Image.fromarray(image)), 64), image)
-    encoded = pictures.jpeg(image, 90)
+    np.testing.assert_array_equal(images.picture(png(Image.fromarray(image)), 64), image)
+    encoded = images.jpeg(image, 90)
     with Image.open(io.BytesIO(encoded)) as picture:
         assert picture.format == 'JPEG'
-        np.testing.assert_array_equal(pictures.picture(encoded, 64), np.asarray(picture))
+        np.testing.assert_array_equal(images.picture(encoded, 64), np.asarray(picture))
 
 
 def encoded_as(picture, **how):
@@ -107,12 +108,12 @@ def test_a_plain_jpeg_gives_pillow_s_bits_without_pillow(how, mode, monkeypatch)
     for size in ((64, 48), (33, 50), (17, 1), (7, 95)):
         encoded = encoded_as(photo(*size).convert(mode), **how)
         shapes = [(*size[::-1], channels) for channels in ((3,) if mode == 'RGB' else (3, 1))]
-        expected = [np.asarray(pictures.decode_image(encoded, s)).reshape(s) for s in shapes]
+        expected = [np.asarray(images.decode_image(encoded, s)).reshape(s) for s in shapes]
         with monkeypatch.context() as patch:
-            patch.setattr(pictures, 'decode_image', None)
+            patch.setattr(images, 'decode_image', None)
             for shape, pixels in zip(shapes, expected, strict=True):
-                np.testing.assert_array_equal(pictures.decode(encoded, shape), pixels)
-                np.testing.assert_array_equal(pictures.decode(memoryview(encoded), shape), pixels)
+                np.testing.assert_array_equal(images.decode(encoded, shape), pixels)
+                np.testing.assert_array_equal(images.decode(memoryview(encoded), shape), pixels)
 
 
 XMP = b'http://ns.adobe.com/xap/1.0/\0<x tiff:Orientation="6"/>'
@@ -137,22 +138,22 @@ SEGMENT = b'\xff\xe1' + (len(XMP) + 2).to_bytes(2) + XMP
 )  # fmt: skip
 def test_any_other_picture_is_read_as_pillow_reads_it(change):
     encoded, shape = change(photo(32, 32)), (32, 32, 3)
-    expected = np.asarray(pictures.decode_image(encoded, shape))
-    np.testing.assert_array_equal(pictures.decode(encoded, shape), expected)
+    expected = np.asarray(images.decode_image(encoded, shape))
+    np.testing.assert_array_equal(images.decode(encoded, shape), expected)
 
 
 def test_a_picture_turned_by_its_tag_is_turned():
     upright, turned = photo(32, 32), b'\xff\xd8' + SEGMENT + encoded_as(photo(32, 32))[2:]
-    found = pictures.decode(turned, (32, 32, 3))
+    found = images.decode(turned, (32, 32, 3))
     np.testing.assert_array_equal(
-        found, np.rot90(pictures.decode(encoded_as(upright), (32, 32, 3)), -1)
+        found, np.rot90(images.decode(encoded_as(upright), (32, 32, 3)), -1)
     )
 
 
 @pytest.mark.parametrize('damage', [slice(-2), slice(-600), slice(150), slice(2)])
 def test_a_jpeg_cut_off_is_no_picture(damage):
-    with pytest.raises(pictures.BadImage):
-        pictures.decode(encoded_as(photo(64, 64))[damage], (64, 64, 3))
+    with pytest.raises(images.BadImage):
+        images.decode(encoded_as(photo(64, 64))[damage], (64, 64, 3))
 
 
 def test_a_comment_does_not_come_along():
@@ -160,16 +161,16 @@ def test_a_comment_does_not_come_along():
     buffer, about = io.BytesIO(), PngImagePlugin.PngInfo()
     about.add_text('comment', 'x' * 70_000, zip=True)
     Image.new('RGB', (256, 256)).save(buffer, 'png', pnginfo=about)
-    found = pictures.decode_image(buffer.getvalue(), (256, 256, 3))
+    found = images.decode_image(buffer.getvalue(), (256, 256, 3))
     assert found.info['comment']
-    assert b'xxx' not in pictures.jpeg(found, 90)
+    assert b'xxx' not in images.jpeg(found, 90)
 
 
 @pytest.mark.filterwarnings('ignore:Corrupt EXIF data')  # as the commands do
 def test_a_damaged_exif_tag_is_no_damaged_picture():
     encoded = official_tars.jpeg(photo(), exif=b'Exif\0\0' + b'II*\0\xff\xff\xff\xff')
     np.testing.assert_array_equal(
-        pictures.picture(encoded, 32), pictures.picture(official_tars.jpeg(photo()), 32)
+        images.picture(encoded, 32), images.picture(official_tars.jpeg(photo()), 32)
     )
 
 
@@ -187,15 +188,15 @@ def bomb(side):
 
 @pytest.mark.parametrize('side', [9_500, 20_000])
 def test_a_bomb_is_refused_before_it_goes_off(side):
-    with pytest.raises(pictures.BadImage, match='decompression bomb'):
-        pictures.picture(bomb(side), 256)
+    with pytest.raises(images.BadImage, match='decompression bomb'):
+        images.picture(bomb(side), 256)
 
 
 def test_a_bomb_is_refused_where_warnings_are_none():
     script = (
         'import sys; from tests import test_pictures as t\n'
-        'try: t.pictures.picture(t.bomb(9_500), 256)\n'
-        'except t.pictures.BadImage as error: sys.exit(f"{error}")\n'
+        'try: t.images.picture(t.bomb(9_500), 256)\n'
+        'except t.images.BadImage as error: sys.exit(f"{error}")\n'
     )
     done = subprocess.run(
         [sys.executable, '-W', 'ignore', '-c', script], capture_output=True, text=True
@@ -214,6 +215,6 @@ def test_a_bomb_is_refused_where_warnings_are_none():
     ],
 )
 def test_what_is_no_picture(content, said):
-    with pytest.raises(pictures.BadImage, match=said) as caught:
-        pictures.picture(content, 64)
+    with pytest.raises(images.BadImage, match=said) as caught:
+        images.picture(content, 64)
     assert '\n' not in str(caught.value)

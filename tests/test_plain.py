@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from alexnet_jax import model
+from alexnet_jax.model import alexnet as model
 from configs import alexnet
 from examples import alexnet_plain
 from tests.golden import cases

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alexnet_jax import checkpoint, data, features, predict
+from alexnet_jax.data import datasets
 from alexnet_jax.errors import RunError, UsageError
+from alexnet_jax.inference import features, predict
+from alexnet_jax.training import checkpoint
 
 IMAGES = 40
 GREY, RGB = (28, 28, 1), (32, 32, 3)
@@ -31,7 +33,7 @@ def expected(trained):
 
 @pytest.fixture(scope='module')
 def images(data_dir):
-    return data.load('fashion_mnist', data_dir, f'test[:{IMAGES}]').images
+    return datasets.load('fashion_mnist', data_dir, f'test[:{IMAGES}]').images
 
 
 @pytest.fixture(scope='module')
@@ -56,7 +58,7 @@ def ring(repository, cache_dir):
             'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
         }
         return subprocess.run(
-            [sys.executable, '-m', 'alexnet_jax.predict', *map(os.fspath, words)],
+            [sys.executable, '-m', 'alexnet_jax', 'predict', *map(os.fspath, words)],
             cwd=repository,
             env=environment,
             capture_output=True,
@@ -415,7 +417,7 @@ def test_one_sentence(trained, capsys, words, code, said):
 
 def test_a_reader_that_goes_away(repository, trained, folder):
     """`... | head -1`: no traceback, and the exit code of a broken pipe."""
-    line = f"{sys.executable} -m alexnet_jax.predict --json --workdir='{trained}' '{folder}'"
+    line = f"{sys.executable} -m alexnet_jax predict --json --workdir='{trained}' '{folder}'"
     done = subprocess.run(
         ['bash', '-c', f'{line} | true; exit ${{PIPESTATUS[0]}}'],
         cwd=repository, capture_output=True, text=True, timeout=120, check=False,

@@ -12,11 +12,12 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from alexnet_jax import data, prepare, prepared
+from alexnet_jax.data import datasets, prepared
+from alexnet_jax.data.prepare import command as prepare
 from alexnet_jax.errors import RunError, UsageError
 from experiments import official_tars
 
-REPOSITORY = Path(prepare.__file__).parents[1]  # where `-m alexnet_jax.prepare` is found
+REPOSITORY = Path(__file__).parents[1]  # where `-m alexnet_jax prepare` is found
 
 
 @pytest.fixture(scope='module')
@@ -37,7 +38,7 @@ def test_ones_own_pictures_from_folder_to_dataset(pets, tmp_path, capsys):
     assert prepare.main(words) == 0
     folder = tmp_path / 'my_pets/1.0.0'
     assert capsys.readouterr().out.splitlines() == [str(folder)]
-    dataset = data.load('my_pets', tmp_path, 'train')
+    dataset = datasets.load('my_pets', tmp_path, 'train')
     assert dataset.class_names == ('cat', 'dog')
     assert len(dataset) == 16
     assert dataset.images[np.arange(2)].shape == (2, 32, 32, 3)
@@ -47,7 +48,7 @@ def test_ones_own_pictures_from_folder_to_dataset(pets, tmp_path, capsys):
 def test_the_command_starts_without_jax_and_tfds(pets, tmp_path):
     """Both take seconds to import; a worker imports TFDS's record format, and no JAX."""
     script = (
-        'import sys; from alexnet_jax import prepare\n'
+        'import sys; from alexnet_jax.data.prepare import command\n'
         'known = {name.partition(".")[0] for name in sys.modules}\n'
         'sys.exit(str(known & {"jax", "flax", "tensorflow_datasets", "tensorflow", "scipy"}))\n'
     )
@@ -112,10 +113,10 @@ def test_a_damaged_set_says_how_to_make_it_again(pets, tmp_path):
     assert prepare.main(words) == 0
     folder = tmp_path / 'my_pets/1.0.0'
     next(folder.glob('*train*')).unlink()
-    with pytest.raises(RunError, match=r'`python -m alexnet_jax.prepare folder --name=my_pets '):
+    with pytest.raises(RunError, match=r'`python -m alexnet_jax prepare folder --name=my_pets '):
         prepared.shards(folder)
     (tmp_path / 'imagenet2012/1.0.0').mkdir(parents=True)
-    with pytest.raises(RunError, match=r'alexnet_jax.prepare imagenet2012 --source=FOLDER'):
+    with pytest.raises(RunError, match=r'alexnet_jax prepare imagenet2012 --source=FOLDER'):
         prepared.shards(tmp_path / 'imagenet2012/1.0.0')
 
 

@@ -2,7 +2,7 @@
 
 from rich.console import Console
 
-from alexnet_jax import prepared
+from alexnet_jax.data import prepared
 from alexnet_jax.progress import ProgressBar, duration
 
 

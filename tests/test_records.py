@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from alexnet_jax import records
+from alexnet_jax.training import metrics
 
 
 def test_means_weigh_uneven_batches():
-    means = records.Means()
+    means = metrics.Means()
     means.add({'loss': (8.0, 4)})
     means.add({'loss': (1.0, 1)})
     assert means.take() == {'loss': 9 / 5}
@@ -20,29 +20,29 @@ def test_means_weigh_uneven_batches():
 
 
 def test_means_go_through_json():
-    means = records.Means()
+    means = metrics.Means()
     means.add({'loss': (0.1, 4), 'top1_error': (3, 4)})
-    again = records.Means(json.loads(json.dumps(means.sums)))
+    again = metrics.Means(json.loads(json.dumps(means.sums)))
     assert again.take() == means.take()
 
 
 def test_resuming_drops_later_records_and_a_torn_line(tmp_path):
-    book = records.Records(tmp_path, 0, tensorboard=False)
+    book = metrics.Records(tmp_path, 0, tensorboard=False)
     for step in (1, 2, 3):
         book.write('train', step, loss=float(step))
     book.close()
     with (tmp_path / 'metrics.jsonl').open('a') as file:
         file.write('{"kind": "train", "st')
-    assert [record['step'] for record in records.read(tmp_path)] == [1, 2, 3]
-    book = records.Records(tmp_path, 2, tensorboard=False)
+    assert [record['step'] for record in metrics.read(tmp_path)] == [1, 2, 3]
+    book = metrics.Records(tmp_path, 2, tensorboard=False)
     book.write('train', 3, loss=9.0)
     book.close()
-    assert [record['loss'] for record in records.read(tmp_path)] == [1.0, 2.0, 9.0]
+    assert [record['loss'] for record in metrics.read(tmp_path)] == [1.0, 2.0, 9.0]
 
 
 def test_tensorboard_reads_the_same_values(tmp_path):
     pytest.importorskip('tensorboardX')
-    book = records.Records(tmp_path, 0, tensorboard=True)
+    book = metrics.Records(tmp_path, 0, tensorboard=True)
     book.write('train', 7, loss=0.5, note='words are left out')
     book.close()
     files = list((tmp_path / 'tensorboard').iterdir())
@@ -55,8 +55,8 @@ def test_tensorboard_does_not_bring_pytorch_along(tmp_path):
     pytest.importorskip('tensorboardX')
     script = (
         'import pathlib, sys\n'
-        'from alexnet_jax import records\n'
-        f'book = records.Records(pathlib.Path({str(tmp_path)!r}), 0, tensorboard=True)\n'
+        'from alexnet_jax.training import metrics\n'
+        f'book = metrics.Records(pathlib.Path({str(tmp_path)!r}), 0, tensorboard=True)\n'
         'book.write("train", 1, loss=0.5); book.close()\n'
         'print("tensorboardX" in sys.modules, "torch" in sys.modules)'
     )
@@ -68,13 +68,14 @@ def test_the_commit_is_that_of_this_code_or_unknown(tmp_path):
     """A package inside somebody else's repository, untracked there, has no commit."""
     git = ('git', '-c', 'user.name=a', '-c', 'user.email=a', '-C', str(tmp_path))
     code = tmp_path / 'lib' / 'alexnet_jax'
-    shutil.copytree(Path(records.__file__).parent, code)
+    shutil.copytree(Path(metrics.__file__).parents[1], code)
     subprocess.run([*git, 'init', '-q'], check=True)
     subprocess.run([*git, 'commit', '-q', '--allow-empty', '-m', 'theirs'], check=True)
     script = (
-        f'import sys; sys.path.insert(0, {str(code.parent)!r}); from alexnet_jax import records\n'
+        f'import sys; sys.path.insert(0, {str(code.parent)!r})\n'
+        'from alexnet_jax.training import metrics\n'
     )
-    script += f'assert records.__file__.startswith({str(code)!r}); print(records.commit())'
+    script += f'assert metrics.__file__.startswith({str(code)!r}); print(metrics.commit())'
     ask = [sys.executable, '-c', script]
     assert subprocess.check_output(ask, text=True) == 'unknown\n'
     subprocess.run([*git, 'add', '.'], check=True)

@@ -17,8 +17,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alexnet_jax import data, evaluate, figures, report
-from alexnet_jax.figures import Run
+from alexnet_jax.analysis import figures, report
+from alexnet_jax.analysis.figures import Run
+from alexnet_jax.data import datasets
+from alexnet_jax.inference import evaluate
 
 pytest.importorskip('matplotlib', reason="pip install -e '.[figures]'")
 
@@ -207,7 +209,7 @@ def test_mistakes_counted_slowly():
 
 
 def test_the_mistakes_are_shown_with_their_images(workdir, document, data_dir):
-    test = data.load('fashion_mnist', data_dir, f'test[:{TEST}]')
+    test = datasets.load('fashion_mnist', data_dir, f'test[:{TEST}]')
     with np.load(workdir / 'predictions_test.npz') as file:
         found = report.mistakes(file['centre'], file['label'], report.MISTAKES)
     images = [own for tag, own in document.tags if tag == 'img']
@@ -352,7 +354,7 @@ def test_an_output_that_cannot_be_written(workdir, tmp_path, capsys, small_disk)
 def test_killed_at_its_work_it_leaves_the_old_report(workdir, tmp_path, repository, cache_dir):
     output = tmp_path / 'r.html'
     output.write_text('the old one')
-    words = [sys.executable, '-m', 'alexnet_jax.report', f'--workdir={workdir}']
+    words = [sys.executable, '-m', 'alexnet_jax', 'report', f'--workdir={workdir}']
     process = subprocess.Popen(
         [*words, f'--output={output}'],
         cwd=repository,

@@ -20,12 +20,14 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from tensorflow_datasets.core.utils.lazy_imports_utils import array_record_module
 
-from alexnet_jax import folders, pictures, prepared, shard_writer, statistics
+from alexnet_jax.data import images, prepared, statistics
+from alexnet_jax.data.prepare import image_folder
+from alexnet_jax.data.prepare import shards as shard_writer
+from alexnet_jax.data.prepare.shards import Form, Member, Task
 from alexnet_jax.errors import RunError, UsageError
-from alexnet_jax.shard_writer import Form, Member, Task
 from experiments import official_tars
 
-REPOSITORY = Path(shard_writer.__file__).parents[1]
+REPOSITORY = Path(__file__).parents[1]
 SMALL = Form(px=32)
 
 
@@ -51,7 +53,7 @@ def pets(tmp_path_factory):
 
 
 def source(pets):
-    return folders.source(pets, 'pets', validation=0.2, test=0)
+    return image_folder.source(pets, 'pets', validation=0.2, test=0)
 
 
 def make(pets, data_dir, form=SMALL, **options):
@@ -94,13 +96,11 @@ def test_tfds_reads_every_picture(pets, made, tmp_path, storage):
         for name, image, label in rows:
             seen.add(name)
             assert label == ['cat', 'dog'].index(name.split('/')[0])
-            expected = pictures.picture((pets / name).read_bytes(), 32)
+            expected = images.picture((pets / name).read_bytes(), 32)
             if storage == 'raw':
                 np.testing.assert_array_equal(image, expected)
             else:
-                np.testing.assert_array_equal(
-                    image, pictures.picture(pictures.jpeg(expected, 90), 32)
-                )
+                np.testing.assert_array_equal(image, images.picture(images.jpeg(expected, 90), 32))
     assert len(seen) == 330
     info = tfds.builder_from_directory(folder).info
     assert info.features['image'].shape == (32, 32, 3)
@@ -167,7 +167,7 @@ def many(tmp_path_factory):
 
 
 def start(many, data_dir, *more):
-    words = [sys.executable, '-m', 'alexnet_jax.prepare', 'folder', f'--source={many}',
+    words = [sys.executable, '-m', 'alexnet_jax', 'prepare', 'folder', f'--source={many}',
              f'--data_dir={data_dir}', '--workers=2', '--px=64', '--test=0', *more]  # fmt: skip
     return subprocess.Popen(
         words, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -12,8 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alexnet_jax import data, evaluate, features, figures, predict, prepare, report, splits, train
+from alexnet_jax.analysis import figures, report
+from alexnet_jax.data import datasets
+from alexnet_jax.data.prepare import command as prepare
 from alexnet_jax.errors import UsageError
+from alexnet_jax.inference import evaluate, features, predict
+from alexnet_jax.training import splits, train
 from configs import smoke
 
 COLOURS = {'red': (220, 30, 40), 'grün': (30, 200, 60), 'blau蓝': (40, 60, 210)}
@@ -95,7 +99,7 @@ def copy(workdir, tmp_path):
 
 def test_another_order_of_classes_is_mapped_by_name(copy, shades, permuted):
     expected = evaluate.run([copy], data_dir=str(shades))
-    assert data.class_names('shades', permuted) != data.class_names('shades', shades)
+    assert datasets.class_names('shades', permuted) != datasets.class_names('shades', shades)
     found = evaluate.run([copy], data_dir=str(permuted))
     for view in evaluate.VIEWS:
         assert found[view] == pytest.approx(expected[view], rel=1e-5)
@@ -222,7 +226,8 @@ def test_main_on_such_a_terminal(workdir, repository, cache_dir, tmp_path, mode)
 
 def dataset(names, labels=(0, 1, 2)):
     images = np.arange(3, dtype=np.uint8).reshape(3, 1, 1, 1)
-    return data.Dataset('fashion_mnist', 'test', images, np.array(labels, np.int32), tuple(names))
+    labels = np.array(labels, np.int32)
+    return datasets.Dataset('fashion_mnist', 'test', images, labels, tuple(names))
 
 
 @pytest.fixture
@@ -249,9 +254,9 @@ def test_own_names_count_as_well_as_words(data_dir, tmp_path, config):
     """ImageNet's WordNet ids, where the checkpoint has the words, or has not."""
     shutil.copytree(data_dir / 'fashion_mnist', tmp_path / 'fashion_mnist')
     (folder,) = (tmp_path / 'fashion_mnist').iterdir()
-    own = data.class_names('fashion_mnist', tmp_path)
+    own = datasets.class_names('fashion_mnist', tmp_path)
     (folder / 'label.words.txt').write_text('\n'.join(f'word {name}' for name in own))
-    worded = data.load('fashion_mnist', tmp_path, 'test[:9]')
+    worded = datasets.load('fashion_mnist', tmp_path, 'test[:9]')
     assert worded.class_names[9] == 'word Ankle boot'
     found = splits.match(worded, own, config, 'W', str(tmp_path))
     assert found.class_names == own
@@ -261,14 +266,14 @@ def test_own_names_count_as_well_as_words(data_dir, tmp_path, config):
 
 
 def test_images_without_labels_are_not_scored(copy, shades, monkeypatch):
-    load = data.load
+    load = datasets.load
 
     def unlabelled(*args, **kwargs):
         found = load(*args, **kwargs)
         labels = np.full_like(found.labels, -1)
-        return data.Dataset(found.name, found.split, found.images, labels, found.class_names)
+        return datasets.Dataset(found.name, found.split, found.images, labels, found.class_names)
 
-    monkeypatch.setattr(data, 'load', unlabelled)
+    monkeypatch.setattr(datasets, 'load', unlabelled)
     with pytest.raises(UsageError, match='images without a label'):
         evaluate.run([copy])
 

@@ -5,8 +5,9 @@ import dataclasses
 import numpy as np
 import pytest
 
-from alexnet_jax import imagenet, statistics
-from alexnet_jax.statistics import Sums
+from alexnet_jax.data import statistics
+from alexnet_jax.data.prepare import imagenet
+from alexnet_jax.data.statistics import Sums
 
 
 def some(count=40, shape=(30, 20, 3), seed=0):

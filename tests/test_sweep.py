@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from alexnet_jax import config as configuration
-from alexnet_jax import records
 from alexnet_jax.errors import RunError, UsageError
+from alexnet_jax.training import metrics
 from configs import ABLATIONS
 from experiments import sweep
 from tests.test_train import assert_same, outcome
@@ -86,7 +86,7 @@ def wait_for(condition, what: str) -> None:
 
 
 def steps(workdir: Path) -> int:
-    return max((record['step'] for record in records.read(workdir)), default=0)
+    return max((record['step'] for record in metrics.read(workdir)), default=0)
 
 
 def at_work(workdirs: Path) -> list[int]:

@@ -9,9 +9,10 @@ import jax
 import numpy as np
 import pytest
 
-from alexnet_jax import data, records
+from alexnet_jax.data import datasets
 from alexnet_jax.errors import RunError
-from alexnet_jax.model import geometry
+from alexnet_jax.model.alexnet import geometry
+from alexnet_jax.training import metrics
 from configs import alexnet, smoke, variant_torchvision
 from experiments import scaling, time_to_accuracy
 from experiments.throughput import __main__ as throughput
@@ -242,7 +243,7 @@ def test_a_row_measured_again_takes_the_place_of_the_old_one(tmp_path):
         ('2012', [7.0]),
         ('torchvision', [2.0, 4.0]),
     ]
-    assert path.name == f'{results.slug(records.device_name())}.json'
+    assert path.name == f'{results.slug(metrics.device_name())}.json'
 
 
 def test_the_processes_of_a_row_join_if_they_ran_the_same_commit(tmp_path):
@@ -351,14 +352,14 @@ def test_feeding_runs_the_trainers_loop(data_dir, tmp_path):
     row = input_pipeline.feed(tiny(data_dir), tmp_path, rounds=2, sample_secs=0.001)
     assert len(row['real_secs']) == len(row['resident_secs']) == 2
     assert all(0 <= share < 1 for share in row['stall_share'])
-    real = [r['step'] for r in records.read(tmp_path) if r['kind'] == 'train']
+    real = [r['step'] for r in metrics.read(tmp_path) if r['kind'] == 'train']
     # Resident steps in between are the trainer's state too: 2, then 5 real, 5 resident, 5 real ...
     assert real[-1] == 2 + 5 + 4 * row['steps']
 
 
 def test_stored_images_are_read_back(tmp_path):
     input_pipeline.write_stored_images(tmp_path, 6)
-    found = data.load(input_pipeline.STORED['name'], tmp_path, 'train')
+    found = datasets.load(input_pipeline.STORED['name'], tmp_path, 'train')
     assert found.images.shape == (6, 256, 256, 3)
     assert sorted(found.labels) == list(range(6))
 

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from alexnet_jax.model import AlexNet
+from alexnet_jax.model.alexnet import AlexNet
 from tests.golden import cases
 from tests.golden.cases import Case
 

@@ -17,11 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alexnet_jax import checkpoint, records, train
 from alexnet_jax import config as configuration
 from alexnet_jax.errors import AlexNetError, RunError, UsageError
-from alexnet_jax.step import inputs
-from alexnet_jax.workdir import open_workdir
+from alexnet_jax.training import checkpoint, train
+from alexnet_jax.training import metrics as run_metrics
+from alexnet_jax.training.step import inputs
+from alexnet_jax.training.workdir import open_workdir
 from configs import ablation_lrn, alexnet_paper, smoke
 
 
@@ -48,8 +49,8 @@ def outcome(workdir):
         for path, leaf in jax.tree_util.tree_leaves_with_path(restored.state)
     }
     timeless = [
-        {key: value for key, value in record.items() if key not in records.TIMES}
-        for record in records.read(workdir)
+        {key: value for key, value in record.items() if key not in run_metrics.TIMES}
+        for record in run_metrics.read(workdir)
     ]
     with np.load(workdir / 'predictions_test.npz') as file:
         predictions = {name: file[name] for name in file.files}
@@ -170,7 +171,7 @@ def test_a_run_goes_on_where_it_was_on_another_mesh(reference, data_dir, tmp_pat
 
 
 def test_the_records_of_a_run(reference):
-    rows = records.read(reference)
+    rows = run_metrics.read(reference)
     kinds = [row['kind'] for row in rows]
     assert kinds == ['train', 'train', 'validation', 'train', 'train', 'validation', 'test']
     assert rows[2]['epoch'] == 1.0
@@ -410,7 +411,7 @@ def wait_for_step(process, workdir, step):
     """Until the run has logged `step`, or has ended."""
     deadline = time.monotonic() + 300
     while process.poll() is None and time.monotonic() < deadline:
-        if any(r['kind'] == 'train' and r['step'] >= step for r in records.read(workdir)):
+        if any(r['kind'] == 'train' and r['step'] >= step for r in run_metrics.read(workdir)):
             return
         time.sleep(0.01)
 
@@ -492,7 +493,7 @@ def test_a_killed_extension_ends_in_the_same_bits(undisturbed, start):
     _, said = process.communicate(timeout=300)
     assert process.returncode == 0, said
     assert_same(outcome(once), outcome(killed))
-    rows = [row for row in records.read(killed) if row['kind'] == 'extension']
+    rows = [row for row in run_metrics.read(killed) if row['kind'] == 'extension']
     assert [row['step'] for row in rows] == [128]
     assert rows[0]['changed']['epochs'] == [8.0, 10.0]
 

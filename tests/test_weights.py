@@ -20,11 +20,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alexnet_jax import augment, checkpoint, export, model, train, weight_files, weights
 from alexnet_jax import config as configuration
-from alexnet_jax.augment import Statistics
 from alexnet_jax.errors import RunError, UsageError
-from alexnet_jax.model import AlexNet
+from alexnet_jax.interop import export, weight_files, weights
+from alexnet_jax.model import alexnet as model
+from alexnet_jax.model import augment
+from alexnet_jax.model.alexnet import AlexNet
+from alexnet_jax.model.augment import Statistics
+from alexnet_jax.training import checkpoint, train
 from configs import (
     ablation_overlap,
     alexnet,
@@ -634,9 +637,9 @@ def evaluated(imported, repository, cache_dir):
 
 @pytest.fixture(scope='module')
 def test_images(data_dir):
-    from alexnet_jax import data
+    from alexnet_jax.data import datasets
 
-    return np.asarray(data.load('fashion_mnist', data_dir, 'test[:48]').images)
+    return np.asarray(datasets.load('fashion_mnist', data_dir, 'test[:48]').images)
 
 
 def test_an_imported_net_is_evaluated_by_the_main_program(imported, evaluated, test_images):
@@ -786,10 +789,11 @@ def test_a_full_disk_leaves_no_half_of_a_file(imported, small_disk):
 INSTALLED = """
 import importlib, pathlib, pkgutil, sys
 import alexnet_jax
-from alexnet_jax import weights
+from alexnet_jax.interop import weights
 assert alexnet_jax.__path__ == [str(pathlib.Path('site/alexnet_jax').absolute())]
-for module in pkgutil.iter_modules(alexnet_jax.__path__):
-    importlib.import_module(f'alexnet_jax.{module.name}')
+for module in pkgutil.walk_packages(alexnet_jax.__path__, 'alexnet_jax.'):
+    if module.name != 'alexnet_jax.__main__':
+        importlib.import_module(module.name)
 for origin in weights.ORIGINS.values():
     assert weights.read_config(origin.config).scale == 'imagenet2012'
 words = ['import', 'torchvision', 'a.npz', '--workdir=w', '--config=small.py']

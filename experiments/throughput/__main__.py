@@ -32,8 +32,9 @@ from typing import Any
 # Half of a GPU's memory for JAX: PyTorch wants some too. Before JAX is imported.
 os.environ.setdefault('XLA_PYTHON_CLIENT_MEM_FRACTION', '0.5')
 
-from alexnet_jax import command, parallel
+from alexnet_jax import command
 from alexnet_jax.errors import RunError, UsageError
+from alexnet_jax.parallel import cpu
 from configs import alexnet
 from experiments.throughput import baselines, input_pipeline, layers, results, steps, tables
 from experiments.throughput.input_pipeline import INPUTS
@@ -145,7 +146,7 @@ def act(flags: argparse.Namespace) -> int:
     if flags.rounds < 1:
         raise UsageError('--rounds must be at least 1.')
     if not flags.page:
-        parallel.set_up_cpu(0)  # as the trainer does, and before JAX looks at its devices
+        cpu.set_up_cpu(0)  # as the trainer does, and before JAX looks at its devices
         on_cpu = platform() == 'cpu'
         flags.dtype = flags.dtype or ('float32' if on_cpu else 'bfloat16')
         for part in flags.parts:

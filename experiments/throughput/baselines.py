@@ -22,11 +22,19 @@ import numpy as np
 import optax
 from jax import lax
 
-from alexnet_jax import config, machine, model, parallel
-from alexnet_jax.augment import Statistics
+from alexnet_jax import config, machine
 from alexnet_jax.config import Settings
-from alexnet_jax.model import Net
-from alexnet_jax.step import init_key, jit_init_state, jit_train_step, make_optimizer, seed_of
+from alexnet_jax.model import alexnet
+from alexnet_jax.model.alexnet import Net
+from alexnet_jax.model.augment import Statistics
+from alexnet_jax.parallel import cpu, mesh
+from alexnet_jax.training.step import (
+    init_key,
+    jit_init_state,
+    jit_train_step,
+    make_optimizer,
+    seed_of,
+)
 from experiments.throughput.timing import Benchmark
 
 IMAGES = 1_281_167  # ILSVRC-2012's; only the schedules depend on it
@@ -65,7 +73,7 @@ def case_of(source: Any, batch_size: int, dtype: str = 'float32') -> Case:
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (batch_size, px, px, settings.net.channels), np.uint8)
     labels = rng.integers(0, settings.net.classes, batch_size, np.int32)
-    params = jax.device_get(model.init(init_key(seed_of(settings)), settings.net))
+    params = jax.device_get(alexnet.init(init_key(seed_of(settings)), settings.net))
     return Case(settings, pixels, labels, params)
 
 
@@ -81,23 +89,23 @@ def as_devices(source: Any) -> int:
 def ours(case: Case, what: str) -> Benchmark:
     """Make the trainer's step, or the net at test time."""
     settings = case.settings
-    layout = parallel.lay_out(settings.mesh, settings.batch_size)
+    layout = mesh.lay_out(settings.mesh, settings.batch_size)
     if what == 'forward':
         forward = jax.jit(
-            functools.partial(parallel.forward(settings.net, layout), masks=None),
-            compiler_options=parallel.compiler_options(),
+            functools.partial(mesh.forward(settings.net, layout), masks=None),
+            compiler_options=cpu.compiler_options(),
         )
-        params = jax.device_put(case.params, parallel.whole(layout))
-        images = jax.device_put(case.images, parallel.batch_sharding(layout))
+        params = jax.device_put(case.params, mesh.whole(layout))
+        images = jax.device_put(case.images, mesh.batch_sharding(layout))
         return repeated(lambda: forward(params, images))
     optimizer = make_optimizer(settings, IMAGES)
     step, shardings = jit_train_step(settings, layout, optimizer, IMAGES)
     start = jit_init_state(settings, optimizer, shardings)
     batch = {'image': case.pixels, 'label': case.labels}
-    batch = parallel.place_batch(layout, batch, settings.batch_size)
+    batch = mesh.place_batch(layout, batch, settings.batch_size)
     grey = np.full(case.pixels.shape[1:], GREY, np.float32)
     statistics = Statistics(grey, np.eye(grey.shape[-1], dtype=np.float32))
-    statistics = parallel.place(statistics, parallel.whole(layout))
+    statistics = mesh.place(statistics, mesh.whole(layout))
     return _steps(lambda state: step(state, batch, statistics), start, _mean_loss)
 
 
@@ -112,7 +120,7 @@ def repeated(step: Callable[[], Any]) -> Benchmark:
     def run(steps: int) -> Any:
         for _ in range(steps):
             result = step()
-            parallel.pace(result)
+            cpu.pace(result)
         return jax.block_until_ready(result)
 
     return Benchmark(run)
@@ -126,7 +134,7 @@ def _steps(step: Callable, start: Any, value: Callable) -> Benchmark:
         state, metrics = states.pop(), None
         for _ in range(steps):
             state, metrics = step(state)
-            parallel.pace(metrics)
+            cpu.pace(metrics)
         states.append(jax.block_until_ready(state))
         return metrics
 
@@ -169,7 +177,7 @@ class Naive(nn.Module):
     def __call__(self, x, *, train: bool):
         """Map images [B, H, W, C] to logits [B, classes], float32."""
         x = x.astype(self.net.compute_dtype)
-        for stage in model.geometry(self.net):
+        for stage in alexnet.geometry(self.net):
             x = self._linear(stage, x)
             for word in stage.layer.then:
                 x = self._follow(word, x, train)
@@ -193,8 +201,8 @@ class Naive(nn.Module):
 
     def _follow(self, word, x, train):
         net = self.net
-        if word in model.ACTIVATIONS:
-            return model.ACTIVATIONS[word](x)
+        if word in alexnet.ACTIVATIONS:
+            return alexnet.ACTIVATIONS[word](x)
         if word == 'lrn':
             groups = net.towers if net.lrn_reads == 'own' else 1
             return plain_lrn(x, groups=groups, **dataclasses.asdict(net.lrn))
@@ -225,7 +233,7 @@ def naive(case: Case, what: str) -> Benchmark:
 
         def loss_of(params):
             logits = module.apply({'params': params}, images, train=True, rngs={'dropout': drop})
-            return model.mean_loss(logits, labels)
+            return alexnet.mean_loss(logits, labels)
 
         loss, grads = jax.value_and_grad(loss_of)(params)
         updates, opt_state = optimizer.update(grads, opt_state, params)

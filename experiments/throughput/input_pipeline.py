@@ -24,9 +24,11 @@ import jax
 import numpy as np
 
 from alexnet_jax import config as configuration
-from alexnet_jax import machine, parallel, records, train
 from alexnet_jax.errors import AlexNetError, RunError
-from alexnet_jax.train import History, Job
+from alexnet_jax.parallel import cpu
+from alexnet_jax.training import metrics as run_metrics
+from alexnet_jax.training import train
+from alexnet_jax.training.train import History, Job
 from configs import alexnet
 from experiments.throughput import baselines
 from experiments.throughput.results import environment, keep
@@ -83,7 +85,7 @@ def feed(config: Any, scratch: Path, rounds: int, sample_secs: float) -> dict[st
     job = train.open_job(config, configuration.unpack(config), scratch)
     batch = job.batch(0)
     state, _ = resident(job, job.start(), batch, 1)
-    machine.keep_freed()
+    cpu.keep_freed()
     state, secs = resident(job, state, batch, 1)
     steps = max(FEWEST_STEPS, round(10 * sample_secs / secs))
     state, *_ = real(job, state, FEWEST_STEPS, scratch)
@@ -103,7 +105,7 @@ def resident(job: Job, state: Any, batch: Any, steps: int) -> tuple[Any, float]:
     start = time.perf_counter()
     for _ in range(steps):
         state, metrics = job.train_step(state, batch, job.statistics)
-        parallel.pace(metrics)
+        cpu.pace(metrics)
     jax.block_until_ready(state)
     return state, (time.perf_counter() - start) / steps
 
@@ -113,10 +115,10 @@ def real(job: Job, state: Any, steps: int, folder: Path) -> tuple[Any, float, fl
     start, history = int(state.step), History()
     epochs = (start + steps - 0.5) * job.settings.batch_size / len(job.train)
     job = dataclasses.replace(job, settings=dataclasses.replace(job.settings, epochs=epochs))
-    book = records.Records(folder, start, job.settings.loop.tensorboard)
+    book = run_metrics.Records(folder, start, job.settings.loop.tensorboard)
     with contextlib.closing(book), contextlib.redirect_stderr(io.StringIO()):
         state = train.train(job, state, history, _Unsaved(), book)
-    written = [r for r in records.read(folder) if r['kind'] == 'train' and r['step'] > start]
+    written = [r for r in run_metrics.read(folder) if r['kind'] == 'train' and r['step'] > start]
     return state, history.secs / steps, sum(record['stall_secs'] for record in written)
 
 
@@ -206,7 +208,7 @@ def first_step_secs(
             [*words, *more], cwd=ROOT, env=variables, stdout=log, stderr=subprocess.STDOUT
         )
         try:
-            while not any(record['kind'] == 'train' for record in records.read(folder)):
+            while not any(record['kind'] == 'train' for record in run_metrics.read(folder)):
                 secs = time.perf_counter() - begin
                 if child.poll() is not None or secs > limit_secs:
                     log.seek(0)

@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alexnet_jax import model, parallel
-from alexnet_jax.model import AlexNet, Layer, Linear, Net, Shape, Stage, geometry
-from alexnet_jax.step import make_optimizer
+from alexnet_jax.model import alexnet
+from alexnet_jax.model.alexnet import AlexNet, Layer, Linear, Net, Shape, Stage, geometry
+from alexnet_jax.parallel import cpu
+from alexnet_jax.training.step import make_optimizer
 from experiments.throughput import baselines, roofline, steps
 from experiments.throughput.baselines import Case
 from experiments.throughput.results import environment, keep
@@ -153,7 +154,7 @@ def _follower(layer: Layer, word: str, before: Shape, after: Shape, case: Case) 
 
 
 def _masks(net: Net, size: int) -> Piece:
-    draw = jax.jit(lambda key: model.draw_masks(key, net, size))
+    draw = jax.jit(lambda key: alexnet.draw_masks(key, net, size))
     run = lambda: _repeat(lambda: draw(jax.random.key(0)))  # noqa: E731
     units = sum(mask.size for mask in jax.eval_shape(draw, jax.random.key(0)).values())
     return Piece('all', 'masks', 'forward', Work(bytes=units), run)
@@ -172,7 +173,7 @@ def _update(case: Case) -> Piece:
             updates, opt_state = optimizer.update(grads, opt_state, params)
             return jax.tree.map(jnp.add, params, updates), opt_state
 
-        options = parallel.compiler_options()
+        options = cpu.compiler_options()
         step = jax.jit(update, donate_argnums=0, compiler_options=options)
 
         def run(steps: int):
@@ -188,13 +189,13 @@ def _update(case: Case) -> Piece:
 
 
 def _forward(function: Callable, *arguments: Any) -> Benchmark:
-    run = jax.jit(function, compiler_options=parallel.compiler_options())
+    run = jax.jit(function, compiler_options=cpu.compiler_options())
     return _repeat(lambda: run(*arguments))
 
 
 def _backward(function: Callable, *arguments: Any) -> Benchmark:
     """The transposed program alone: `jax.vjp`'s second result is a pytree and leaves a jit."""
-    options = parallel.compiler_options()
+    options = cpu.compiler_options()
     y, back = jax.jit(lambda *a: jax.vjp(function, *a), compiler_options=options)(*arguments)
     run = jax.jit(lambda back, dy: back(dy), compiler_options=options)
     return _repeat(lambda: run(back, y))  # any gradient will do

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from alexnet_jax import files, records
+from alexnet_jax import files
+from alexnet_jax.training import metrics
 from experiments.throughput import baselines
 from experiments.throughput.timing import Row
 
@@ -23,7 +24,7 @@ KEYS = {
 
 def environment() -> Row:
     """Return device, versions and commit, with PyTorch's version where it is installed."""
-    found = records.environment()
+    found = metrics.environment()
     if baselines.torch_is_here():
         import torch
 
@@ -58,7 +59,7 @@ def keep(folder: Path, part: str, rows: Sequence[Row]) -> Path:
 
 def path_of(folder: Path) -> Path:
     """Return the file of this machine's device."""
-    return folder / f'{slug(records.device_name())}.json'
+    return folder / f'{slug(metrics.device_name())}.json'
 
 
 def name_of(part: str, row: Row) -> tuple[Any, ...]:

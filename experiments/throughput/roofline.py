@@ -25,7 +25,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from alexnet_jax.model import Net, Shape, Stage, geometry
+from alexnet_jax.model.alexnet import Net, Shape, Stage, geometry
 from experiments.throughput.timing import Benchmark
 
 FLOAT32_BYTES = 4

@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from alexnet_jax import command, figures, files, records
+from alexnet_jax import command, files
+from alexnet_jax.analysis import figures
 from alexnet_jax.errors import RunError
+from alexnet_jax.training import metrics
 from experiments.throughput import results
 from experiments.throughput.timing import Row, median
 
@@ -84,7 +86,7 @@ def _versions(rows: Sequence[Row]) -> str:
     keys = ('jax', 'flax', 'torch_version', 'python', 'commit')
     lines = []
     for key in keys:
-        shown = records.short if key == 'commit' else str
+        shown = metrics.short if key == 'commit' else str
         values = sorted({shown(row[key]) for row in rows if key in row})
         if values:
             lines.append(f'{key.removesuffix("_version")} {" and ".join(values)}')

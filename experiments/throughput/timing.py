@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from alexnet_jax import machine
+from alexnet_jax.parallel import cpu
 
 SLOW = 1.5  # a form of PyTorch that takes so many times its best form's time is dropped
 Row = dict[str, Any]
@@ -59,7 +59,7 @@ def _warmed(make: Callable[[], Benchmark], sample_secs: float) -> tuple[Benchmar
     start = time.perf_counter()
     benchmark = make()
     benchmark.run(1)
-    machine.keep_freed()
+    cpu.keep_freed()
     first_secs = time.perf_counter() - start
     start = time.perf_counter()
     benchmark.run(1)

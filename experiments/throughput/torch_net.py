@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from alexnet_jax.model import Layer, Net, Norm, geometry
+from alexnet_jax.model.alexnet import Layer, Net, Norm, geometry
 
 LRN_FORMS = ('module', 'slices')
 SIMPLE = {'relu': F.relu, 'tanh': torch.tanh, 'sigmoid': torch.sigmoid}

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alexnet_jax import report
+from alexnet_jax.analysis import report
 from tests.browser import chromium
 
 PHONE_PX, DESK_PX = 390, 1280

@@ -8,8 +8,8 @@ import re
 import pytest
 import yaml
 
-from alexnet_jax import distributed
 from alexnet_jax.errors import UsageError
+from alexnet_jax.parallel import distributed
 from configs import alexnet
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from alexnet_jax import records
+from alexnet_jax.training import metrics
 from tests.cluster import one_node
 from tests.test_distributed import CONNECT
 from tests.test_train import assert_same, outcome
@@ -72,7 +72,7 @@ class Job:
         self.wait(lambda: self.steps() >= step, f'step {step}')
 
     def steps(self) -> int:
-        return max((r['step'] for r in records.read(self.workdir)), default=0)
+        return max((r['step'] for r in metrics.read(self.workdir)), default=0)
 
     def come_back(self, restart: int) -> None:
         """Wait until the job has gone through the queue and goes on."""
@@ -266,7 +266,7 @@ def test_mpirun_ends_in_the_same_bits_after_a_kill(undisturbed, mpirun):
     workdir = undisturbed.with_name('mpi')
     killed = mpirun(workdir)
     deadline = time.monotonic() + LIMIT_SECS
-    while max((r['step'] for r in records.read(workdir)), default=0) < 10:
+    while max((r['step'] for r in metrics.read(workdir)), default=0) < 10:
         assert time.monotonic() < deadline
         time.sleep(0.1)
     send(workdir, signal.SIGKILL, 1)

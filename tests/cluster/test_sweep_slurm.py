@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from alexnet_jax import records
+from alexnet_jax.training import metrics
 from tests.cluster import one_node
 from tests.test_sweep import TINY
 
@@ -55,7 +55,7 @@ def wait_for(condition, what: str) -> None:
 
 
 def steps(workdir: Path) -> int:
-    return max((record['step'] for record in records.read(workdir)), default=0)
+    return max((record['step'] for record in metrics.read(workdir)), default=0)
 
 
 def queue(cluster) -> list[str]:

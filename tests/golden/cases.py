@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from alexnet_jax import config as configuration
-from alexnet_jax.model import Net, geometry
+from alexnet_jax.model.alexnet import Net, geometry
 from configs import alexnet, alexnet_paper
 
 FILE = Path(__file__).with_name('net.npz')

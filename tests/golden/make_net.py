@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from alexnet_jax.model import Net, Norm
+from alexnet_jax.model.alexnet import Net, Norm
 from tests.golden import cases
 from tests.golden.cases import Case
 

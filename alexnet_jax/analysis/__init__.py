@@ -1,0 +1,1 @@
+"""Describing a net before training, and drawing it afterwards."""

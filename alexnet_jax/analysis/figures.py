@@ -1,0 +1,737 @@
+"""Draw the paper's figures and a few more from a workdir: one command each, PNG or SVG.
+
+    python -m alexnet_jax figures fig3 --workdir=W --output=fig3.svg
+
+| name | shows | reads |
+|---|---|---|
+| fig1 | training error against epochs of several runs, `--workdir=A,B` (figure 1) | metrics |
+| fig3 | the first layer's filters, tower by tower (paper, figure 3) | checkpoint |
+| fig4_left | test images with their five most probable classes (figure 4) | predictions, data |
+| fig4_right | test images and the training images nearest to them (figure 4) | checkpoint, data |
+| confusion | which class is taken for which | predictions, checkpoint |
+| curves | loss and errors against epochs | metrics |
+| towers | how colourful each tower's filters are (section 6.1), see `specialisation` | checkpoint |
+
+matplotlib is imported when a figure is drawn: `pip install 'alexnet_jax[figures]'`. The functions
+that draw take arrays and return a matplotlib Figure; `Run` reads the arrays from a workdir.
+"""
+
+import argparse
+import dataclasses
+import functools
+import io
+import json
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from alexnet_jax import command, files
+from alexnet_jax import config as configuration
+from alexnet_jax.config import Settings
+from alexnet_jax.data.datasets import Dataset
+from alexnet_jax.errors import RunError, UsageError
+from alexnet_jax.inference import evaluate, features, predict
+from alexnet_jax.inference.evaluate import Trained
+from alexnet_jax.model.alexnet import Net
+from alexnet_jax.training import metrics
+from alexnet_jax.training.checkpoint import Step
+from alexnet_jax.training.metrics import say
+
+Figure = Any  # matplotlib's, which may not be installed
+Record = Mapping[str, Any]
+
+# ------------------------------------------------------------------------------------------ a run
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Run:
+    """A workdir, of which each property reads one part at its first use.
+
+    Every property raises RunError where what it reads is missing or damaged.
+
+    step: of its checkpoints: a number, 'latest' or 'best'.
+    data_dir: the folder of all data sets; the config's if empty.
+    among: the split that neighbours are searched in.
+    rows: of the test images to show; () for some at even distances.
+    """
+
+    workdir: Path
+    step: Step = 'latest'
+    data_dir: str = ''
+    among: str = 'train'
+    rows: tuple[int, ...] = ()
+
+    @functools.cached_property
+    def settings(self) -> Settings:
+        """Return its config.json, validated."""
+        return configuration.unpack(self.config)
+
+    @functools.cached_property
+    def config(self) -> dict[str, Any]:
+        """Return its config.json."""
+        return self.json('config.json')
+
+    def json(self, name: str) -> dict[str, Any]:
+        """Return one of its JSON files."""
+        path = self.workdir / name
+        try:
+            found = json.loads(path.read_text())
+        except (FileNotFoundError, NotADirectoryError):
+            raise RunError(
+                f'{self.workdir} holds no {name}, so it is no run; name the --workdir of one.'
+            ) from None
+        except (OSError, ValueError) as error:
+            raise RunError(f'{path} cannot be read ({error}); copy it from a backup.') from error
+        if not isinstance(found, dict):
+            raise RunError(f'{path} holds no JSON object; copy it from a backup.')
+        return found
+
+    @functools.cached_property
+    def records(self) -> list[dict[str, Any]]:
+        """Return its metrics.jsonl, which has a training record."""
+        try:
+            found = metrics.read(self.workdir)
+            trained = any(record['kind'] == 'train' for record in found)
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            path = self.workdir / 'metrics.jsonl'
+            raise RunError(f'{path} cannot be read ({error}); copy it from a backup.') from error
+        if not trained:
+            raise RunError(
+                f'{self.workdir} holds no record of training in a metrics.jsonl: train first.'
+            )
+        return found
+
+    @functools.cached_property
+    def predictions(self) -> dict[str, np.ndarray]:
+        """Return its predictions_test.npz; see `evaluate.load_predictions`."""
+        arrays = evaluate.load_predictions(self.workdir)
+        classes = self.settings.net.classes
+        if any(arrays[view].shape != (len(arrays['label']), classes) for view in evaluate.VIEWS):
+            raise RunError(
+                f'{self.workdir}/predictions_test.npz is not of {classes} classes, as this net is: '
+                f'make it with python main.py --mode=evaluate --workdir={self.workdir}.'
+            )
+        return arrays
+
+    @functools.cached_property
+    def trained(self) -> Trained:
+        """Return its checkpoint, verified."""
+        return evaluate.restore(self.workdir, self.step)
+
+    @functools.cached_property
+    def test(self) -> Dataset:
+        """Return the test split: the images that `predictions` are about."""
+        predictions = self.predictions
+        dataset = evaluate.open_split(self.trained, 'test', self.data_dir)
+        if not np.array_equal(dataset.labels, predictions['label']):
+            raise RunError(
+                f"{self.workdir}'s predictions_test.npz is of other images than its test split is "
+                f'now: make it anew with python main.py --mode=evaluate --workdir={self.workdir}.'
+            )
+        return dataset
+
+    @property
+    def kernels(self) -> np.ndarray:
+        """Return the first layer's filters: float32 [kh, kw, C, features], tower by tower."""
+        layer = self.trained.settings.net.layers[0]
+        if layer.kind != 'conv':
+            raise UsageError(f'{layer.name} is no convolution, so it has no filters to be drawn.')
+        return np.asarray(self.trained.params[layer.name]['kernel'])
+
+    def choose(self, count: int) -> list[int]:
+        """Return the test images to show: `rows`, or `count` at even distances."""
+        images = len(self.test)
+        for row in self.rows:
+            if not 0 <= row < images:
+                raise UsageError(f'--rows: there is no {row} among {images} images, 0 the first.')
+        even = np.linspace(0, images - 1, min(count, images)).round().astype(int).tolist()
+        return list(self.rows) or even
+
+
+# -------------------------------------------------------------------------------------- the style
+
+INK = '#1b1c1d'  # a report replaces it by the page's own colour
+# Each has a contrast of 3:1 or more on white and on black; colour is never the only mark.
+BLUE, ORANGE, GREEN, VIOLET, RED = '#2f7de1', '#d95926', '#199e70', '#8a6fe8', '#d6456b'
+WIDTH = 4.8  # inches: the letters can be read on a phone
+DPI = 200
+STYLE: dict[str, Any] = {
+    'figure.facecolor': 'white',
+    'axes.facecolor': 'none',
+    'axes.spines.top': False,
+    'axes.spines.right': False,
+    'axes.axisbelow': True,
+    'font.size': 9.0,
+    'axes.titlesize': 9.0,
+    'legend.frameon': False,
+    'grid.alpha': 0.15,
+    'lines.linewidth': 1.6,
+    'svg.fonttype': 'none',  # letters stay text
+    'svg.hashsalt': 'alexnet_jax',  # the same figure is the same file
+    'text.parse_math': False,  # a class may be called $x$
+    'text.color': INK,
+    'axes.edgecolor': INK,
+    'axes.labelcolor': INK,
+    'xtick.color': INK,
+    'ytick.color': INK,
+    'grid.color': INK,
+}
+
+
+def _styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
+    """Make a function draw in STYLE, whatever the machine's matplotlibrc says."""
+
+    @functools.wraps(draw)
+    def inner(*args: Any, **kwargs: Any) -> Figure:
+        with command.library('matplotlib.style', 'figures').context([STYLE], after_reset=True):
+            return draw(*args, **kwargs)
+
+    return inner
+
+
+def _blank(height: float) -> Figure:
+    return command.library('matplotlib.figure', 'figures').Figure(
+        figsize=(WIDTH, height), layout='constrained'
+    )
+
+
+def _show(axes: Any, image: np.ndarray) -> None:
+    """Draw an image [H, W, C] without a frame; grey where C is 1."""
+    grey = image.shape[-1] == 1
+    pixels = image[..., 0] if grey else image
+    span = {'vmin': 0, 'vmax': 255} if image.dtype == np.uint8 else {'vmin': 0, 'vmax': 1}
+    axes.imshow(pixels, cmap='gray' if grey else None, interpolation='nearest', **span)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.spines[:].set_visible(False)
+
+
+def _short(name: str, letters: int = 22) -> str:
+    name = predict.shown(name)
+    return name if len(name) <= letters else name[: letters - 1] + '…'
+
+
+def _stacked(name: str, letters: int) -> str:
+    """Return the first two words, one below the other."""
+    return '\n'.join(_short(word, letters) for word in name.split()[:2])
+
+
+# ------------------------------------------------------------------------------- filters, towers
+
+
+class Specialisation(NamedTuple):
+    """Colour saturation of the towers' filters; see `specialisation`."""
+
+    towers: tuple[float, ...]  # the mean saturation of each tower's filters
+    gap: float  # of the most and the least colourful tower
+    chance: float  # the share of random divisions of the filters with as large a gap
+
+    def __str__(self) -> str:
+        each = ', '.join(f'{mean:.3f}' for mean in self.towers)
+        return (
+            f'colour saturation of the towers {each}: gap {self.gap:.3f}, '
+            f'as large in {self.chance:.2%} of random divisions'
+        )
+
+
+def saturation(kernels: np.ndarray) -> np.ndarray:
+    """Return the share of each filter's energy that is colour: float64 [features], in 0..1.
+
+    saturation = sum of (w - mean of w over channels)^2 / sum of w^2, both over all positions and
+    channels. A filter with equal weights for red, green and blue has 0, one without response to
+    grey 1, one of independent Gaussian weights 2/3 on average, and one of zeros 0.
+
+    Args:
+        kernels: [kh, kw, C, features], C = 3.
+
+    Raises:
+        UsageError: the net sees no colour.
+    """
+    if kernels.shape[2] != 3:
+        raise UsageError('the net sees grey images, of which colour saturation is not defined.')
+    kernels = kernels.astype(np.float64)
+    colour = kernels - kernels.mean(axis=2, keepdims=True)
+    energy = np.sum(kernels**2, axis=(0, 1, 2))
+    return np.sum(colour**2, axis=(0, 1, 2)) / np.where(energy == 0, 1, energy)
+
+
+def specialisation(kernels: np.ndarray, towers: int, divisions: int = 9_999) -> Specialisation:
+    """Score whether one tower is colour-blind and another colour-specific (paper, section 6.1).
+
+    The score is the gap between the towers' mean saturations; the authors saw the two kinds in
+    every run. A permutation test says how often chance gives as large a gap: the same filters
+    divided into towers at random (seed 0; the division found counts as one more).
+
+    Args:
+        kernels: of the first layer, [kh, kw, 3, features], tower by tower.
+        towers: their number.
+        divisions: random ones to try.
+
+    Raises:
+        UsageError: there is only one tower, or the net sees no colour.
+    """
+    if towers < 2:
+        raise UsageError('the net has one tower, so there is none to compare it with.')
+    values = saturation(kernels)
+
+    def gaps(values: np.ndarray) -> np.ndarray:
+        means = values.reshape(*values.shape[:-1], towers, -1).mean(axis=-1)
+        return means.max(axis=-1) - means.min(axis=-1)
+
+    shuffled = np.random.default_rng(0).permuted(np.tile(values, (divisions, 1)), axis=1)
+    gap = float(gaps(values))
+    as_large = 1 + int(np.sum(gaps(shuffled) >= gap - 1e-12))  # sums in another order round so
+    means = tuple(values.reshape(towers, -1).mean(axis=1).tolist())
+    return Specialisation(means, gap, as_large / (divisions + 1))
+
+
+def sees_colour(run: Run) -> bool:
+    """Return whether a run's images have colour; repeated for three channels, grey has none."""
+    return run.trained.stored[2] == 3
+
+
+def of_run(run: Run) -> Specialisation:
+    """Return the towers' specialisation in a run.
+
+    Raises:
+        UsageError: the net or its images are grey, or there is one tower.
+    """
+    if not sees_colour(run):
+        raise UsageError('the net saw grey images, of which colour saturation is not defined.')
+    return specialisation(run.kernels, run.trained.settings.net.towers)
+
+
+def _letter(tower: int) -> str:
+    return f'tower {chr(ord("a") + tower)}'
+
+
+@_styled
+def fig3(kernels: np.ndarray, towers: int) -> Figure:
+    """Draw the filters [kh, kw, C, features], tower by tower (paper, figure 3).
+
+    Each filter is scaled by itself: grey is 0, its largest weight (by size) is white or black, or
+    full red, green or blue. If C is neither 1 nor 3, the channels' mean is drawn.
+    """
+    if kernels.shape[2] not in (1, 3):
+        kernels = kernels.mean(axis=2, keepdims=True)
+    each = np.split(np.moveaxis(kernels, -1, 0), towers)
+    columns = min(len(each[0]), 12 if len(each[0]) > 24 else 6)
+    tiles = [_tile(own, columns) for own in each]
+    height = sum(WIDTH * tile.shape[0] / tile.shape[1] + 0.3 for tile in tiles)
+    figure = _blank(height)
+    for tower, (axes, tile) in enumerate(zip(_column(figure, towers), tiles, strict=True)):
+        _show(axes, tile)
+        axes.set_title(_letter(tower) if towers > 1 else 'filters', loc='left')
+    return figure
+
+
+def _column(figure: Figure, count: int) -> list[Any]:
+    return list(figure.subplots(count, 1, squeeze=False)[:, 0])
+
+
+def _tile(filters: np.ndarray, columns: int) -> np.ndarray:
+    """Tile [n, h, w, 1 or 3] as one image in 0..1, [H, W, 4], transparent between the filters."""
+    count, height, width, _ = filters.shape
+    largest = np.abs(filters).max(axis=(1, 2, 3), keepdims=True)
+    pixels = 0.5 + filters / np.where(largest == 0, 1, 2 * largest)
+    rows = -(-count // columns)
+    picture = np.zeros((rows, height + 1, columns, width + 1, 4), np.float32)
+    for number, own in enumerate(pixels):
+        row, column = divmod(number, columns)
+        picture[row, :height, column, :width, :3] = own
+        picture[row, :height, column, :width, 3] = 1
+    return picture.reshape(rows * (height + 1), columns * (width + 1), 4)[:-1, :-1]
+
+
+@_styled
+def towers_figure(kernels: np.ndarray, towers: int) -> Figure:
+    """Draw every filter's colour saturation, least first, by tower, and the towers' means."""
+    score, values = specialisation(kernels, towers), saturation(kernels).reshape(towers, -1)
+    figure = _blank(2.8)
+    axes = figure.subplots()
+    for tower, (own, colour) in enumerate(zip(values, _cycle(), strict=False)):
+        mark, rank = 'osD^v'[tower % 5], np.linspace(0, 1, values.shape[1])
+        name = f'{_letter(tower)}, mean {score.towers[tower]:.2f}'
+        axes.plot(rank, np.sort(own), mark, color=colour, markersize=4, label=name)
+        axes.axhline(score.towers[tower], color=colour, linewidth=1, linestyle='--')
+    axes.set(ylim=(-0.03, 1.03), ylabel='colour saturation', xticks=[])
+    axes.set_xlabel('filters, from the least colourful to the most')
+    title = f'gap {score.gap:.3f}, as large in {score.chance:.2%} of random divisions'
+    axes.set_title(title, loc='left')
+    axes.legend()
+    return figure
+
+
+# -------------------------------------------------------------------------------------- learning
+
+
+def _cycle(count: int = 60) -> list[str]:
+    colours = (BLUE, ORANGE, GREEN, VIOLET, RED)
+    return [colours[i % len(colours)] for i in range(count)]
+
+
+def _series(found: Sequence[Record], kind: str, key: str) -> tuple[list[float], list[float]]:
+    chosen = [record for record in found if record['kind'] == kind and key in record]
+    return [record['epoch'] for record in chosen], [record[key] for record in chosen]
+
+
+@_styled
+def fig1(runs: Mapping[str, Sequence[Record]]) -> Figure:
+    """Draw the training error of several runs against epochs, by name (paper, figure 1).
+
+    The dashed line is the paper's 25 %.
+    """
+    figure = _blank(3.2)
+    axes = figure.subplots()
+    dashes = ('-', '--', '-.', ':')
+    for number, ((name, found), colour) in enumerate(zip(runs.items(), _cycle(), strict=False)):
+        epochs, errors = _series(found, 'train', 'top1_error')
+        percent = [100 * error for error in errors]
+        style = {'color': colour, 'linestyle': dashes[number % 4], 'label': _short(name, 40)}
+        axes.plot(epochs, percent, marker='o' if len(epochs) == 1 else '', **style)
+    axes.axhline(25, color=INK, linewidth=0.8, linestyle=(0, (4, 4)), alpha=0.6)
+    axes.set(xlabel='epochs', ylabel='training error, %', xlim=(0, None), ylim=(0, None))
+    axes.grid(axis='y')
+    axes.legend()
+    return figure
+
+
+@_styled
+def curves(found: Sequence[Record]) -> Figure:
+    """Draw loss (nats an image) and errors (%) of training and validation against epochs.
+
+    Those of training are means over the batches since the last record, with dropout and on
+    augmented images, so they may be higher than those of validation.
+    """
+    figure = _blank(5.0)
+    loss, errors = figure.subplots(2, 1, sharex=True)
+    lines = (
+        (loss, 'train', 'loss', 1, 'training', BLUE, '-'),
+        (loss, 'validation', 'nll', 1, 'validation', ORANGE, '--'),
+        (errors, 'train', 'top1_error', 100, 'training, top-1', BLUE, '-'),
+        (errors, 'validation', 'top1_error', 100, 'validation, top-1', ORANGE, '--'),
+        (errors, 'validation', 'top5_error', 100, 'validation, top-5', GREEN, '-.'),
+    )
+    for axes, kind, key, unit, name, colour, dash in lines:
+        epochs, values = _series(found, kind, key)
+        if epochs:
+            mark = 'o' if kind == 'validation' or len(epochs) == 1 else ''
+            style = {'color': colour, 'linestyle': dash, 'marker': mark, 'markersize': 4}
+            axes.plot(epochs, [unit * value for value in values], label=name, **style)
+    for axes, what in ((loss, 'loss, nats'), (errors, 'error, %')):
+        axes.set(ylabel=what, ylim=(0, None), xlim=(0, None))
+        axes.grid(axis='y')
+        axes.legend()
+    errors.set_xlabel('epochs')
+    return figure
+
+
+# --------------------------------------------------------------------------------------- classes
+
+
+@_styled
+def confusion(probability: np.ndarray, label: np.ndarray, names: Sequence[str]) -> Figure:
+    """Draw the share of the images of each class (row) that is taken for each class (column).
+
+    The blue's strength is the share's square root, as errors are few. Up to 12 classes have their
+    shares written in %, where not 0. More than 100 classes are drawn in groups of neighbours,
+    where a share is the group's mean. A class without images has an empty row.
+
+    Args:
+        probability: [N, classes]; an image is taken for the most probable class.
+        label: int [N].
+        names: of the classes.
+    """
+    share = confusion_matrix(probability, label)
+    count, grouped = len(share), _grouped(share, -(-len(share) // 100))
+    figure = _blank(WIDTH)
+    axes = figure.subplots()
+    cells = np.empty((*grouped.shape, 4))
+    cells[..., :3] = command.library('matplotlib.colors', 'figures').to_rgb(BLUE)
+    cells[..., 3] = np.sqrt(grouped)
+    edges = (-0.5, count - 0.5, count - 0.5, -0.5)
+    axes.imshow(cells, interpolation='nearest', extent=edges)
+    axes.set(xlabel='taken for', ylabel='is')
+    axes.spines[:].set_visible(True)
+    if count <= 30:
+        short = [_short(name, 14) for name in names]
+        axes.set_xticks(range(count), short, rotation=90, fontsize=8)
+        axes.set_yticks(range(count), short, fontsize=8)
+    if count <= 12:
+        for (row, column), value in np.ndenumerate(share):
+            if (text := f'{100 * value:.0f}') != '0':
+                axes.text(column, row, text, ha='center', va='center', fontsize=8)
+    return figure
+
+
+def confusion_matrix(probability: np.ndarray, label: np.ndarray) -> np.ndarray:
+    """Return float64 [classes, classes]: rows by label, columns by prediction, each row sums to 1.
+
+    The row of a class without images is 0.
+    """
+    classes = probability.shape[1]
+    matrix = np.zeros((classes, classes))
+    np.add.at(matrix, (label, probability.argmax(axis=1)), 1)
+    total = matrix.sum(axis=1, keepdims=True)
+    return matrix / np.where(total == 0, 1, total)
+
+
+def _grouped(share: np.ndarray, size: int) -> np.ndarray:
+    """Return the confusion matrix of groups of `size` classes: the mean over a group's rows."""
+    starts = np.arange(0, len(share), size)
+    inside = np.add.reduceat(np.add.reduceat(share, starts, axis=0), starts, axis=1)
+    return inside / np.diff([*starts, len(share)])[:, None]
+
+
+@_styled
+def fig4_left(
+    images: np.ndarray, probability: np.ndarray, label: np.ndarray, names: Sequence[str]
+) -> Figure:
+    """Draw images with their five most probable classes (paper, figure 4, left).
+
+    The right class is written above the image. If it is among the five, its bar is orange and its
+    name bold.
+
+    Args:
+        images: uint8 [B, H, W, C].
+        probability: [B, classes].
+        label: int [B].
+        names: of the classes.
+    """
+    rows = -(-len(images) // 2)
+    figure = _blank(1.15 * rows)
+    grid = figure.subplots(rows, 4, squeeze=False, width_ratios=[1, 1.6, 1, 1.6])
+    for number in range(2 * rows):
+        picture, bars = grid[number // 2, 2 * (number % 2) :][:2]
+        if number == len(images):  # the last place of an odd number
+            picture.set_axis_off()
+            bars.set_axis_off()
+            break
+        _show(picture, images[number])
+        picture.set_anchor('NW')  # so that a long title passes over the bars, and not through them
+        picture.set_title(_short(names[label[number]]), fontsize=8, loc='left', weight='bold')
+        _bars(bars, probability[number], int(label[number]), names)
+    return figure
+
+
+def _bars(axes: Any, probability: np.ndarray, label: int, names: Sequence[str]) -> None:
+    """Draw the five most probable of [classes], the first on top, each name on its bar."""
+    ranked = predict.top(probability, 5)
+    colours = [ORANGE if own == label else BLUE for own in ranked]
+    axes.barh(range(len(ranked)), probability[ranked], color=colours, alpha=0.5, height=0.86)
+    for place, own in enumerate(ranked):
+        text = f'{_short(names[own], 14)} {100 * probability[own]:.0f} %'
+        weight = 'bold' if own == label else 'normal'
+        axes.text(0.02, place, text, va='center', fontsize=8, weight=weight)
+    axes.set(xlim=(0, 1), ylim=(4.6, -0.6), xticks=[], yticks=[])
+    axes.spines[['bottom']].set_visible(False)
+
+
+@_styled
+def fig4_right(
+    queries: np.ndarray,
+    neighbours: np.ndarray,
+    query_label: np.ndarray,
+    label: np.ndarray,
+    names: Sequence[str],
+) -> Figure:
+    """Draw images, each followed by those nearest to it (paper, figure 4, right).
+
+    The queries' classes are written at the left. A neighbour of another class has that class's name
+    below it, and an orange frame.
+
+    Args:
+        queries: uint8 [Q, H, W, C].
+        neighbours: uint8 [Q, k, H, W, C], nearest first.
+        query_label: int [Q].
+        label: int [Q, k], of the neighbours.
+        names: of the classes.
+    """
+    count, k = label.shape
+    ratios = [1, 0.15] + [1] * k
+    cell = (WIDTH - 0.9) / sum(ratios)
+    figure = _blank(count * (cell + 0.25))
+    grid = figure.subplots(count, k + 2, squeeze=False, width_ratios=ratios)
+    for row in range(count):
+        grid[row, 1].set_axis_off()
+        _show(grid[row, 0], queries[row])
+        own = _stacked(names[query_label[row]], 12)
+        grid[row, 0].set_ylabel(own, rotation=0, ha='right', va='center', fontsize=8)
+        for axes, image, other in zip(
+            grid[row, 2:], neighbours[row], label[row].tolist(), strict=True
+        ):
+            _show(axes, image)
+            if other != query_label[row]:
+                axes.set_xlabel(_stacked(names[other], 11), fontsize=7, labelpad=2)
+                axes.spines[:].set(visible=True, color=ORANGE, linewidth=1.5)
+    return figure
+
+
+# ----------------------------------------------------------------------------- figures of a run
+
+
+def _fig3_of(run: Run) -> Figure:
+    return fig3(run.kernels, run.trained.settings.net.towers)
+
+
+def _towers_of(run: Run) -> Figure:
+    print(of_run(run))
+    return towers_figure(run.kernels, run.trained.settings.net.towers)
+
+
+def _curves_of(run: Run) -> Figure:
+    return curves(run.records)
+
+
+def _confusion_of(run: Run) -> Figure:
+    label, probability = run.predictions['label'], run.predictions['centre']
+    return confusion(probability, label, run.trained.class_names)
+
+
+def _fig4_left_of(run: Run) -> Figure:
+    rows = run.choose(8)
+    test, probability = run.test, run.predictions['centre'][rows]
+    return fig4_left(test.images[rows], probability, test.labels[rows], test.class_names)
+
+
+def _fig4_right_of(run: Run, k: int = 6) -> Figure:
+    trained, test = run.trained, run.test
+    chosen = run.choose(5)
+    among = evaluate.open_split(trained, run.among, run.data_dir)
+    layer = last_hidden(trained.settings.net)
+    say(f'{run.workdir}: {layer} of {len(among)} images of {among.split}')
+    extract = features.make_extract(trained, layer)
+    shape = (len(among), *features.shapes(trained.settings.net)[layer])
+    rows = features.Computed(lambda rows: among.images[rows], extract, shape)
+    found = features.nearest(extract(test.images[chosen]), rows, min(k, len(among))).index
+    neighbours = among.images[found.reshape(-1)].reshape(*found.shape, *among.images.shape[1:])
+    labels = among.labels[found]
+    return fig4_right(
+        test.images[chosen], neighbours, test.labels[chosen], labels, test.class_names
+    )
+
+
+def last_hidden(net: Net) -> str:
+    """Return the activation that figure 4 of the paper compares: 'fc7_relu', before dropout."""
+    layer = net.layers[-2]
+    return f'{layer.name}_{([word for word in layer.then if word != "dropout"] or ["linear"])[-1]}'
+
+
+FIGURES: dict[str, Callable[[Run], Figure]] = {
+    'fig3': _fig3_of,
+    'fig4_left': _fig4_left_of,
+    'fig4_right': _fig4_right_of,
+    'confusion': _confusion_of,
+    'curves': _curves_of,
+    'towers': _towers_of,
+}
+
+
+def make(name: str, runs: Sequence[Run]) -> Figure:
+    """Draw one of FIGURES of a run, or 'fig1' of several.
+
+    Raises:
+        UsageError: there are too many runs, or too few.
+        RunError: what the figure needs is missing, or matplotlib is not installed.
+    """
+    command.library('matplotlib', 'figures')  # before a minute of computing
+    if name != 'fig1':
+        if len(runs) > 1:
+            raise UsageError(f'{name} is drawn of one --workdir, and fig1 alone of several.')
+        return FIGURES[name](runs[0])
+    if len(runs) < 2:
+        raise UsageError('fig1 compares runs: name two or more, --workdir=A,B.')
+    names = [run.settings.name for run in runs]
+    if len(set(names)) < len(names):
+        names = [str(run.workdir) for run in runs]
+    return fig1({name: run.records for name, run in zip(names, runs, strict=True)})
+
+
+# --------------------------------------------------------------------------------------- on disk
+
+
+def render(figure: Figure, form: str, *, transparent: bool = False) -> bytes:
+    """Return a figure as a 'png' or 'svg' file; the same figure gives the same bytes."""
+    body = io.BytesIO()
+    nothing = dict.fromkeys(('Date', 'Creator', 'Format', 'Type'))
+    how = {'metadata': nothing} if form == 'svg' else {'metadata': {'Software': None}}
+    with (
+        command.library('matplotlib.style', 'figures').context([STYLE], after_reset=True),
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings('ignore', 'Glyph')  # its font lacks a letter of a class's name
+        figure.savefig(body, format=form, dpi=DPI, transparent=transparent, **how)
+    return body.getvalue()
+
+
+def write(path: Path, body: bytes) -> None:
+    """Write a file atomically.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    try:
+        with files.whole(path) as scratch:
+            scratch.write_bytes(body)
+    except OSError as error:
+        raise RunError(
+            f'{path} cannot be written ({error.strerror}); choose another --output.'
+        ) from error
+
+
+# ---------------------------------------------------------------------------------- the command
+
+
+def run(args: argparse.Namespace) -> int:
+    """Draw and write a figure, and print its path.
+
+    Raises:
+        UsageError: the figure does not apply to this run.
+        RunError: what it needs is missing, or it cannot be written.
+    """
+    if args.output is not None and args.output.suffix not in ('.png', '.svg'):
+        raise UsageError(f'--output={args.output} must end in .png or .svg.')
+    runs = [
+        Run(workdir, args.step, args.data_dir or '', args.among, args.rows)
+        for workdir in args.workdir
+    ]
+    output = args.output or runs[0].workdir / f'{args.figure}.png'
+    if runs[0].workdir.is_dir():
+        files.check_writable(output)
+    figure = make(args.figure, runs)
+    write(output, render(figure, output.suffix[1:]))
+    print(output)
+    return 0
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """Parse '3,14' as (3, 14), for argparse."""
+    try:
+        return tuple(int(word) for word in text.split(','))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' should be numbers, as in 0,7,19") from None
+
+
+def _parser() -> command.Parser:
+    parser = command.Parser(
+        prog='python -m alexnet_jax figures',
+        description='Draw one of the figures of the paper, or of a few more, from a workdir.',
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add('figure', metavar='NAME', choices=('fig1', *FIGURES), help=', '.join(('fig1', *FIGURES)))
+    parser.add_workdir(type=command.paths, help='the folder of a run; of several for fig1: A,B')
+    add('--output', type=command.path, metavar='FILE', help='.png or .svg; W/NAME.png if not given')
+    parser.add_step()
+    parser.add_data_dir()
+    add('--among', default='train', help="where fig4_right looks: a split, or TFDS's expression")
+    add('--rows', type=numbers, default=(), help='of the test images that fig4 shows, as in 0,7')
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Do what the command line asks for; return the exit code."""
+    return command.run('figures', _parser, run, argv)

@@ -1,0 +1,331 @@
+"""Write a run's report: one HTML page that needs no network, no script and no other file.
+
+    python -m alexnet_jax report --workdir=W --output=report.html
+
+report.html.jinja holds the page and its words; the functions here find what it shows. The page
+follows the reader's choice of light or dark, and reads on a phone. A section whose data is missing
+(predictions, metrics, data) is one sentence; a section that does not apply to a run is left out.
+"""
+
+import argparse
+import base64
+import contextlib
+import dataclasses
+import io
+import re
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from alexnet_jax import command, files
+from alexnet_jax.analysis import figures
+from alexnet_jax.analysis.figures import INK, Run
+from alexnet_jax.errors import AlexNetError, RunError
+from alexnet_jax.inference import evaluate, predict
+from alexnet_jax.model import alexnet
+from alexnet_jax.training.metrics import say
+
+MISTAKES, CONFUSIONS = 12, 10  # shown at most
+VIEW_NAMES = {'centre': 'one view', 'ten_views': 'ten views'}
+
+# --------------------------------------------------------------------------------------- rendering
+
+
+def page(run: Run) -> str:
+    """Return the HTML of a run's report.
+
+    Raises:
+        RunError: the folder holds no run, or matplotlib or Jinja2 is not installed.
+    """
+    settings = run.settings
+    command.library('matplotlib', 'figures')
+    jinja2 = command.library('jinja2', 'figures')
+    environment = jinja2.Environment(
+        autoescape=True, finalize=_text, undefined=jinja2.StrictUndefined
+    )
+    source = Path(__file__).with_name('report.html.jinja').read_text(encoding='utf-8')
+    return environment.from_string(source).render(
+        title=f'{settings.name}, {settings.scale}, seed {settings.seed}',
+        workdir=run.workdir,
+        tiles=_tiles(run),
+        parts={name: _part(run, find) for name, find in PARTS.items()},
+    )
+
+
+def _text(value: Any) -> Any:
+    """Return a value as text, whatever bytes a name is made of; Jinja2 escapes it."""
+    if hasattr(value, '__html__'):
+        return value
+    return f'{value:.6g}' if isinstance(value, float) else predict.shown(str(value))
+
+
+def _part(run: Run, find: Callable[[Run], Any]) -> Any:
+    """Return what a section shows, or the sentence that says why it cannot."""
+    try:
+        return find(run)
+    except AlexNetError as error:
+        return str(error)
+
+
+def drawing(figure: figures.Figure, name: str) -> str:
+    """Return the inside of an <svg> tag that draws `figure` in the page's own ink.
+
+    Args:
+        figure: matplotlib's.
+        name: prefix of the figure's ids, which no other figure of the page has.
+    """
+    text = figures.render(figure, 'svg', transparent=True).decode()
+    opening, inside = text[text.index('<svg') :].split('>', 1)
+    box = re.search(r'viewBox="[^"]*"', opening)
+    inside = re.sub(r'<style type="text/css">.*?</style>', '', inside)  # it would style the page
+    inside = re.sub(r'(\bid="|href="#|url\(#)', rf'\g<1>{name}-', inside)
+    return f'{box[0] if box else ""}>{inside.replace(INK, "currentColor")}'
+
+
+def picture(image: np.ndarray) -> str:
+    """Return an image, uint8 [H, W, C], as the address of a PNG."""
+    body = io.BytesIO()
+    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(body, 'PNG')
+    return f'data:image/png;base64,{base64.b64encode(body.getvalue()).decode()}'
+
+
+def percent(share: float) -> str:
+    """Format a share: 0.1198 -> '11.98 %'."""
+    return f'{100 * share:.2f} %'
+
+
+# ---------------------------------------------------------------------------------------- results
+
+
+class Results(NamedTuple):
+    """Errors on the test images, and their source."""
+
+    scores: Mapping[str, Any]  # as evaluate.summary makes them
+    source: str
+
+
+def results(run: Run) -> Results:
+    """Return the errors of the saved predictions, or else of the record of the run's end.
+
+    Raises:
+        RunError: there is neither.
+    """
+    try:
+        scores = evaluate.summary(run.predictions, run.trained.class_names)
+        return Results(scores, 'predictions_test.npz')
+    except RunError as missing:
+        if (recorded := _recorded(run)) is None:
+            raise missing
+        return Results(recorded, 'metrics.jsonl')
+
+
+def _recorded(run: Run) -> Mapping[str, Any] | None:
+    return next((r for r in reversed(_records(run)) if r['kind'] == 'test'), None)
+
+
+def _records(run: Run) -> Sequence[Mapping[str, Any]]:
+    try:
+        return run.records
+    except RunError:
+        return ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Mistake:
+    """A test image with a wrong prediction."""
+
+    row: int  # of the test images
+    label: int
+    taken_for: int
+    probability: float  # of that
+
+
+def mistakes(probability: np.ndarray, label: np.ndarray, count: int) -> list[Mistake]:
+    """Return the `count` most confident wrong predictions of [N, classes] for labels [N]."""
+    taken_for = probability.argmax(axis=1)
+    confidence = np.where(taken_for == label, -1.0, probability.max(axis=1))
+    order = np.argsort(-confidence, kind='stable')[: min(count, int(np.sum(taken_for != label)))]
+    return [
+        Mistake(int(row), int(label[row]), int(taken_for[row]), float(confidence[row]))
+        for row in order
+    ]
+
+
+# --------------------------------------------------------------------------------------- sections
+
+
+def _tiles(run: Run) -> dict[str, str]:
+    tiles = {
+        'parameters': f'{sum(s.parameters for s in alexnet.geometry(run.settings.net)):,}',
+        'epochs': f'{run.settings.epochs:g}',
+    }
+    with contextlib.suppress(AlexNetError):  # the section of errors says what is missing
+        scores = results(run).scores
+        tiles['test images'] = f'{scores["images"]:,}'
+        for view, name in VIEW_NAMES.items():
+            tiles[f'test error, {name}'] = percent(scores[view]['top1_error'])
+    return tiles
+
+
+def _errors(run: Run) -> dict[str, Any]:
+    scores, source = results(run)
+    rows = [(name, *_row(scores[view])) for view, name in VIEW_NAMES.items()]
+    found = {'images': scores['images'], 'source': source, 'rows': rows, 'recorded': None}
+    recorded = _recorded(run)
+    if recorded is not None and any(recorded[view] != scores[view] for view in VIEW_NAMES):
+        ends = {view: percent(recorded[view]['top1_error']) for view in VIEW_NAMES}
+        found['recorded'] = {'step': recorded['step'], **ends}
+    return found
+
+
+def _row(scores: Mapping[str, float]) -> tuple[str, str, str]:
+    return percent(scores['top1_error']), percent(scores['top5_error']), f'{scores["nll"]:.4f}'
+
+
+def _curves(run: Run) -> dict[str, Any]:
+    rows = [
+        (f'{r["epoch"]:.2f}', r['step'], *_row(r)) for r in run.records if r['kind'] == 'validation'
+    ]
+    return {'svg': drawing(figures.curves(run.records), 'curves'), 'rows': rows}
+
+
+def _filters(run: Run) -> dict[str, Any] | None:
+    net = run.trained.settings.net
+    if net.layers[0].kind != 'conv':
+        return None
+    found = {
+        'svg': drawing(figures.fig3(run.kernels, net.towers), 'fig3'),
+        'count': net.layers[0].features,
+        'layer': net.layers[0].name,
+        'step': run.trained.step,
+        'towers': None,
+    }
+    if figures.sees_colour(run) and net.towers > 1:
+        svg = drawing(figures.towers_figure(run.kernels, net.towers), 'towers')
+        found['towers'] = {'svg': svg, 'found': figures.of_run(run)}
+    return found
+
+
+def _examples(run: Run) -> dict[str, Any]:
+    return {'svg': drawing(figures.FIGURES['fig4_left'](run), 'fig4l')}
+
+
+def _neighbours(run: Run) -> dict[str, Any]:
+    svg = drawing(figures.FIGURES['fig4_right'](run), 'fig4r')
+    return {'svg': svg, 'among': run.among, 'layer': figures.last_hidden(run.settings.net)}
+
+
+def _confusion(run: Run) -> dict[str, Any]:
+    names = run.trained.class_names
+    share = figures.confusion_matrix(run.predictions['centre'], run.predictions['label'])
+    np.fill_diagonal(share, 0)
+    pairs = np.argsort(-share, axis=None, kind='stable')[:CONFUSIONS]
+    rows = [
+        (names[own], names[taken], percent(share[own, taken]))
+        for own, taken in zip(*np.unravel_index(pairs, share.shape), strict=True)
+        if share[own, taken] > 0
+    ]
+    return {'svg': drawing(figures.FIGURES['confusion'](run), 'confusion'), 'rows': rows}
+
+
+def _classes(run: Run) -> dict[str, Any]:
+    accuracy = results(run).scores['class_accuracy']
+    worst = sorted(accuracy.items(), key=lambda item: item[1])
+    return {'rows': [(name, percent(1 - share)) for name, share in worst]}
+
+
+def _mistakes(run: Run) -> dict[str, Any]:
+    test = run.test
+    names = test.class_names
+    return {
+        'mistakes': [
+            {
+                'image': picture(test.images[one.row]),
+                'row': one.row,
+                'probability': one.probability,
+                'taken_for': names[one.taken_for],
+                'label': names[one.label],
+            }
+            for one in mistakes(run.predictions['centre'], test.labels, MISTAKES)
+        ]
+    }
+
+
+def _environment(run: Run) -> list[tuple[str, Any]]:
+    found = run.json('environment.json')
+    timed = [r for r in _records(run) if r['kind'] == 'train' and 'images_per_sec' in r]
+    if timed:
+        rate = statistics.median(r['images_per_sec'] for r in timed)
+        found['training, s'] = round(timed[-1]['secs'], 1)
+        found['images/s, median of the records'] = round(rate, 1)
+    return list(found.items())
+
+
+def flat(tree: Mapping[str, Any], prefix: str = '') -> list[tuple[str, object]]:
+    """Return a nested config as (dotted key, value) pairs, sorted."""
+    rows: list[tuple[str, object]] = []
+    for key, value in sorted(tree.items()):
+        inner = isinstance(value, Mapping)
+        rows += flat(value, f'{prefix}{key}.') if inner else [(prefix + key, value)]
+    return rows
+
+
+PARTS: dict[str, Callable[[Run], Any]] = {
+    'errors': _errors,
+    'curves': _curves,
+    'filters': _filters,
+    'examples': _examples,
+    'neighbours': _neighbours,
+    'confusion': _confusion,
+    'classes': _classes,
+    'mistakes': _mistakes,
+    'environment': _environment,
+    'config': lambda run: flat(run.config),
+}
+
+
+# ------------------------------------------------------------------------------------- the command
+
+
+def write(run: Run, output: Path) -> None:
+    """Write a run's report atomically.
+
+    Raises:
+        RunError: the folder holds no run, the file cannot be written, or a library is missing.
+    """
+    if run.workdir.is_dir():  # otherwise `page` reports that there is no run
+        files.check_writable(output)
+    figures.write(output, page(run).encode())
+
+
+def _act(args: argparse.Namespace) -> int:
+    output = args.output or args.workdir / 'report.html'
+    run = Run(args.workdir, args.step, args.data_dir or '', args.among)
+    write(run, output)
+    say(f'{args.workdir}: {output.stat().st_size:,} bytes')
+    print(output)
+    return 0
+
+
+def _parser() -> command.Parser:
+    parser = command.Parser(
+        prog='python -m alexnet_jax report',
+        description="A run's errors, figures and mistakes on one page that needs no network.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    parser.add_workdir()
+    add('--output', type=command.path, metavar='FILE', help='W/report.html if not given')
+    parser.add_step()
+    parser.add_data_dir()
+    add('--among', default='train', help="where neighbours are looked for: a split, or TFDS's")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write what the command line asks for; return the exit code."""
+    return command.run('report', _parser, _act, argv)

@@ -1,0 +1,1 @@
+"""Prepared data sets and the batches drawn from them. Never imports JAX."""

@@ -1,0 +1,85 @@
+"""A batch as a function of (seed, step), and the batches of an evaluation. NumPy only, no JAX.
+
+Which images a step sees depends on the seed and the step alone, not on what ran before or on how
+many processes share the work.
+"""
+
+import functools
+from collections.abc import Generator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from alexnet_jax.data.datasets import Dataset
+from alexnet_jax.data.readers import prefetch
+
+Batch = dict[str, np.ndarray]
+
+
+@functools.lru_cache(maxsize=4)
+def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
+    """Return the order of the n images in an epoch: int64 [n], read-only.
+
+    It sorts Philox's raw 64-bit words, which NumPy guarantees not to change, as it does not for
+    `Generator.permutation`.
+    """
+    words = np.random.Philox(key=np.array([seed, epoch], np.uint64)).random_raw(n)
+    order = np.argsort(words, kind='stable').astype(np.int64)
+    order.flags.writeable = False
+    return order
+
+
+def batch_indices(seed: int, step: int, batch_size: int, n: int) -> np.ndarray:
+    """Return the images of step `step` (from 0): int64 [batch_size], each in 0..n-1.
+
+    They are the positions step * batch_size .. (step + 1) * batch_size - 1 of the endless chain of
+    the epochs' permutations: no image is dropped, and a batch may span two epochs.
+    """
+    first, last = step * batch_size, (step + 1) * batch_size
+    epochs = range(first // n, (last - 1) // n + 1)
+    parts = [
+        permutation(seed, epoch, n)[max(0, first - epoch * n) : last - epoch * n]
+        for epoch in epochs
+    ]
+    return np.concatenate(parts)
+
+
+@dataclass(frozen=True, eq=False)
+class TrainStream:
+    """Training batches; `rows` is the share of each global batch that this process reads."""
+
+    dataset: Dataset
+    seed: int
+    batch_size: int  # of the global batch
+    rows: slice = field(default_factory=lambda: slice(None))  # a slice is no hashable default
+
+    def batch(self, step: int) -> Batch:
+        """Return {'image': uint8 [b, H, W, C], 'label': int32 [b]} of step `step`, from 0."""
+        indices = batch_indices(self.seed, step, self.batch_size, len(self.dataset))[self.rows]
+        images, labels = self.dataset.take(indices)
+        return {'image': images, 'label': labels}
+
+
+def eval_batches(dataset: Dataset, batch_size: int, rows: slice = slice(None)) -> Generator[Batch]:
+    """Yield every image once, in order: `rows` of each global batch, the last one padded.
+
+    Yields:
+        {'image': uint8 [b, H, W, C], 'label': int32 [b], 'mask': float32 [b]}; the mask is 1 for an
+        image and 0 for padding (black, label 0), which no sum or count may include. The next batch
+        is read ahead.
+    """
+    positions = np.arange(batch_size)[rows]
+
+    def batch(number: int) -> Batch:
+        indices = number * batch_size + positions
+        real = indices < len(dataset)
+        if real.all():
+            image, label = dataset.take(indices)
+        else:
+            image = np.zeros((len(indices), *dataset.images.shape[1:]), np.uint8)
+            label = np.zeros(len(indices), np.int32)
+            if real.any():
+                image[real], label[real] = dataset.take(indices[real])
+        return {'image': image, 'label': label, 'mask': real.astype(np.float32)}
+
+    return prefetch(batch, 0, -(-len(dataset) // batch_size), depth=1)

@@ -1,0 +1,414 @@
+"""Compute errors from a checkpoint or a run's parameters: one view, ten views, ensembles.
+
+Errors are fractions in [0, 1]. Every image is counted once.
+"""
+
+import dataclasses
+import json
+import types
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from alexnet_jax import config as configuration
+from alexnet_jax import config_file, files
+from alexnet_jax.config import MeshShape, Settings
+from alexnet_jax.data import batches
+from alexnet_jax.data.datasets import Dataset
+from alexnet_jax.errors import RunError, UsageError
+from alexnet_jax.model import augment
+from alexnet_jax.model.augment import Statistics
+from alexnet_jax.parallel import cpu, distributed, mesh
+from alexnet_jax.parallel.mesh import Layout
+from alexnet_jax.training import splits
+from alexnet_jax.training import workdir as workdirs
+from alexnet_jax.training.checkpoint import Checkpoints, Step
+from alexnet_jax.training.metrics import say
+
+VIEWS = {'centre': (0,), 'ten_views': tuple(range(10))}  # by the name used in results
+EMPTY: Mapping[str, Any] = types.MappingProxyType({})
+Predict = Callable[[Any, Statistics, jax.Array, int], jax.Array]
+
+
+# ------------------------------------------------------------------------- restoring a checkpoint
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Trained:
+    """A checkpoint restored for use on this machine."""
+
+    workdir: Path
+    step: int
+    settings: Settings
+    class_names: tuple[str, ...]  # by label
+    layout: Layout
+    params: Any  # on the layout's devices
+    statistics: Statistics
+    stored: tuple[int, int, int]  # the data set's images: (height, width, channels)
+
+
+def restore(
+    workdir: str | Path, step: Step = 'latest', overrides: Mapping[str, Any] = EMPTY
+) -> Trained:
+    """Read and verify a checkpoint, and put it on this machine's devices.
+
+    The mesh is the training's if this machine has enough devices for it, otherwise one device.
+
+    Args:
+        workdir: the run's folder.
+        step: 'latest', 'best' (lowest validation error; the latest of a run that does not
+            validate) or the number of a step.
+        overrides: config values to change, by dotted keys; only those that change no result.
+
+    Raises:
+        UsageError: the step does not exist, or an override would change the net.
+        RunError: there is no checkpoint, or it is damaged.
+    """
+    workdir = Path(workdir)
+    checkpoints = Checkpoints(workdir / 'checkpoints')
+    if not checkpoints.steps():
+        raise RunError(f'{workdir} holds no checkpoint; train first with --workdir={workdir}.')
+    step = int(step) if isinstance(step, str) and step.isdigit() else step
+    if step == 'best' and checkpoints.extra()['config']['data']['validation'] == 'none':
+        step = 'latest'
+    settings = configuration.unpack(_with(overrides, checkpoints.extra(step)['config']))
+    cpu.set_up_cpu(settings.mesh.cpu_devices)  # before reading asks JAX for its devices
+    restored = checkpoints.restore(None, step)
+    layout, shardings = _placement(settings)
+    return Trained(
+        workdir=workdir,
+        step=restored.step,
+        settings=settings,
+        class_names=tuple(restored.extra['class_names']),
+        layout=layout,
+        params=mesh.place(restored.state['state']['params'], shardings),
+        statistics=Statistics(**mesh.place(restored.state['statistics'], mesh.whole(layout))),
+        stored=tuple(
+            restored.extra.get('stored', restored.state['statistics']['mean_image'].shape)
+        ),
+    )
+
+
+def _with(overrides: Mapping[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    for key, value in overrides.items():
+        new = config_file.plain(config)
+        config_file.override(new, key, value)
+        free = (*workdirs.MAY_DIFFER, 'loop.eval_batch_size')
+        if key not in free and config_file.differences(config, new):
+            raise UsageError(
+                f'--config.{key} changes nothing in an evaluation: net and recipe are those of '
+                f'the checkpoint; leave it out.'
+            )
+        config = new
+    return config
+
+
+def open_split(trained: Trained, split: str, data_dir: str = '') -> Dataset:
+    """Open a split of the run's data set with the checkpoint's classes; see `splits.match`.
+
+    Args:
+        trained: the checkpoint.
+        split: 'train', 'validation', 'test', or a split expression of TFDS.
+        data_dir: the folder of all data sets; the config's if empty.
+
+    Raises:
+        UsageError: the split does not exist, or the data has other classes or channels.
+        RunError: the data set does not exist or is damaged.
+    """
+    config = trained.settings.data
+    (dataset,) = splits.open_splits(config, (split,), data_dir)
+    channels, expected = dataset.images.shape[-1], trained.settings.net.channels
+    if channels not in (1, expected):
+        raise UsageError(
+            f'{dataset.name} has images of {channels} channels, and the net in {trained.workdir} '
+            f'takes {expected}; choose the data of its training.'
+        )
+    return splits.match(dataset, trained.class_names, config, trained.workdir, data_dir)
+
+
+def _placement(settings: Settings) -> tuple[Layout, Any]:
+    def place(shape: MeshShape, batch_size: int) -> tuple[Layout, Any]:
+        layout = mesh.lay_out(shape, batch_size)
+        return layout, mesh.shardings(mesh.parameter_specs(settings.net, layout), layout)
+
+    try:
+        return place(settings.mesh, settings.batch_size)
+    except UsageError:  # it was trained on a larger machine
+        if jax.process_count() > 1:
+            raise
+        return place(MeshShape(data=1, tower=1), 1)
+
+
+# ---------------------------------------------------------------------------------------- scoring
+
+
+def make_predict(settings: Settings, layout: Layout) -> Predict:
+    """Compile (params, statistics, images [B, H, W, C], view 0..9) -> probabilities [B, classes].
+
+    Images are split over 'data'; every device, and so every process, gets all probabilities.
+    """
+    forward = mesh.forward(settings.net, layout)
+
+    def predict(params, statistics, images, view):
+        batch, channels = images.shape[0], images.shape[-1]
+        draws = augment.fixed(batch, channels, settings.preprocess, view)
+        pixels = augment.apply(images, draws, statistics, settings.preprocess)
+        return jax.nn.softmax(forward(params, pixels, None))
+
+    return jax.jit(
+        predict,
+        out_shardings=mesh.whole(layout),
+        compiler_options=cpu.compiler_options(),
+    )
+
+
+def probabilities(
+    predict: Predict,
+    params: Any,
+    statistics: Statistics,
+    dataset: Dataset,
+    *,
+    layout: Layout,
+    batch_size: int,
+    views: Sequence[int] = (0,),
+) -> np.ndarray:
+    """Return the class probabilities of every image, averaged over `views`: float32 [N, classes].
+
+    The average is over softmax probabilities, not logits (paper, section 4.1). Of several
+    processes each reads its own share of the images, and all get the whole result.
+    """
+    how = {'layout': layout, 'batch_size': batch_size}
+    return all_probabilities(predict, params, statistics, dataset, {'': views}, **how)['']
+
+
+def all_probabilities(
+    predict: Predict,
+    params: Any,
+    statistics: Statistics,
+    dataset: Dataset,
+    wanted: Mapping[str, Sequence[int]],
+    *,
+    layout: Layout,
+    batch_size: int,
+) -> dict[str, np.ndarray]:
+    """Return `probabilities` for several choices of views, by name, reading each image once.
+
+    Raises:
+        RunError: a probability is not finite.
+    """
+    batch_size = -(-batch_size // layout.replicas) * layout.replicas
+    rows = mesh.own_rows(layout, batch_size)
+    numbers = sorted({view for views in wanted.values() for view in views})
+    found: dict[str, np.ndarray] = {}
+    start = 0
+    for batch in batches.eval_batches(dataset, batch_size, rows):
+        images = mesh.place_batch(layout, {'image': batch['image']}, batch_size)['image']
+        seen = {view: predict(params, statistics, images, view) for view in numbers}
+        for name, views in wanted.items():
+            mean = np.asarray(sum(seen[view] for view in views) / len(views))
+            if name not in found:
+                found[name] = np.empty((len(dataset), mean.shape[1]), mean.dtype)
+            rows_here = found[name][start : start + batch_size]
+            rows_here[:] = mean[: len(rows_here)]  # the rest is padding
+            if not np.isfinite(rows_here).all():
+                raise RunError(
+                    'the probabilities are not finite, the net has diverged: lower '
+                    'optimizer.weights.rate, or evaluate an earlier --step.'
+                )
+        start += batch_size
+    return found
+
+
+def ranks(probability: np.ndarray, label: np.ndarray) -> np.ndarray:
+    """Count the classes ranked before the label's: int64 [N]; see `scores`."""
+    own = probability[np.arange(len(label)), label][:, None]
+    later = np.arange(probability.shape[1])[None, :] >= label[:, None]
+    behind = (probability < own) | ((probability == own) & later)  # itself too; never with a NaN
+    return probability.shape[1] - np.sum(behind, axis=1)
+
+
+def scores(probability: np.ndarray, label: np.ndarray) -> dict[str, float]:
+    """Return top-1 error, top-5 error and negative log-likelihood (nats an image).
+
+    Args:
+        probability: [N, classes].
+        label: int [N].
+
+    A label is among the top k when fewer than k classes are more probable; equally probable ones
+    are ranked by their number, so that a constant prediction is right once in `classes` times. A
+    probability that underflows to zero counts as the smallest normal float32.
+    """
+    rank, own = ranks(probability, label), probability[np.arange(len(label)), label]
+    likelihood = np.maximum(own, np.finfo(np.float32).tiny).astype(np.float64)
+    return {
+        'top1_error': float(np.mean(rank >= 1)),
+        'top5_error': float(np.mean(rank >= 5)),
+        'nll': float(np.mean(-np.log(likelihood))),
+    }
+
+
+def class_accuracy(probability: np.ndarray, label: np.ndarray, names: Sequence[str]) -> dict:
+    """Return the top-1 accuracy of each class that has images, by name."""
+    right = np.argmax(probability, axis=1) == label
+    return {
+        name: float(np.mean(right[label == i]))
+        for i, name in enumerate(names)
+        if np.any(label == i)
+    }
+
+
+def report(
+    predict: Predict, params: Any, statistics: Statistics, dataset: Dataset, **how: Any
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Score one view and ten views of every image.
+
+    Returns:
+        Scores for JSON, and the predictions: arrays 'centre' and 'ten_views' (float32 [N, classes])
+        and 'label' (int32 [N]), 400 MB for ImageNet's 50,000 images and 1,000 classes.
+    """
+    arrays = all_probabilities(predict, params, statistics, dataset, VIEWS, **how)
+    arrays['label'] = dataset.labels
+    return summary(arrays, dataset.class_names), arrays
+
+
+def summary(arrays: Mapping[str, np.ndarray], class_names: Sequence[str]) -> dict[str, Any]:
+    """Return the scores of predictions, for JSON."""
+    label = arrays['label']
+    result: dict[str, Any] = {'images': len(label)}
+    for name in VIEWS:
+        result[name] = scores(arrays[name], label)
+    result['class_accuracy'] = class_accuracy(arrays['centre'], label, class_names)
+    return result
+
+
+# ------------------------------------------------------------------------- predictions on disk
+
+
+def predictions_path(workdir: Path, split: str = 'test') -> Path:
+    """Return the path of a split's predictions in a workdir."""
+    name = ''.join(c if c.isalnum() else '_' for c in split).strip('_')
+    return workdir / f'predictions_{name}.npz'
+
+
+def save_predictions(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write predictions as an .npz file, atomically."""
+    with files.whole(path) as scratch, scratch.open('wb') as file:
+        np.savez(file, allow_pickle=False, **arrays)
+
+
+def keep_predictions(workdir: Path, split: str, arrays: Mapping[str, np.ndarray]) -> None:
+    """Save predictions in a workdir, or print a warning where it cannot be written to.
+
+    The scores took minutes, and do not depend on this file.
+    """
+    path = predictions_path(workdir, split)
+    try:
+        save_predictions(path, arrays)
+    except OSError as error:
+        say(f'warning: {path} cannot be written ({error.strerror}): the predictions are not kept')
+
+
+def load_predictions(workdir: Path) -> dict[str, np.ndarray]:
+    """Return the predictions of a run's test split: 'label' [N]; each of VIEWS [N, classes].
+
+    Raises:
+        RunError: they do not exist or are damaged.
+    """
+    advice = f'make it with python main.py --mode=evaluate --workdir={workdir}'
+    return files.read_npz(predictions_path(workdir), ('label', *VIEWS), advice)
+
+
+# ------------------------------------------------------------------------------------ the command
+
+
+def run(
+    workdirs: Sequence[Path],
+    *,
+    step: Step = 'latest',
+    split: str = 'test',
+    data_dir: str = '',
+    overrides: Mapping[str, Any] = EMPTY,
+) -> dict[str, Any]:
+    """Evaluate a checkpoint, or the ensemble of several, on every image of a split.
+
+    Args:
+        workdirs: of the runs; the probabilities of several are averaged, class by class.
+        step: 'latest', 'best' (lowest validation error; the latest of a run that does not
+            validate) or the number of a step.
+        split: 'train', 'validation' or 'test' of the run's config, or an expression of TFDS.
+        data_dir: the folder of all data sets; the config's if empty.
+        overrides: see `restore`.
+
+    Returns:
+        The scores, as `report`, with the step of each workdir.
+
+    Raises:
+        UsageError: a step or split does not exist, or nets and data do not fit together.
+        RunError: there is no checkpoint, it is damaged, or there is no data.
+    """
+    members, steps, class_names = [], [], ()
+    label, totals = np.zeros(0), dict[str, np.ndarray]()
+    for workdir in workdirs:
+        trained = restore(workdir, step, overrides)
+        arrays = predictions(trained, split, data_dir)
+        steps.append(trained.step)
+        if len(workdirs) > 1:
+            members.append(summary(arrays, trained.class_names))
+        if not totals:
+            class_names = trained.class_names
+            label, totals = arrays['label'], {name: arrays[name] for name in VIEWS}
+            continue
+        arrays = reordered(arrays, trained.class_names, class_names)
+        if totals['centre'].shape[1] != arrays['centre'].shape[1]:
+            raise UsageError(f'{workdir} has other classes than {workdirs[0]}; leave it out.')
+        if not np.array_equal(label, arrays['label']):
+            raise UsageError(f'{workdir} was evaluated on other images than {workdirs[0]}.')
+        for name in VIEWS:  # two nets' probabilities are in memory, however many there are
+            totals[name] += arrays[name]
+    result = {'workdirs': [str(w) for w in workdirs], 'steps': steps, 'split': split}
+    if members:
+        result['members'] = members
+    mean = {name: total / np.float32(len(workdirs)) for name, total in totals.items()}
+    return result | summary({'label': label, **mean}, class_names)
+
+
+def predictions(trained: Trained, split: str, data_dir: str) -> dict[str, np.ndarray]:
+    """Predict every image of a split, and save the predictions in the workdir if possible."""
+    dataset = open_split(trained, split, data_dir)
+    if np.any(dataset.labels < 0):
+        raise UsageError(f'{dataset.split} holds images without a label; choose another --split.')
+    say(
+        f'{trained.workdir}: step {trained.step}, {len(dataset)} images of {dataset.split}, on '
+        f'{trained.layout}'
+    )
+    _, arrays = report(
+        make_predict(trained.settings, trained.layout),
+        trained.params,
+        trained.statistics,
+        dataset,
+        layout=trained.layout,
+        batch_size=trained.settings.loop.eval_batch_size,
+    )
+    if distributed.is_first():
+        keep_predictions(trained.workdir, split, arrays)
+    return arrays
+
+
+def reordered(
+    arrays: dict[str, np.ndarray], names: Sequence[str], wanted: Sequence[str]
+) -> dict[str, np.ndarray]:
+    """Number the classes of predictions as in `wanted`, if that is another order of `names`."""
+    if names == wanted or sorted(names) != sorted(wanted):
+        return arrays
+    own = {name: label for label, name in enumerate(names)}
+    order = np.array([own[name] for name in wanted])
+    label = np.argsort(order).astype(np.int32)[arrays['label']]
+    return {'label': label, **{view: arrays[view][:, order] for view in VIEWS}}
+
+
+def line(result: Mapping[str, Any]) -> str:
+    """Return a result as the one JSON line of stdout."""
+    return json.dumps(result)

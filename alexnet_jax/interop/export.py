@@ -1,0 +1,199 @@
+"""Write a trained net as a file that runs without this code: uint8 images in, probabilities out.
+
+Both formats contain preprocessing, net and weights, compute the centre view as `evaluate` does, and
+take batches of any size of images as they were stored: uint8 [B, H, W, C], the sides and channels
+of the mean image. The ONNX graph is made here: jax2onnx 0.17.1 wants an older Orbax and refuses
+these nets (a symbolic batch, the resizing).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from alexnet_jax import command
+from alexnet_jax.config import Settings
+from alexnet_jax.errors import UsageError
+from alexnet_jax.model import alexnet, augment
+from alexnet_jax.model.alexnet import AlexNet, Stage
+from alexnet_jax.model.augment import Statistics
+
+PLATFORMS = ('cpu', 'cuda', 'tpu')
+# The oldest that have all we need, so that old runtimes read the file too.
+OPSET, IR_VERSION = 17, 8
+
+Array = jax.Array
+
+
+def classify(settings: Settings, params: Any, statistics: Statistics) -> Callable[[Array], Array]:
+    """Return the function uint8 [B, H, W, C] -> float32 probabilities [B, classes]."""
+    net = AlexNet(settings.net)
+
+    def run(images: Array) -> Array:
+        draws = augment.fixed(images.shape[0], images.shape[-1], settings.preprocess)
+        pixels = augment.apply(images, draws, statistics, settings.preprocess)
+        return jax.nn.softmax(net.apply({'params': params}, pixels))  # ty: ignore[invalid-argument-type] (sown values are not asked for)
+
+    return run
+
+
+def stablehlo(settings: Settings, params: Any, statistics: Statistics) -> bytes:
+    """Return the bytes for `jax.export.deserialize(...).call(images)` on a CPU, a GPU or a TPU."""
+    (batch,) = jax.export.symbolic_shape('batch')
+    images = jax.ShapeDtypeStruct((batch, *statistics.mean_image.shape), jnp.uint8)
+    run = jax.jit(classify(settings, params, statistics))
+    return bytes(jax.export.export(run, platforms=PLATFORMS)(images).serialize())
+
+
+def onnx(settings: Settings, params: Any, statistics: Statistics) -> bytes:
+    """Return an ONNX model with one node or a few for each operation of the layer table, float32.
+
+    Raises:
+        UsageError: a fully connected layer reads its own tower only.
+        RunError: the library onnx is not installed.
+    """
+    graph = _Graph()
+    maps = _preprocess(graph, settings, statistics)
+    for stage in alexnet.geometry(settings.net):
+        row = {kind: np.asarray(value) for kind, value in params[stage.layer.name].items()}
+        maps = _layer(graph, maps, stage, row['kernel'], row['bias'])
+        for word in stage.layer.then:
+            maps = _follow(graph, maps, word, settings.net)
+    graph.node('Softmax', maps, axis=1, output='probabilities')
+    return graph.serialize(settings, statistics)
+
+
+class _Graph:
+    """Nodes and constants under construction; values are known by their names."""
+
+    def __init__(self):
+        self.onnx: Any = command.library('onnx', 'weights')
+        self.nodes, self.constants = [], []
+
+    def node(self, kind: str, *inputs: str, output: str = '', **attributes: Any) -> str:
+        """Add an operation with one result; return the result's name."""
+        output = output or f'{kind.lower()}_{len(self.nodes)}'
+        self.nodes.append(self.onnx.helper.make_node(kind, inputs, [output], **attributes))
+        return output
+
+    def split(self, x: str, parts: int) -> list[str]:
+        """Cut the channels into equal parts; return their names."""
+        names = [f'split_{len(self.nodes)}_{part}' for part in range(parts)]
+        self.nodes.append(self.onnx.helper.make_node('Split', [x], names, axis=1))
+        return names
+
+    def constant(self, value: Any) -> str:
+        """Add a float32 array; return its name."""
+        name = f'constant_{len(self.constants)}'
+        array = np.ascontiguousarray(value, np.float32)
+        self.constants.append(self.onnx.numpy_helper.from_array(array, name))
+        return name
+
+    def serialize(self, settings: Settings, statistics: Statistics) -> bytes:
+        """Return the model, checked by ONNX's own checker."""
+        helper, types = self.onnx.helper, self.onnx.TensorProto
+        shapes = ['batch', *statistics.mean_image.shape], ['batch', settings.net.classes]
+        images = helper.make_tensor_value_info('images', types.UINT8, shapes[0])
+        output = helper.make_tensor_value_info('probabilities', types.FLOAT, shapes[1])
+        graph = helper.make_graph(self.nodes, settings.name, [images], [output], self.constants)
+        opset = helper.make_opsetid('', OPSET)
+        proto = helper.make_model(graph, opset_imports=[opset], ir_version=IR_VERSION)
+        self.onnx.checker.check_model(proto)
+        return proto.SerializeToString()
+
+
+def _preprocess(graph: _Graph, settings: Settings, statistics: Statistics) -> str:
+    """Add resizing, frame and crop as a product from each side, the rest as an offset."""
+    recipe = settings.preprocess
+    height, width, channels = statistics.mean_image.shape
+    x = graph.node('Cast', 'images', to=graph.onnx.TensorProto.FLOAT)
+    x = graph.node('Transpose', x, perm=[0, 3, 1, 2])
+    x = graph.node('MatMul', graph.constant(_rows(recipe, height)), x)
+    x = graph.node('MatMul', x, graph.constant(_rows(recipe, width).T))
+    x = graph.node('Mul', x, graph.constant(recipe.scale))
+    if channels < recipe.channels:
+        x = graph.node('Concat', *(x,) * recipe.channels, axis=1)
+    black = jnp.zeros((1, height, width, channels), jnp.uint8)
+    offset = augment.apply(black, augment.fixed(1, channels, recipe), statistics, recipe)
+    return graph.node('Add', x, graph.constant(np.asarray(offset).transpose(0, 3, 1, 2)))
+
+
+def _rows(recipe: augment.Preprocess, side: int) -> np.ndarray:
+    """Return the matrix [input_px, side] that makes rows of the centre crop of stored rows."""
+    eye = jnp.eye(side)
+    if side != recipe.resize_px:
+        eye = jax.image.resize(eye, (recipe.resize_px, side), 'bilinear')
+    rows = np.zeros((recipe.image_px, side), np.float32)
+    before = (recipe.image_px - recipe.resize_px) // 2
+    rows[before : before + recipe.resize_px] = eye
+    edge = (recipe.image_px - recipe.input_px) // 2
+    return rows[edge : edge + recipe.input_px]
+
+
+def _layer(graph: _Graph, x: str, stage: Stage, kernel: np.ndarray, bias: np.ndarray) -> str:
+    layer = stage.layer
+    if layer.kind == 'conv':
+        (top, bottom), (left, right) = layer.padding_px
+        return graph.node(
+            'Conv',
+            x,
+            graph.constant(kernel.transpose(3, 2, 0, 1)),
+            graph.constant(bias),
+            strides=[layer.stride_px] * 2,
+            pads=[top, left, bottom, right],
+            group=stage.groups,
+        )
+    if stage.groups > 1:
+        raise UsageError(
+            f'{layer.name} reads its own tower only, which ONNX cannot express: take .stablehlo.'
+        )
+    if len(stage.input) == 3:  # flattened with channels first
+        kernel = kernel.reshape(*stage.input, -1).transpose(2, 0, 1, 3).reshape(kernel.shape)
+        x = graph.node('Flatten', x, axis=1)
+    return graph.node('Gemm', x, graph.constant(kernel), graph.constant(bias))
+
+
+def _follow(graph: _Graph, x: str, word: str, net: alexnet.Net) -> str:
+    if word in ('relu', 'tanh', 'sigmoid'):
+        return graph.node(word.title(), x)
+    if word == 'pool':
+        kind = 'MaxPool' if net.pool.kind == 'max' else 'AveragePool'
+        window, strides = [net.pool.window_px] * 2, [net.pool.stride_px] * 2
+        over: dict[str, Any] = {'ceil_mode': 1} if net.pool.rounding == 'up' else {}
+        return graph.node(kind, x, kernel_shape=window, strides=strides, **over)
+    if word == 'lrn':
+        return _lrn(graph, x, net)
+    if word == 'spatial_norm':
+        return _spatial_norm(graph, x, net.spatial_norm)
+    if word == 'dropout':
+        mask = net.dropout.kind == 'mask'
+        return graph.node('Mul', x, graph.constant(net.dropout.keep)) if mask else x
+    raise UsageError(f"'{word}' has no form in ONNX yet: take .stablehlo.")
+
+
+def _lrn(graph: _Graph, x: str, net: alexnet.Net) -> str:
+    """Add LRN; its window stops at a tower's border if it reads its own. ONNX divides alpha."""
+    how: dict[str, Any] = dict(
+        size=net.lrn.size, alpha=net.lrn.alpha * net.lrn.size, beta=net.lrn.beta, bias=net.lrn.k
+    )
+    if net.towers == 1 or net.lrn_reads == 'all':
+        return graph.node('LRN', x, **how)
+    towers = graph.split(x, net.towers)
+    return graph.node('Concat', *(graph.node('LRN', tower, **how) for tower in towers), axis=1)
+
+
+def _spatial_norm(graph: _Graph, x: str, norm: alexnet.Norm) -> str:
+    """Add spatial normalisation; a window's sum is its mean, with zeros outside, times its size."""
+    mean = graph.node(
+        'AveragePool',
+        graph.node('Mul', x, x),
+        kernel_shape=[norm.size] * 2,
+        pads=[norm.size // 2] * 4,
+        strides=[1, 1],
+        count_include_pad=1,
+    )
+    weighted = graph.node('Mul', mean, graph.constant(norm.alpha * norm.size**2))
+    scale = graph.node('Add', weighted, graph.constant(norm.k))
+    return graph.node('Div', x, graph.node('Pow', scale, graph.constant(norm.beta)))

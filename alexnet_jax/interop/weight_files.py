@@ -1,0 +1,147 @@
+"""Weight files of other frameworks, read into NumPy arrays by name. No code in them is run.
+
+| content | suffixes seen | read by |
+|---|---|---|
+| state dicts and checkpoints of PyTorch | .pth, .pt, .pth.tar, .bin, .ckpt | torch, weights only |
+| Hugging Face's format, and ours | .safetensors | safetensors |
+| NumPy's archive, without Python objects | .npz | NumPy |
+
+The content decides, not the suffix. Floating-point arrays of any width become float32.
+"""
+
+import pickle
+import re
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from alexnet_jax.command import library
+from alexnet_jax.errors import AlexNetError, RunError, UsageError
+
+Arrays = dict[str, np.ndarray]
+
+
+def read(path: Path) -> Arrays:
+    """Return all arrays of a weight file by name, floating-point ones as float32.
+
+    The names of nested dictionaries are joined by dots: 'state_dict.features.0.weight'.
+
+    Raises:
+        UsageError: the content is of none of the formats above.
+        RunError: the file is missing, damaged or contains Python objects, or the library that
+            reads it is not installed.
+    """
+    if not path.is_file():
+        raise RunError(f'{path} is not there; give the path of a weight file.')
+    with path.open('rb') as file:
+        start = file.read(9)
+    try:
+        if start.startswith(b'PK'):
+            with zipfile.ZipFile(path) as archive:
+                is_npz = all(name.endswith('.npy') for name in archive.namelist())
+            arrays = _read_npz(path) if is_npz else _read_torch(path)
+        elif start.startswith(b'\x80'):  # a pickle, as torch.save wrote before PyTorch 1.6
+            arrays = _read_torch(path)
+        elif start.endswith(b'{'):  # behind the length of the JSON header, 8 bytes
+            arrays = _read_safetensors(path)
+        else:
+            raise UsageError(
+                f'{path} is no weight file of PyTorch, safetensors or NumPy (.npz); for a '
+                f'.caffemodel see python -m alexnet_jax weights --help.'
+            )
+    except (AlexNetError, OSError):
+        raise
+    except Exception as problem:  # each library reports damage by exceptions of its own
+        reason = ' '.join(str(problem).split())[:120]
+        raise RunError(f'{path} cannot be read ({reason}); if damaged, get it anew.') from problem
+    return {name: _float32(array) for name, array in arrays.items()}
+
+
+def _float32(array: np.ndarray) -> np.ndarray:
+    if not jnp.issubdtype(array.dtype, jnp.floating):  # NumPy does not know bfloat16
+        return array
+    with np.errstate(over='ignore'):  # too large for float32: infinity, which `weights` refuses
+        return np.asarray(array, np.float32)
+
+
+def _read_npz(path: Path) -> Arrays:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return dict(file)
+    except ValueError as problem:
+        if 'allow_pickle' not in str(problem):
+            raise
+        raise RunError(
+            f'{path} contains Python objects, which are not read; save arrays of numbers.'
+        ) from problem
+
+
+def _read_safetensors(path: Path) -> Arrays:
+    with library('safetensors', 'weights').safe_open(path, framework='np') as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+
+
+def metadata(path: Path) -> dict[str, str]:
+    """Return the metadata in the header of a .safetensors file."""
+    with library('safetensors', 'weights').safe_open(path, framework='np') as file:
+        return file.metadata() or {}
+
+
+# -------------------------------------------------------------------------------------- PyTorch
+
+
+class _Ignored:
+    """A stand-in for any Python object besides tensors, so that a file's own classes never run."""
+
+    def __init__(self, *_: Any):
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def _read_torch(path: Path) -> Arrays:
+    torch = library('torch', 'torch')
+    return {
+        name: (x.detach().float() if x.is_floating_point() else x.detach()).numpy()
+        for name, x in _leaves(_load(torch, path))
+        if isinstance(x, torch.Tensor)
+    }
+
+
+def _load(torch: Any, path: Path) -> Any:
+    """Return a file's contents by PyTorch's own restricted loader.
+
+    Training programs save more than weights: torchvision's its command line (argparse.Namespace),
+    others NumPy scalars. The loader refuses such a name; it gets a stand-in and starts again.
+    """
+    names: list[str] = []
+    while True:
+        try:
+            with torch.serialization.safe_globals([(_Ignored, name) for name in names]):
+                return torch.load(path, map_location='cpu', weights_only=True)
+        except pickle.UnpicklingError as problem:
+            text = ' '.join(str(problem).split())
+            refused = re.search(r'GLOBAL (\S+) was not an allowed global', text)
+            if refused and refused[1] not in names:
+                names.append(refused[1])
+                continue
+            found = re.search(r'GLOBAL (\S+)', text) or re.search(r'Unpickler error: (.+)', text)
+            reason = (found[1] if found else text)[:120]
+            raise RunError(
+                f'{path} is damaged, or contains Python objects ({reason}), whose code is not run '
+                f'here: save model.state_dict() alone.'
+            ) from problem
+
+
+def _leaves(tree: Any, path: str = '') -> Iterator[tuple[str, Any]]:
+    """Yield all values of nested dictionaries, their keys joined by dots."""
+    if not isinstance(tree, Mapping):
+        yield path, tree
+        return
+    for key, value in tree.items():
+        yield from _leaves(value, f'{path}.{key}' if path else str(key))

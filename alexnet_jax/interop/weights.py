@@ -1,0 +1,436 @@
+"""Import torchvision's and Caffe's AlexNets as checkpoints; export ours as files.
+
+    python -m alexnet_jax weights import torchvision alexnet-owt-7be5be79.pth --workdir=W
+    python -m alexnet_jax weights import bvlc_alexnet bvlc_alexnet.npz --workdir=W
+    python -m alexnet_jax weights import caffenet bvlc_reference_caffenet.npz --workdir=W
+    python -m alexnet_jax weights import own net.safetensors --workdir=W
+    python -m alexnet_jax weights export net.safetensors --workdir=W    # the tree and its config
+    python -m alexnet_jax weights export net.stablehlo --workdir=W      # runs with jax alone
+    python -m alexnet_jax weights export net.onnx --workdir=W           # runs with onnxruntime
+
+An import makes a workdir like any other, at step 0, for `main.py --mode=evaluate --workdir=W`. The
+head of each net's config says what to download and what accuracy to expect. PyTorch's files are
+read with PyTorch (pip install 'alexnet_jax[torch]'), checkpoints of training programs included. A
+.caffemodel becomes an .npz with OpenCV (pip install 'opencv-python-headless<5'), or with Caffe,
+where caffe.Net(..., caffe.TEST).params[n][i].data stands for getParam(n, i):
+
+    net = cv2.dnn.readNetFromCaffe('deploy.prototxt', 'bvlc_alexnet.caffemodel')
+    layers = 'conv1 conv2 conv3 conv4 conv5 fc6 fc7 fc8'.split()
+    np.savez('bvlc_alexnet.npz', **{f'{n}/{i}': net.getParam(n, i) for n in layers for i in (0, 1)})
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from alexnet_jax import command, config_file, files
+from alexnet_jax import config as configuration
+from alexnet_jax.config import Config, Settings
+from alexnet_jax.data.prepare import imagenet
+from alexnet_jax.errors import RunError, UsageError
+from alexnet_jax.interop import export, weight_files
+from alexnet_jax.interop.weight_files import Arrays
+from alexnet_jax.model import alexnet
+from alexnet_jax.model.alexnet import Stage
+from alexnet_jax.model.augment import Preprocess, Statistics
+from alexnet_jax.training import checkpoint, step
+from alexnet_jax.training import workdir as workdirs
+from alexnet_jax.training.checkpoint import Checkpoints
+
+Params = dict[str, dict[str, np.ndarray]]  # {layer: {'kernel', 'bias'}}, see alexnet.init
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """A framework's names for the weights, and the pixels that its net expects."""
+
+    config: str  # of its net, FILE:SCALE
+    names: Mapping[str, str]  # {our layer: their layer}
+    parts: tuple[str, str]  # suffixes of the kernel's and the bias' names
+    mean: tuple[float, float, float]  # of red, green, blue, in 0-255 units, subtracted ...
+    std: tuple[float, float, float]  # ... before the division by this
+    bgr: bool  # conv1 reads blue, green, red
+
+
+_CONV, _FC = ('conv1', 'conv2', 'conv3', 'conv4', 'conv5'), ('fc6', 'fc7', 'fc8')
+_CAFFE = Origin(
+    config='configs/variant_bvlc_alexnet.py:imagenet2012',
+    names={name: name for name in _CONV + _FC},
+    parts=('/0', '/1'),
+    mean=(122.679, 116.669, 104.007),  # of ilsvrc_2012_mean.npy, which Caffe's examples use
+    std=(1.0, 1.0, 1.0),
+    bgr=True,
+)
+ORIGINS = {
+    'torchvision': Origin(
+        config='configs/variant_torchvision.py:imagenet2012',
+        names=dict(zip(_CONV, (f'features.{i}' for i in (0, 3, 6, 8, 10)), strict=True))
+        | dict(zip(_FC, (f'classifier.{i}' for i in (1, 4, 6)), strict=True)),
+        parts=('.weight', '.bias'),
+        mean=(255 * 0.485, 255 * 0.456, 255 * 0.406),
+        std=(255 * 0.229, 255 * 0.224, 255 * 0.225),
+        bgr=False,
+    ),
+    'bvlc_alexnet': _CAFFE,
+    'caffenet': dataclasses.replace(_CAFFE, config='configs/variant_caffenet.py:imagenet2012'),
+}
+
+
+# ------------------------------------------------------------------- from their layout to ours
+
+
+def canonical(arrays: Arrays, origin: Origin, settings: Settings, file: str = 'the file') -> Params:
+    """Convert another framework's weights to our parameter tree, float32.
+
+    Their kernels are [out, in, height, width], or [out, in] with `in` running over channels,
+    height, width. Ours are [height, width, in, out] and [in, out] with channels last. The order of
+    the channels and the deviations that differ between them are folded into conv1, which reads
+    (pixel - mean) * scale, see `augment.apply`.
+
+    Args:
+        arrays: by their names in the file, wrappers included.
+        origin: the framework.
+        settings: of the net that they are for.
+        file: its name for error messages.
+
+    Raises:
+        UsageError: they are another net's; names the first key at fault.
+    """
+    stages = alexnet.geometry(settings.net)
+    layers = [stage.layer.name for stage in stages]
+    if sorted(layers) != sorted(origin.names):
+        raise UsageError(
+            f"the config's layers are {', '.join(layers)}, and those of {file} "
+            f'{", ".join(origin.names)}; choose the config that was made for it.'
+        )
+    wanted: dict[str, tuple[int, ...]] = {}
+    for stage in stages:
+        kernel, bias = (origin.names[stage.layer.name] + part for part in origin.parts)
+        wanted |= {kernel: stage.kernel[::-1], bias: stage.kernel[-1:]}  # kernels are square
+    arrays = _check(_unwrap(arrays, next(iter(wanted)), file), wanted, file)
+    found = iter(arrays.values())
+    params = {
+        s.layer.name: {'kernel': _kernel(next(found), s), 'bias': next(found)} for s in stages
+    }
+    conv1 = params[layers[0]]
+    kernel = conv1['kernel'][:, :, :: -1 if origin.bgr else 1]
+    std = np.array(origin.std) * settings.preprocess.scale
+    conv1['kernel'] = (kernel / std[:, None]).astype(np.float32)
+    return params
+
+
+def _kernel(weights: np.ndarray, stage: Stage) -> np.ndarray:
+    if stage.layer.kind == 'fc':
+        height, width, channels = stage.input if len(stage.input) == 3 else (1, 1, *stage.input)
+        weights = weights.reshape(-1, channels, height, width)
+    return weights.transpose(2, 3, 1, 0).reshape(stage.kernel)
+
+
+# Components that torch.nn.DataParallel, DistributedDataParallel and torch.compile put into names.
+_WRAPPER = r'(?:(?:module|_orig_mod)\.)*'
+
+
+def _unwrap(arrays: Arrays, first: str, file: str) -> Arrays:
+    """Return the arrays of the one net in a file by the net's own names.
+
+    A training program's checkpoint has the net under a prefix ('state_dict.', 'model.', ...) and
+    other arrays beside it, such as the optimizer's; wrappers of the net insert components. `first`
+    is the net's own name of one of its arrays.
+    """
+    components = (re.escape(part) for part in first.split('.'))
+    pattern = re.compile(r'((?:.+\.)?)' + (r'\.' + _WRAPPER).join(components))
+    prefixes = [match[1] for name in arrays if (match := pattern.fullmatch(name))]
+    if len(prefixes) > 1:
+        raise UsageError(
+            f'{file} contains {len(prefixes)} nets ({", ".join(sorted(prefixes))}); save the one '
+            f'to import in a file of its own.'
+        )
+    prefix = prefixes[0] if prefixes else ''
+    return {
+        re.sub(rf'\b{_WRAPPER}', '', name.removeprefix(prefix)): array
+        for name, array in arrays.items()
+        if name.startswith(prefix) and array.ndim  # no axis: a counter, such as AveragedModel's
+    }
+
+
+def _check(arrays: Arrays, wanted: Mapping[str, tuple[int, ...]], file: str) -> Arrays:
+    """Return finite float32 arrays of the wanted shapes, or name the first key at fault."""
+    found = {}
+    for key, shape in wanted.items():
+        if key not in arrays:
+            raise UsageError(f'{file} has no {key}, which this net has; it has {_some(arrays)}.')
+        array = arrays[key]
+        if [n for n in array.shape if n != 1] != [n for n in shape if n != 1]:
+            raise UsageError(
+                f'{file}: {key} is {list(array.shape)}, and this net wants {list(shape)}; choose '
+                f'the config of the net that it was made for.'
+            )
+        if array.dtype != np.float32:
+            raise UsageError(f'{file}: {key} is of type {array.dtype}, not floating-point.')
+        if not np.isfinite(array).all():
+            raise UsageError(f'{file}: {key} contains NaN or infinity (in float32).')
+        found[key] = array.reshape(shape)  # Caffe and OpenCV add axes of length 1
+    if extra := arrays.keys() - wanted.keys():
+        raise UsageError(
+            f'{file} has {min(extra)}, which this net has not; choose the config of the net that '
+            f'it was made for.'
+        )
+    return found
+
+
+def _some(arrays: Arrays) -> str:
+    names = sorted(arrays)
+    return ', '.join(names[:3]) + (', ...' if len(names) > 3 else '') if names else 'no arrays'
+
+
+def statistics_of(origin: Origin, recipe: Preprocess, mean: np.ndarray | None = None) -> Statistics:
+    """Return the statistics of a checkpoint: the mean image, and no colour components.
+
+    Args:
+        origin: its mean pixel is taken where there is no `mean`.
+        recipe: for the size of the image.
+        mean: Caffe's mean image [3, H, W], channels in the origin's order.
+    """
+    side = recipe.resize_px
+    if mean is None:
+        image = np.broadcast_to(np.array(origin.mean), (side, side, len(origin.mean)))
+    else:
+        image = mean.transpose(1, 2, 0)[:, :, :: -1 if origin.bgr else 1]
+    channels = image.shape[-1]
+    return Statistics(jnp.array(image, jnp.float32), jnp.zeros((channels, channels), jnp.float32))
+
+
+# --------------------------------------------------------------------------------------- import
+
+
+def import_foreign(
+    file: Path,
+    origin: Origin,
+    config: Config,
+    workdir: Path,
+    *,
+    mean: np.ndarray | None = None,
+    class_names: Sequence[str] = (),
+) -> str:
+    """Make a workdir with a checkpoint at step 0 of another framework's weights.
+
+    Args:
+        file: see weight_files.read.
+        origin: the framework.
+        config: of the net.
+        workdir: new, or without a checkpoint.
+        mean: Caffe's mean image, see `statistics_of`.
+        class_names: by label; wnids or numbers where there are none.
+
+    Returns:
+        One sentence: what is stored where.
+
+    Raises:
+        UsageError: the file contains another net, or the workdir another run.
+        RunError: the file is damaged, or the workdir cannot be written.
+    """
+    settings = configuration.unpack(config)
+    params = canonical(weight_files.read(file), origin, settings, str(file))
+    names = tuple(class_names) or default_names(settings.net.classes)
+    if len(names) != settings.net.classes:
+        raise UsageError(f'{len(names)} class names were given for {settings.net.classes} classes.')
+    statistics = statistics_of(origin, settings.preprocess, mean)
+    return _save(config, params, statistics, names, file, workdir)
+
+
+def import_own(file: Path, workdir: Path) -> str:
+    """Make a workdir with a checkpoint at step 0 of a .safetensors file that `export` wrote.
+
+    Raises:
+        UsageError: the file is not one of these, or the workdir contains another run.
+        RunError: the file is damaged, or the workdir cannot be written.
+    """
+    if file.suffix != '.safetensors':
+        raise UsageError(f'{file}: our own weights come as .safetensors; see `export`.')
+    arrays, head = weight_files.read(file), weight_files.metadata(file)
+    try:
+        config, names = json.loads(head['config']), json.loads(head['class_names'])
+    except (KeyError, ValueError) as problem:
+        raise UsageError(
+            f'{file} has no config in its head: `export` did not write it.'
+        ) from problem
+    # Statistics have the shape of the stored images, which no config contains.
+    fields = [f'statistics/{field}' for field in Statistics._fields]
+    wanted = {field: arrays[field].shape if field in arrays else () for field in fields}
+    for stage in alexnet.geometry(configuration.unpack(config).net):
+        name = f'params/{stage.layer.name}'
+        wanted |= {f'{name}/kernel': stage.kernel, f'{name}/bias': stage.kernel[-1:]}
+    tree = traverse_util.unflatten_dict(_check(arrays, wanted, str(file)), sep='/')
+    return _save(config, tree['params'], Statistics(**tree['statistics']), names, file, workdir)
+
+
+def _save(
+    config: Config,
+    params: Params,
+    statistics: Statistics,
+    class_names: Sequence[str],
+    file: Path,
+    workdir: Path,
+) -> str:
+    """Write a workdir as a run would have left it before its first step."""
+    if Checkpoints(workdir / 'checkpoints').steps():
+        raise UsageError(f'{workdir} has checkpoints already; choose another --workdir.')
+    settings = configuration.unpack(config)
+    optimizer = step.make_optimizer(settings, images=settings.batch_size)
+    state = step.init_state(settings, optimizer).replace(params=jax.device_put(params))
+    with file.open('rb') as opened:
+        digest = hashlib.file_digest(opened, 'sha256').hexdigest()
+    extra = {
+        'config': configuration.plain(config),
+        'class_names': list(class_names),
+        'imported': {'file': file.name, 'sha256': digest},
+    }
+    with (
+        workdirs.open_workdir(config, workdir),
+        Checkpoints(workdir / 'checkpoints') as checkpoints,
+    ):
+        tree = {'state': state, 'statistics': statistics._asdict()}
+        checkpoints.save(0, tree, extra, error=None, wait=True)
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    return f'{count:,} parameters of {file} are stored in {workdir} as {settings.name}, step 0'
+
+
+def default_names(classes: int) -> tuple[str, ...]:
+    """Return ImageNet's 1000 wnids, in the order that all its nets share, or numbers."""
+    wnids = imagenet.tfds_lists().wnids
+    return wnids if len(wnids) == classes else tuple(map(str, range(classes)))
+
+
+# --------------------------------------------------------------------------------------- export
+
+
+FORMATS = ('.safetensors', '.stablehlo', '.onnx')
+
+
+def export_checkpoint(file: Path, workdir: Path, at: checkpoint.Step = 'latest') -> str:
+    """Write a checkpoint's net to a .safetensors, .stablehlo or .onnx file, atomically.
+
+    Returns:
+        One sentence: what is stored where.
+
+    Raises:
+        UsageError: the suffix or the step is unknown, or the format cannot express this net.
+        RunError: there is no checkpoint, it is damaged, or the file cannot be written.
+    """
+    if file.suffix not in FORMATS:
+        raise UsageError(f'{file}: the name must end in {", ".join(FORMATS)}.')
+    restored = checkpoint.read(workdir / 'checkpoints', at)
+    body = _serialize(restored, file.suffix)
+    try:
+        with files.whole(file) as scratch:
+            scratch.write_bytes(body)
+    except OSError as problem:
+        raise RunError(f'{file} cannot be written ({problem.strerror}).') from problem
+    return f'step {restored.step} of {workdir} is stored in {file}, {len(body):,} bytes'
+
+
+def _serialize(restored: checkpoint.Restored, suffix: str) -> bytes:
+    params, statistics = restored.state['state']['params'], restored.state['statistics']
+    if suffix == '.safetensors':
+        tree = {'params': params, 'statistics': statistics}
+        arrays = traverse_util.flatten_dict(jax.tree.map(np.ascontiguousarray, tree), sep='/')
+        head = {key: json.dumps(restored.extra[key]) for key in ('config', 'class_names')}
+        return command.library('safetensors.numpy', 'weights').save(arrays, head)
+    write = export.onnx if suffix == '.onnx' else export.stablehlo
+    settings = configuration.unpack(restored.extra['config'])
+    return write(settings, params, Statistics(**jax.tree.map(jnp.asarray, statistics)))
+
+
+# ---------------------------------------------------------------------------------- the command
+
+
+def read_config(where: str) -> Config:
+    """Return the config of 'FILE' or 'FILE:SCALE', as main.py's --config takes it.
+
+    FILE is a Python file, a run's config.json, or one of this program's configs/ from anywhere.
+
+    Raises:
+        UsageError: there is no such file, or it gives no config.
+    """
+    name, _, argument = where.partition(':')
+    file = Path(name) if Path(name).is_file() else config_file.ROOT / name
+    if not file.is_file():
+        raise UsageError(f'there is no {name} here; --config=FILE gives the config of the net.')
+    return config_file.load(':'.join([str(file), *([argument] if argument else [])]), {})
+
+
+def _read_mean(file: Path) -> np.ndarray:
+    """Return Caffe's mean image [3, H, W], as ilsvrc_2012_mean.npy has it."""
+    try:
+        image = np.load(file, allow_pickle=False)
+    except ValueError as problem:
+        raise UsageError(
+            f'{file} is no .npy file; caffe.io.blobproto_to_array makes one of a .binaryproto.'
+        ) from problem
+    if not isinstance(image, np.ndarray) or image.ndim != 3 or image.shape[0] != 3:
+        raise UsageError(f"{file} is not Caffe's mean image, an array [3, height, width].")
+    return image
+
+
+def _parser() -> command.Parser:
+    parser = command.Parser(
+        prog='python -m alexnet_jax weights',
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verbs = parser.add_subparsers(dest='verb', required=True, metavar='import|export')
+    into = verbs.add_parser('import', help='make a workdir with a checkpoint from a weight file')
+    into.add_argument('origin', choices=[*ORIGINS, 'own'], help='the framework of the net')
+    into.add_argument('file', type=command.path, help="PyTorch's, .safetensors or .npz")
+    into.add_workdir(help='folder for the checkpoint')
+    into.add_argument('--config', help="its net, if not the origin's own; FILE or FILE:SCALE")
+    into.add_argument('--mean', type=command.path, help="Caffe's mean image, .npy")
+    into.add_argument(
+        '--class_names', type=command.path, help='a text file, one name a line, by label'
+    )
+    out = verbs.add_parser('export', help='make a file from a checkpoint')
+    out.add_argument('file', type=command.path, help=', '.join(FORMATS))
+    out.add_workdir()
+    out.add_step()
+    return parser
+
+
+def act(args: argparse.Namespace) -> str:
+    """Carry out a parsed command line; return one sentence for the user."""
+    if args.verb == 'export':
+        at = int(args.step) if args.step.isdigit() else args.step
+        return export_checkpoint(args.file, args.workdir, at)
+    if args.origin == 'own':
+        if args.config or args.mean or args.class_names:
+            raise UsageError('our own files contain config, mean and names: leave these flags out.')
+        return import_own(args.file, args.workdir)
+    origin = ORIGINS[args.origin]
+    return import_foreign(
+        args.file,
+        origin,
+        read_config(args.config or origin.config),
+        args.workdir,
+        mean=_read_mean(args.mean) if args.mean else None,
+        class_names=_read_lines(args.class_names) if args.class_names else (),
+    )
+
+
+def _read_lines(file: Path) -> list[str]:
+    try:
+        return file.read_text('utf-8-sig').splitlines()
+    except UnicodeDecodeError as problem:
+        raise UsageError(f'{file} is not text in UTF-8; save it as such.') from problem
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line, print one sentence and return the exit code."""
+    return command.run('weights', _parser, lambda args: print(act(args)), argv)

@@ -1,0 +1,1 @@
+"""The paper: layers, operations, augmentation and optimiser, as pure functions of arrays."""

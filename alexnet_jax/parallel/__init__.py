@@ -1,0 +1,1 @@
+"""The device mesh, several processes, and settings of a CPU."""

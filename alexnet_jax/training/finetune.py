@@ -1,0 +1,177 @@
+"""A run that begins with another run's net: fine-tuning.
+
+The weights come from a checkpoint, layer by layer, by name and shape; and with them what its pixels
+were measured by: the layers have learned to see images minus *that* mean. The last layer starts
+fresh, unless the classes are the same by name. What a started run needs of the source is stored in
+its own workdir, so that it can be resumed without the source.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from alexnet_jax import config as configuration
+from alexnet_jax import files
+from alexnet_jax.errors import RunError, UsageError
+from alexnet_jax.model.augment import Statistics
+from alexnet_jax.parallel import distributed
+from alexnet_jax.training import checkpoint
+from alexnet_jax.training.checkpoint import Restored, Step
+from alexnet_jax.training.metrics import say
+
+Params = Mapping[str, Mapping[str, np.ndarray]]  # the canonical tree, see alexnet.init
+
+
+def source(init_from: str) -> tuple[Path, Step]:
+    """'WORKDIR', 'WORKDIR:best' or 'WORKDIR:500' as a folder and a step."""
+    found = re.fullmatch(r'(.+):(\d+|latest|best)', init_from)
+    if not found:
+        return Path(init_from), 'latest'
+    step = found[2]
+    return Path(found[1]), int(step) if step.isdigit() else step
+
+
+def read(init_from: str) -> Restored:
+    """The checkpoint to begin with, verified.
+
+    Raises:
+        UsageError: it is not named, or has no such step.
+        RunError: there is none, or it is damaged.
+    """
+    if not init_from:
+        raise UsageError('init_from is empty: set --config.init_from=WORKDIR[:step].')
+    folder, step = source(init_from)
+    if not (folder / 'checkpoints').is_dir():
+        raise RunError(f'init_from={init_from}: {folder} holds no checkpoint; name a workdir.')
+    return checkpoint.read(folder / 'checkpoints', step)
+
+
+def parameters(
+    fresh: Params,
+    restored: Restored,
+    layers: Sequence[str],
+    class_names: Sequence[Sequence[str]],
+    where: str,
+    wanted: Sequence[str] = (),
+) -> tuple[Params, list[str]]:
+    """Carry over the source's layers by name, where the shapes agree; the rest are `fresh`.
+
+    The last layer is carried over only if the classes are the same by name. Prints one line: what
+    is carried over, what starts fresh and why.
+
+    Args:
+        fresh: parameters of the new net, NumPy arrays.
+        restored: the source's checkpoint.
+        layers: of the new net, in order.
+        class_names: of the new data, by label; in each way to call them (words, WordNet ids).
+        where: name of the source in messages.
+        wanted: the only layers to carry over; () means all that match.
+
+    Returns:
+        The parameters, and the names of the layers that were carried over, in order.
+
+    Raises:
+        UsageError: no layer can be carried over, or one of `wanted` cannot.
+    """
+    theirs = restored.state['state']['params']
+    same_classes = restored.extra['class_names'] in [list(names) for names in class_names]
+    last = layers[-1]
+
+    def why_fresh(layer: str) -> str:
+        if layer not in theirs:
+            return 'not there'
+        ours, there = fresh[layer], theirs[layer]
+        if any(tuple(ours[kind].shape) != tuple(there[kind].shape) for kind in ours):
+            return f'{_size(there)} there, {_size(ours)} here'
+        return 'other classes' if layer == last and not same_classes else ''
+
+    reasons = {layer: why_fresh(layer) for layer in layers}
+    lost = [f'{layer} ({reasons[layer]})' for layer in wanted if reasons[layer]]
+    if lost:
+        raise UsageError(
+            f'init_from={where} cannot give {", ".join(lost)}; take them out of init_layers.'
+        )
+    carried = [name for name in layers if not reasons[name] and name in (wanted or layers)]
+    if not carried:
+        raise UsageError(
+            f'init_from={where}: no layer of this net is there with the same name and shape: '
+            f'{_because(reasons)}; choose the config that fits that net.'
+        )
+    rest = {name: reason for name, reason in reasons.items() if name not in carried}
+    what = f'fresh: {_because(rest)}' if rest else 'none fresh'
+    say(f'starting from step {restored.step} of {where}: {", ".join(carried)} carried over, {what}')
+    return {layer: (theirs if layer in carried else fresh)[layer] for layer in layers}, carried
+
+
+def _size(layer: Mapping[str, np.ndarray]) -> str:
+    return 'x'.join(map(str, layer['kernel'].shape))
+
+
+def _because(reasons: Mapping[str, str]) -> str:
+    return ', '.join(f'{name} ({why})' if why else name for name, why in reasons.items())
+
+
+def compare(
+    config: Mapping[str, Any], restored: Restored, where: str, carried: Sequence[str]
+) -> None:
+    """Warn of what no shape shows: other operations, other pixels, a layer that reads another one.
+
+    Args:
+        config: of the new run, as a tree.
+        restored: the source's checkpoint.
+        where: name of the source in messages.
+        carried: layers that were carried over; what differs in the others does not matter.
+    """
+    source_config = restored.extra['config']
+    layers, before = config['model']['layers'], source_config['model']['layers']
+    moved = [
+        layer
+        for layer in carried
+        if (previous := _previous(layers, layer)) not in ('', *carried)
+        or previous != _previous(before, layer)
+    ]
+    if moved:
+        say(
+            f'warning: {", ".join(moved)} of {where} followed another layer there; to start fresh '
+            'from there on, set init_layers to the layers before'
+        )
+    differ = []
+    for section in ('model', 'preprocess'):
+        theirs, ours = source_config[section], config[section]
+        differ += configuration.differences(theirs, ours, f'{section}.')
+    others = '|'.join(map(re.escape, {*layers, *before, 'layers'} - {*carried}))
+    # What is about how weights start, and how they are trained.
+    start = r'model\.(init_scaling|.*\.(init|init_std|bias|fan_in_2012))'
+    training = r'preprocess\.(crop|mirror|share|colour_noise|noise_\w+)'
+    beside = rf'{start}|{training}|model\.({others})(\..*)?'
+    strange = [key for key in differ if not re.fullmatch(beside, key)]
+    if strange:
+        say(f'warning: {where} was trained with other values of {", ".join(strange)}')
+
+
+def _previous(layers: Sequence[str], layer: str) -> str:
+    """Return the name of the layer before `layer`, '' for the first."""
+    return ['', *layers][list(layers).index(layer)]
+
+
+def statistics(init_from: str, workdir: Path) -> Statistics:
+    """The source's mean image and colours, kept in this workdir from the first start on.
+
+    Raises:
+        UsageError, RunError: as `read`, or the copy is damaged.
+    """
+    path = workdir / 'source_statistics.npz'
+    if distributed.is_first() and not path.exists():
+        found = read(init_from).state['statistics']
+        workdir.mkdir(parents=True, exist_ok=True)
+        with files.whole(path) as scratch, scratch.open('wb') as file:
+            arrays = {name: np.asarray(found[name]) for name in Statistics._fields}
+            np.savez(file, allow_pickle=False, **arrays)
+    distributed.wait_for_all('statistics of the source')
+    advice = f'remove it, and it is taken from {init_from} again'
+    arrays = files.read_npz(path, Statistics._fields, advice)
+    return Statistics(*(jnp.asarray(arrays[name]) for name in Statistics._fields))

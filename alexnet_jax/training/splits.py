@@ -1,0 +1,127 @@
+"""Open the splits of a run's data set, with labels numbered as in the run's checkpoint.
+
+A checkpoint numbers its classes by their order in the data it was trained on. Data prepared again,
+or elsewhere, may number the same classes differently, so whatever reads data beside a checkpoint
+passes it through `match`.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from alexnet_jax.config import Data
+from alexnet_jax.data import datasets
+from alexnet_jax.data.datasets import Dataset
+from alexnet_jax.data.prepare import command as prepare
+from alexnet_jax.errors import UsageError
+from alexnet_jax.parallel import distributed
+
+NAMED = ('train', 'validation', 'test')
+
+
+def open_splits(config: Data, splits: Sequence[str], data_dir: str = '') -> list[Dataset]:
+    """Open splits of a run's data set, numbered as the data set numbers its classes.
+
+    Args:
+        config: the data section of the run's config.
+        splits: 'train', 'validation', 'test', or split expressions of TFDS.
+        data_dir: the folder of all data sets; the config's if empty.
+
+    Raises:
+        UsageError: a split does not exist.
+        RunError: the data set does not exist or is damaged.
+    """
+    folder = _ensure(config, data_dir)
+    options: Any = {'workers': config.workers, 'resident_gib': config.resident_gib}
+
+    def load(split: str) -> Dataset:
+        if split not in NAMED:
+            return datasets.load(config.name, folder, split, **options)
+        if split == 'validation' and config.validation == 'none':
+            raise UsageError('data.validation is none: name another split of the data.')
+        try:
+            return datasets.load(config.name, folder, getattr(config, split), **options)
+        except UsageError as error:
+            raise UsageError(f'data.{split}={getattr(config, split)}: {error}') from error
+
+    return [load(split) for split in splits]
+
+
+def class_names(config: Data, data_dir: str = '', *, words: bool = True) -> tuple[str, ...]:
+    """Return the class names of a run's data set by label; see `datasets.class_names`."""
+    return datasets.class_names(config.name, _ensure(config, data_dir), words=words)
+
+
+def facts(config: Data) -> tuple[int, int, tuple[str, ...]]:
+    """Return the number of classes, the channels and the splits of a run's data set."""
+    return datasets.facts(config.name, _ensure(config, ''))
+
+
+def match(
+    dataset: Dataset, names: Sequence[str], config: Data, owner: object, data_dir: str = ''
+) -> Dataset:
+    """Return `dataset` with its labels numbered as a checkpoint numbers them.
+
+    Where both have the same set of names in another order, labels are mapped by name. The data
+    set's own names (WordNet ids) count as well as its words. Names that are only the numbers
+    '0', '1', ..., as of imported weights, say nothing: there the number of classes decides.
+
+    Args:
+        dataset: one of `open_splits`.
+        names: the checkpoint's class names, by label.
+        config: the data section of the run's config.
+        owner: the checkpoint's workdir, for messages.
+        data_dir: see `open_splits`.
+
+    Raises:
+        UsageError: the data has other classes than the checkpoint.
+    """
+    names = tuple(names)
+    if dataset.class_names == names:
+        return dataset
+    found = dataset.class_names
+    if set(found) != set(names):
+        found = _otherwise(dataset, names, class_names(config, data_dir, words=False))
+    if sorted(found) != sorted(names) or len(set(names)) < len(names):
+        raise UsageError(_difference(dataset, names, owner))
+    number = {name: label for label, name in enumerate(names)}
+    mapping = np.array([number[name] for name in found], np.int32)
+    labels = dataset.labels
+    labels = np.where(labels < 0, labels, mapping[labels])
+    return Dataset(dataset.name, dataset.split, dataset.images, labels, names)
+
+
+def _otherwise(dataset: Dataset, names: tuple[str, ...], ids: tuple[str, ...]) -> tuple[str, ...]:
+    """Return what else the data's classes may be called: their ids, or one of two sides numbers."""
+    if set(ids) == set(names):
+        return ids
+    found, numbers = dataset.class_names, tuple(map(str, range(len(names))))
+    unnamed = len(found) == len(names) and numbers in (names, found)
+    return names if unnamed else found
+
+
+def _difference(dataset: Dataset, names: tuple[str, ...], owner: object) -> str:
+    found = dataset.class_names
+    missing = _few([name for name in names if name not in found])
+    unknown = _few([name for name in found if name not in names])
+    parts = [f'without {missing}'] * bool(missing) + [f'with {unknown}'] * bool(unknown)
+    return (
+        f'{dataset.name} has other classes ({len(found)}: {", ".join(parts) or "names repeat"}) '
+        f'than the checkpoint in {owner} ({len(names)}); choose data with the classes of the '
+        'training, by --data_dir or the config.'
+    )
+
+
+def _few(names: Sequence[str]) -> str:
+    shown = [f"'{name}'" for name in names[:3]]
+    return ', '.join([*shown, f'{len(names) - 3} more'] if len(names) > 3 else shown)
+
+
+def _ensure(config: Data, data_dir: str) -> str:
+    """Prepare the data set if it is missing and public; return the folder of all data sets."""
+    folder = data_dir or config.data_dir
+    if distributed.is_first():
+        prepare.ensure(config.name, folder)
+    distributed.wait_for_all('data')
+    return folder

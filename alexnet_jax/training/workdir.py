@@ -1,0 +1,152 @@
+"""The folder of a run: created, locked, and compared with the config that is to run in it."""
+
+import contextlib
+import fcntl
+import functools
+import json
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from alexnet_jax import config as configuration
+from alexnet_jax import files
+from alexnet_jax.config import Config
+from alexnet_jax.errors import RunError, UsageError
+from alexnet_jax.parallel import distributed
+from alexnet_jax.training import metrics
+
+# What a resumed run may change: where and how it works, but no number of it beyond rounding.
+MAY_DIFFER = (
+    'data.data_dir',
+    'data.resident_gib',
+    'data.workers',
+    'loop.checkpoint_every_epochs',
+    'loop.compilation_cache',
+    'loop.on_dead_start',
+    'loop.prefetch_batches',
+    'loop.tensorboard',
+    'mesh.cpu_devices',
+    'mesh.data',
+    'mesh.placement',
+    'mesh.tower',
+    'processes.join_timeout_secs',
+    'processes.peer_timeout_secs',
+)
+
+
+# What an extension may change besides: the state has the same arrays under any of it.
+EXTENDABLE = ('epochs', 'optimizer', 'preprocess.noise_until_epoch')
+
+
+@contextlib.contextmanager
+def open_workdir(config: Config, workdir: Path, extend: bool = False) -> Generator[None]:
+    """Create and lock the folder of a run, compare its config, and record the environment.
+
+    Of several processes the first does it, and the others check that they see the same folder.
+
+    Args:
+        config: what is to run. A folder without a checkpoint and without a recorded step takes it.
+        workdir: the folder.
+        extend: allow a change of EXTENDABLE; `write_config` is then called by whoever trains on.
+
+    Raises:
+        UsageError: the folder holds a run of another config, or none to extend.
+        RunError: it cannot be written, another run is at work in it, or processes do not share it.
+    """
+    with _open(config, workdir, extend) if distributed.is_first() else contextlib.nullcontext():
+        distributed.wait_for_all('workdir')
+        if not (workdir / 'config.json').exists():
+            raise RunError(
+                f'process 0 has made {workdir}, and it is not to be seen here; choose a --workdir '
+                f'that all processes share.'
+            )
+        yield
+
+
+@contextlib.contextmanager
+def _open(config: Config, workdir: Path, extend: bool) -> Generator[None]:
+    if extend and not _has_checkpoint(workdir):
+        raise UsageError(f'{workdir} holds no checkpoint to extend; leave --extend out.')
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        lock = (workdir / '.lock').open('w')
+    except OSError as error:
+        raise RunError(
+            f'cannot write to {workdir} ({error.strerror}); choose another --workdir.'
+        ) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise RunError(f'another process is training in {workdir}; wait for it.') from error
+        path = workdir / 'config.json'
+        if not _has_checkpoint(workdir):
+            # An earlier start may have failed after it took them from another run.
+            (workdir / 'source_statistics.npz').unlink(missing_ok=True)
+        if path.exists() and has_run(workdir):
+            _check_same(json.loads(path.read_text()), config, workdir, extend)
+        else:
+            write_config(config, workdir)
+        _write(workdir / 'environment.json', json.dumps(metrics.environment(), indent=2) + '\n')
+        yield
+
+
+def has_run(workdir: Path) -> bool:
+    """Return whether there is a checkpoint or a recorded step; a failed start leaves neither."""
+    return _has_checkpoint(workdir) or bool(metrics.read(workdir))
+
+
+def _has_checkpoint(workdir: Path) -> bool:
+    return any(path.name.isdecimal() for path in (workdir / 'checkpoints').glob('*'))
+
+
+def write_config(config: Config, workdir: Path) -> None:
+    """Write config.json."""
+    _write(workdir / 'config.json', configuration.as_json(config) + '\n')
+
+
+def changes(old: Config, new: Config) -> dict[str, list[Any]]:
+    """Return {dotted key: [old value, new value]} of all keys that a resumed run may not change."""
+    old, new = (json.loads(configuration.as_json(config)) for config in (old, new))
+    keys = [key for key in configuration.differences(old, new) if key not in MAY_DIFFER]
+    return {key: [_value(old, key), _value(new, key)] for key in keys}
+
+
+def _value(tree: dict, key: str) -> Any:
+    return functools.reduce(lambda node, name: (node or {}).get(name), key.split('.'), tree)
+
+
+def use_compilation_cache(where: str, workdir: Path) -> None:
+    """Keep compiled programs on disk, so that the next start of the same config is quick."""
+    if where != 'none':
+        folder = workdir.absolute().parent / '.jax_cache' if where == 'beside' else Path(where)
+        jax.config.update('jax_compilation_cache_dir', str(folder))
+        jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
+        jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
+
+
+def _check_same(old: Config, new: Config, workdir: Path, extend: bool) -> None:
+    barred = changes(old, new)
+    allowed = tuple(f'{key}.' for key in EXTENDABLE)
+    fixed = [key for key in barred if not f'{key}.'.startswith(allowed)]
+    if extend and fixed:
+        raise UsageError(
+            f'--extend changes {", ".join(EXTENDABLE)} alone, and the run in {workdir} differs in '
+            f'{", ".join(fixed)}; give the values of its config.json.'
+        )
+    if not barred or extend:
+        return
+    way = 'the config it was started with (its config.json)'
+    if not fixed and _has_checkpoint(workdir):
+        way += ', or add --extend to train it on under the new one'
+    raise UsageError(
+        f'{workdir} holds a run of another config, different in {", ".join(barred)}; choose '
+        f'another --workdir, or {way}.'
+    )
+
+
+def _write(path: Path, text: str) -> None:
+    with files.whole(path) as scratch:
+        scratch.write_text(text)

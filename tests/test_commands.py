@@ -1,0 +1,51 @@
+"""python -m alexnet_jax COMMAND, and rules that import-linter cannot check."""
+
+import subprocess
+import sys
+
+import pytest
+
+from alexnet_jax import __main__ as commands
+
+
+def test_main_is_short(repository):
+    assert len((repository / 'main.py').read_text().splitlines()) <= 80
+
+
+def test_help_names_every_command(capsys):
+    with pytest.raises(SystemExit, match='0'):
+        commands.main(['--help'])
+    listed = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
+    for name, (_, about) in commands.COMMANDS.items():
+        assert [name, about] in listed
+
+
+@pytest.mark.parametrize('name', commands.COMMANDS)
+def test_each_command_describes_itself_under_its_own_name(name, capsys):
+    with pytest.raises(SystemExit, match='0'):
+        commands.main([name, '--help'])
+    assert capsys.readouterr().out.startswith(f'usage: python -m alexnet_jax {name} ')
+
+
+@pytest.mark.parametrize(
+    ('words', 'said'),
+    [
+        (['predikt'], "argument COMMAND: invalid choice: 'predikt'"),
+        ([], 'the following arguments are required: COMMAND'),
+        (['predict'], 'the following arguments are required: IMAGE, --workdir'),
+    ],
+)
+def test_a_wrong_command_line_is_one_sentence(words, said, capsys):
+    assert commands.main(words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+    assert 'python -m alexnet_jax' in line
+
+
+def test_preparing_data_imports_no_jax(repository):
+    script = (
+        'import sys; from alexnet_jax import __main__\n'
+        'try: __main__.main(["prepare", "--help"])\n'
+        'except SystemExit: sys.exit("jax" in sys.modules)'
+    )
+    subprocess.run([sys.executable, '-c', script], cwd=repository, check=True, capture_output=True)
