@@ -133,7 +133,7 @@ def escape_unencodable() -> None:
             stream.reconfigure(errors='backslashreplace')
 
 
-def say(line: str) -> None:
+def log(line: str) -> None:
     """Print a line to stderr, as stdout is for the one result."""
     print(line, file=sys.stderr, flush=True)
 

@@ -71,7 +71,7 @@ class Loop:
     tensorboard: bool
     compilation_cache: str  # a folder; 'beside': .jax_cache beside the workdir; 'none': no cache
     min_logit_std: float
-    on_dead_start: str
+    on_collapsed_init: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +164,7 @@ LIMITS: dict[type, dict[str, Any]] = {
     Loop: dict(
         log_every_steps=1, evaluate_every_epochs=POSITIVE, checkpoint_every_epochs=POSITIVE,
         eval_batch_size=1, prefetch_batches=1, compilation_cache=FOLDER,
-        on_dead_start=('warn', 'error'),
+        on_collapsed_init=('warn', 'error'),
     ),
     MeshShape: dict(data=-1, tower=1, placement=('towers', 'one_weird_trick'), cpu_devices=0),
     Processes: dict(join_timeout_secs=1, peer_timeout_secs=1),
@@ -179,7 +179,7 @@ def unpack(config: Config) -> Settings:
         UsageError: a key is missing, unknown or of the wrong type, a value impossible, or the layer
             table describes no net.
     """
-    tree = dict(config) if isinstance(config, dict) else plain(config)
+    tree = plain(config)
     net = _net(_section(tree.pop('model', None), 'model'))
     recipe = dict(_section(tree.pop('preprocess', None), 'preprocess'))
     crop = dict(input_px=net.input_px, channels=net.channels)  # the recipe's output

@@ -60,7 +60,7 @@ def _read(file: Path, argument: str) -> Config:
             raise ValueError(f"the config of a run takes no argument such as '{argument}'")
         if not _is_section(config) or not {'name', 'scale', 'seed', 'model', 'data'} <= {*config}:
             raise ValueError('name, scale, seed, model or data is missing from this config')
-        return config
+        return plain(config) if file.suffix == '.json' else config
     except ValueError as error:  # a config's own: "scale 'huge' is not one of ..."
         raise UsageError(f'{file}: {error}.') from error
     except Exception as error:  # whatever is wrong in a person's Python file
@@ -221,9 +221,18 @@ def _splits(wanted: Mapping[str, Any], there: Sequence[str]) -> dict[str, str]:
 # ------------------------------------------------------------------------------------------ JSON
 
 
+# Keys of config.json files written by earlier versions, and what they are called now.
+RENAMED = {'loop.on_dead_start': 'loop.on_collapsed_init'}
+
+
 def plain(config: Config) -> dict[str, Any]:
-    """Return a config as the dict of its JSON, a copy."""
-    return json.loads(as_json(config))
+    """Return a config as the dict of its JSON, a copy, with keys as they are called now."""
+    tree = json.loads(as_json(config))
+    for old, new in RENAMED.items():
+        section, name = old.split('.')
+        if _is_section(keys := tree.get(section)) and name in keys:
+            keys[new.removeprefix(f'{section}.')] = keys.pop(name)
+    return tree
 
 
 def as_json(config: Config) -> str:

@@ -14,7 +14,7 @@ from alexnet_jax.errors import RunError
 
 
 @contextlib.contextmanager
-def whole(path: str | Path) -> Generator[Path]:
+def atomic_write(path: str | Path) -> Generator[Path]:
     """A scratch file beside `path`, which takes its place when the block has ended well.
 
     Whatever ends the block otherwise, nothing is left, and what lay at `path` lies there still.

@@ -23,7 +23,7 @@ class ProgressBar:
         self,
         total: int,
         done: int = 0,
-        report: Callable[[str], None] = command.say,
+        report: Callable[[str], None] = command.log,
         console: Console | None = None,
         shown: bool = True,
     ):

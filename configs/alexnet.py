@@ -268,7 +268,7 @@ def loop() -> ConfigDict:
             # after some 80 steps; without init_scaling 2e-4 (this) and 7e-6 (the paper's), still at
             # ln(10) after 430 (experiments/results/dead_starts).
             min_logit_std=0.001,
-            on_dead_start='warn',  # or 'error'
+            on_collapsed_init='warn',  # or 'error'
         )
     )
 

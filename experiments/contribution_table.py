@@ -38,7 +38,7 @@ import numpy as np
 from alexnet_jax import command
 from alexnet_jax import config as configuration
 from alexnet_jax.analysis import figures
-from alexnet_jax.command import say
+from alexnet_jax.command import log
 from alexnet_jax.errors import RunError, UsageError
 from alexnet_jax.inference import evaluate
 from alexnet_jax.training import metrics, workdir
@@ -594,7 +594,7 @@ def act(args: argparse.Namespace) -> int:
         raise RunError(f'nothing is kept in {args.results} yet; name the --runs of a sweep.')
     for folder in folders:
         print(build(folder))
-        say(f'in {folder}')
+        log(f'in {folder}')
     return 0
 
 

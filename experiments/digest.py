@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from alexnet_jax import files
-from alexnet_jax.command import say
+from alexnet_jax.command import log
 from alexnet_jax.errors import RunError
 from alexnet_jax.inference import evaluate
 from alexnet_jax.training import metrics
@@ -104,13 +104,13 @@ def keep_all(
     for path in sorted(folder.glob('*/metrics.jsonl')):
         row, _, seed = path.parent.name.rpartition('-')
         if row not in rows or not seed.isdigit():
-            say(f'{path.parent} is no run of the table, and is left out.')
+            log(f'{path.parent} is no run of the table, and is left out.')
         elif (path.parent / 'predictions_test.npz').exists():
             found[row, int(seed)] = path.parent
         elif diverged(path.parent):
             lost[row, int(seed)] = path.parent
         else:
-            say(f'{path.parent} is not finished, and is left out.')
+            log(f'{path.parent} is not finished, and is left out.')
     scales = {portable(workdir)['scale'] for workdir in (found | lost).values()}
     if len(scales) != 1:
         what = f'runs of {len(scales)} scales' if scales else 'no finished run'
@@ -206,7 +206,7 @@ def lines(found: Sequence[Mapping[str, Any]]) -> str:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file that is whole or not there."""
-    with files.whole(path) as scratch:
+    with files.atomic_write(path) as scratch:
         scratch.write_text(text)
 
 

@@ -27,7 +27,7 @@ from scipy import stats
 
 from alexnet_jax import command
 from alexnet_jax.analysis import figures
-from alexnet_jax.command import say
+from alexnet_jax.command import log
 from alexnet_jax.errors import RunError, UsageError
 from alexnet_jax.training import metrics
 from experiments import digest
@@ -128,7 +128,7 @@ def _ended(path: Path) -> bool:
         trained = [row['epoch'] for row in metrics.read(path) if row['kind'] == 'train']
         if digest.diverged(path) or (trained and trained[-1] >= epochs - 1e-6):
             return True
-    say(f'{path} is not finished, and is left out.')
+    log(f'{path} is not finished, and is left out.')
     return False
 
 
@@ -279,7 +279,7 @@ def act(args: argparse.Namespace) -> int:
             print(page(found, folder.name, args.target))
             continue
         print(build(folder))
-        say(f'in {folder}')
+        log(f'in {folder}')
     return int(missed)
 
 

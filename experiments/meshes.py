@@ -19,7 +19,6 @@ import numpy as np
 
 from alexnet_jax import config
 from alexnet_jax.model import alexnet
-from alexnet_jax.parallel import mesh
 from alexnet_jax.training import metrics as run_metrics
 from alexnet_jax.training import step, train
 from configs import smoke
@@ -60,7 +59,7 @@ def open_row(row: str, factor: float) -> tuple[train.Job, step.TrainState]:
 
 def gradients(job: train.Job, state: step.TrainState) -> tuple[float, dict]:
     """Loss and gradients of the first step."""
-    forward = mesh.forward(job.settings.net, job.layout)
+    forward = job.layout.forward(job.settings.net)
 
     @jax.jit
     def run(state, batch, statistics):

@@ -229,11 +229,11 @@ def _act(args: argparse.Namespace) -> None:
         args.output.mkdir(parents=True, exist_ok=True)
         photos = photographs(args.pictures)
         challenge = build(photos, args.output, args.year, args.per_class)
-        command.say(f'{len(photos)} photographs: {challenge}')
+        command.log(f'{len(photos)} photographs: {challenge}')
         return
     source = imagenet.source(built(args.source), args.source)
     form = shards.Form(storage=args.storage)
-    print(shards.make(source, args.data_dir, form, command.say, workers=args.workers))
+    print(shards.make(source, args.data_dir, form, command.log, workers=args.workers))
 
 
 if __name__ == '__main__':

@@ -68,7 +68,7 @@ def cases() -> Iterator[tuple[str, str, int]]:
 def compile_step(net: str, placement: str, devices: int) -> dict[str, Any]:
     """Return a row of steps.jsonl: what one device computes, holds and sends in a step."""
     settings = settings_of(net, placement, devices)
-    layout = mesh.lay_out(settings.mesh, settings.batch_size)
+    layout = mesh.make_layout(settings.mesh, settings.batch_size)
     with accelerator_forms():
         found = communication.read_step(settings, layout)
     messages: dict[str, dict[str, Any]] = {}

@@ -40,7 +40,7 @@ from typing import Any, NamedTuple
 
 from alexnet_jax import command, config_file
 from alexnet_jax import config as configuration
-from alexnet_jax.command import say
+from alexnet_jax.command import log
 from alexnet_jax.errors import RunError, UsageError
 from alexnet_jax.training import metrics, workdir
 
@@ -150,8 +150,8 @@ def _run(
         raise UsageError(f'there is no config {file}.')
     config = resolve(REPOSITORY / file, words, overrides, row)
     if (place / 'config.json').exists() and workdir.has_run(place):
-        old = json.loads((place / 'config.json').read_text())
-        new = json.loads(configuration.as_json(config))
+        old = configuration.plain(json.loads((place / 'config.json').read_text()))
+        new = configuration.plain(config)
         keys = {*configuration.differences(old, new)} - {*workdir.MAY_DIFFER}
         last = new['model']['layers'][-1]
         if not new['model'][last]['features']:  # as many as the data had classes
@@ -256,7 +256,7 @@ def run_here(runs: Sequence[Run], free: list[Slot]) -> Iterator[tuple[Run, int]]
         while waiting or busy:
             while waiting and free:
                 run, slot = waiting.pop(0), free.pop(0)
-                say(f'{run.name}: started')
+                log(f'{run.name}: started')
                 busy.append((run, slot, start(run, slot)))
             time.sleep(POLL_SECS)
             for one in [one for one in busy if one[2].poll() is not None]:
@@ -335,7 +335,7 @@ def run_by_submitit(
         what = ' '.join(str(error).split())
         raise RunError(f'the jobs could not be submitted: {what[-300:]}') from error
     waiting = list(zip(runs, jobs, strict=True))
-    say(f'{len(waiting)} jobs submitted')
+    log(f'{len(waiting)} jobs submitted')
     try:
         while waiting:
             for run, job in [pair for pair in waiting if pair[1].done()]:
@@ -421,12 +421,12 @@ def act(args: argparse.Namespace) -> int:
         try:
             for run, code in ended:
                 words = outcome(run, code)
-                say(f'{run.name}: {words}')
+                log(f'{run.name}: {words}')
                 failed += [run] if words.startswith('failed') else []
         except Stop as stop:
-            say(f'{signal.Signals(stop.number).name}: runs save and stop.')
+            log(f'{signal.Signals(stop.number).name}: runs save and stop.')
             ended.close()
-            say('all have stopped; the same command resumes.')
+            log('all have stopped; the same command resumes.')
             sys.exit(128 + stop.number)
     done = sum(run.finished for run in runs)
     print(f'{done} of {len(runs)} done, {len(failed)} failed, in {runs[0].workdir.parent}')

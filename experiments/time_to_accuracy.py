@@ -66,7 +66,7 @@ class Epochs:
         with np.load(self.found[number]['path']) as file:
             leaves = list(file.values())
         tree = jax.tree.unflatten(jax.tree.structure(like), leaves)
-        return mesh.place(tree, shardings)
+        return mesh.put_global(tree, shardings)
 
 
 def measure(config: Any, workdir: Path, target: float, margin: float) -> dict[str, Any]:
@@ -100,13 +100,13 @@ def measure(config: Any, workdir: Path, target: float, margin: float) -> dict[st
 
 
 def _train(job: Job, state: Any, epochs: Epochs) -> None:
-    book = metrics.Records(job.workdir, 0, job.settings.loop.tensorboard)
+    writer = metrics.MetricWriter(job.workdir, 0, job.settings.loop.tensorboard)
     try:
-        train.train(job, state, train.History(), epochs, book)
+        train.train(job, state, train.History(), epochs, writer)
     except Reached:
         pass
     finally:
-        book.close()
+        writer.close()
 
 
 def config_of(text: str) -> Any:
@@ -149,7 +149,7 @@ def act(flags: argparse.Namespace) -> int:
     row = measure(config, flags.workdir, flags.target, flags.margin)
     flags.out.mkdir(parents=True, exist_ok=True)
     path = flags.out / f'time_to_accuracy_{results.slug(row["device"])}.json'
-    with files.whole(path) as scratch:
+    with files.atomic_write(path) as scratch:
         scratch.write_text(json.dumps(row, indent=1) + '\n')
     if row['secs'] is None:
         best = max(row['test_accuracy'])

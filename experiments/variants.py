@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from alexnet_jax import command
-from alexnet_jax.command import say
+from alexnet_jax.command import log
 from alexnet_jax.errors import RunError
 from alexnet_jax.training import metrics
 from configs import VARIANTS
@@ -107,7 +107,7 @@ def act(args: argparse.Namespace) -> int:
         text = table(digest.read(folder), folder.name)
         digest.write_text(folder / 'table.md', text)
         print(text)
-        say(f'in {folder}')
+        log(f'in {folder}')
     return 0
 
 

@@ -37,7 +37,7 @@ def recipe(**changes):
 def layout_of(shape, batch_size):
     if jax.device_count() < math.prod(shape):
         pytest.skip(f'{math.prod(shape)} devices are wanted; tests/conftest.py makes eight')
-    return mesh.lay_out(MeshShape(*shape), batch_size)
+    return mesh.make_layout(MeshShape(*shape), batch_size)
 
 
 def images_of(count, side, channels, seed=0):
@@ -140,7 +140,7 @@ def test_the_same_bits_and_pixels_on_every_mesh(shape):
         return draws, augment.apply(images, draws, statistics, small, True)
 
     def on(shape):
-        placed = jax.device_put(images, mesh.batch_sharding(layout_of(shape, 16)))
+        placed = jax.device_put(images, layout_of(shape, 16).batch_sharding)
         return prepare(jax.random.key(3), placed)
 
     (draws, pixels), (expected_draws, expected) = on(shape), on((1, 1))

@@ -44,7 +44,7 @@ def reading(
 def lay_out(shape: MeshShape) -> meshes.Layout:
     if jax.device_count() < 8:
         pytest.skip('eight devices are wanted; tests/conftest.py makes them')
-    return meshes.lay_out(shape, BATCH)
+    return meshes.make_layout(shape, BATCH)
 
 
 def table(rows: tuple[Collective, ...]) -> dict[tuple[str, str, str, str], tuple[int, int]]:
@@ -164,7 +164,7 @@ def test_the_compilers_figures_are_one_devices(shape):
     own = sum(w // tower + (b if n == 'fc8' else b // tower) for n, (w, b) in PARAMETERS.items())
     images = BATCH // data * (64 * 64 * 1 + FLOAT32)  # uint8 pixels, int32 labels
     statistics = FLOAT32 * (64 * 64 * 1 + 1 * 1)
-    scalars = FLOAT32 * 4 + 1  # seed, step, the optimiser's step, drops; sound
+    scalars = FLOAT32 * 4 + 1  # seed, step, the optimiser's step, num_lr_drops; all_finite
     held = reading(*shape).memory
     assert held.arguments == 2 * FLOAT32 * own + images + statistics + scalars
 

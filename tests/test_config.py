@@ -81,7 +81,7 @@ def test_every_config_at_every_scale_unpacks_and_is_described(name, tmp_path, mo
 
 def start(settings: Settings, images: int):
     """(step, state's maker, abstract batch, statistics) of a config on one device, without data."""
-    layout = mesh.lay_out(MeshShape(data=1, tower=1), settings.batch_size)
+    layout = mesh.make_layout(MeshShape(data=1, tower=1), settings.batch_size)
     optimizer = make_optimizer(settings, images)
     batch = {
         'image': jax.ShapeDtypeStruct((settings.batch_size, 28, 28, 1), jnp.uint8),
@@ -129,7 +129,7 @@ def test_the_odd_ones_learn(name, rate):
     for _ in range(30):
         state, metrics = step(state, batch, statistics)
         losses.append(float(metrics['loss'][0]) / 8)
-    assert bool(state.sound)
+    assert bool(state.all_finite)
     assert losses[-1] < 0.5 * losses[0]
 
 
@@ -556,7 +556,7 @@ WRONG = {
     'mesh.placement': ('two_weird_tricks', 'not one of towers, one_weird_trick'),
     'processes.peer_timeout_secs': (0.0, 'must be at least 1'),
     'processes.join_timeout_secs': (-5.0, 'must be at least 1'),
-    'loop.on_dead_start': ('panic', 'not one of warn, error'),
+    'loop.on_collapsed_init': ('panic', 'not one of warn, error'),
 }
 
 

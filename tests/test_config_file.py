@@ -212,3 +212,12 @@ def test_json_of_a_config_is_plain():
     config = smoke.get_config()
     assert config_file.plain(config) == json.loads(config_file.as_json(config))
     assert config_file.plain(config_file.plain(config)) == config_file.plain(config)
+
+
+def test_keys_of_earlier_versions_are_read_under_their_new_names(tmp_path):
+    config = config_file.plain(smoke.get_config())
+    old = config_file.plain(config)
+    old['loop']['on_dead_start'] = old['loop'].pop('on_collapsed_init')
+    (tmp_path / 'config.json').write_text(json.dumps(old))
+    assert config_file.load(str(tmp_path / 'config.json'), {}) == config
+    assert config_file.plain(old) == config

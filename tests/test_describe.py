@@ -104,7 +104,7 @@ def test_the_largest_batch_by_hand():
 
 def test_memory_of_the_compiled_step_is_linear_in_the_batch():
     settings = configuration.unpack(on(1, 1))
-    layout = mesh.lay_out(settings.mesh, settings.batch_size)
+    layout = mesh.make_layout(settings.mesh, settings.batch_size)
     peak = describe.compiled_peak(settings, layout)
     found = describe.compiled_bytes(settings, layout, 1024)
     assert peak.at(1024) == pytest.approx(found, rel=0.02)  # see Peak; found: 0.7 %

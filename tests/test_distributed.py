@@ -148,11 +148,11 @@ jax.distributed.initialize(
     coordinator_bind_address=head,
 )
 for shape in ((4, 1), (2, 2), (1, 4), (4, 1, 'one_weird_trick')):
-    layout = mesh.lay_out(MeshShape(*shape), 64)
-    rows = mesh.own_rows(layout, 64)
+    layout = mesh.make_layout(MeshShape(*shape), 64)
+    rows = layout.local_batch_slice(64)
     read = np.arange(64)[rows]
-    batch = mesh.place_batch(layout, {'label': read}, 64)
-    assert np.array_equal(mesh.fetch(batch, layout)['label'], np.arange(64))
+    batch = layout.put_batch({'label': read}, 64)
+    assert np.array_equal(layout.to_host(batch)['label'], np.arange(64))
     print(rows.start, rows.stop)
 """
 

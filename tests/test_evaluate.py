@@ -76,13 +76,13 @@ def net(data_dir):
 @pytest.mark.parametrize(('batch_size', 'mesh'), [(64, (1, 1)), (150, (2, 1)), (33, (4, 2))])
 def test_every_image_is_counted_once(net, batch_size, mesh):
     settings, params, statistics, dataset = net
-    layout = meshes.lay_out(MeshShape(*mesh), 64)
+    layout = meshes.make_layout(MeshShape(*mesh), 64)
     predict = evaluate.make_predict(settings, layout)
     how = {'layout': layout, 'batch_size': batch_size}
     one = evaluate.probabilities(predict, params, statistics, dataset, **how)
     assert one.shape == (150, 10)
     np.testing.assert_allclose(one.sum(axis=1), 1, rtol=1e-5)
-    whole = meshes.lay_out(MeshShape(1, 1), 64)
+    whole = meshes.make_layout(MeshShape(1, 1), 64)
     reference = evaluate.probabilities(
         evaluate.make_predict(settings, whole),
         params,
@@ -97,7 +97,7 @@ def test_every_image_is_counted_once(net, batch_size, mesh):
 def test_a_net_that_has_diverged_is_not_evaluated(net):
     settings, params, statistics, dataset = net
     broken = params | {'fc8': params['fc8'] | {'bias': params['fc8']['bias'] + np.inf}}
-    layout = meshes.lay_out(MeshShape(1, 1), 64)
+    layout = meshes.make_layout(MeshShape(1, 1), 64)
     predict = evaluate.make_predict(settings, layout)
     with pytest.raises(RunError, match='the net has diverged'):
         evaluate.probabilities(predict, broken, statistics, dataset, layout=layout, batch_size=150)
@@ -105,7 +105,7 @@ def test_a_net_that_has_diverged_is_not_evaluated(net):
 
 def test_ten_views_average_probabilities(net):
     settings, params, statistics, dataset = net
-    layout = meshes.lay_out(MeshShape(1, 1), 64)
+    layout = meshes.make_layout(MeshShape(1, 1), 64)
     predict = evaluate.make_predict(settings, layout)
     how = {'layout': layout, 'batch_size': 150}
     ten = evaluate.probabilities(predict, params, statistics, dataset, views=range(10), **how)

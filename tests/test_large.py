@@ -422,7 +422,7 @@ def test_a_run_on_a_large_set_is_the_run_in_memory(
         'data.data_dir': str(tmp_path / 'data'),
         'loop.prefetch_batches': 5,
         'loop.checkpoint_every_epochs': 0.25,
-        'loop.on_dead_start': 'warn',
+        'loop.on_collapsed_init': 'warn',
     }
     config = as_smoke_run(tmp_path / 'data')
     for key, value in changes.items():

@@ -543,16 +543,16 @@ def test_logits_loss_and_gradients_are_pytorchs(recipe):
 def layout_of(shape, batch_size):
     if jax.device_count() < math.prod(shape[:2]):
         pytest.skip(f'{math.prod(shape[:2])} devices are wanted; tests/conftest.py makes eight')
-    return mesh.lay_out(MeshShape(*shape), batch_size)
+    return mesh.make_layout(MeshShape(*shape), batch_size)
 
 
 def on_mesh(net: Net, case: cases.Case, shape):
     """A training pass on a mesh of that shape; everything is brought back to the host."""
     layout = layout_of(shape, len(case.images))
-    params = jax.device_put(case.params, mesh.shardings(mesh.parameter_specs(net, layout), layout))
-    batch = jax.device_put((case.images, case.labels), mesh.batch_sharding(layout))
-    masks = jax.device_put(case.masks, mesh.whole(layout))
-    run = training_pass(mesh.forward(net, layout), compiler_options=QUICK_COMPILE)
+    params = jax.device_put(case.params, layout.parameter_shardings(net))
+    batch = jax.device_put((case.images, case.labels), layout.batch_sharding)
+    masks = jax.device_put(case.masks, layout.replicated)
+    run = training_pass(layout.forward(net), compiler_options=QUICK_COMPILE)
     return jax.device_get(run(params, *batch, masks))
 
 
@@ -619,13 +619,13 @@ def test_lrn_across_towers_on_two_devices():
 )
 def test_meshes_that_do_not_fit(shape, batch_size, says):
     with pytest.raises(UsageError, match=re.escape(says)):
-        mesh.lay_out(MeshShape(*shape), batch_size)
+        mesh.make_layout(MeshShape(*shape), batch_size)
 
 
 def test_units_that_do_not_divide():
     net = change(small_net(), 'fc6', features=130)
     with pytest.raises(UsageError, match='fc6: 4 devices do not divide its 130 units'):
-        mesh.forward(net, mesh.lay_out(MeshShape(4, 1, TRICK), 4))
+        mesh.make_layout(MeshShape(4, 1, TRICK), 4).forward(net)
 
 
 def test_the_training_step_is_compiled_once():
@@ -641,16 +641,16 @@ def test_the_training_step_is_compiled_once():
             step=jnp.zeros((), jnp.int32),
             params=params,
             opt_state=optimizer.init(params),
-            drops=jnp.zeros((), jnp.int32),
-            sound=jnp.ones((), bool),
+            num_lr_drops=jnp.zeros((), jnp.int32),
+            all_finite=jnp.ones((), bool),
         )
 
-    shardings = mesh.state_shardings(jax.eval_shape(fresh, case.params), settings.net, layout)
+    shardings = layout.state_shardings(jax.eval_shape(fresh, case.params), settings.net)
     state = jax.jit(fresh, out_shardings=shardings)(case.params)
     side = settings.preprocess.image_px
     statistics = Statistics(jnp.zeros((side, side, 1)), jnp.eye(1))
     batch = {'image': np.zeros((4, side, side, 1), np.uint8), 'label': case.labels}
-    batch = jax.device_put(batch, mesh.batch_sharding(layout))
+    batch = jax.device_put(batch, layout.batch_sharding)
     traces, step = [], make_train_step(settings, layout, optimizer, images=1024)
 
     def counted(*args):

@@ -45,7 +45,7 @@ def shipped(scale):
 def layout_of(shape, batch_size):
     if jax.device_count() < math.prod(shape):
         pytest.skip(f'{math.prod(shape)} devices are wanted; tests/conftest.py makes eight')
-    return mesh.lay_out(MeshShape(*shape), batch_size)
+    return mesh.make_layout(MeshShape(*shape), batch_size)
 
 
 def tree_of(seed):
@@ -69,7 +69,7 @@ def train(transform, params, gradients, drops=None):
 
     @jax.jit
     def step(params, state, gradient, drops):
-        updates, state = transform.update(gradient, state, params, drops=drops)
+        updates, state = transform.update(gradient, state, params, num_lr_drops=drops)
         return optax.apply_updates(params, updates), state
 
     state, history = transform.init(params), []
@@ -201,8 +201,8 @@ def test_sharded_update_equals_the_whole_one():
     gradients = jax.tree.map(np.sin, params)
     transform = transform_of(schedule('constant', 0.01), schedule('constant', 0.02))
     layout = layout_of((2, 2), batch_size=2)
-    split = mesh.shardings(mesh.parameter_specs(net, layout), layout)
-    state_split = mesh.state_shardings(jax.eval_shape(transform.init, params), net, layout)
+    split = layout.parameter_shardings(net)
+    state_split = layout.state_shardings(jax.eval_shape(transform.init, params), net)
 
     def two_steps(params, gradients):
         state = transform.init(params)

@@ -27,24 +27,24 @@ def test_means_go_through_json():
 
 
 def test_resuming_drops_later_records_and_a_torn_line(tmp_path):
-    book = metrics.Records(tmp_path, 0, tensorboard=False)
+    writer = metrics.MetricWriter(tmp_path, 0, tensorboard=False)
     for step in (1, 2, 3):
-        book.write('train', step, loss=float(step))
-    book.close()
+        writer.write('train', step, loss=float(step))
+    writer.close()
     with (tmp_path / 'metrics.jsonl').open('a') as file:
         file.write('{"kind": "train", "st')
     assert [record['step'] for record in metrics.read(tmp_path)] == [1, 2, 3]
-    book = metrics.Records(tmp_path, 2, tensorboard=False)
-    book.write('train', 3, loss=9.0)
-    book.close()
+    writer = metrics.MetricWriter(tmp_path, 2, tensorboard=False)
+    writer.write('train', 3, loss=9.0)
+    writer.close()
     assert [record['loss'] for record in metrics.read(tmp_path)] == [1.0, 2.0, 9.0]
 
 
 def test_tensorboard_reads_the_same_values(tmp_path):
     pytest.importorskip('tensorboardX')
-    book = metrics.Records(tmp_path, 0, tensorboard=True)
-    book.write('train', 7, loss=0.5, note='words are left out')
-    book.close()
+    writer = metrics.MetricWriter(tmp_path, 0, tensorboard=True)
+    writer.write('train', 7, loss=0.5, note='words are left out')
+    writer.close()
     files = list((tmp_path / 'tensorboard').iterdir())
     assert len(files) == 1
     assert b'train/loss' in files[0].read_bytes()
@@ -56,8 +56,8 @@ def test_tensorboard_does_not_bring_pytorch_along(tmp_path):
     script = (
         'import pathlib, sys\n'
         'from alexnet_jax.training import metrics\n'
-        f'book = metrics.Records(pathlib.Path({str(tmp_path)!r}), 0, tensorboard=True)\n'
-        'book.write("train", 1, loss=0.5); book.close()\n'
+        f'writer = metrics.MetricWriter(pathlib.Path({str(tmp_path)!r}), 0, tensorboard=True)\n'
+        'writer.write("train", 1, loss=0.5); writer.close()\n'
         'print("tensorboardX" in sys.modules, "torch" in sys.modules)'
     )
     said = subprocess.check_output([sys.executable, '-c', script], text=True)

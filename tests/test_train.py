@@ -1,4 +1,4 @@
-"""Training as a whole, small: exact repetition, kills, signals, dead starts, infinite numbers.
+"""Training as a whole, small: exact repetition, kills, signals, bad starts, infinite numbers.
 
 The runs are the smoke config's, shrunk further or stretched; processes are real ones.
 """
@@ -76,6 +76,26 @@ def reference(data_dir, tmp_path_factory):
 def test_one_seed_repeats_to_the_bit(reference, data_dir, tmp_path):
     train.run(tiny(data_dir), tmp_path / 'again')
     assert_same(outcome(reference), outcome(tmp_path / 'again'))
+
+
+def test_a_run_of_an_earlier_version_resumes_to_the_same_bits(reference, data_dir, tmp_path):
+    """Its checkpoint and its config.json have the keys of before they were renamed."""
+    workdir = tmp_path / 'run'
+    shutil.copytree(reference, workdir)
+    checkpoints = checkpoint.Checkpoints(workdir / 'checkpoints')
+    *_, before, last = checkpoints.steps()
+    _, state, extra = checkpoints.restore(None, before)
+    for new, old in (('num_lr_drops', 'drops'), ('all_finite', 'sound')):
+        state['state'][old] = state['state'].pop(new)
+    loop = extra['config']['loop']
+    loop['on_dead_start'] = loop.pop('on_collapsed_init')
+    (workdir / 'config.json').write_text(json.dumps(extra['config']))
+    shutil.rmtree(workdir / 'checkpoints')
+    with checkpoints:
+        checkpoints.save(before, state, extra, error=extra['history']['errors'][0])
+    train.run(tiny(data_dir), workdir)
+    assert checkpoints.steps() == [before, last]
+    assert_same(outcome(reference), outcome(workdir))
 
 
 def test_two_seeds_differ(reference, data_dir, tmp_path):
@@ -225,13 +245,13 @@ def test_a_rate_divided_on_the_plateau(data_dir, tmp_path):
         optimizer__biases__rate=0.0,
     )
     train.run(config, tmp_path / 'plateau')
-    assert int(outcome(tmp_path / 'plateau')[1]["['state']['drops']"]) == 2
+    assert int(outcome(tmp_path / 'plateau')[1]["['state']['num_lr_drops']"]) == 2
 
 
 # ------------------------------------------------------------------------------------- bad starts
 
 
-def test_a_dead_start_is_told_and_can_be_an_error(data_dir, tmp_path, capsys):
+def test_a_collapsed_initialisation_is_a_warning_or_an_error(data_dir, tmp_path, capsys):
     small = tiny(data_dir, model__init_scaling='none')
     paper = alexnet_paper.get_config()
     for name in small.model.layers:
@@ -239,10 +259,10 @@ def test_a_dead_start_is_told_and_can_be_an_error(data_dir, tmp_path, capsys):
     small.epochs = 0.5
     train.run(small, tmp_path / 'warned')
     said = capsys.readouterr().err
-    assert 'warning: dead start: across images the logits differ by only' in said
+    assert 'warning: collapsed initialisation: across images the logits differ by only' in said
     assert "set model.init_scaling='fan_in'" in said
-    small.loop.on_dead_start = 'error'
-    with pytest.raises(RunError, match='dead start'):
+    small.loop.on_collapsed_init = 'error'
+    with pytest.raises(RunError, match='collapsed initialisation'):
         train.run(small, tmp_path / 'refused')
     small.preprocess.scale = 1 / 255
     with pytest.raises(RunError, match=r'wanted in 0-255 units: set preprocess\.scale=1'):
@@ -278,7 +298,7 @@ def test_a_step_that_is_not_finite_changes_nothing(data_dir, tmp_path):
     broken = state.replace(params=params)
     before = jax.tree.map(np.asarray, broken)
     after, _ = job.train_step(jax.tree.map(jnp.array, broken), job.batch(0), job.statistics)
-    assert not after.sound
+    assert not after.all_finite
     assert int(after.step) == 0
     for name in ('params', 'opt_state'):
         jax.tree.map(np.testing.assert_array_equal, getattr(before, name), getattr(after, name))
@@ -306,7 +326,7 @@ def test_a_batch_larger_than_the_data(data_dir, tmp_path):
         {'data__name': 'no_such_data'},
         {'model__fc8__features': 11},
         {'data__train': 'train[:10]'},
-        {'loop__on_dead_start': 'error', 'loop__min_logit_std': 1e9},
+        {'loop__on_collapsed_init': 'error', 'loop__min_logit_std': 1e9},
         {'data__data_dir': '/dev/null/data'},
     ],
 )

@@ -23,7 +23,6 @@ from alexnet_jax.errors import RunError
 from alexnet_jax.model import alexnet
 from alexnet_jax.model.alexnet import AlexNet
 from alexnet_jax.model.augment import Statistics
-from alexnet_jax.parallel import mesh as meshes
 from alexnet_jax.parallel.mesh import Layout
 from alexnet_jax.training.step import init_state, jit_train_step, make_optimizer
 
@@ -108,7 +107,7 @@ def compile_step(settings: Settings, layout: Layout, images: int = IMAGES) -> ja
 
     Args:
         settings: of the run.
-        layout: from `mesh.lay_out`.
+        layout: from `mesh.make_layout`.
         images: in the training set.
     """
     optimizer = make_optimizer(settings, images)
@@ -139,7 +138,7 @@ def _abstract(leaf: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruc
 def _abstract_inputs(settings: Settings, layout: Layout) -> tuple[dict[str, Any], Statistics]:
     """A batch of stored images and the statistics of such images, without their values."""
     px, channels, size = settings.preprocess.resize_px, settings.net.channels, settings.batch_size
-    split, whole = meshes.batch_sharding(layout), meshes.whole(layout)
+    split, whole = layout.batch_sharding, layout.replicated
     batch = {
         'image': jax.ShapeDtypeStruct((size, px, px, channels), jnp.uint8, sharding=split),
         'label': jax.ShapeDtypeStruct((size,), jnp.int32, sharding=split),
@@ -392,7 +391,7 @@ def sent_bytes(rows: Iterable[Collective]) -> int:
 def _memory(settings: Settings, layout: Layout, compiled: jax.stages.Compiled) -> Memory:
     optimizer = make_optimizer(settings, IMAGES)
     shapes = jax.eval_shape(lambda: init_state(settings, optimizer))
-    held = meshes.state_shardings(shapes, settings.net, layout)
+    held = layout.state_shardings(shapes, settings.net)
     stats: Any = compiled.memory_analysis()  # not None where there is a compiled program
     return Memory(
         parameters=_by_layer(shapes.params, held.params),
@@ -423,7 +422,7 @@ def activations(settings: Settings, layout: Layout) -> dict[str, int]:
     layer_of = {name: layer.name for layer in net.layers for name in alexnet.steps(layer)}
 
     def local(params, images, masks):
-        logits, sown = AlexNet(net, layout.spread).apply(
+        logits, sown = AlexNet(net, layout.tensor_parallel).apply(
             {'params': params}, images, masks, mutable=['intermediates']
         )
         for name, (value,) in sown['intermediates'].items():
@@ -434,9 +433,9 @@ def activations(settings: Settings, layout: Layout) -> dict[str, int]:
     def run(key, images):
         params, masks = alexnet.init(key, net), alexnet.draw_masks(key, net, size)
         specs = (
-            meshes.parameter_specs(net, layout),
+            layout.parameter_specs(net),
             P('data'),
-            meshes.mask_specs(masks, layout),
+            layout.mask_specs(masks),
         )
         return jax.shard_map(local, mesh=layout.mesh, in_specs=specs, out_specs=P('data'))(
             params, images, masks

@@ -220,7 +220,7 @@ def compiled_bytes(settings: Settings, layout: Layout, images: int) -> int:
 
 
 def _compiled_memory(settings: Settings) -> str:
-    layout = mesh.lay_out(settings.mesh, settings.batch_size)
+    layout = mesh.make_layout(settings.mesh, settings.batch_size)
     peak, replicas = compiled_peak(settings, layout), layout.replicas
     fits = ', '.join(f'{gb} GB: {peak.largest_batch(gb * 10**9) * replicas:,}' for gb in DEVICE_GB)
     device = jax.default_backend()
@@ -240,14 +240,14 @@ def _on_mesh(settings: Settings) -> list[str]:
     one = ['one device: nothing is communicated']
     if settings.mesh.data == settings.mesh.tower == 1:
         return one
-    layout = mesh.lay_out(settings.mesh, settings.batch_size)
+    layout = mesh.make_layout(settings.mesh, settings.batch_size)
     if layout.mesh.size == 1:
         return one
     found = communication.read_step(settings, layout)
     where = f'{layout}, placement {settings.mesh.placement}'
     memory, beside = f'memory of a device on {where}, MiB', None
-    if any(split.shards > 1 for split in (layout.spread.conv, layout.spread.fc)):
-        unsplit = mesh.lay_out(MeshShape(layout.replicas, tower=1), settings.batch_size)
+    if any(split.shards > 1 for split in (layout.tensor_parallel.conv, layout.tensor_parallel.fc)):
+        unsplit = mesh.make_layout(MeshShape(layout.replicas, tower=1), settings.batch_size)
         beside = communication.read_step(settings, unsplit).memory
         memory += f'; unsplit: on {unsplit}, placement towers'
     sent = _communication(found.collectives)

@@ -38,7 +38,7 @@ from alexnet_jax.inference.evaluate import Trained
 from alexnet_jax.model.alexnet import Net
 from alexnet_jax.training import metrics
 from alexnet_jax.training.checkpoint import Step
-from alexnet_jax.training.metrics import say
+from alexnet_jax.training.metrics import log
 
 Figure = Any  # matplotlib's, which may not be installed
 Record = Mapping[str, Any]
@@ -602,7 +602,7 @@ def _fig4_right_of(run: Run, k: int = 6) -> Figure:
     chosen = run.choose(5)
     among = evaluate.open_split(trained, run.among, run.data_dir)
     layer = last_hidden(trained.settings.net)
-    say(f'{run.workdir}: {layer} of {len(among)} images of {among.split}')
+    log(f'{run.workdir}: {layer} of {len(among)} images of {among.split}')
     extract = features.make_extract(trained, layer)
     shape = (len(among), *features.shapes(trained.settings.net)[layer])
     rows = features.Computed(lambda rows: among.images[rows], extract, shape)
@@ -674,7 +674,7 @@ def write(path: Path, body: bytes) -> None:
         RunError: it cannot be written.
     """
     try:
-        with files.whole(path) as scratch:
+        with files.atomic_write(path) as scratch:
             scratch.write_bytes(body)
     except OSError as error:
         raise RunError(

@@ -27,7 +27,7 @@ from alexnet_jax.analysis.figures import INK, Run
 from alexnet_jax.errors import AlexNetError, RunError
 from alexnet_jax.inference import evaluate, predict
 from alexnet_jax.model import alexnet
-from alexnet_jax.training.metrics import say
+from alexnet_jax.training.metrics import log
 
 MISTAKES, CONFUSIONS = 12, 10  # shown at most
 VIEW_NAMES = {'centre': 'one view', 'ten_views': 'ten views'}
@@ -306,7 +306,7 @@ def _act(args: argparse.Namespace) -> int:
     output = args.output or args.workdir / 'report.html'
     run = Run(args.workdir, args.step, args.data_dir or '', args.among)
     write(run, output)
-    say(f'{args.workdir}: {output.stat().st_size:,} bytes')
+    log(f'{args.workdir}: {output.stat().st_size:,} bytes')
     print(output)
     return 0
 

@@ -349,7 +349,7 @@ def _decoded(
 
     def write(scratch: Path) -> None:
         for path, array in zip(kept, arrays, strict=True):
-            with files.whole(path) as beside:
+            with files.atomic_write(path) as beside:
                 _save(beside, array)
         scratch.write_text(json.dumps([source, [_sha256(path) for path in kept]]))
 
@@ -372,7 +372,7 @@ def _decode(folder: Path, split: str, count: int, workers: int) -> tuple[np.ndar
 def _keep(path: Path, what: str, write: Callable[[Path], None]) -> None:
     try:
         path.parent.mkdir(exist_ok=True)
-        with files.whole(path) as scratch:
+        with files.atomic_write(path) as scratch:
             write(scratch)
     except OSError as error:
         log.warning('%s cannot keep %s (%s): starts stay slow', path.parent, what, error)

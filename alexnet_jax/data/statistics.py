@@ -88,7 +88,7 @@ class Sums:
 
 def save(path: Path, statistics: Statistics, count: int) -> None:
     """Write the statistics of `count` decoded images atomically; the same bytes each time."""
-    with files.whole(path) as scratch, scratch.open('wb') as file:
+    with files.atomic_write(path) as scratch, scratch.open('wb') as file:
         # Files of earlier versions have 'count', and are of the images before encoding.
         np.savez(file, count_decoded=np.int64(count), **vars(statistics))
 

@@ -26,7 +26,7 @@ from alexnet_jax.parallel.mesh import Layout
 from alexnet_jax.training import splits
 from alexnet_jax.training import workdir as workdirs
 from alexnet_jax.training.checkpoint import Checkpoints, Step
-from alexnet_jax.training.metrics import say
+from alexnet_jax.training.metrics import log
 
 VIEWS = {'centre': (0,), 'ten_views': tuple(range(10))}  # by the name used in results
 EMPTY: Mapping[str, Any] = types.MappingProxyType({})
@@ -84,8 +84,8 @@ def restore(
         settings=settings,
         class_names=tuple(restored.extra['class_names']),
         layout=layout,
-        params=mesh.place(restored.state['state']['params'], shardings),
-        statistics=Statistics(**mesh.place(restored.state['statistics'], mesh.whole(layout))),
+        params=mesh.put_global(restored.state['state']['params'], shardings),
+        statistics=Statistics(**mesh.put_global(restored.state['statistics'], layout.replicated)),
         stored=tuple(
             restored.extra.get('stored', restored.state['statistics']['mean_image'].shape)
         ),
@@ -131,8 +131,8 @@ def open_split(trained: Trained, split: str, data_dir: str = '') -> Dataset:
 
 def _placement(settings: Settings) -> tuple[Layout, Any]:
     def place(shape: MeshShape, batch_size: int) -> tuple[Layout, Any]:
-        layout = mesh.lay_out(shape, batch_size)
-        return layout, mesh.shardings(mesh.parameter_specs(settings.net, layout), layout)
+        layout = mesh.make_layout(shape, batch_size)
+        return layout, layout.parameter_shardings(settings.net)
 
     try:
         return place(settings.mesh, settings.batch_size)
@@ -150,7 +150,7 @@ def make_predict(settings: Settings, layout: Layout) -> Predict:
 
     Images are split over 'data'; every device, and so every process, gets all probabilities.
     """
-    forward = mesh.forward(settings.net, layout)
+    forward = layout.forward(settings.net)
 
     def predict(params, statistics, images, view):
         batch, channels = images.shape[0], images.shape[-1]
@@ -160,7 +160,7 @@ def make_predict(settings: Settings, layout: Layout) -> Predict:
 
     return jax.jit(
         predict,
-        out_shardings=mesh.whole(layout),
+        out_shardings=layout.replicated,
         compiler_options=cpu.compiler_options(),
     )
 
@@ -200,12 +200,12 @@ def all_probabilities(
         RunError: a probability is not finite.
     """
     batch_size = -(-batch_size // layout.replicas) * layout.replicas
-    rows = mesh.own_rows(layout, batch_size)
+    rows = layout.local_batch_slice(batch_size)
     numbers = sorted({view for views in wanted.values() for view in views})
     found: dict[str, np.ndarray] = {}
     start = 0
     for batch in batches.eval_batches(dataset, batch_size, rows):
-        images = mesh.place_batch(layout, {'image': batch['image']}, batch_size)['image']
+        images = layout.put_batch({'image': batch['image']}, batch_size)['image']
         seen = {view: predict(params, statistics, images, view) for view in numbers}
         for name, views in wanted.items():
             mean = np.asarray(sum(seen[view] for view in views) / len(views))
@@ -295,7 +295,7 @@ def predictions_path(workdir: Path, split: str = 'test') -> Path:
 
 def save_predictions(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Write predictions as an .npz file, atomically."""
-    with files.whole(path) as scratch, scratch.open('wb') as file:
+    with files.atomic_write(path) as scratch, scratch.open('wb') as file:
         np.savez(file, allow_pickle=False, **arrays)
 
 
@@ -308,7 +308,7 @@ def keep_predictions(workdir: Path, split: str, arrays: Mapping[str, np.ndarray]
     try:
         save_predictions(path, arrays)
     except OSError as error:
-        say(f'warning: {path} cannot be written ({error.strerror}): the predictions are not kept')
+        log(f'warning: {path} cannot be written ({error.strerror}): the predictions are not kept')
 
 
 def load_predictions(workdir: Path) -> dict[str, np.ndarray]:
@@ -380,7 +380,7 @@ def predictions(trained: Trained, split: str, data_dir: str) -> dict[str, np.nda
     dataset = open_split(trained, split, data_dir)
     if np.any(dataset.labels < 0):
         raise UsageError(f'{dataset.split} holds images without a label; choose another --split.')
-    say(
+    log(
         f'{trained.workdir}: step {trained.step}, {len(dataset)} images of {dataset.split}, on '
         f'{trained.layout}'
     )

@@ -36,7 +36,7 @@ from alexnet_jax.model.alexnet import AlexNet, Net
 from alexnet_jax.model.augment import Statistics
 from alexnet_jax.parallel import cpu, mesh
 from alexnet_jax.parallel.mesh import Layout
-from alexnet_jax.training.metrics import say
+from alexnet_jax.training.metrics import log
 
 Array = jax.Array
 Extract = Callable[[np.ndarray], np.ndarray]
@@ -68,9 +68,9 @@ def make_extract(trained: Trained, layer: str) -> Extract:
     known = shapes(trained.settings.net)
     if layer not in known:
         raise UsageError(f"there is no '{layer}' in this net; there are {', '.join(known)}.")
-    layout = mesh.lay_out(MeshShape(data=-1, tower=1), jax.device_count())
+    layout = mesh.make_layout(MeshShape(data=-1, tower=1), jax.device_count())
     run = _activations(trained.settings, layout, layer)
-    constants = jax.device_put((trained.params, trained.statistics), mesh.whole(layout))
+    constants = jax.device_put((trained.params, trained.statistics), layout.replicated)
     size = -(-trained.settings.loop.eval_batch_size // layout.replicas) * layout.replicas
 
     def extract(images: np.ndarray) -> np.ndarray:
@@ -79,7 +79,7 @@ def make_extract(trained: Trained, layer: str) -> Extract:
             part = images[start : start + size]
             batch = np.zeros((size, *part.shape[1:]), np.uint8)
             batch[: len(part)] = part
-            batch = jax.device_put(batch, mesh.batch_sharding(layout))
+            batch = jax.device_put(batch, layout.batch_sharding)
             features[start : start + size] = np.asarray(run(*constants, batch))[: len(part)]
         return features
 
@@ -249,7 +249,7 @@ def write(features: Features, path: Path, block: int) -> None:
         if path.suffix == '.npy':
             _write_npy(features, path, blocks)
         else:
-            with files.whole(path) as scratch:
+            with files.atomic_write(path) as scratch:
                 _write_parquet(features, scratch, blocks)
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else error  # pyarrow's own words are long
@@ -271,7 +271,7 @@ def _write_npy(features: Features, path: Path, blocks: Iterator[np.ndarray]) -> 
     header = {'descr': '<f4', 'fortran_order': False, 'shape': features.rows.shape}
     label = None if features.label is None else features.label.tolist()
     rest = {'about': features.about, 'label': label, 'path': features.path}
-    with files.whole(path.with_suffix('.json')) as text, files.whole(path) as scratch:
+    with files.atomic_write(path.with_suffix('.json')) as text, files.atomic_write(path) as scratch:
         text.write_text(json.dumps(rest))
         with scratch.open('wb') as file:
             np.lib.format.write_array_header_2_0(file, header)
@@ -445,7 +445,7 @@ def run(args: argparse.Namespace) -> int:
         features = of_split(trained, args.layer, args.split, args.data_dir or '')
     else:
         features = of_files(trained, args.layer, args.images, faults)
-    say(f'{args.workdir}: step {trained.step}, {args.layer} of {len(features)} image(s)')
+    log(f'{args.workdir}: step {trained.step}, {args.layer} of {len(features)} image(s)')
     if args.output is not None:
         write(features, args.output, trained.settings.loop.eval_batch_size)
         print(args.output)

@@ -30,7 +30,7 @@ from alexnet_jax.errors import RunError, UsageError
 from alexnet_jax.inference import evaluate
 from alexnet_jax.inference.evaluate import Trained
 from alexnet_jax.training.checkpoint import Step
-from alexnet_jax.training.metrics import say
+from alexnet_jax.training.metrics import log
 
 MOST_BYTES = 2**28  # of one image file: ImageNet's largest has a twentieth of it
 
@@ -101,7 +101,7 @@ def read_ahead(
 
     for names, images, found in batches.prefetch(one_block, 0, -(-len(paths) // block), depth=1):
         for sentence in found:
-            say(sentence)
+            log(sentence)
         faults += found
         if names:
             yield names, np.stack(images)
@@ -231,7 +231,7 @@ def run(
         raise UsageError(f'--top must be at least 1, and is {count}.')
     classify = load(workdir, step, views=views, batch_size=batch_size)
     paths, faults = list(find(words)), list[str]()
-    say(f'{workdir}: step {classify.trained.step}, {len(paths)} file(s)')
+    log(f'{workdir}: step {classify.trained.step}, {len(paths)} file(s)')
     width = max(len(shown(path)) for path in paths)
     if not as_json:
         print(f'{"image":<{width}}  probability  class')

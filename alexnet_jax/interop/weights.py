@@ -331,7 +331,7 @@ def export_checkpoint(file: Path, workdir: Path, at: checkpoint.Step = 'latest')
     restored = checkpoint.read(workdir / 'checkpoints', at)
     body = _serialize(restored, file.suffix)
     try:
-        with files.whole(file) as scratch:
+        with files.atomic_write(file) as scratch:
             scratch.write_bytes(body)
     except OSError as problem:
         raise RunError(f'{file} cannot be written ({problem.strerror}).') from problem

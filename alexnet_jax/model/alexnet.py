@@ -284,7 +284,7 @@ class Linear(nn.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class Split:
+class AxisShard:
     """Inside `jax.shard_map`: the mesh axis over whose devices a layer's units are split."""
 
     axis: str | None = None
@@ -292,18 +292,18 @@ class Split:
 
 
 @dataclasses.dataclass(frozen=True)
-class Spread:
+class TensorParallel:
     """How convolutions and fully connected layers are spread; by default one device holds all.
 
     whole_batch: fully connected layers see the images of all devices along their axis (Krizhevsky
         2014, "One weird trick"), and not just those of this device.
     """
 
-    conv: Split = Split()
-    fc: Split = Split()
+    conv: AxisShard = AxisShard()
+    fc: AxisShard = AxisShard()
     whole_batch: bool = False
 
-    def of(self, layer: Layer) -> Split:
+    def of(self, layer: Layer) -> AxisShard:
         """A layer's own."""
         return self.conv if layer.kind == 'conv' else self.fc
 
@@ -317,14 +317,14 @@ class AlexNet(nn.Module):
     """
 
     net: Net
-    spread: Spread = Spread()
+    tensor_parallel: TensorParallel = TensorParallel()
 
     @nn.compact
     def __call__(self, images: Array, masks: Mapping[str, Array] | None = None) -> Array:
         """Float `images` [B, H, W, C] -> logits [B, classes], float32 of compute_dtype's precision.
 
         Args:
-            images: crops, mean subtracted, in 0-255 units (0 to 1 is a dead start).
+            images: crops, mean subtracted, in 0-255 units (0 to 1: collapsed initialisation).
             masks: in training, for every layer with 'dropout' behind it, which units are kept:
                 bool [B, units] (this device's), see `draw_masks`. None means test time, when all
                 units count and are multiplied by the share that training keeps.
@@ -334,11 +334,11 @@ class AlexNet(nn.Module):
         """
         net = self.net
         x = images.astype(net.compute_dtype)
-        lies = Split()  # how the channels of x are split; the image is seen whole everywhere
+        lies = AxisShard()  # how the channels of x are split; the image is seen whole everywhere
         for layer in net.layers:
             first, last = layer is net.layers[0], layer is net.layers[-1]
             own = layer.reads == 'own' and net.towers > 1 and not (first or last)
-            split = self.spread.of(layer)
+            split = self.tensor_parallel.of(layer)
             sums = last and x.ndim == 2 and lies.shards > 1
             with jax.named_scope(layer.name):
                 if not (own or sums):
@@ -346,8 +346,8 @@ class AlexNet(nn.Module):
                 towers = net.towers // split.shards if own else 1
                 if layer.kind == 'fc' and x.ndim == 4:
                     x = _flatten(x, towers)
-                    if self.spread.whole_batch and not last:
-                        x = _gather(x, self.spread.fc, axis=0)
+                    if self.tensor_parallel.whole_batch and not last:
+                        x = _gather(x, self.tensor_parallel.fc, axis=0)
                 linear = Linear(layer, towers, shards=1 if last else split.shards, name=layer.name)
                 x = linear(x, self._sum if sums else None)
                 if last and lies.shards > 1 and not sums:  # the same on each device: make it known
@@ -361,8 +361,8 @@ class AlexNet(nn.Module):
 
     def _sum(self, x: Array) -> Array:
         """Partial logits of each device's units -> the logits of this device's images."""
-        axis = self.spread.fc.axis
-        if self.spread.whole_batch:
+        axis = self.tensor_parallel.fc.axis
+        if self.tensor_parallel.whole_batch:
             return jax.lax.psum_scatter(x, axis, scatter_dimension=0, tiled=True)
         return jax.lax.psum(x, axis)
 
@@ -385,7 +385,7 @@ class AlexNet(nn.Module):
         raise UsageError(f"{layer.name}: '{word}' is not one of {', '.join(FOLLOWS)}.")
 
     def _lrn(self, x: Array) -> Array:
-        net, split = self.net, self.spread.conv
+        net, split = self.net, self.tensor_parallel.conv
         how = dataclasses.asdict(net.lrn)
         if net.lrn_reads == 'own':
             return ops.lrn(x, groups=net.towers // split.shards, **how)
@@ -435,7 +435,7 @@ def mean_loss(logits: Array, labels: Array) -> Array:
     return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
 
 
-def _gather(x: Array, split: Split, axis: int) -> Array:
+def _gather(x: Array, split: AxisShard, axis: int) -> Array:
     """The shares of all devices of `split`, one behind the other along an axis of `x`."""
     if split.shards == 1:
         return x

@@ -120,15 +120,15 @@ def velocity_2012(
 
     Args:
         rates: gives for a parameter (layer, 'kernel' or 'bias') its rate as a function of
-            (step, drops). `drops` comes as an extra argument of `update`, 0 if absent.
+            (step, drops). `num_lr_drops` comes as an extra argument of `update`, 0 if absent.
         momentum: share of the velocity that is left after a step.
     """
 
-    def update(updates, state, params=None, *, drops=0, **unused):
+    def update(updates, state, params=None, *, num_lr_drops=0, **unused):
         del params, unused
 
         rate = jax.tree_util.tree_map_with_path(
-            lambda path, _: rates((path[-2].key, path[-1].key))(state.step, drops), updates
+            lambda path, _: rates((path[-2].key, path[-1].key))(state.step, num_lr_drops), updates
         )
         velocity = jax.tree.map(
             lambda rate, g, v: jnp.where(rate == 0, v, momentum * v - rate * g),

@@ -39,21 +39,21 @@ def set_up_cpu(cpu_devices: int) -> None:
         jax.config.update('jax_cpu_enable_async_dispatch', False)
 
 
-def pace(result: Any) -> None:
+def block_on_cpu(result: Any) -> None:
     """Wait for a step on a CPU, where two at once cost each other a third; elsewhere do not."""
     if jax.default_backend() == 'cpu':
         jax.block_until_ready(result)
 
 
-def advance_if(sound: Any, advance: Callable[[Any], Any], state: Any) -> Any:
-    """`advance(state)` where the scalar `sound` holds, else `state`; chosen by platform.
+def update_if_finite(all_finite: Any, advance: Callable[[Any], Any], state: Any) -> Any:
+    """`advance(state)` where the scalar `all_finite` holds, else `state`; chosen by platform.
 
-    A CPU runs one branch, in place. On a GPU the host would have to wait for `sound`, so that
+    A CPU runs one branch, in place. On a GPU the host would have to wait for `all_finite`, so that
     nothing could be queued behind it: there each array is selected.
     """
     if jax.default_backend() == 'cpu':
-        return jax.lax.cond(sound, advance, lambda same: same, state)
-    return jax.tree.map(lambda new, old: jnp.where(sound, new, old), advance(state), state)
+        return jax.lax.cond(all_finite, advance, lambda same: same, state)
+    return jax.tree.map(lambda new, old: jnp.where(all_finite, new, old), advance(state), state)
 
 
 def compiler_options() -> dict[str, str] | None:

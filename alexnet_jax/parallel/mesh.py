@@ -1,14 +1,14 @@
-"""Where things lie: the ('data', 'tower') mesh, what is split over it, and the model on it.
+"""The ('data', 'tower') mesh of devices, the sharding of arrays over it, and the net on it.
 
 Two placements:
 
 * 'towers': the paper's (section 3.2 and figure 2). The tower axis is its two GPUs: of size 1 it
   holds both towers on each device, of size 2 one tower a device. Images are split over 'data'.
 * 'one_weird_trick': Krizhevsky's of 2014 (arXiv 1404.5997). Convolutions run on each device's own
-  images; the units of fully connected layers are split over the same devices, and each device runs
+  images. The units of fully connected layers are split over the same devices, and each device runs
   its units on the images of all.
 
-One device is the mesh (1, 1). Parameters are the same global arrays everywhere.
+One device is the mesh (1, 1). Parameters are the same global arrays on every mesh.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 
 from alexnet_jax.config import MeshShape
 from alexnet_jax.errors import UsageError
-from alexnet_jax.model.alexnet import AlexNet, Net, Split, Spread
+from alexnet_jax.model.alexnet import AlexNet, AxisShard, Net, TensorParallel
 from alexnet_jax.parallel import cpu
 
 Array = jax.Array
@@ -31,22 +31,182 @@ Forward = Callable[[dict, Array, Mapping[str, Array] | None], Array]
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """The mesh, and which of its axes the units of each kind of layer are split over."""
+    """A mesh and the sharding of a run's arrays over it: parameters, state, batches, masks.
+
+    tensor_parallel: the mesh axis over which the units of each kind of layer are split.
+    """
 
     mesh: Mesh
-    spread: Spread
+    tensor_parallel: TensorParallel
 
     def __str__(self) -> str:
         return ' x '.join(f'{axis} {size}' for axis, size in self.mesh.shape.items())
 
+    # -------------------------------------------------------------- shardings
+
     @property
     def replicas(self) -> int:
-        """Over how many devices a batch is split."""
+        """The number of devices that a batch is split over."""
         return self.mesh.shape['data']
 
+    @property
+    def replicated(self) -> NamedSharding:
+        """The sharding of an array that every device holds in full."""
+        return NamedSharding(self.mesh, P())
 
-def lay_out(shape: MeshShape, batch_size: int) -> Layout:
-    """All of this job's devices as ('data', 'tower').
+    @property
+    def batch_sharding(self) -> NamedSharding:
+        """The sharding of a batch [B, ...]: split over 'data' along its first axis."""
+        return NamedSharding(self.mesh, P('data'))
+
+    def parameter_specs(self, net: Net) -> dict[str, dict[str, P]]:
+        """Return the PartitionSpec of each parameter.
+
+        Output axes are split as the layer's units are. The last layer is split along its input
+        axis, as it sums over the units of the layer before.
+
+        Raises:
+            UsageError: the devices do not divide a layer's units.
+        """
+        specs = {}
+        reads_maps = False  # no device holds a contiguous share of flattened maps
+        for layer in net.layers:
+            shard = self.tensor_parallel.of(layer)
+            if layer is net.layers[-1]:
+                kernel = P() if reads_maps else P(shard.axis, None)
+                specs[layer.name] = {'kernel': kernel, 'bias': P()}
+                break
+            if layer.features % shard.shards:
+                raise UsageError(
+                    f'{layer.name}: {shard.shards} devices do not divide its {layer.features} '
+                    f'units; choose another mesh or placement.'
+                )
+            rank = 4 if layer.kind == 'conv' else 2
+            kernel = P(*(None,) * (rank - 1), shard.axis)
+            specs[layer.name] = {'kernel': kernel, 'bias': P(shard.axis)}
+            reads_maps = layer.kind == 'conv'
+        return specs
+
+    def parameter_shardings(self, net: Net) -> dict[str, dict[str, NamedSharding]]:
+        """Return the sharding of each parameter, see `parameter_specs`."""
+        return {
+            name: {kind: NamedSharding(self.mesh, spec) for kind, spec in specs.items()}
+            for name, specs in self.parameter_specs(net).items()
+        }
+
+    def state_shardings(self, state: Any, net: Net) -> Any:
+        """Return the shardings of a tree that holds parameter trees, as the optimizer's state does.
+
+        Parameters are sharded as `parameter_specs`, all else is replicated. `state` gives structure
+        and shapes only (`jax.eval_shape`).
+        """
+        parameters = self.parameter_shardings(net)
+
+        def sharding(path, leaf) -> NamedSharding:
+            del leaf
+            names = [str(getattr(key, 'key', '')) for key in path[-2:]]
+            known = len(names) == 2 and names[0] in parameters
+            return parameters[names[0]][names[1]] if known else self.replicated
+
+        return jax.tree_util.tree_map_with_path(sharding, state)
+
+    def mask_specs(self, masks: Mapping[str, Array] | None) -> dict[str, P] | None:
+        """Return the PartitionSpecs of dropout masks [B, ..., units], split as the units are."""
+        if masks is None:
+            return None
+        shards = self.tensor_parallel
+
+        def spec(mask: Array) -> P:
+            if mask.ndim == 4:
+                return P('data', None, None, shards.conv.axis)
+            return P(None if shards.whole_batch else 'data', shards.fc.axis)
+
+        return {name: spec(mask) for name, mask in masks.items()}
+
+    # ------------------------------------------------------- between host and devices
+
+    def local_batch_slice(self, batch_size: int) -> slice:
+        """Return the rows of a global batch that this process's devices hold."""
+        indices = self.batch_sharding.addressable_devices_indices_map((batch_size,))
+        rows = [index[0].indices(batch_size) for index in indices.values() if index is not None]
+        return slice(min(start for start, *_ in rows), max(stop for _, stop, _ in rows))
+
+    def put_batch(self, batch: Mapping[str, np.ndarray], size: int) -> dict[str, Array]:
+        """Put this process's rows of a batch on the devices, as global arrays [size, ...]."""
+        return {
+            name: jax.make_array_from_process_local_data(
+                self.batch_sharding, rows, (size, *rows.shape[1:])
+            )
+            for name, rows in batch.items()
+        }
+
+    def to_host(self, tree: Any) -> Any:
+        """Return global arrays, however they are sharded, as NumPy arrays in every process."""
+        if jax.process_count() > 1:
+            tree = jax.jit(lambda tree: tree, out_shardings=self.replicated)(tree)
+        return jax.device_get(tree)
+
+    # ---------------------------------------------------------------- the net
+
+    def forward(self, net: Net) -> Forward:
+        """Return (params, images [B, H, W, C], masks or None) -> logits [B, classes].
+
+        Arguments and result are global arrays. Differentiating it sums gradients over 'data'.
+        """
+        module: Any = AlexNet(net, self.tensor_parallel)
+        if self.mesh.size == 1:  # XLA would copy all gradients for a sum over one device
+            return lambda params, images, masks: module.apply({'params': params}, images, masks)
+        specs = self.parameter_specs(net)
+
+        def local(params, images, masks):
+            params = {name: _local_gradient(name, params[name], specs[name]) for name in specs}
+            if self.mesh.shape['tower'] > 1:  # every tower sees the full image
+                images = jax.lax.pcast(images, 'tower', to='varying')
+            return module.apply({'params': params}, images, masks)
+
+        def run(params, images, masks):
+            in_specs = (specs, P('data'), self.mask_specs(masks))
+            mapped = jax.shard_map(local, mesh=self.mesh, in_specs=in_specs, out_specs=P('data'))
+            return mapped(params, images, masks)
+
+        return run
+
+
+def _local_gradient(name: str, params: dict[str, Array], specs: dict[str, P]) -> dict[str, Array]:
+    """Mark parameters that every device along 'data' holds as varying over it.
+
+    The gradient of a device covers its own images only. The transpose of the mark is the sum over
+    'data': the one reduction of data parallelism.
+    """
+    with jax.named_scope(name), jax.named_scope('data_parallel'):
+        return {
+            kind: value if 'data' in specs[kind] else jax.lax.pcast(value, 'data', to='varying')
+            for kind, value in params.items()
+        }
+
+
+def put_global(tree: Any, shardings: Any) -> Any:
+    """Put NumPy arrays that all processes hold on the devices, as global arrays.
+
+    Args:
+        tree: of arrays.
+        shardings: one sharding for all leaves, or a tree of them.
+    """
+
+    def put(array, sharding: Sharding) -> Array:
+        array = np.asarray(array)
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+    if isinstance(shardings, Sharding):
+        return jax.tree.map(lambda array: put(array, shardings), tree)
+    return jax.tree.map(put, tree, shardings)
+
+
+# ------------------------------------------------------------------------------- building one
+
+
+def make_layout(shape: MeshShape, batch_size: int) -> Layout:
+    """Return the layout of this run's devices.
 
     Raises:
         UsageError: the sizes do not fit the devices, or the batch does not divide.
@@ -75,173 +235,31 @@ def lay_out(shape: MeshShape, batch_size: int) -> Layout:
         axis_types=(AxisType.Auto, AxisType.Auto),
         devices=jax.devices()[: data * shape.tower],
     )
-    _introduce(mesh)
+    _warm_up_collectives(mesh)
     if shape.placement == 'one_weird_trick':
-        return Layout(mesh, Spread(fc=_split(mesh, 'data'), whole_batch=data > 1))
-    towers = _split(mesh, 'tower')
-    return Layout(mesh, Spread(conv=towers, fc=towers))
+        return Layout(mesh, TensorParallel(fc=_shard_over(mesh, 'data'), whole_batch=data > 1))
+    towers = _shard_over(mesh, 'tower')
+    return Layout(mesh, TensorParallel(conv=towers, fc=towers))
 
 
-def _introduce(mesh: Mesh) -> None:
-    """Have the devices of several processes meet now, in each of the groups that will talk.
+def _warm_up_collectives(mesh: Mesh) -> None:
+    """Connect the devices of several processes now, in each group that will communicate.
 
-    Gloo gives a group 30 s for its first collective and any time for later ones; and one process
-    may find its compiled step in the cache while another compiles it for a minute.
+    Gloo gives a group 30 s for its first collective and any time for later ones. One process may
+    find its compiled step in the cache while another compiles it for a minute.
     """
     if jax.process_count() == 1:
         return
     for axes in ('data', 'tower', ('data', 'tower')):
-        meet = jax.shard_map(
+        total = jax.shard_map(
             lambda x, axes=axes: jax.lax.psum(x, axes),
             mesh=mesh,
             in_specs=P(),
             out_specs=P(),
             check_vma=False,  # each device brings the same number
         )
-        jax.block_until_ready(jax.jit(meet)(np.float32(1)))
+        jax.block_until_ready(jax.jit(total)(np.float32(1)))
 
 
-def _split(mesh: Mesh, axis: str) -> Split:
-    return Split(axis, mesh.shape[axis]) if mesh.shape[axis] > 1 else Split()
-
-
-def parameter_specs(net: Net, layout: Layout) -> dict[str, dict[str, P]]:
-    """Output axes are split as units are; the last layer's input axis, as it sums over them.
-
-    Raises:
-        UsageError: the devices do not divide a layer's units.
-    """
-    specs = {}
-    maps = False  # whether a layer reads maps, whose flattened axis no device holds a share of
-    for layer in net.layers:
-        split = layout.spread.of(layer)
-        if layer is net.layers[-1]:
-            specs[layer.name] = {'kernel': P() if maps else P(split.axis, None), 'bias': P()}
-            break
-        if layer.features % split.shards:
-            raise UsageError(
-                f'{layer.name}: {split.shards} devices do not divide its {layer.features} units; '
-                f'choose another mesh or placement.'
-            )
-        rank = 4 if layer.kind == 'conv' else 2
-        specs[layer.name] = {'kernel': P(*(None,) * (rank - 1), split.axis), 'bias': P(split.axis)}
-        maps = layer.kind == 'conv'
-    return specs
-
-
-def shardings(specs: Any, layout: Layout) -> Any:
-    """A tree of PartitionSpecs on this mesh."""
-    is_spec = lambda leaf: isinstance(leaf, P)  # noqa: E731
-    return jax.tree.map(lambda spec: NamedSharding(layout.mesh, spec), specs, is_leaf=is_spec)
-
-
-def state_shardings(state: Any, net: Net, layout: Layout) -> Any:
-    """For a tree that holds parameter trees, as the optimiser's: parameters split, all else whole.
-
-    `state` gives structure and shapes only (`jax.eval_shape`).
-    """
-    specs = parameter_specs(net, layout)
-
-    def of(path, leaf) -> NamedSharding:
-        del leaf
-        names = [str(getattr(key, 'key', '')) for key in path[-2:]]
-        known = len(names) == 2 and names[0] in specs
-        return NamedSharding(layout.mesh, specs[names[0]][names[1]] if known else P())
-
-    return jax.tree_util.tree_map_with_path(of, state)
-
-
-def batch_sharding(layout: Layout) -> NamedSharding:
-    """Batches are split over 'data' along their first axis."""
-    return NamedSharding(layout.mesh, P('data'))
-
-
-def whole(layout: Layout) -> NamedSharding:
-    """The same on every device."""
-    return NamedSharding(layout.mesh, P())
-
-
-def own_rows(layout: Layout, batch_size: int) -> slice:
-    """Which rows of a batch the devices of this process hold."""
-    indices = batch_sharding(layout).addressable_devices_indices_map((batch_size,))
-    rows = [index[0].indices(batch_size) for index in indices.values() if index is not None]
-    return slice(min(start for start, *_ in rows), max(stop for _, stop, _ in rows))
-
-
-def place_batch(layout: Layout, batch: Mapping[str, np.ndarray], size: int) -> dict[str, Array]:
-    """Arrays that hold this process's own rows -> global arrays [size, ...] on the devices."""
-    sharding = batch_sharding(layout)
-    return {
-        name: jax.make_array_from_process_local_data(sharding, rows, (size, *rows.shape[1:]))
-        for name, rows in batch.items()
-    }
-
-
-def place(tree: Any, shardings: Any) -> Any:
-    """NumPy arrays that all processes hold -> global arrays; a sharding, or a tree of them."""
-
-    def leaf(array, sharding: Sharding) -> Array:
-        array = np.asarray(array)
-        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
-
-    if isinstance(shardings, Sharding):
-        return jax.tree.map(lambda array: leaf(array, shardings), tree)
-    return jax.tree.map(leaf, tree, shardings)
-
-
-def fetch(tree: Any, layout: Layout) -> Any:
-    """Global arrays, however they are split, as NumPy's on the host of every process."""
-    if jax.process_count() > 1:
-        tree = jax.jit(lambda tree: tree, out_shardings=whole(layout))(tree)
-    return jax.device_get(tree)
-
-
-def forward(net: Net, layout: Layout) -> Forward:
-    """The net on a mesh: (params, images [B, H, W, C], masks or None) -> logits [B, classes].
-
-    Arguments and result are global arrays; differentiating it sums gradients over 'data'.
-    """
-    module: Any = AlexNet(net, layout.spread)
-    if layout.mesh.size == 1:  # XLA would copy all gradients for a sum over one device
-        return lambda params, images, masks: module.apply({'params': params}, images, masks)
-    specs = parameter_specs(net, layout)
-
-    def local(params, images, masks):
-        params = {name: _own_gradient(name, params[name], specs[name]) for name in specs}
-        if layout.mesh.shape['tower'] > 1:  # every tower sees the whole image
-            images = jax.lax.pcast(images, 'tower', to='varying')
-        return module.apply({'params': params}, images, masks)
-
-    def run(params, images, masks):
-        in_specs = (specs, P('data'), mask_specs(masks, layout))
-        mapped = jax.shard_map(local, mesh=layout.mesh, in_specs=in_specs, out_specs=P('data'))
-        return mapped(params, images, masks)
-
-    return run
-
-
-def _own_gradient(name: str, params: dict[str, Array], specs: dict[str, P]) -> dict[str, Array]:
-    """Parameters that every device along 'data' holds, marked as varying over it.
-
-    A device's gradient is of its own images only. The transpose of the mark is the sum over 'data':
-    the one reduction of data parallelism.
-    """
-    with jax.named_scope(name), jax.named_scope('data_parallel'):
-        return {
-            kind: value if 'data' in specs[kind] else jax.lax.pcast(value, 'data', to='varying')
-            for kind, value in params.items()
-        }
-
-
-def mask_specs(masks: Mapping[str, Array] | None, layout: Layout) -> dict[str, P] | None:
-    """Dropout masks [B, ..., units]: split as the units they belong to."""
-    if masks is None:
-        return None
-    spread = layout.spread
-
-    def of(mask: Array) -> P:
-        if mask.ndim == 4:
-            return P('data', None, None, spread.conv.axis)
-        return P(None if spread.whole_batch else 'data', spread.fc.axis)
-
-    return {name: of(mask) for name, mask in masks.items()}
+def _shard_over(mesh: Mesh, axis: str) -> AxisShard:
+    return AxisShard(axis, mesh.shape[axis]) if mesh.shape[axis] > 1 else AxisShard()

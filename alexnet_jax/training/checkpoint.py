@@ -49,6 +49,8 @@ _DISK = re.compile(
     r'No space left on device|Read-only file system|Permission denied|Not a directory'
 )
 _NO_STEP = -1
+# Leaves of checkpoints written by earlier versions, and what they are called now.
+_RENAMED = {'state/drops': 'state/num_lr_drops', 'state/sound': 'state/all_finite'}
 
 
 class Restored(NamedTuple):
@@ -384,11 +386,13 @@ def _read(path: Path, target: PyTree | None) -> Restored:
     manifest = _read_manifest(path)
     saved = manifest['leaves']
     if target is not None:
-        _check_fits(path, saved, _named_leaves(target))
+        now = {_RENAMED.get(name, name): leaf for name, leaf in saved.items()}
+        _check_fits(path, now, _named_leaves(target))
     arrays = _read_arrays(path, list(saved))
     for name, array in arrays.items():
         if _describe(array) != saved[name]:
             raise _damaged(path, f'leaf {name} does not match its sha256')
+    arrays = {_RENAMED.get(name, name): array for name, array in arrays.items()}
     return Restored(manifest['step'], _nested(arrays), manifest['extra'])
 
 
@@ -436,7 +440,7 @@ def _placed(found: Restored, target: PyTree | None) -> Restored:
         return found
     arrays = traverse_util.flatten_dict(found.state, sep='/')
     leaves = [
-        mesh.place(arrays[name], like.sharding) if hasattr(like, 'sharding') else arrays[name]
+        mesh.put_global(arrays[name], like.sharding) if hasattr(like, 'sharding') else arrays[name]
         for name, like in _named_leaves(target).items()
     ]
     return found._replace(state=jax.tree.structure(target).unflatten(leaves))

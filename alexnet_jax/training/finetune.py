@@ -21,7 +21,7 @@ from alexnet_jax.model.augment import Statistics
 from alexnet_jax.parallel import distributed
 from alexnet_jax.training import checkpoint
 from alexnet_jax.training.checkpoint import Restored, Step
-from alexnet_jax.training.metrics import say
+from alexnet_jax.training.metrics import log
 
 Params = Mapping[str, Mapping[str, np.ndarray]]  # the canonical tree, see alexnet.init
 
@@ -103,7 +103,7 @@ def parameters(
         )
     rest = {name: reason for name, reason in reasons.items() if name not in carried}
     what = f'fresh: {_because(rest)}' if rest else 'none fresh'
-    say(f'starting from step {restored.step} of {where}: {", ".join(carried)} carried over, {what}')
+    log(f'starting from step {restored.step} of {where}: {", ".join(carried)} carried over, {what}')
     return {layer: (theirs if layer in carried else fresh)[layer] for layer in layers}, carried
 
 
@@ -135,7 +135,7 @@ def compare(
         or previous != _previous(before, layer)
     ]
     if moved:
-        say(
+        log(
             f'warning: {", ".join(moved)} of {where} followed another layer there; to start fresh '
             'from there on, set init_layers to the layers before'
         )
@@ -150,7 +150,7 @@ def compare(
     beside = rf'{start}|{training}|model\.({others})(\..*)?'
     strange = [key for key in differ if not re.fullmatch(beside, key)]
     if strange:
-        say(f'warning: {where} was trained with other values of {", ".join(strange)}')
+        log(f'warning: {where} was trained with other values of {", ".join(strange)}')
 
 
 def _previous(layers: Sequence[str], layer: str) -> str:
@@ -168,7 +168,7 @@ def statistics(init_from: str, workdir: Path) -> Statistics:
     if distributed.is_first() and not path.exists():
         found = read(init_from).state['statistics']
         workdir.mkdir(parents=True, exist_ok=True)
-        with files.whole(path) as scratch, scratch.open('wb') as file:
+        with files.atomic_write(path) as scratch, scratch.open('wb') as file:
             arrays = {name: np.asarray(found[name]) for name in Statistics._fields}
             np.savez(file, allow_pickle=False, **arrays)
     distributed.wait_for_all('statistics of the source')

@@ -21,10 +21,10 @@ from alexnet_jax.parallel import distributed
 TIMES = ('secs', 'images_per_sec', 'stall_secs')
 
 
-def say(line: str) -> None:
+def log(line: str) -> None:
     """A line for the person at the terminal, from process 0; stdout is kept for results."""
     if distributed.is_first():
-        command.say(line)
+        command.log(line)
 
 
 class Means:
@@ -46,7 +46,7 @@ class Means:
         return means
 
 
-class Records:
+class MetricWriter:
     """metrics.jsonl, one JSON object a line: {"kind": ..., "step": ..., values}; and TensorBoard.
 
     Of several processes only the first writes.
@@ -63,7 +63,7 @@ class Records:
         if not distributed.is_first():
             return
         kept = [record for record in read(workdir) if record['step'] <= resume_step]
-        with files.whole(self.path) as scratch:
+        with files.atomic_write(self.path) as scratch:
             scratch.write_text(''.join(json.dumps(record) + '\n' for record in kept))
         self._file = self.path.open('a')
         if tensorboard:
@@ -105,7 +105,7 @@ def _board(folder: Path, resume_step: int):
         with _without('torch'):  # tensorboardX looks for it, and needs it for nothing written here
             from tensorboardX import SummaryWriter
     except ImportError:
-        say('tensorboardX is not installed, so no TensorBoard files: pip install tensorboardX.')
+        log('tensorboardX is not installed, so no TensorBoard files: pip install tensorboardX.')
         return None
     return SummaryWriter(str(folder), purge_step=resume_step + 1)
 

@@ -71,7 +71,7 @@ def preflight(net: Net, params: Any, pixels: Array, labels: Array) -> Preflight:
     )
 
 
-def dead_start(found: Preflight, min_logit_std: float) -> str | None:
+def collapsed_init(found: Preflight, min_logit_std: float) -> str | None:
     """One sentence about a start that will not train, or None."""
     if found.logit_std >= min_logit_std:
         return None
@@ -83,10 +83,10 @@ def dead_start(found: Preflight, min_logit_std: float) -> str | None:
         advice = f"{least}: raise its init_std, or set model.init_scaling='fan_in'."
     path = ', '.join(f'{name} {value:.1e}' for name, value in found.signal.items())
     return (
-        f'dead start: across images the logits differ by only {found.logit_std:.1e} (standard '
-        f'deviation; {min_logit_std:.0e} is wanted, run 145 had 3e-2), so the loss is to sit at '
-        f'ln(classes) = {found.plateau:.4f}; of the pixels it is {found.pixels:.1e}, behind each '
-        f'layer {path}; {advice}'
+        f'collapsed initialisation: across images the logits differ by only {found.logit_std:.1e} '
+        f'(standard deviation; at least {min_logit_std:.0e} is needed, run 145 had 3e-2), so the '
+        f'loss will stay at ln(classes) = {found.plateau:.4f}; the pixels differ by {found.pixels:.1e}, '
+        f'the outputs of the layers by {path}; {advice}'
     )
 
 

@@ -14,7 +14,7 @@ from alexnet_jax.config import Settings
 from alexnet_jax.model import alexnet, augment
 from alexnet_jax.model import optimizer as optimizers
 from alexnet_jax.model.augment import Statistics
-from alexnet_jax.parallel import cpu, mesh
+from alexnet_jax.parallel import cpu
 from alexnet_jax.parallel.mesh import Layout
 
 Array = jax.Array
@@ -24,17 +24,17 @@ class TrainState(struct.PyTreeNode):
     """All that training carries from step to step.
 
     seed: of weights, crops, noise and dropout; as a number, so that all seeds share one program.
-    drops: how often the plateau rule has divided the rate; set between epochs.
-    sound: false from the first step on whose loss or gradient was not finite. Such a step, and any
-        behind it, changes nothing, so that it can be looked into.
+    num_lr_drops: how often the plateau rule has divided the rate; set between epochs.
+    all_finite: false from the first step whose loss or gradient is not finite. That step and those
+        after it leave the state unchanged, so that the step can be repeated and analysed.
     """
 
     seed: Array
     step: Array
     params: Any
     opt_state: Any
-    drops: Array
-    sound: Array
+    num_lr_drops: Array
+    all_finite: Array
 
 
 def make_optimizer(settings: Settings, images: int) -> optax.GradientTransformationExtraArgs:
@@ -64,8 +64,8 @@ def init_state(
         step=jnp.zeros((), jnp.int32),
         params=params,
         opt_state=optimizer.init(params),
-        drops=jnp.zeros((), jnp.int32),
-        sound=jnp.ones((), bool),
+        num_lr_drops=jnp.zeros((), jnp.int32),
+        all_finite=jnp.ones((), bool),
     )
 
 
@@ -115,7 +115,7 @@ def make_train_step(
     images: int,
 ) -> Callable[[TrainState, Mapping[str, Array], Statistics], tuple[TrainState, dict]]:
     """The step: (state, batch, statistics) -> (next state, {metric: (sum, count)}); pure."""
-    forward = mesh.forward(settings.net, layout)
+    forward = layout.forward(settings.net)
 
     def train_step(state, batch, statistics):
         pixels, masks = inputs(settings, images, state, batch, statistics)
@@ -127,21 +127,21 @@ def make_train_step(
         (loss, logits), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
         # A sum is not finite where one of its terms is not; a norm would first write all squares.
         total = sum(jnp.sum(leaf) for leaf in jax.tree.leaves(grads))
-        sound = state.sound & jnp.isfinite(loss) & jnp.isfinite(total)
+        all_finite = state.all_finite & jnp.isfinite(loss) & jnp.isfinite(total)
 
         def advance(state):
             updates, opt_state = optimizer.update(
-                grads, state.opt_state, state.params, drops=state.drops
+                grads, state.opt_state, state.params, num_lr_drops=state.num_lr_drops
             )
             params = optax.apply_updates(state.params, updates)
             return state.replace(step=state.step + 1, params=params, opt_state=opt_state)
 
-        new = cpu.advance_if(sound, advance, state)
+        new = cpu.update_if_finite(all_finite, advance, state)
         count = batch['label'].size
         wrong = jnp.sum(jnp.argmax(logits, axis=-1) != batch['label'])
-        said = jnp.where(sound, loss, jnp.nan)  # so that the host need not look at the state
-        metrics = {'loss': (said * count, count), 'top1_error': (wrong, count)}
-        return new.replace(sound=sound), metrics
+        shown = jnp.where(all_finite, loss, jnp.nan)  # the host need not look at the state
+        metrics = {'loss': (shown * count, count), 'top1_error': (wrong, count)}
+        return new.replace(all_finite=all_finite), metrics
 
     return train_step
 
@@ -158,11 +158,11 @@ def jit_train_step(
     The state that goes in is donated. `compiler_options` come on top of this platform's own.
     """
     shapes = jax.eval_shape(lambda: init_state(settings, optimizer))
-    shardings = mesh.state_shardings(shapes, settings.net, layout)
+    shardings = layout.state_shardings(shapes, settings.net)
     step = jax.jit(
         make_train_step(settings, layout, optimizer, images),
         donate_argnums=0,
-        out_shardings=(shardings, mesh.whole(layout)),
+        out_shardings=(shardings, layout.replicated),
         compiler_options={**(cpu.compiler_options() or {}), **compiler_options} or None,
     )
     return step, shardings

@@ -39,7 +39,7 @@ from alexnet_jax.training import metrics as run_metrics
 from alexnet_jax.training import preflight as checks
 from alexnet_jax.training import workdir as workdirs
 from alexnet_jax.training.checkpoint import Checkpoints
-from alexnet_jax.training.metrics import say
+from alexnet_jax.training.metrics import log
 from alexnet_jax.training.step import (
     TrainState,
     init_state,
@@ -78,8 +78,8 @@ class Job:
         """Steps of the whole run."""
         return self.settings.total_steps(len(self.train))
 
-    def moments(self, every_epochs: float) -> frozenset[int]:
-        """Steps after which something happens that happens every so many epochs, and the last."""
+    def steps_every(self, every_epochs: float) -> frozenset[int]:
+        """Return the step numbers at multiples of `every_epochs`, and the last step."""
         pace = every_epochs * self.settings.steps_per_epoch(len(self.train))
         times = math.floor(self.total_steps / pace)
         return frozenset({*(math.ceil(pace * i) for i in range(1, times + 1)), self.total_steps})
@@ -102,8 +102,8 @@ class Job:
     def batch(self, step: int) -> dict[str, Array]:
         """The global batch of a step, on the devices; a process reads its own rows only."""
         size = self.settings.batch_size
-        rows = mesh.own_rows(self.layout, size)
-        return mesh.place_batch(self.layout, self.host_batch(step, rows), size)
+        rows = self.layout.local_batch_slice(size)
+        return self.layout.put_batch(self.host_batch(step, rows), size)
 
     def host_batch(self, step: int, rows: slice = slice(None)) -> dict[str, np.ndarray]:
         """The batch of a step, or rows of it, as NumPy arrays."""
@@ -114,11 +114,11 @@ class Job:
 
 def open_job(config: Config, settings: Settings, workdir: Path) -> Job:
     """Get the data and build what the config describes; nothing is trained yet."""
-    layout = mesh.lay_out(settings.mesh, settings.batch_size)
+    layout = mesh.make_layout(settings.mesh, settings.batch_size)
     validated = () if settings.data.validation == 'none' else ('validation',)
     train, test, *validation = splits.open_splits(settings.data, ('train', 'test', *validated))
     _check_data(settings, train)
-    statistics = mesh.place(_statistics(settings, train, workdir), mesh.whole(layout))
+    statistics = mesh.put_global(_statistics(settings, train, workdir), layout.replicated)
     optimizer = make_optimizer(settings, len(train))
     train_step, shardings = jit_train_step(settings, layout, optimizer, len(train))
     return Job(
@@ -208,18 +208,18 @@ def run(config: Config, workdir: Path, extend: bool = False) -> str:
         workdirs.use_compilation_cache(settings.loop.compilation_cache, workdir)
         job = open_job(config, settings, workdir)
         devices = job.layout.mesh.devices.flatten()
-        say(f'on {len(devices)} device(s) of kind {devices[0].device_kind}: {job.layout}')
-        with Checkpoints(workdir / 'checkpoints', report=say) as checkpoints:
+        log(f'on {len(devices)} device(s) of kind {devices[0].device_kind}: {job.layout}')
+        with Checkpoints(workdir / 'checkpoints', report=log) as checkpoints:
             job, state, history, changed = resume_or_start(job, checkpoints)
-            book = run_metrics.Records(workdir, int(state.step), settings.loop.tensorboard)
+            writer = run_metrics.MetricWriter(workdir, int(state.step), settings.loop.tensorboard)
             try:
                 if changed:
-                    record_extension(job, int(state.step), changed, book)
-                state = train(job, state, history, checkpoints, book)
+                    record_extension(job, int(state.step), changed, writer)
+                state = train(job, state, history, checkpoints, writer)
                 checkpoints.wait()
-                return finish(job, state, history, book)
+                return finish(job, state, history, writer)
             finally:
-                book.close()
+                writer.close()
 
 
 def resume_or_start(
@@ -252,7 +252,7 @@ def resume_or_start(
                 f'{job.workdir} has been trained for {restored.step} steps, and an extension to '
                 f'{job.settings.epochs:g} epochs ends after {job.total_steps}; set epochs higher.'
             )
-        say(f'going on from step {restored.step} of {job.total_steps} in {job.workdir}')
+        log(f'going on from step {restored.step} of {job.total_steps} in {job.workdir}')
         job = match_classes(job, restored.extra['class_names'])
         job = dataclasses.replace(job, statistics=Statistics(**restored.state['statistics']))
         history = History(**restored.extra.get('history', {}))
@@ -265,7 +265,7 @@ def resume_or_start(
 
 
 def record_extension(
-    job: Job, step: int, changed: dict[str, list[Any]], book: run_metrics.Records
+    job: Job, step: int, changed: dict[str, list[Any]], writer: run_metrics.MetricWriter
 ) -> None:
     """Write the config of an extension, and a record of what it changes from which step on.
 
@@ -274,7 +274,7 @@ def record_extension(
     `late` and the end of colour noise too) was not until now as in a run as long from the start.
     """
     words = ', '.join(f'{key} {old} -> {new}' for key, (old, new) in changed.items())
-    say(
+    log(
         f'extending from step {step}: {words}. Rates follow the new config from here and may rise: '
         f'what is stretched over epochs, as dexp, was not until now what it would have been in '
         f'{job.settings.epochs:g} epochs from the start.'
@@ -283,7 +283,7 @@ def record_extension(
         workdirs.write_config(job.config, job.workdir)
     written = run_metrics.read(job.workdir)
     if not any(r['kind'] == 'extension' and r['step'] == step for r in written):
-        book.write('extension', step, changed=changed)
+        writer.write('extension', step, changed=changed)
 
 
 def match_classes(job: Job, names: list[str]) -> Job:
@@ -294,7 +294,7 @@ def match_classes(job: Job, names: list[str]) -> Job:
         if (dataset := getattr(job, split)) is not None
     }
     if sorted(job.train.class_names) == sorted(names) and job.train.class_names != tuple(names):
-        say('warning: the data has its classes in another order now; they are mapped by name')
+        log('warning: the data has its classes in another order now; they are mapped by name')
     return dataclasses.replace(job, **matched)
 
 
@@ -302,30 +302,30 @@ def begin_with(job: Job, state: TrainState) -> TrainState:
     """The state of step 0 with the weights of another run's net; see finetune.py."""
     where = job.settings.init_from
     restored = finetune.read(where)
-    fresh = mesh.fetch(state.params, job.layout)
+    fresh = job.layout.to_host(state.params)
     layers = [layer.name for layer in job.settings.net.layers]
     names = [job.train.class_names, splits.class_names(job.settings.data, words=False)]
     params, carried = finetune.parameters(
         fresh, restored, layers, names, where, job.settings.init_layers
     )
     finetune.compare(job.config, restored, where, carried)
-    return state.replace(params=mesh.place(params, job.shardings.params))
+    return state.replace(params=mesh.put_global(params, job.shardings.params))
 
 
 def preflight(job: Job, state: TrainState) -> None:
     """Say how the start looks, before it costs days; see preflight.py."""
     labels, pixels = first_batch(job)
-    params = mesh.fetch(state.params, job.layout)
+    params = job.layout.to_host(state.params)
     found = checks.preflight(job.settings.net, params, pixels, labels)
-    say(
+    log(
         f'pre-flight: the logits differ across images by {found.logit_std:.1e}, loss '
         f'{found.loss:.4f}, ln({job.settings.net.classes}) = {found.plateau:.4f}'
     )
-    problem = checks.dead_start(found, job.settings.loop.min_logit_std)
-    if problem and job.settings.loop.on_dead_start == 'error':
+    problem = checks.collapsed_init(found, job.settings.loop.min_logit_std)
+    if problem and job.settings.loop.on_collapsed_init == 'error':
         raise RunError(problem)
     if problem:
-        say(f'warning: {problem}')
+        log(f'warning: {problem}')
 
 
 def first_batch(job: Job) -> tuple[Array, Array]:
@@ -333,7 +333,7 @@ def first_batch(job: Job) -> tuple[Array, Array]:
     rows, recipe = slice(PREFLIGHT_IMAGES), job.settings.preprocess
     batch = jax.tree.map(jnp.asarray, job.host_batch(0, rows))
     size, *_, channels = batch['image'].shape
-    statistics = mesh.fetch(job.statistics, job.layout)
+    statistics = job.layout.to_host(job.statistics)
 
     @jax.jit
     def crops(images, statistics):
@@ -348,41 +348,45 @@ def train(
     state: TrainState,
     history: History,
     checkpoints: Checkpoints,
-    book: run_metrics.Records,
+    writer: run_metrics.MetricWriter,
 ) -> TrainState:
     """From the state's step to the last; evaluates, saves and logs on the way."""
     loop, start = job.settings.loop, int(state.step)
-    evaluations = job.moments(loop.evaluate_every_epochs) if job.validation else frozenset()
-    saves = job.moments(loop.checkpoint_every_epochs)
-    log = StepLog(job, history, book, start)
+    evaluations = job.steps_every(loop.evaluate_every_epochs) if job.validation else frozenset()
+    saves = job.steps_every(loop.checkpoint_every_epochs)
+    step_log = StepLog(job, history, writer, start)
     # Two threads: while one puts a batch on the devices, the next is read.
     batches = batching.prefetch(job.batch, start, job.total_steps, loop.prefetch_batches, threads=2)
-    with contextlib.closing(batches), contextlib.closing(log), Interrupt() as interrupt:
+    with contextlib.closing(batches), contextlib.closing(step_log), Interrupt() as interrupt:
         for step in range(start + 1, job.total_steps + 1):
-            batch = log.wait_for(batches)
+            batch = step_log.wait_for(batches)
             state, metrics = job.train_step(state, batch, job.statistics)
-            log.after(step, metrics, state)
+            step_log.after(step, metrics, state)
             if step == start + 1:  # it is compiled
                 cpu.keep_freed()
             leaving = interrupt.asks_to_leave(step)  # asked once: a signal may come at any line
             due = step in evaluations or step in saves or leaving
             if due:
-                log.catch_up(state)
+                step_log.catch_up(state)
             error = None
             if step in evaluations:
-                state, error = epoch_end(job, state, history, book, log)
+                state, error = epoch_end(job, state, history, writer, step_log)
             if step in saves or leaving:
                 save(job, checkpoints, state, history, error)
             if leaving and step < job.total_steps:
                 checkpoints.wait()
                 raise interrupt.leave(step, job)
             if due:
-                log.go_on()
+                step_log.go_on()
     return state
 
 
 def epoch_end(
-    job: Job, state: TrainState, history: History, book: run_metrics.Records, log: 'StepLog'
+    job: Job,
+    state: TrainState,
+    history: History,
+    writer: run_metrics.MetricWriter,
+    step_log: 'StepLog',
 ) -> tuple[TrainState, float]:
     """Evaluate on every validation image; the plateau rule sees the error."""
     step = int(state.step)
@@ -390,16 +394,16 @@ def epoch_end(
     scores = job.scores(state.params, job.validation)
     history.errors.append(scores['top1_error'])
     epoch = step / job.settings.steps_per_epoch(len(job.train))
-    book.write('validation', step, epoch=epoch, **scores)
-    log.bar.line(
+    writer.write('validation', step, epoch=epoch, **scores)
+    step_log.bar.line(
         f'epoch {epoch:.2f}: validation error {scores["top1_error"]:.2%}, '
         f'top-5 {scores["top5_error"]:.2%}, loss {scores["nll"]:.4f}'
     )
     drops = optimizers.plateau_drops(
         history.errors, job.settings.optimizer.weights, job.settings.loop.evaluate_every_epochs
     )
-    replicated = mesh.place(np.int32(drops), mesh.whole(job.layout))
-    return state.replace(drops=replicated), scores['top1_error']
+    replicated = mesh.put_global(np.int32(drops), job.layout.replicated)
+    return state.replace(num_lr_drops=replicated), scores['top1_error']
 
 
 def save(
@@ -416,7 +420,7 @@ def save(
     checkpoints.save(int(state.step), tree, extra, error=error)
 
 
-def finish(job: Job, state: TrainState, history: History, book: run_metrics.Records) -> str:
+def finish(job: Job, state: TrainState, history: History, writer: run_metrics.MetricWriter) -> str:
     """Evaluate on every test image, one view and ten, and say what was reached."""
     result, arrays = evaluate.report(
         job.predict, state.params, job.statistics, job.test, **job.evaluation()
@@ -425,7 +429,7 @@ def finish(job: Job, state: TrainState, history: History, book: run_metrics.Reco
         evaluate.keep_predictions(job.workdir, 'test', arrays)
     tested = {r['step'] for r in run_metrics.read(job.workdir) if r['kind'] == 'test'}
     if job.total_steps not in tested:
-        book.write('test', job.total_steps, secs=history.secs, **result)
+        writer.write('test', job.total_steps, secs=history.secs, **result)
     centre, ten = result['centre'], result['ten_views']
     return (
         f'{job.settings.name}: test accuracy {1 - centre["top1_error"]:.4f} '
@@ -440,9 +444,9 @@ def finish(job: Job, state: TrainState, history: History, book: run_metrics.Reco
 class StepLog:
     """Follows the loop one step behind, so that an accelerator never waits for the host."""
 
-    def __init__(self, job: Job, history: History, book: run_metrics.Records, start: int):
-        self.job, self.history, self.book = job, history, book
-        self.bar = ProgressBar(job.total_steps, start, say, shown=distributed.is_first())
+    def __init__(self, job: Job, history: History, writer: run_metrics.MetricWriter, start: int):
+        self.job, self.history, self.writer = job, history, writer
+        self.bar = ProgressBar(job.total_steps, start, log, shown=distributed.is_first())
         self.means = run_metrics.Means(history.sums)
         self.pending: tuple[int, dict] | None = None
         self.since, self.stalled, self.logged_secs = time.perf_counter(), 0.0, history.secs
@@ -459,7 +463,7 @@ class StepLog:
     def after(self, step: int, metrics: dict, state: TrainState) -> None:
         """Step `step` is under way: take in the one before."""
         previous, self.pending = self.pending, (step, metrics)
-        cpu.pace(metrics)
+        cpu.block_on_cpu(metrics)
         if previous is not None:
             self._take(*previous, state)
 
@@ -498,12 +502,12 @@ class StepLog:
         means = self.means.take()
         timing = {'secs': self.history.secs, 'images_per_sec': pace, 'stall_secs': self.stalled}
         epoch = step / self.job.settings.steps_per_epoch(len(self.job.train))
-        self.book.write('train', step, epoch=epoch, **means, **timing)
+        self.writer.write('train', step, epoch=epoch, **means, **timing)
         left = (self.job.total_steps - step) * self.job.settings.batch_size / pace
         text = f'loss {means["loss"]:.4f}  {pace:.0f} images/s'
         self.bar.to(step, text)
         if self.bar.plain:
-            say(f'step {step}/{self.job.total_steps}  {text}  {duration(left)} left')
+            log(f'step {step}/{self.job.total_steps}  {text}  {duration(left)} left')
         self._judge_input(secs)
         self.steps, self.stalled, self.logged_secs = 0, 0.0, self.history.secs
 
@@ -514,7 +518,7 @@ class StepLog:
         if self.said_limit or self.windows == 1 or share <= STALL:  # the first has the start in it
             return
         size = self.job.settings.batch_size
-        rows = len(range(size)[mesh.own_rows(self.job.layout, size)])
+        rows = len(range(size)[self.job.layout.local_batch_slice(size)])
         wanted = self.steps * rows / max(secs - self.stalled, 1e-9)
         if why := datasets.shortage(self.job.train, wanted):
             self.said_limit = True
@@ -527,7 +531,7 @@ class StepLog:
 
 def not_finite(job: Job, state: TrainState) -> RunError:
     """The step that went wrong can be repeated: `state` is as it was before it."""
-    state, statistics = mesh.fetch((state, job.statistics), job.layout)
+    state, statistics = job.layout.to_host((state, job.statistics))
     step = int(state.step)
     batch = jax.tree.map(jnp.asarray, job.host_batch(step))
     pixels, masks = inputs(job.settings, len(job.train), state, batch, statistics)

@@ -24,7 +24,7 @@ MAY_DIFFER = (
     'data.workers',
     'loop.checkpoint_every_epochs',
     'loop.compilation_cache',
-    'loop.on_dead_start',
+    'loop.on_collapsed_init',
     'loop.prefetch_batches',
     'loop.tensorboard',
     'mesh.cpu_devices',
@@ -109,7 +109,7 @@ def write_config(config: Config, workdir: Path) -> None:
 
 def changes(old: Config, new: Config) -> dict[str, list[Any]]:
     """Return {dotted key: [old value, new value]} of all keys that a resumed run may not change."""
-    old, new = (json.loads(configuration.as_json(config)) for config in (old, new))
+    old, new = (configuration.plain(config) for config in (old, new))
     keys = [key for key in configuration.differences(old, new) if key not in MAY_DIFFER]
     return {key: [_value(old, key), _value(new, key)] for key in keys}
 
@@ -148,5 +148,5 @@ def _check_same(old: Config, new: Config, workdir: Path, extend: bool) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    with files.whole(path) as scratch:
+    with files.atomic_write(path) as scratch:
         scratch.write_text(text)

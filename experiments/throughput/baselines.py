@@ -89,23 +89,23 @@ def as_devices(source: Any) -> int:
 def ours(case: Case, what: str) -> Benchmark:
     """Make the trainer's step, or the net at test time."""
     settings = case.settings
-    layout = mesh.lay_out(settings.mesh, settings.batch_size)
+    layout = mesh.make_layout(settings.mesh, settings.batch_size)
     if what == 'forward':
         forward = jax.jit(
-            functools.partial(mesh.forward(settings.net, layout), masks=None),
+            functools.partial(layout.forward(settings.net), masks=None),
             compiler_options=cpu.compiler_options(),
         )
-        params = jax.device_put(case.params, mesh.whole(layout))
-        images = jax.device_put(case.images, mesh.batch_sharding(layout))
+        params = jax.device_put(case.params, layout.replicated)
+        images = jax.device_put(case.images, layout.batch_sharding)
         return repeated(lambda: forward(params, images))
     optimizer = make_optimizer(settings, IMAGES)
     step, shardings = jit_train_step(settings, layout, optimizer, IMAGES)
     start = jit_init_state(settings, optimizer, shardings)
     batch = {'image': case.pixels, 'label': case.labels}
-    batch = mesh.place_batch(layout, batch, settings.batch_size)
+    batch = layout.put_batch(batch, settings.batch_size)
     grey = np.full(case.pixels.shape[1:], GREY, np.float32)
     statistics = Statistics(grey, np.eye(grey.shape[-1], dtype=np.float32))
-    statistics = mesh.place(statistics, mesh.whole(layout))
+    statistics = mesh.put_global(statistics, layout.replicated)
     return _steps(lambda state: step(state, batch, statistics), start, _mean_loss)
 
 
@@ -120,7 +120,7 @@ def repeated(step: Callable[[], Any]) -> Benchmark:
     def run(steps: int) -> Any:
         for _ in range(steps):
             result = step()
-            cpu.pace(result)
+            cpu.block_on_cpu(result)
         return jax.block_until_ready(result)
 
     return Benchmark(run)
@@ -134,7 +134,7 @@ def _steps(step: Callable, start: Any, value: Callable) -> Benchmark:
         state, metrics = states.pop(), None
         for _ in range(steps):
             state, metrics = step(state)
-            cpu.pace(metrics)
+            cpu.block_on_cpu(metrics)
         states.append(jax.block_until_ready(state))
         return metrics
 

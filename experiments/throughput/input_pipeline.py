@@ -105,7 +105,7 @@ def resident(job: Job, state: Any, batch: Any, steps: int) -> tuple[Any, float]:
     start = time.perf_counter()
     for _ in range(steps):
         state, metrics = job.train_step(state, batch, job.statistics)
-        cpu.pace(metrics)
+        cpu.block_on_cpu(metrics)
     jax.block_until_ready(state)
     return state, (time.perf_counter() - start) / steps
 
@@ -115,9 +115,9 @@ def real(job: Job, state: Any, steps: int, folder: Path) -> tuple[Any, float, fl
     start, history = int(state.step), History()
     epochs = (start + steps - 0.5) * job.settings.batch_size / len(job.train)
     job = dataclasses.replace(job, settings=dataclasses.replace(job.settings, epochs=epochs))
-    book = run_metrics.Records(folder, start, job.settings.loop.tensorboard)
-    with contextlib.closing(book), contextlib.redirect_stderr(io.StringIO()):
-        state = train.train(job, state, history, _Unsaved(), book)
+    writer = run_metrics.MetricWriter(folder, start, job.settings.loop.tensorboard)
+    with contextlib.closing(writer), contextlib.redirect_stderr(io.StringIO()):
+        state = train.train(job, state, history, _Unsaved(), writer)
     written = [r for r in run_metrics.read(folder) if r['kind'] == 'train' and r['step'] > start]
     return state, history.secs / steps, sum(record['stall_secs'] for record in written)
 

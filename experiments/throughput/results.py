@@ -52,7 +52,7 @@ def keep(folder: Path, part: str, rows: Sequence[Row]) -> Path:
         named[name_of(part, row)] = _joined(named.get(name_of(part, row), {}), row)
     kept[part] = list(named.values())
     folder.mkdir(parents=True, exist_ok=True)
-    with files.whole(path) as scratch:
+    with files.atomic_write(path) as scratch:
         scratch.write_text(json.dumps(kept, indent=1) + '\n')
     return path
 

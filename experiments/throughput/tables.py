@@ -23,7 +23,7 @@ TIME_TO_ACCURACY = 'time_to_accuracy_*.json'
 def write(folder: Path) -> None:
     """All of the page, from the JSON files of a folder; charts where matplotlib is installed."""
     devices = kept(folder)
-    with files.whole(folder / 'tables.md') as scratch:
+    with files.atomic_write(folder / 'tables.md') as scratch:
         scratch.write_text(page(folder))
     for path, parts in devices:
         if parts['steps']:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from alexnet_jax import command
-from alexnet_jax.command import say
+from alexnet_jax.command import log
 from alexnet_jax.data import prepared
 from alexnet_jax.data.images import MOST_PIXELS
 from alexnet_jax.data.prepare import fashion_mnist, image_folder, imagenet
@@ -43,7 +43,7 @@ def ensure(name: str, data_dir: str | Path) -> None:
 # ---- what TFDS has --------------------------------------------------------------------------
 
 
-def from_tfds(name: str, data_dir: Path, tfds_dir: Path, report: Report = say) -> Path:
+def from_tfds(name: str, data_dir: Path, tfds_dir: Path, report: Report = log) -> Path:
     """Use a data set that TFDS has prepared as array_record, or let TFDS prepare it.
 
     If it is not in `data_dir`, a link to it is made there. What TFDS has not prepared yet it
@@ -212,7 +212,7 @@ def _make(source: shard_writer.Source, args: argparse.Namespace) -> Path:
         source,
         args.data_dir,
         Form(args.px, args.storage, args.quality),
-        say,
+        log,
         workers=args.workers,
         skip_corrupt=args.skip_corrupt,
         most_pixels=round(args.max_megapixels * 1e6),

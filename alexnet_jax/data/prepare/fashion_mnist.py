@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from alexnet_jax.command import say
+from alexnet_jax.command import log
 from alexnet_jax.data import prepared
 from alexnet_jax.data.prepare.shards import example, record_writer, write_metadata
 from alexnet_jax.data.prepared import Report
@@ -75,7 +75,7 @@ DEBIAN_FOLDER = Path('datasets', 'fashion-mnist')  # under a share/ folder
 def prepare(
     data_dir: str | Path,
     source: str | Path | None = None,
-    report: Report = say,
+    report: Report = log,
     *,
     name: str = 'fashion_mnist',
 ) -> Path:
@@ -243,7 +243,7 @@ def _read_idx(folder: Path, file: Idx) -> np.ndarray:
 def write(
     raw: Mapping[str, tuple[np.ndarray, np.ndarray]],
     folder: Path,
-    report: Report = say,
+    report: Report = log,
     name: str = 'fashion_mnist',
 ) -> Path:
     """Write `raw` as TFDS's own builder would, but the same bytes in every process.

@@ -291,7 +291,7 @@ def write_shard(task: Task, most_skipped: int = 0) -> Facts:
     """
     px, skipped, images, record_bytes = task.form.px, list[str](), 0, 0
     sums = statistics.Sums((px, px, 3)) if task.split == 'train' else None
-    with files.whole(task.target) as scratch:
+    with files.atomic_write(task.target) as scratch:
         writer = record_writer(scratch)
         for member in task.members:
             try:
@@ -313,7 +313,7 @@ def write_shard(task: Task, most_skipped: int = 0) -> Facts:
         if sums:
             # Of bytes: 2048 images fit.
             about |= {'total': sums.total.astype(np.uint32), 'products': sums.products}
-        with files.whole(task.facts) as other:
+        with files.atomic_write(task.facts) as other:
             with other.open('wb') as file:
                 np.savez(file, **about)
             sync(other)
