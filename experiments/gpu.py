@@ -117,7 +117,9 @@ def main() -> None:
             print(f'{name}: not run, no time left', flush=True)
             continue
         command = command.format(workdirs=args.workdirs, out=args.out)
-        print(f'{name}: {run(command, args.out / f"{name}.log", min(limit_secs, left))}', flush=True)
+        print(
+            f'{name}: {run(command, args.out / f"{name}.log", min(limit_secs, left))}', flush=True
+        )
         keep(args.workdirs / name, args.out / name)
         if args.archive:
             pack(args.out, args.archive)

@@ -57,7 +57,9 @@ def wheels(folder: Path) -> None:
 
 def pinned(names: tuple[str, ...]) -> list[str]:
     """Return 'name==version' of each."""
-    versions = dict(re.findall(r'^([\w-]+)==([\w.]+)', (ROOT / 'constraints.txt').read_text(), re.M))
+    versions = dict(
+        re.findall(r'^([\w-]+)==([\w.]+)', (ROOT / 'constraints.txt').read_text(), re.M)
+    )
     return [f'{name}=={versions[name]}' for name in names]
 
 
