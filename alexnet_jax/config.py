@@ -51,7 +51,7 @@ class Optimizer:
     weight_decay: float
     weights: optimizer.Schedule
     biases: optimizer.Schedule
-    late: optimizer.Late
+    late_freeze: optimizer.LateFreeze
     multipliers: tuple[tuple[str, float], ...] = ()
 
 
@@ -151,16 +151,17 @@ LIMITS: dict[type, dict[str, Any]] = {
     ),
     Layer: dict(
         kind=('conv', 'fc'), features=0, kernel_px=1, stride_px=1, padding_px=0,
-        reads=('own', 'all'), init=tuple(alexnet.INITIALIZERS), init_std=0, then=alexnet.FOLLOWS,
+        reads=('own', 'all'), init=tuple(alexnet.INITIALIZERS), init_std=0, ops=alexnet.OPS,
     ),
     Norm: dict(size=1, k=POSITIVE, alpha=0),
     Pool: dict(kind=('max', 'average'), window_px=1, stride_px=1, rounding=('down', 'up')),
     Dropout: dict(kind=('mask', 'inverted'), keep=POSITIVE),
     Preprocess: dict(
-        mean=('image', 'channel', 'none'), share=1, colour_noise=0, noise_divisor=POSITIVE,
+        images_per_crop=1, mean=('image', 'channel', 'none'), colour_noise=0,
+        noise_divisor=POSITIVE,
     ),
     Optimizer: dict(momentum=0, weight_decay=0),
-    Schedule: dict(kind=optimizer.SCHEDULES, rate=0, drop=POSITIVE, factor=POSITIVE, switches=0),
+    Schedule: dict(kind=optimizer.SCHEDULES, rate=0, divisor=POSITIVE, factor=POSITIVE, switches=0),
     Loop: dict(
         log_every_steps=1, evaluate_every_epochs=POSITIVE, checkpoint_every_epochs=POSITIVE,
         eval_batch_size=1, prefetch_batches=1, compilation_cache=FOLDER,
@@ -289,7 +290,7 @@ def _net(section: Mapping[str, Any]) -> Net:
         there = f'there is no model.{name}; the rows are {_list(rows)}.'
         _require(name in rows, f'model.layers names {name}, and {there}')
     rows = {name: dict(rows[name]) for name in names}
-    reference = [_fan_in_2012(rows[name], f'model.{name}.fan_in_2012') for name in names]
+    reference = [_reference_fan_in(rows[name], f'model.{name}.reference_fan_in') for name in names]
     net = _build(Net, tree, 'model', layers=tuple(_layer(name, rows[name]) for name in names))
     net = dataclasses.replace(net, channels=net.channels or 3)  # until the data is known
     for layer in net.layers[:-1]:  # the last one's 0 is 'as many as the data has classes'
@@ -301,9 +302,9 @@ def _net(section: Mapping[str, Any]) -> Net:
     # fan-in * std^2 stays what it was in run 145's net, and with it the signal's strength.
     scaled = [
         dataclasses.replace(
-            stage.layer, init_std=stage.layer.init_std * math.sqrt(fan_in_2012 / stage.fan_in)
+            stage.layer, init_std=stage.layer.init_std * math.sqrt(reference_fan_in / stage.fan_in)
         )
-        for stage, fan_in_2012 in zip(stages, reference, strict=True)
+        for stage, reference_fan_in in zip(stages, reference, strict=True)
     ]
     return dataclasses.replace(net, layers=tuple(scaled))
 
@@ -312,16 +313,16 @@ def _is_layer(value: Any) -> bool:
     return isinstance(value, Mapping) and 'reads' in value
 
 
-def _fan_in_2012(row: dict[str, Any], path: str) -> int:
-    return _limited(_value(row.pop('fan_in_2012', None), int, path), 1, path)
+def _reference_fan_in(row: dict[str, Any], path: str) -> int:
+    return _limited(_value(row.pop('reference_fan_in', None), int, path), 1, path)
 
 
 def _layer(name: str, row: Mapping[str, Any]) -> Layer:
     if row.get('kind') == 'fc':  # a kernel over nothing
         row = {'kernel_px': 1, 'stride_px': 1, 'padding_px': ((0, 0), (0, 0)), **row}
     layer = _build(Layer, row, f'model.{name}', name=name)
-    once = f'model.{name}.then names a word twice, and each layer does a thing once.'
-    _require(len(set(layer.then)) == len(layer.then), once)
+    once = f'model.{name}.ops names a word twice, and each layer does a thing once.'
+    _require(len(set(layer.ops)) == len(layer.ops), once)
     return layer
 
 
@@ -360,7 +361,7 @@ def _check(settings: Settings) -> None:
         'none: give a split, or another schedule.',
     )
     names = tuple(layer.name for layer in settings.net.layers)
-    _limited(update.late.layer, ('none', *names), 'optimizer.late.layer')
+    _limited(update.late_freeze.layer, ('none', *names), 'optimizer.late_freeze.layer')
     _limited(settings.init_layers, names, 'init_layers')
     for name, multiplier in update.multipliers:
         _limited(name, names, 'optimizer.multipliers')

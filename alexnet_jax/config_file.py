@@ -7,6 +7,7 @@ config.json of a run. Both give a tree of named values: a ConfigDict, or the dic
 import ast
 import contextlib
 import difflib
+import fnmatch
 import json
 import runpy
 import sys
@@ -53,14 +54,14 @@ def _read(file: Path, argument: str) -> Config:
         raise UsageError(f'there is no config file {file}; those of this program are in configs/.')
     try:
         if file.suffix == '.json':
-            config = json.loads(file.read_text())
+            config = read_json(file)
         else:
             config = runpy.run_path(str(file))['get_config'](*([argument] if argument else []))
         if file.suffix == '.json' and argument:
             raise ValueError(f"the config of a run takes no argument such as '{argument}'")
         if not _is_section(config) or not {'name', 'scale', 'seed', 'model', 'data'} <= {*config}:
             raise ValueError('name, scale, seed, model or data is missing from this config')
-        return plain(config) if file.suffix == '.json' else config
+        return config
     except ValueError as error:  # a config's own: "scale 'huge' is not one of ..."
         raise UsageError(f'{file}: {error}.') from error
     except Exception as error:  # whatever is wrong in a person's Python file
@@ -221,18 +222,43 @@ def _splits(wanted: Mapping[str, Any], there: Sequence[str]) -> dict[str, str]:
 # ------------------------------------------------------------------------------------------ JSON
 
 
-# Keys of config.json files written by earlier versions, and what they are called now.
-RENAMED = {'loop.on_dead_start': 'loop.on_collapsed_init'}
+# Renamed keys: a pattern of old dotted keys, and the last part of the new key. Checkpoints and the
+# archived runs in experiments/results were written with the old ones.
+RENAMED = {
+    'loop.on_dead_start': 'on_collapsed_init',
+    'model.*.fan_in_2012': 'reference_fan_in',
+    'model.*.then': 'ops',
+    'optimizer.late': 'late_freeze',
+    'optimizer.*.drop': 'divisor',
+    'preprocess.share': 'images_per_crop',
+}
+
+
+def translated(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
+    """Return the tree of a config.json with old keys replaced by new ones, see RENAMED."""
+    result = {}
+    for key, value in tree.items():
+        path = prefix + key
+        name = next((new for old, new in RENAMED.items() if fnmatch.fnmatch(path, old)), key)
+        result[name] = translated(value, f'{path}.') if isinstance(value, Mapping) else value
+    return result
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the config in a config.json, its keys translated.
+
+    Raises:
+        ValueError: it is no JSON object.
+    """
+    tree = json.loads(path.read_text())
+    if not isinstance(tree, dict):
+        raise ValueError('a config is a JSON object, and this is none')
+    return translated(tree)
 
 
 def plain(config: Config) -> dict[str, Any]:
-    """Return a config as the dict of its JSON, a copy, with keys as they are called now."""
-    tree = json.loads(as_json(config))
-    for old, new in RENAMED.items():
-        section, name = old.split('.')
-        if _is_section(keys := tree.get(section)) and name in keys:
-            keys[new.removeprefix(f'{section}.')] = keys.pop(name)
-    return tree
+    """Return a config as the dict of its JSON, a copy."""
+    return json.loads(as_json(config))
 
 
 def as_json(config: Config) -> str:

@@ -40,7 +40,7 @@ def rates(optimizer, schedule: dict) -> None:
     """One schedule for weights and biases, and no layer frozen."""
     optimizer.weights.update(schedule)
     optimizer.biases.update(schedule)
-    optimizer.late.layer = 'none'
+    optimizer.late_freeze.layer = 'none'
 
 
 def table(model, divisor: int) -> None:
@@ -51,11 +51,11 @@ def table(model, divisor: int) -> None:
     for name in model.layers:
         layer = model[name]
         layer.reads, layer.init, layer.bias = 'all', 'xavier', 0.0
-        layer.then = tuple(word for word in layer.then if word in ('relu', 'dropout'))
+        layer.ops = tuple(word for word in layer.ops if word in ('relu', 'dropout'))
         if name in WIDTHS:
             layer.features = WIDTHS[name] // divisor
     for name in ('conv1', 'conv2', 'conv5'):
-        model[name].then = ('relu', 'pool')
+        model[name].ops = ('relu', 'pool')
     fan_ins = dict(conv2=5 * 5 * 96, conv4=3 * 3 * 384, conv5=3 * 3 * 384)
     for name, fan_in in fan_ins.items():
-        model[name].fan_in_2012 = fan_in
+        model[name].reference_fan_in = fan_in

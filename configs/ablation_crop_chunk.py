@@ -23,5 +23,5 @@ def get_config(scale: str = 'quickstart'):
     """Base, crops and mirrors shared by 32."""
     config = alexnet.get_config(scale)
     config.name = 'ablation_crop_chunk'
-    config.preprocess.share = 32
+    config.preprocess.images_per_crop = 32
     return config

@@ -33,6 +33,6 @@ def get_config(scale: str = 'quickstart'):
         model[name].reads = 'own'
     model.conv2.features = model.conv2.features * 160 // 128
     model.fc6.features *= 2
-    model.conv3.fan_in_2012 = 3 * 3 * 160
-    model.fc6.fan_in_2012 = 6 * 6 * 128
+    model.conv3.reference_fan_in = 3 * 3 * 160
+    model.fc6.reference_fan_in = 6 * 6 * 128
     return config

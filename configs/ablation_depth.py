@@ -40,8 +40,8 @@ def get_config(scale: str = 'quickstart,conv4'):
     model = config.model
     model.layers = tuple(name for name in model.layers if name != gone)
     if gone == 'conv3':
-        model.conv4.reads, model.conv4.fan_in_2012 = 'all', model.conv3.fan_in_2012
+        model.conv4.reads, model.conv4.reference_fan_in = 'all', model.conv3.reference_fan_in
     if gone == 'conv5':
-        model.conv4.then = model.conv5.then
-        model.fc6.fan_in_2012 = 6 * 6 * 384
+        model.conv4.ops = model.conv5.ops
+        model.fc6.reference_fan_in = 6 * 6 * 384
     return config

@@ -29,5 +29,5 @@ def get_config(scale: str = 'quickstart'):
     config.name = 'ablation_dropout'
     for name in config.model.layers:
         layer = config.model[name]
-        layer.then = tuple(word for word in layer.then if word != 'dropout')
+        layer.ops = tuple(word for word in layer.ops if word != 'dropout')
     return config

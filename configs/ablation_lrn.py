@@ -29,5 +29,5 @@ def get_config(scale: str = 'quickstart'):
     config.name = 'ablation_lrn'
     for name in config.model.layers:
         layer = config.model[name]
-        layer.then = tuple(word for word in layer.then if word not in ('lrn', 'spatial_norm'))
+        layer.ops = tuple(word for word in layer.ops if word not in ('lrn', 'spatial_norm'))
     return config

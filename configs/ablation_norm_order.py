@@ -30,5 +30,5 @@ def get_config(scale: str = 'quickstart'):
     """Base, conv1 in the paper's order."""
     config = alexnet.get_config(scale)
     config.name = 'ablation_norm_order'
-    config.model.conv1.then = ('relu', 'lrn', 'pool')
+    config.model.conv1.ops = ('relu', 'lrn', 'pool')
     return config

@@ -37,5 +37,5 @@ def get_config(scale: str = 'quickstart'):
     model.towers = 1
     for name in ('conv1', 'conv2', 'conv3', 'conv4'):
         model[name].features //= 2
-    model.conv3.fan_in_2012 = 3 * 3 * 128
+    model.conv3.reference_fan_in = 3 * 3 * 128
     return config

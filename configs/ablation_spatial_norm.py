@@ -26,6 +26,6 @@ def get_config(scale: str = 'quickstart'):
     """Base, 'spatial_norm' taken out of conv2's list."""
     config = alexnet.get_config(scale)
     config.name = 'ablation_spatial_norm'
-    then = config.model.conv2.then
-    config.model.conv2.then = tuple(word for word in then if word != 'spatial_norm')
+    ops = config.model.conv2.ops
+    config.model.conv2.ops = tuple(op for op in ops if op != 'spatial_norm')
     return config

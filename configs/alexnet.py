@@ -116,8 +116,8 @@ def model() -> ConfigDict:
             pool=dict(kind='max', window_px=3, stride_px=2, rounding='down'),
             # 'mask': units are zeroed in training and all are halved at test [p 4.2; source].
             dropout=dict(keep=0.5, kind='mask'),
-            # 'fan_in': each std times sqrt(fan_in_2012 / fan_in), so that a narrowed net passes on
-            # the signal as the full one does; 'none': the stds as they stand.
+            # 'fan_in': multiply each std by sqrt(reference_fan_in / fan_in), so that a narrowed net
+            # passes on the signal as the full one does; 'none': use the stds as they are.
             init_scaling='none',
             compute_dtype='float32',
         )
@@ -128,10 +128,10 @@ SAME_3 = ((1, 1), (1, 1))
 SAME_5 = ((2, 2), (2, 2))
 
 
-def conv(features, kernel_px, stride_px, padding_px, reads, init_std, bias, fan_in_2012, then):
+def conv(features, kernel_px, stride_px, padding_px, reads, init_std, bias, reference_fan_in, ops):
     """A convolution's row; `init_std` of an untruncated Gaussian.
 
-    `fan_in_2012`: inputs of a unit at full size, for which `init_std` is meant. A config that
+    `reference_fan_in`: inputs of a unit at full size, for which `init_std` is meant. A config that
     changes what a layer reads at full size sets it, so that the narrowed net begins as the full one
     does.
     """
@@ -144,13 +144,13 @@ def conv(features, kernel_px, stride_px, padding_px, reads, init_std, bias, fan_
         reads=reads,
         init='gaussian',
         init_std=init_std,
-        fan_in_2012=fan_in_2012,
+        reference_fan_in=reference_fan_in,
         bias=bias,
-        then=then,
+        ops=ops,
     )
 
 
-def fc(features, reads, init_std, bias, fan_in_2012, then):
+def fc(features, reads, init_std, bias, reference_fan_in, ops):
     """A fully connected layer's row."""
     return dict(
         kind='fc',
@@ -158,9 +158,9 @@ def fc(features, reads, init_std, bias, fan_in_2012, then):
         reads=reads,
         init='gaussian',
         init_std=init_std,
-        fan_in_2012=fan_in_2012,
+        reference_fan_in=reference_fan_in,
         bias=bias,
-        then=then,
+        ops=ops,
     )
 
 
@@ -177,7 +177,7 @@ def activate(model: ConfigDict, word: str) -> None:
     """
     for name in model.layers:
         layer = model[name]
-        layer.then = tuple(word if old == 'relu' else old for old in layer.then)
+        layer.ops = tuple(word if old == 'relu' else old for old in layer.ops)
         layer.bias = 0.0
 
 
@@ -205,7 +205,7 @@ def preprocess(epochs) -> ConfigDict:
             image_px=256,
             crop=True,
             mirror=True,
-            share=1,  # the [source] shares one crop and mirror among 32 images
+            images_per_crop=1,  # the [source] shares one crop and mirror among 32 images
             mean='image',
             colour_noise=0.1,
             noise_divisor=1.1,  # [source]
@@ -224,7 +224,7 @@ def optimizer(epochs) -> ConfigDict:
             # 0.01 / 250^(i/3): 0.01, 0.0015874, 0.00025198, 0.00004, at 25 / 50 / 75 % of the run
             weights=schedule('dexp', 0.01, factor=250.0, switches=3),
             biases=schedule('dexp', 0.02, factor=10.0, switches=1),  # 0.02, then 0.002 at 50 %
-            late=dict(
+            late_freeze=dict(
                 layer='conv1',
                 slow_epoch=epochs * (74 / RUN_170_EPOCHS),
                 slow_multiplier=0.0,
@@ -239,7 +239,7 @@ def schedule(kind: str, rate: float, **values) -> dict:
     defaults = dict(
         kind=kind,
         rate=rate,
-        drop=10.0,  # [p 5]
+        divisor=10.0,  # [p 5]
         at_epochs=(),
         factor=1.0,
         switches=0,
@@ -280,5 +280,5 @@ def by_hand(config: ConfigDict) -> None:
     config.optimizer.weights.update(kind='steps', at_epochs=(23.0, 51.0, 78.0))
     # Once only; the notes do not say when, run 170's half-way is taken.
     config.optimizer.biases.update(kind='steps', at_epochs=(46.5,))
-    late = dict(layer='conv1', slow_epoch=68.0, slow_multiplier=0.1, freeze_epoch=72.0)
-    config.optimizer.late.update(late)
+    late_freeze = dict(layer='conv1', slow_epoch=68.0, slow_multiplier=0.1, freeze_epoch=72.0)
+    config.optimizer.late_freeze.update(late_freeze)

@@ -28,9 +28,9 @@ def get_config(scale: str = 'quickstart'):
     if scale.startswith('imagenet'):
         config.epochs = 90.0  # "roughly 90 cycles" [p 5]
     model = config.model
-    model.conv1.then = ('relu', 'lrn', 'pool')  # [p 3.5]
-    model.conv2.then = ('relu', 'lrn', 'pool')
-    model.conv5.then = ('relu', 'pool')
+    model.conv1.ops = ('relu', 'lrn', 'pool')  # [p 3.5]
+    model.conv2.ops = ('relu', 'lrn', 'pool')
+    model.conv5.ops = ('relu', 'pool')
     model.lrn.alpha = 1e-4  # [p 3.3]
     for name in model.layers:
         model[name].init_std = 0.01  # [p 5]
@@ -39,5 +39,5 @@ def get_config(scale: str = 'quickstart'):
     plateau = alexnet.schedule('plateau', 0.01, floor=1e-5)
     config.optimizer.weights.update(plateau)  # [p 5]
     config.optimizer.biases.update(plateau)
-    config.optimizer.late.layer = 'none'
+    config.optimizer.late_freeze.layer = 'none'
     return config

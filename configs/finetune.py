@@ -60,6 +60,6 @@ def get_config(scale: str = 'imagenet2012'):
     for kind in ('weights', 'biases'):
         rate = optimizer[kind].rate / 10
         optimizer[kind] = alexnet.schedule('dexp', rate, factor=1e4, switches=4)
-    optimizer.late.layer = 'none'
+    optimizer.late_freeze.layer = 'none'
     optimizer.multipliers = dict.fromkeys(layers, 1.0) | {layers[-1]: 10.0}
     return config

@@ -40,7 +40,7 @@ def get_config(scale: str = 'quickstart'):
     drops = tuple(config.epochs * STEP * i / STEPS for i in range(1, 5))
     for rates in (config.optimizer.weights, config.optimizer.biases):
         rates.update(alexnet.schedule('steps', rates.rate, at_epochs=drops))
-    config.optimizer.late.layer = 'none'
+    config.optimizer.late_freeze.layer = 'none'
     return config
 
 
@@ -53,5 +53,5 @@ def net(model) -> None:
         layer.init_std = 0.005 if name in ('fc6', 'fc7') else 0.01
         layer.bias = 0.1 if layer.bias else 0.0
     model.conv1.padding_px = ((0, 0), (0, 0))
-    model.conv1.then = model.conv2.then = ('relu', 'lrn', 'pool')
-    model.conv5.then = ('relu', 'pool')
+    model.conv1.ops = model.conv2.ops = ('relu', 'lrn', 'pool')
+    model.conv5.ops = ('relu', 'pool')

@@ -18,7 +18,7 @@ def get_config(scale: str = 'quickstart'):
     config = variant_bvlc_alexnet.get_config(scale)
     config.name = 'variant_caffenet'
     model = config.model
-    model.conv1.then = model.conv2.then = ('relu', 'pool', 'lrn')
+    model.conv1.ops = model.conv2.ops = ('relu', 'pool', 'lrn')
     for name in model.layers:
         model[name].bias = 1.0 if model[name].bias else 0.0
     return config

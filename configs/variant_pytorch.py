@@ -31,9 +31,9 @@ def get_config(scale: str = 'quickstart'):
         model[name].init = 'fan_in_uniform'
     for name in ('fc6', 'fc7'):
         model[name].features //= 2
-    model.fc8.fan_in_2012 = 2048
+    model.fc8.reference_fan_in = 2048
     model.conv1.padding_px = alexnet.SAME_5  # 2 on each side
-    model.conv5.then = ('relu', 'pool', 'dropout')
-    model.fc6.then = ('relu', 'dropout')
-    model.fc7.then = ('relu',)
+    model.conv5.ops = ('relu', 'pool', 'dropout')
+    model.fc6.ops = ('relu', 'dropout')
+    model.fc7.ops = ('relu',)
     return config

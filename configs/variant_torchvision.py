@@ -40,7 +40,7 @@ def get_config(scale: str = 'quickstart'):
     config.optimizer.weights.update(rates)
     config.optimizer.biases.update(rates)
     config.optimizer.weight_decay = 1e-4
-    config.optimizer.late.layer = 'none'
+    config.optimizer.late_freeze.layer = 'none'
     return config
 
 
@@ -54,7 +54,7 @@ def net(model, divisor: int) -> None:
         if name in WIDTHS:
             layer.features = WIDTHS[name] // divisor
     model.conv1.padding_px = alexnet.SAME_5  # 2 on each side
-    model.conv1.then = model.conv2.then = ('relu', 'pool')
-    model.conv5.then = ('relu', 'pool', 'dropout')
-    model.fc6.then = ('relu', 'dropout')
-    model.fc7.then = ('relu',)
+    model.conv1.ops = model.conv2.ops = ('relu', 'pool')
+    model.conv5.ops = ('relu', 'pool', 'dropout')
+    model.fc6.ops = ('relu', 'dropout')
+    model.fc7.ops = ('relu',)

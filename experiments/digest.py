@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from alexnet_jax import files
+from alexnet_jax import config_file, files
 from alexnet_jax.command import log
 from alexnet_jax.errors import RunError
 from alexnet_jax.inference import evaluate
@@ -157,7 +157,7 @@ def thinned(found: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 def portable(workdir: Path) -> dict[str, Any]:
     """A run's config, without the folders of the machine it ran on."""
-    config = json.loads((workdir / 'config.json').read_text())
+    config = config_file.read_json(workdir / 'config.json')
     for key, value in RATHER.items():
         group, _, name = key.partition('.')
         config[group][name] = value
@@ -239,7 +239,7 @@ def _read(folder: Path) -> tuple[tuple[str, int], Kept]:
         run = Kept(
             row=row,
             seed=int(seed),
-            config=json.loads((folder / 'config.json').read_text()),
+            config=config_file.read_json(folder / 'config.json'),
             environment=json.loads((folder / 'environment.json').read_text()),
             records=metrics.read(folder),
             wrong=unpacked(own),

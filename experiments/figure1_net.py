@@ -38,7 +38,7 @@ def get_config(scale: str = 'fashion_mnist,relu'):
     config.optimizer.weight_decay = 0.0
     for kind in ('weights', 'biases'):
         config.optimizer[kind].update(kind='constant', rate=0.01)
-    config.optimizer.late.layer = 'none'
+    config.optimizer.late_freeze.layer = 'none'
     config.loop.log_every_steps = 10
     config.loop.evaluate_every_epochs = config.loop.checkpoint_every_epochs = config.epochs
     config.loop.tensorboard = False
@@ -53,6 +53,6 @@ def net(model, data: str, function: str) -> None:
     model.init_scaling = 'none'
     for name, features in (('conv1', 32), ('conv2', 32), ('conv3', 64)):
         model[name].update(features=features, kernel_px=5, stride_px=1, padding_px=alexnet.SAME_5)
-        model[name].then = ('pool', function)
+        model[name].ops = ('pool', function)
     for name in model.layers:
         model[name].update(reads='all', init='xavier', bias=0.0)  # scaled by itself: Glorot, Bengio

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from alexnet_jax import config_file
 from alexnet_jax.training import metrics
 from experiments.throughput import tables
 
@@ -25,7 +26,7 @@ def quickstart() -> str:
     ]
     for folder in sorted((RESULTS / 'quickstart').glob('*')):
         where = json.loads((folder / 'environment.json').read_text())
-        config = json.loads((folder / 'config.json').read_text())
+        config = config_file.read_json(folder / 'config.json')
         (final,) = [row for row in metrics.read(folder) if row['kind'] == 'test']
         rows.append(
             f'| {where["cpus"]} x {where["device"]} | {config["seed"]} '

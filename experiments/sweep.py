@@ -24,7 +24,6 @@ import argparse
 import contextlib
 import dataclasses
 import importlib.util
-import json
 import os
 import re
 import shlex
@@ -150,7 +149,7 @@ def _run(
         raise UsageError(f'there is no config {file}.')
     config = resolve(REPOSITORY / file, words, overrides, row)
     if (place / 'config.json').exists() and workdir.has_run(place):
-        old = configuration.plain(json.loads((place / 'config.json').read_text()))
+        old = config_file.read_json(place / 'config.json')
         new = configuration.plain(config)
         keys = {*configuration.differences(old, new)} - {*workdir.MAY_DIFFER}
         last = new['model']['layers'][-1]

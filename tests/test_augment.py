@@ -20,7 +20,7 @@ PAPER = Preprocess(
     channels=3,
     crop=True,
     mirror=True,
-    share=1,
+    images_per_crop=1,
     mean='image',
     colour_noise=0.1,
     noise_until_epoch=68.0,
@@ -100,7 +100,7 @@ def test_colour_noise_is_gaussian_of_deviation_a_tenth(many):
 @pytest.mark.parametrize('batch_size', [128, 100, 20])
 def test_32_images_in_a_row_share_crop_and_mirror_but_not_noise(batch_size):
     """The source's way; a batch may end within a share."""
-    found = augment.draw(jax.random.key(2), batch_size, 3, recipe(share=32))
+    found = augment.draw(jax.random.key(2), batch_size, 3, recipe(images_per_crop=32))
     assert found.offset.shape == (batch_size, 2)
     assert found.mirror.shape == (batch_size,)
     blocks = [slice(i, i + 32) for i in range(0, batch_size, 32)]

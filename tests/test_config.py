@@ -137,28 +137,28 @@ def test_the_odd_ones_learn(name, rate):
 
 LAYERS = ('conv1', 'conv2', 'conv3', 'conv4', 'conv5', 'fc6', 'fc7', 'fc8')
 ACTIVE = (
-    *(f'model.{name}.then' for name in LAYERS[:-1]),
+    *(f'model.{name}.ops' for name in LAYERS[:-1]),
     *(f'model.{name}.bias' for name in ('conv2', 'conv4', 'conv5', 'fc6', 'fc7')),
 )
 ONE_CHANGE = {
     'ablation_augmentation': ('preprocess.crop', 'preprocess.mirror'),
     'ablation_average_pool': ('model.pool.kind',),
     'ablation_colour': ('preprocess.colour_noise', 'preprocess.noise_divisor'),
-    'ablation_crop_chunk': ('preprocess.share',),
+    'ablation_crop_chunk': ('preprocess.images_per_crop',),
     'ablation_crosstalk': (
         *(f'model.{name}.reads' for name in ('conv3', 'fc6', 'fc7')),
         *(f'model.{name}.features' for name in ('conv2', 'fc6')),
-        *(f'model.{name}.fan_in_2012' for name in ('conv3', 'fc6')),
+        *(f'model.{name}.reference_fan_in' for name in ('conv3', 'fc6')),
     ),
     'ablation_depth': ('model.layers',),
-    'ablation_dropout': ('model.fc6.then', 'model.fc7.then'),
+    'ablation_dropout': ('model.fc6.ops', 'model.fc7.ops'),
     'ablation_init': tuple(f'model.{name}.init_std' for name in LAYERS[2:5]),
-    'ablation_lrn': ('model.conv1.then', 'model.conv2.then'),
+    'ablation_lrn': ('model.conv1.ops', 'model.conv2.ops'),
     'ablation_lrn_paper': ('model.lrn.alpha',),
-    'ablation_norm_order': ('model.conv1.then',),
+    'ablation_norm_order': ('model.conv1.ops',),
     'ablation_one_tower': (
         'model.towers',
-        'model.conv3.fan_in_2012',
+        'model.conv3.reference_fan_in',
         *(f'model.{name}.features' for name in LAYERS[:4]),
     ),
     'ablation_overlap': (
@@ -166,7 +166,7 @@ ONE_CHANGE = {
         *('model.conv2.padding_px', 'model.conv5.padding_px'),
     ),
     'ablation_sigmoid': ACTIVE,
-    'ablation_spatial_norm': ('model.conv2.then',),
+    'ablation_spatial_norm': ('model.conv2.ops',),
     'ablation_tanh': ACTIVE,
     'ablation_weight_decay': ('optimizer.weight_decay',),
     'alexnet_conv6': ('model.conv6', 'model.layers'),
@@ -321,8 +321,8 @@ def test_lenet_with_sigmoid_differs_in_the_function_alone():
     sigmoid = variant_lenet.get_config('fashion_mnist,sigmoid')
     layers = ('conv1', 'conv2', 'fc3')
     changed = configuration.differences(relu, tree_of(sigmoid))
-    assert changed == sorted([*(f'model.{name}.then' for name in layers), 'name'])
-    assert [sigmoid.model[name].then[0] for name in layers] == ['sigmoid'] * 3
+    assert changed == sorted([*(f'model.{name}.ops' for name in layers), 'name'])
+    assert [sigmoid.model[name].ops[0] for name in layers] == ['sigmoid'] * 3
     alone, both = map(variant_lenet.get_config, ('sigmoid', 'quickstart,sigmoid'))
     assert tree_of(alone) == tree_of(both)
     assert parameters(net_of(alone)) == 170_988
@@ -344,7 +344,7 @@ def test_conv6_of_run_146_follows_the_last_pooling_and_reads_both_towers(scale):
     assert conv6.groups == 1
     assert conv6.input == conv6.output == conv6.result == stages['conv5'].result
     assert stages['fc6'].input == conv6.result
-    assert (conv6.layer.bias, conv6.layer.then) == (1.0, ('relu',))
+    assert (conv6.layer.bias, conv6.layer.ops) == (1.0, ('relu',))
 
 
 @pytest.mark.parametrize(
@@ -453,10 +453,10 @@ def test_unpacking_a_configdict_equals_unpacking_its_json():
 def test_durations_follow_the_number_of_epochs():
     config = alexnet.get_config('imagenet2012')
     assert config.preprocess.noise_until_epoch == pytest.approx(68)
-    assert config.optimizer.late.freeze_epoch == pytest.approx(74)
+    assert config.optimizer.late_freeze.freeze_epoch == pytest.approx(74)
     config.epochs = 9.5
     assert config.preprocess.noise_until_epoch == pytest.approx(6.8)
-    assert config.optimizer.late.freeze_epoch == pytest.approx(7.4)
+    assert config.optimizer.late_freeze.freeze_epoch == pytest.approx(7.4)
 
 
 def test_run_145_is_scheduled_by_hand():
@@ -472,21 +472,21 @@ def test_as_written_differs_from_as_run_only_where_it_is_said():
     assert set(configuration.differences(run, written)) == {
         'epochs',
         'name',
-        'model.conv1.then',
-        'model.conv2.then',
+        'model.conv1.ops',
+        'model.conv2.ops',
         'model.conv3.init_std',
         'model.conv4.init_std',
         'model.conv5.init_std',
-        'model.conv5.then',
+        'model.conv5.ops',
         'model.lrn.alpha',
         'optimizer.biases.factor',
         'optimizer.biases.floor',
         'optimizer.biases.kind',
         'optimizer.biases.rate',
         'optimizer.biases.switches',
-        'optimizer.late.freeze_epoch',  # a fraction of the epochs, and without a layer unused
-        'optimizer.late.layer',
-        'optimizer.late.slow_epoch',
+        'optimizer.late_freeze.freeze_epoch',  # a fraction of the epochs, unused without a layer
+        'optimizer.late_freeze.layer',
+        'optimizer.late_freeze.slow_epoch',
         'optimizer.weights.factor',
         'optimizer.weights.floor',
         'optimizer.weights.kind',
@@ -524,13 +524,13 @@ WRONG = {
     'model.towers': (3, '3 towers do not divide'),
     'model.input_px': (3, 'conv1: a kernel of 11 px does not fit'),
     'model.conv1.features': (13, '2 towers do not divide'),
-    'model.conv2.then': (('relu', 'lnr'), "'lnr' is not one of relu"),
+    'model.conv2.ops': (('relu', 'lnr'), "'lnr' is not one of relu"),
     'model.conv2.kernel_px': (50, 'a kernel of 50 px does not fit its input'),
-    'model.conv3.then': (('pool', 'relu'), 'conv5: a pooling window of 3 px does not fit'),
+    'model.conv3.ops': (('pool', 'relu'), 'conv5: a pooling window of 3 px does not fit'),
     'model.conv4.reads': ('both', "'both' is not one of own, all"),
     'model.conv4.padding_px': (((1, 1),), 'must hold 2 values'),
-    'model.fc6.then': (('pool',), "'pool' needs maps"),
-    'model.fc7.then': (('dropout', 'dropout'), 'twice'),
+    'model.fc6.ops': (('pool',), "'pool' needs maps"),
+    'model.fc7.ops': (('dropout', 'dropout'), 'twice'),
     'model.fc7.init': ('None', "'None'; to say that there is none, write 'none'"),
     'model.conv1.stride_px': (0, 'must be at least 1'),
     'model.lrn.size': (4, 'must be odd'),
@@ -546,10 +546,10 @@ WRONG = {
     'optimizer.momentum': (1.0, 'must be in [0, 1)'),
     'preprocess.noise_divisor': (0.0, 'must be positive'),
     'optimizer.weight_decay': (-0.1, 'must be at least 0'),
-    'model.conv1.fan_in_2012': (0, 'must be at least 1'),
+    'model.conv1.reference_fan_in': (0, 'must be at least 1'),
     'mesh.cpu_devices': (-1, 'must be at least 0'),
     'optimizer.weights.at_epochs': ((3.0, 2.0), 'must ascend'),
-    'optimizer.late.layer': ('conv7', "'conv7' is not one of none, conv1"),
+    'optimizer.late_freeze.layer': ('conv7', "'conv7' is not one of none, conv1"),
     'mesh.tower': (3, 'choose a divisor of 2'),
     'mesh.data': (0, 'must be positive'),
     'mesh.data[1]': (-2, 'must be at least -1'),

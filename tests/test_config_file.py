@@ -5,6 +5,7 @@ import json
 import pytest
 
 from alexnet_jax import command, config_file
+from alexnet_jax import config as configuration
 from alexnet_jax.errors import UsageError
 from configs import finetune, smoke
 from tests.conftest import REPOSITORY
@@ -54,9 +55,9 @@ def test_a_config_of_a_run_is_a_config(tmp_path):
     file = tmp_path / 'config.json'
     file.write_text(config_file.as_json(config))
     assert config_file.load(str(file), {}) == config_file.plain(config)
-    overrides = {'model.conv1.then': "('relu', 'pool')", 'epochs': '3', 'seed': '7'}
+    overrides = {'model.conv1.ops': "('relu', 'pool')", 'epochs': '3', 'seed': '7'}
     found = config_file.load(str(file), overrides)
-    config.model.conv1.then, config.seed = ('relu', 'pool'), 7
+    config.model.conv1.ops, config.seed = ('relu', 'pool'), 7
     expected = config_file.plain(config) | {'epochs': 3.0}  # what derives from it stays as it was
     assert config_file.plain(found) == expected
 
@@ -71,7 +72,7 @@ def test_a_config_of_a_run_is_a_config(tmp_path):
         ('a.py', 'def get_config(): return undefined', "name 'undefined' is not defined"),
         ('a.py', 'def get_config(): raise ValueError("not so")', 'not so'),
         ('a.json', '{"mod', 'a.json'),
-        ('a.json', '[1]', 'is missing from this config'),
+        ('a.json', '[1]', 'a config is a JSON object'),
         ('a.json', '{"model": {}}', 'is missing from this config'),
         ('a.py', 'def get_config(): return None', 'is missing from this config'),
         ('a.json:quickstart', '{"model": {}}', 'takes no argument'),
@@ -91,10 +92,10 @@ def test_what_is_no_config_file(tmp_path, name, text, words):
 
 def test_overrides_are_split_from_the_command_line():
     words = ['--mode=train', '--config.seed=3', '--config=x.py', '--config.epochs', '2']
-    words.append('--config.model.conv1.then=a=b')
+    words.append('--config.model.conv1.ops=a=b')
     others, overrides = config_file.split(words)
     assert others == ['--mode=train', '--config=x.py']
-    assert overrides == {'seed': '3', 'epochs': '2', 'model.conv1.then': 'a=b'}
+    assert overrides == {'seed': '3', 'epochs': '2', 'model.conv1.ops': 'a=b'}
 
 
 @pytest.mark.parametrize(
@@ -107,9 +108,9 @@ def test_overrides_are_split_from_the_command_line():
         ('loop.tensorboard', 'True', True),
         ('data.train', 'train[:5]', 'train[:5]'),
         ('data.name', '', ''),
-        ('model.conv1.then', 'relu', ('relu',)),
-        ('model.conv1.then', "('relu', 'pool')", ('relu', 'pool')),
-        ('model.conv1.then', '()', ()),
+        ('model.conv1.ops', 'relu', ('relu',)),
+        ('model.conv1.ops', "('relu', 'pool')", ('relu', 'pool')),
+        ('model.conv1.ops', '()', ()),
         ('model.conv1.padding_px', '((1, 2), (3, 4))', ((1, 2), (3, 4))),
         ('optimizer.weights.at_epochs', '1.5', (1.5,)),
     ],
@@ -138,7 +139,7 @@ def test_what_depends_on_a_value_follows_it():
         ('optimizer.multipliers.conv1', '0', 'no such key; configs/finetune.py has it.'),
         ('init_from', 'W', 'configs/finetune.py has it.'),
         ('bach_size', '3', 'did you mean batch_size?'),
-        ('optimzer.late.layer', 'conv1', 'did you mean optimizer.late.layer'),
+        ('optimzer.late_freeze.layer', 'conv1', 'did you mean optimizer.late_freeze.layer'),
         ('model.conv9.features', '3', 'did you mean model.conv'),
         ('model.conv1.features.x', '3', 'did you mean model.conv1.features'),
         ('model.conv1.padding_px[0]', '3', 'did you mean model.conv1.padding_px'),
@@ -149,7 +150,7 @@ def test_what_depends_on_a_value_follows_it():
         ('batch_size', '', 'must be a whole number'),
         ('epochs', 'None', 'must be a number'),
         ('loop.tensorboard', 'maybe', 'must be true or false'),
-        ('model.conv1.then', "('relu'", 'must be a tuple'),
+        ('model.conv1.ops', "('relu'", 'must be a tuple'),
         ('model', '3', 'must be a dict of its keys'),
         ('model', '{', 'must be a dict of its keys'),
     ],
@@ -214,10 +215,45 @@ def test_json_of_a_config_is_plain():
     assert config_file.plain(config_file.plain(config)) == config_file.plain(config)
 
 
-def test_keys_of_earlier_versions_are_read_under_their_new_names(tmp_path):
-    config = config_file.plain(smoke.get_config())
-    old = config_file.plain(config)
-    old['loop']['on_dead_start'] = old['loop'].pop('on_collapsed_init')
-    (tmp_path / 'config.json').write_text(json.dumps(old))
-    assert config_file.load(str(tmp_path / 'config.json'), {}) == config
-    assert config_file.plain(old) == config
+# ---------------------------------------------------------------------------------- old keys
+
+OLD = {
+    'loop': {'on_dead_start': 'warn'},
+    'model': {'layers': ['conv1'], 'conv1': {'fan_in_2012': 363, 'then': ['relu']}},
+    'optimizer': {
+        'late': {'layer': 'none'},
+        'multipliers': {'late': 1.0},
+        'biases': {'drop': 10.0},
+        'weights': {'drop': 10.0, 'kind': 'steps'},
+    },
+    'preprocess': {'share': 1},
+    'share': 2,
+}
+
+
+def test_renamed_keys_are_translated_where_they_are_and_nowhere_else():
+    assert config_file.translated(OLD) == {
+        'loop': {'on_collapsed_init': 'warn'},
+        'model': {'layers': ['conv1'], 'conv1': {'reference_fan_in': 363, 'ops': ['relu']}},
+        'optimizer': {
+            'late_freeze': {'layer': 'none'},
+            'multipliers': {'late': 1.0},
+            'biases': {'divisor': 10.0},
+            'weights': {'divisor': 10.0, 'kind': 'steps'},
+        },
+        'preprocess': {'images_per_crop': 1},
+        'share': 2,
+    }
+    assert config_file.translated(config_file.translated(OLD)) == config_file.translated(OLD)
+
+
+@pytest.mark.parametrize('folder', ['quickstart/2-cpus-seed0', 'variants/quickstart/variant_d2l-0'])
+def test_archived_runs_have_todays_keys_and_values(folder):
+    """Their config.json were written with old keys; the recipe is still the one of today."""
+    archived = config_file.read_json(
+        config_file.ROOT / 'experiments/results' / folder / 'config.json'
+    )
+    config = config_file.load(f'configs/{archived["name"]}.py', {})
+    changed = config_file.differences(archived, config_file.plain(config))
+    assert {key.split('.')[0] for key in changed} <= {'data', 'loop', 'mesh', 'processes', 'seed'}
+    assert configuration.unpack(archived).net == configuration.unpack(config).net

@@ -165,11 +165,11 @@ def test_the_nets_differ_in_the_function_alone_and_regularise_nothing(data):
     both = [figure1_net.get_config(f'{data},{f}') for f in figure1_net.FUNCTIONS]
     relu, tanh = (json.loads(configuration.as_json(config)) for config in both)
     assert set(configuration.differences(relu, tanh)) == {
-        'name', 'model.conv1.then', 'model.conv2.then', 'model.conv3.then',
+        'name', 'model.conv1.ops', 'model.conv2.ops', 'model.conv3.ops',
     }  # fmt: skip
     settings = configuration.unpack(both[0])
     assert len(settings.net.layers) == 4
-    assert not any('dropout' in layer.then for layer in settings.net.layers)
+    assert not any('dropout' in layer.ops for layer in settings.net.layers)
     assert settings.optimizer.weight_decay == 0
     assert (settings.preprocess.crop, settings.preprocess.mirror) == (False, False)
     assert settings.preprocess.colour_noise == 0

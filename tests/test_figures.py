@@ -329,7 +329,7 @@ def test_fig4_right_shows_the_nearest_that_numpy_finds(run, test_images, data_di
 def test_the_step_before_dropout(run):
     net = run.settings.net
     assert figures.last_hidden(net) == 'fc7_relu'
-    bare = dataclasses.replace(net.layers[-2], then=('dropout',))
+    bare = dataclasses.replace(net.layers[-2], ops=('dropout',))
     layers = (*net.layers[:-2], bare, net.layers[-1])
     assert figures.last_hidden(dataclasses.replace(net, layers=layers)) == 'fc7_linear'
 

@@ -15,7 +15,7 @@ from alexnet_jax.data.prepare import command as prepare
 from alexnet_jax.data.prepare import fashion_mnist
 from alexnet_jax.errors import RunError, UsageError
 from alexnet_jax.inference import evaluate
-from alexnet_jax.model.optimizer import Late, Schedule, parameter_rates
+from alexnet_jax.model.optimizer import LateFreeze, Schedule, parameter_rates
 from alexnet_jax.training import checkpoint, train
 from alexnet_jax.training import finetune as finetuning
 from alexnet_jax.training.workdir import open_workdir
@@ -174,11 +174,11 @@ def test_the_same_weights_in_another_net_are_told(smoke_run, seven, capsys):
     layers = tree['model']['layers']
     finetuning.compare(tree, restored, 'W', layers[:-1])
     assert capsys.readouterr().err == ''  # what differs is about beginnings and training
-    tree['model']['conv1']['then'] = ['relu', 'lrn', 'pool']
+    tree['model']['conv1']['ops'] = ['relu', 'lrn', 'pool']
     tree['preprocess']['scale'] = 0.5
     finetuning.compare(tree, restored, 'W', layers[:-1])
     assert capsys.readouterr().err.strip() == (
-        'warning: W was trained with other values of model.conv1.then, preprocess.scale'
+        'warning: W was trained with other values of model.conv1.ops, preprocess.scale'
     )
     finetuning.compare(tree, restored, 'W', ['fc7'])
     assert capsys.readouterr().err.splitlines() == [
@@ -217,7 +217,7 @@ def test_images_of_other_channels_need_statistics_of_their_own(smoke_run, seven,
 def test_rates_a_layer():
     rate = Schedule(**alexnet.schedule('steps', 0.01, at_epochs=(1.0,)))
     bias = Schedule(**alexnet.schedule('constant', 0.02))
-    late = Late(layer='conv1', slow_epoch=1.0, slow_multiplier=0.5, freeze_epoch=9.0)
+    late = LateFreeze(layer='conv1', slow_epoch=1.0, slow_multiplier=0.5, freeze_epoch=9.0)
     multipliers = (('conv1', 3.0), ('conv2', 0.0), ('fc8', 10.0))
     rates = parameter_rates(rate, bias, late, multipliers, total_steps=20, steps_per_epoch=10)
 

@@ -149,10 +149,10 @@ def torchvision():
     for number, features in enumerate((64, 192, 384, 256, 256), 1):
         layer = config.model[f'conv{number}']
         layer.features = features
-        layer.then = ('relu', 'pool') if number in (1, 2) else ('relu',)
-    config.model.conv5.then = ('relu', 'pool', 'dropout')
-    config.model.fc6.then = ('relu', 'dropout')
-    config.model.fc7.then = ('relu',)
+        layer.ops = ('relu', 'pool') if number in (1, 2) else ('relu',)
+    config.model.conv5.ops = ('relu', 'pool', 'dropout')
+    config.model.fc6.ops = ('relu', 'dropout')
+    config.model.fc7.ops = ('relu',)
     for name in config.model.layers:
         config.model[name].init = 'fan_in_uniform'
     return net_of(config)
@@ -197,9 +197,9 @@ def test_the_steps_that_are_reported_are_the_steps_that_are_run():
     net = small_net()
     case = cases.case(net, 4)
     seen = activations(net, case.params, case.images)
-    assert set(seen) == {name for layer in net.layers for name in model.steps(layer)}
+    assert set(seen) == {name for layer in net.layers for name in model.activation_names(layer)}
     for stage in geometry(net):
-        shapes = [seen[name].shape[1:] for name in model.steps(stage.layer)]
+        shapes = [seen[name].shape[1:] for name in model.activation_names(stage.layer)]
         assert shapes == [stage.output, *stage.after]
 
 
@@ -328,7 +328,7 @@ def test_a_tower_is_seen_by_its_own_layers_only(net, changed, own, both):
     kernel[..., kernel.shape[-1] // 2 :] *= -1.5
     after = activations(net, params, case.images)
     for layer in net.layers:
-        for name in model.steps(layer):
+        for name in model.activation_names(layer):
             if layer.name in own:
                 assert differs_in(before[name], after[name]) == (False, True), name
             if layer.name in both:
@@ -417,7 +417,7 @@ def tiny(**values) -> Net:
         init='gaussian',
         init_std=0.01,
         bias=0.0,
-        then=(),
+        ops=(),
     )
     last = dataclasses.replace(row, name='fc', kind='fc', features=3, kernel_px=1)
     return dataclasses.replace(full_net(), layers=(row, last), input_px=8, **values)
@@ -432,7 +432,7 @@ def tiny(**values) -> Net:
     ],
 )
 def test_activations(word, function):
-    net = change(tiny(), 'conv', then=(word,))
+    net = change(tiny(), 'conv', ops=(word,))
     case = cases.case(net, 2)
     seen = activations(net, case.params, case.images)
     np.testing.assert_allclose(
@@ -444,7 +444,7 @@ def test_activations(word, function):
 def test_pooling_of_either_kind(kind, function):
     """Windows of 2 every 2 pixels do not overlap, so that NumPy can reshape them."""
     pool = model.Pool(kind=kind, window_px=2, stride_px=2)
-    net = change(tiny(pool=pool), 'conv', then=('pool',))
+    net = change(tiny(pool=pool), 'conv', ops=('pool',))
     case = cases.case(net, 2)
     seen = activations(net, case.params, case.images)
     blocks = seen['conv_linear'].reshape(2, 4, 2, 4, 2, 4)
@@ -460,7 +460,7 @@ def test_pooling_of_either_kind(kind, function):
 def test_windows_that_hang_over_the_edge_see_what_lies_inside(window, stride, side, wide):
     """Rounding up, as in cuda-convnet: the maximum, and its gradient, of what is not padding."""
     pool = model.Pool(kind='max', window_px=window, stride_px=stride, rounding='up')
-    net = dataclasses.replace(change(tiny(pool=pool), 'conv', then=('pool',)), input_px=side)
+    net = dataclasses.replace(change(tiny(pool=pool), 'conv', ops=('pool',)), input_px=side)
     assert geometry(net)[0].result == (wide, wide, 4)
     case = cases.case(net, 2)
     seen = activations(net, case.params, case.images)
@@ -475,9 +475,7 @@ def test_windows_that_hang_over_the_edge_see_what_lies_inside(window, stride, si
 def test_the_gradient_of_a_window_over_the_edge_goes_to_its_maximum():
     """Against XLA's own pooling with a border of -inf, which no gradient can reach."""
     pool = model.Pool(kind='max', window_px=2, stride_px=2, rounding='up')
-    layer = dataclasses.replace(
-        tiny().layers[0], then=('pool',), kernel_px=1, padding_px=NO_PADDING
-    )
+    layer = dataclasses.replace(tiny().layers[0], ops=('pool',), kernel_px=1, padding_px=NO_PADDING)
     net = dataclasses.replace(tiny(pool=pool), layers=(layer,), input_px=5)
     case = cases.case(net, 2)
 
@@ -499,12 +497,12 @@ def test_the_gradient_of_a_window_over_the_edge_goes_to_its_maximum():
 def test_words_are_carried_out_in_order():
     """conv1 of the source and of the paper: the norm sees signed values, or what the ReLU left."""
     lrn = model.Norm(size=5, k=2.0, alpha=0.1, beta=0.75)  # strong enough to be seen here
-    net = change(tiny(lrn=lrn), 'conv', then=('lrn', 'relu'))
+    net = change(tiny(lrn=lrn), 'conv', ops=('lrn', 'relu'))
     case = cases.case(net, 2)
     seen = activations(net, case.params, case.images)
     np.testing.assert_array_equal(seen['conv_relu'], np.maximum(seen['conv_lrn'], 0))
     assert seen['conv_lrn'].min() < 0
-    swapped = change(net, 'conv', then=('relu', 'lrn'))
+    swapped = change(net, 'conv', ops=('relu', 'lrn'))
     assert (
         relative(activations(swapped, case.params, case.images)['conv_lrn'], seen['conv_relu'])
         > 0.01
@@ -716,8 +714,8 @@ def moved_behind_fc6() -> Net:
             'conv1: 5 towers do not divide',
         ),
         (moved_behind_fc6, 'conv5 is a convolution behind a fully connected layer'),
-        (lambda: change(small_net(), 'fc6', then=('pool',)), "fc6: 'pool' needs maps"),
-        (lambda: change(small_net(), 'fc8', then=('lrn',)), "fc8: 'lrn' needs maps"),
+        (lambda: change(small_net(), 'fc6', ops=('pool',)), "fc6: 'pool' needs maps"),
+        (lambda: change(small_net(), 'fc8', ops=('lrn',)), "fc8: 'lrn' needs maps"),
         (
             lambda: dataclasses.replace(small_net(), pool=model.Pool('max', 9, 2)),
             'conv2: a pooling window of 9 px does not fit maps of',
@@ -737,6 +735,6 @@ def test_impossible_nets_are_refused_in_one_sentence(net, says):
 
 
 def test_a_word_that_nobody_knows_is_refused():
-    net = change(tiny(), 'conv', then=('swish',))
+    net = change(tiny(), 'conv', ops=('swish',))
     with pytest.raises(UsageError, match=r"conv: 'swish' is not one of relu, tanh"):
         activations(net, cases.case(net, 1).params, np.zeros((1, 8, 8, 3), np.float32))

@@ -12,7 +12,7 @@ import pytest
 from alexnet_jax import config as configuration
 from alexnet_jax.config import MeshShape
 from alexnet_jax.model.optimizer import (
-    Late,
+    LateFreeze,
     Schedule,
     parameter_rates,
     plateau_drops,
@@ -25,7 +25,7 @@ from tests.golden import cases
 
 STEPS, STEPS_PER_EPOCH = 30, 10
 MOMENTUM, WEIGHT_DECAY = 0.9, 0.0005
-NOBODY = Late(layer='none', slow_epoch=0.0, slow_multiplier=1.0, freeze_epoch=0.0)
+NOBODY = LateFreeze(layer='none', slow_epoch=0.0, slow_multiplier=1.0, freeze_epoch=0.0)
 TREE = {
     'conv1': {'kernel': (3, 3, 2, 4), 'bias': (4,)},
     'fc8': {'kernel': (5, 3), 'bias': (3,)},
@@ -103,7 +103,7 @@ def test_update_is_the_papers_across_changes_of_rate(layer, kind):
     """
     weights = schedule('steps', 0.01, at_epochs=(1.0, 2.0))
     biases = schedule('steps', 0.02, at_epochs=(1.5,))
-    late = Late(layer='conv1', slow_epoch=1.2, slow_multiplier=0.1, freeze_epoch=2.5)
+    late = LateFreeze(layer='conv1', slow_epoch=1.2, slow_multiplier=0.1, freeze_epoch=2.5)
     gradients = [tree_of(seed) for seed in range(1, STEPS + 1)]
     history = train(transform_of(weights, biases, late), tree_of(0), gradients)
 
@@ -127,7 +127,7 @@ def test_update_is_the_papers_across_changes_of_rate(layer, kind):
 def test_a_frozen_layer_stops_dead_and_keeps_its_velocity():
     """Source: `Weights::update` passes a layer by whose base rate is 0, velocity included."""
     rate = schedule('constant', 0.01)
-    late = Late(layer='conv1', slow_epoch=1.0, slow_multiplier=1.0, freeze_epoch=1.0)
+    late = LateFreeze(layer='conv1', slow_epoch=1.0, slow_multiplier=1.0, freeze_epoch=1.0)
     transform = transform_of(rate, rate, late)
     params, state = tree_of(0), transform.init(tree_of(0))
     for number in range(STEPS_PER_EPOCH + 5):

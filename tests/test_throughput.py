@@ -40,8 +40,8 @@ def small(net: str, dropout: bool = True, batch_size: int = 4) -> baselines.Case
     alexnet.narrow(config.model, 2)
     if not dropout:
         for name in config.model.layers:
-            then = config.model[name].then
-            config.model[name].then = tuple(word for word in then if word != 'dropout')
+            ops = config.model[name].ops
+            config.model[name].ops = tuple(op for op in ops if op != 'dropout')
     return baselines.case_of(config, batch_size)
 
 
@@ -187,7 +187,7 @@ def test_pieces_are_the_whole_step():
     names = {(piece.layer, piece.word, piece.direction) for piece in found}
     assert len(names) == len(found)
     for layer in case.net.layers:
-        for word in ('linear', *layer.then):
+        for word in ('linear', *layer.ops):
             assert {(layer.name, word, 'forward'), (layer.name, word, 'backward')} <= names
     total = sum(piece.work.flops for piece in found)
     assert total == roofline.step_flops(case.net, case.settings.batch_size, 'train')

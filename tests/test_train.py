@@ -205,7 +205,7 @@ def test_the_ablation_runs(data_dir, tmp_path):
     config = ablation_lrn.get_config()
     small = tiny(data_dir)
     for name in small.model.layers:
-        small.model[name].then = config.model[name].then
+        small.model[name].ops = config.model[name].ops
     assert 'test accuracy' in train.run(small, tmp_path / 'lrn')
 
 
@@ -502,7 +502,7 @@ def test_a_killed_extension_ends_in_the_same_bits(undisturbed, start):
     process = start(once, *longer, '--extend')
     _, said = process.communicate(timeout=300)
     assert process.returncode == 0, said
-    assert 'extending from step 128: epochs 8.0 -> 10.0, optimizer.late.freeze_epoch' in said
+    assert 'extending from step 128: epochs 8.0 -> 10.0, optimizer.late_freeze.freeze_epoch' in said
     for step, flags in ((132, ['--extend']), (148, [])):  # the flag is needed once
         process = start(killed, *longer, *flags)
         wait_for_step(process, killed, step)

@@ -747,7 +747,7 @@ def test_our_own_file_comes_back_bit_for_bit(imported, tmp_path):
 def average_tanh_sigmoid(scale):
     config = variant_torchvision.get_config(scale)
     config.model.pool.kind = 'average'
-    config.model.conv3.then, config.model.fc6.then = ('tanh',), ('sigmoid', 'dropout')
+    config.model.conv3.ops, config.model.fc6.ops = ('tanh',), ('sigmoid', 'dropout')
     return config
 
 

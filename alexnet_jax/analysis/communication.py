@@ -419,7 +419,9 @@ def activations(settings: Settings, layout: Layout) -> dict[str, int]:
     """Bytes by layer of what one device computes in a forward pass, traced and not run."""
     net, size = settings.net, settings.batch_size
     seen: dict[str, int] = {}
-    layer_of = {name: layer.name for layer in net.layers for name in alexnet.steps(layer)}
+    layer_of = {
+        name: layer.name for layer in net.layers for name in alexnet.activation_names(layer)
+    }
 
     def local(params, images, masks):
         logits, sown = AlexNet(net, layout.tensor_parallel).apply(

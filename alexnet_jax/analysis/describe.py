@@ -22,7 +22,7 @@ from alexnet_jax.parallel.mesh import Layout
 
 COLUMNS = (
     'layer', 'reads', 'input', 'kernel/stride/pad', 'output', 'init std', 'bias', 'parameters',
-    'multiply-adds', 'then',
+    'multiply-adds', 'ops',
 )  # fmt: skip
 FLOAT32_BYTES = 4
 MOST_VIRTUAL_DEVICES = 512
@@ -131,7 +131,7 @@ def _row(stage: Stage, net: Net) -> tuple[str, ...]:
 
 def _then(stage: Stage) -> str:
     words, shape = [], stage.output
-    for word, after in zip(stage.layer.then, stage.after, strict=True):
+    for word, after in zip(stage.layer.ops, stage.after, strict=True):
         words.append(word if after == shape else f'{word} -> {_shape(after)}')
         shape = after
     return ', '.join(words)

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from alexnet_jax import command, files
+from alexnet_jax import command, config_file, files
 from alexnet_jax import config as configuration
 from alexnet_jax.config import Settings
 from alexnet_jax.data.datasets import Dataset
@@ -72,7 +72,7 @@ class Run:
     @functools.cached_property
     def config(self) -> dict[str, Any]:
         """Return its config.json."""
-        return self.json('config.json')
+        return config_file.translated(self.json('config.json'))
 
     def json(self, name: str) -> dict[str, Any]:
         """Return one of its JSON files."""
@@ -617,7 +617,7 @@ def _fig4_right_of(run: Run, k: int = 6) -> Figure:
 def last_hidden(net: Net) -> str:
     """Return the activation that figure 4 of the paper compares: 'fc7_relu', before dropout."""
     layer = net.layers[-2]
-    return f'{layer.name}_{([word for word in layer.then if word != "dropout"] or ["linear"])[-1]}'
+    return f'{layer.name}_{([word for word in layer.ops if word != "dropout"] or ["linear"])[-1]}'
 
 
 FIGURES: dict[str, Callable[[Run], Figure]] = {

@@ -52,7 +52,7 @@ def shapes(net: Net) -> dict[str, tuple[int, ...]]:
     return {
         name: shape
         for layer, output, after in ((s.layer, s.output, s.after) for s in alexnet.geometry(net))
-        for name, shape in zip(alexnet.steps(layer), (output, *after), strict=True)
+        for name, shape in zip(alexnet.activation_names(layer), (output, *after), strict=True)
     }
 
 

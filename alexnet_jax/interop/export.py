@@ -59,7 +59,7 @@ def onnx(settings: Settings, params: Any, statistics: Statistics) -> bytes:
     for stage in alexnet.geometry(settings.net):
         row = {kind: np.asarray(value) for kind, value in params[stage.layer.name].items()}
         maps = _layer(graph, maps, stage, row['kernel'], row['bias'])
-        for word in stage.layer.then:
+        for word in stage.layer.ops:
             maps = _follow(graph, maps, word, settings.net)
     graph.node('Softmax', maps, axis=1, output='probabilities')
     return graph.serialize(settings, statistics)

@@ -258,7 +258,8 @@ def import_own(file: Path, workdir: Path) -> str:
         raise UsageError(f'{file}: our own weights come as .safetensors; see `export`.')
     arrays, head = weight_files.read(file), weight_files.metadata(file)
     try:
-        config, names = json.loads(head['config']), json.loads(head['class_names'])
+        config = config_file.translated(json.loads(head['config']))
+        names = json.loads(head['class_names'])
     except (KeyError, ValueError) as problem:
         raise UsageError(
             f'{file} has no config in its head: `export` did not write it.'

@@ -24,7 +24,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     'tanh': jnp.tanh,
     'sigmoid': jax.nn.sigmoid,
 }
-FOLLOWS = (*ACTIVATIONS, 'lrn', 'spatial_norm', 'pool', 'dropout')
+OPS = (*ACTIVATIONS, 'lrn', 'spatial_norm', 'pool', 'dropout')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Layer:
     init: str  # a key of INITIALIZERS
     init_std: float
     bias: float  # initial value of every bias
-    then: tuple[str, ...]  # words of FOLLOWS, in order
+    ops: tuple[str, ...]  # of OPS, in order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,9 +110,9 @@ class Net:
         return self.layers[-1].features
 
 
-def steps(layer: Layer) -> tuple[str, ...]:
+def activation_names(layer: Layer) -> tuple[str, ...]:
     """The names of what a layer does, in order: 'conv1_linear', 'conv1_lrn', 'conv1_pool', ..."""
-    return tuple(f'{layer.name}_{word}' for word in ('linear', *layer.then))
+    return tuple(f'{layer.name}_{word}' for word in ('linear', *layer.ops))
 
 
 # ------------------------------------------------------------------------------------- geometry
@@ -125,7 +125,7 @@ class Stage:
     layer: Layer
     input: Shape
     output: Shape  # of the linear operation; the 2012 papers count its size as neurons
-    after: tuple[Shape, ...]  # after each word of `layer.then`
+    after: tuple[Shape, ...]  # after each word of `layer.ops`
     kernel: Shape  # of the parameter, in the canonical tree
     groups: int
 
@@ -172,7 +172,7 @@ def geometry(net: Net) -> tuple[Stage, ...]:
         else:
             output, kernel = (layer.features,), (math.prod(shape) // groups, layer.features)
         after: list[Shape] = []
-        for word in layer.then:
+        for word in layer.ops:
             after.append(_after(word, after[-1] if after else output, layer, net.pool))
         stages.append(Stage(layer, shape, output, tuple(after), kernel, groups))
         shape = stages[-1].result
@@ -329,7 +329,7 @@ class AlexNet(nn.Module):
                 bool [B, units] (this device's), see `draw_masks`. None means test time, when all
                 units count and are multiplied by the share that training keeps.
 
-        Every layer's output, and what each word of `then` makes of it, is sown into the collection
+        Every layer's output, and what each of its `ops` makes of it, is sown into the collection
         'intermediates', under the names of `steps`.
         """
         net = self.net
@@ -353,7 +353,7 @@ class AlexNet(nn.Module):
                 if last and lies.shards > 1 and not sums:  # the same on each device: make it known
                     x = jax.lax.pmean(x, lies.axis)
                 self.sow('intermediates', f'{layer.name}_linear', x)
-                for word in layer.then:
+                for word in layer.ops:
                     x = self._follow(word, x, layer, masks)
                     self.sow('intermediates', f'{layer.name}_{word}', x)
             lies = split
@@ -382,7 +382,7 @@ class AlexNet(nn.Module):
             return pool(x, window=net.pool.window_px, stride=net.pool.stride_px)
         if word == 'dropout':
             return drop(x, None if masks is None else masks[layer.name], net.dropout)
-        raise UsageError(f"{layer.name}: '{word}' is not one of {', '.join(FOLLOWS)}.")
+        raise UsageError(f"{layer.name}: '{word}' is not one of {', '.join(OPS)}.")
 
     def _lrn(self, x: Array) -> Array:
         net, split = self.net, self.tensor_parallel.conv
@@ -411,8 +411,8 @@ def draw_masks(key: Array, net: Net, batch_size: int) -> dict[str, Array]:
     """
     masks = {}
     for number, stage in enumerate(geometry(net)):
-        if 'dropout' in stage.layer.then:
-            shape = stage.after[stage.layer.then.index('dropout')]
+        if 'dropout' in stage.layer.ops:
+            shape = stage.after[stage.layer.ops.index('dropout')]
             stream = jax.random.fold_in(key, number)
             masks[stage.layer.name] = jax.random.bernoulli(
                 stream, net.dropout.keep, (batch_size, *shape)

@@ -24,7 +24,9 @@ class Preprocess:
     channels: int  # that the net reads: 3, or 1; grey images are repeated
     crop: bool  # random offsets in training; else the centre
     mirror: bool  # mirrored with probability 1/2 in training
-    share: int  # images in a row that share one offset and mirror: 32 in the source, 1 in the paper
+    images_per_crop: (
+        int  # that share one offset and mirror, in a row: 32 in the source, 1 in the paper
+    )
     mean: str  # 'image': minus the mean image's centre crop; 'channel': minus its average; 'none'
     colour_noise: float  # deviation of the factor on each principal component: 0.1; 0 is off
     noise_until_epoch: float  # from here on there is no colour noise: 68 of 95 in the source
@@ -60,15 +62,15 @@ def draw(key: Array, batch_size: int, channels: int, recipe: Preprocess) -> Draw
     """Training's choices: offsets uniform in 0..image_px - input_px, both ends included."""
     offset_key, mirror_key, noise_key = jax.random.split(key, 3)
     centre = fixed(batch_size, channels, recipe)
-    shared = -(-batch_size // recipe.share)
+    shared = -(-batch_size // recipe.images_per_crop)
     offset, mirror, noise = centre
     if recipe.crop:
         slack = recipe.image_px - recipe.input_px
         offset = jax.random.randint(offset_key, (shared, 2), 0, slack + 1)
-        offset = jnp.repeat(offset, recipe.share, axis=0)[:batch_size]
+        offset = jnp.repeat(offset, recipe.images_per_crop, axis=0)[:batch_size]
     if recipe.mirror:
         mirror = jax.random.bernoulli(mirror_key, 0.5, (shared,))
-        mirror = jnp.repeat(mirror, recipe.share, axis=0)[:batch_size]
+        mirror = jnp.repeat(mirror, recipe.images_per_crop, axis=0)[:batch_size]
     if recipe.colour_noise:
         noise = recipe.colour_noise * jax.random.normal(noise_key, (batch_size, channels))
     return Draws(offset, mirror, noise)

@@ -27,10 +27,10 @@ class Schedule:
     """A rate over a run; the fields that `kind` does not name are not used.
 
     constant: `rate`.
-    steps: `rate` divided by `drop` at each epoch of `at_epochs`.
+    steps: `rate` divided by `divisor` at each epoch of `at_epochs`.
     dexp: rate / factor ** (i / switches), i counting the `switches` evenly spaced moments passed:
         with 250 and 3, the weights of run 170, switching at 25, 50 and 75 % of the run.
-    plateau: `rate` divided by `drop` whenever the validation error has not fallen for
+    plateau: `rate` divided by `divisor` whenever the validation error has not fallen for
         `patience_epochs`, at most `max_drops` times and never below `floor` (paper, section 5:
         by ten, three times; there it was done by hand). Of two plateaus the weights' patience and
         number count for both.
@@ -38,7 +38,7 @@ class Schedule:
 
     kind: str
     rate: float
-    drop: float
+    divisor: float
     at_epochs: tuple[float, ...]
     factor: float
     switches: int
@@ -48,7 +48,7 @@ class Schedule:
 
 
 @dataclasses.dataclass(frozen=True)
-class Late:
+class LateFreeze:
     """One layer slowed, then frozen, late in the run (source: conv1 in runs 145 and 170)."""
 
     layer: str  # 'none': no layer
@@ -65,12 +65,13 @@ def rate_of(schedule: Schedule, *, total_steps: int, steps_per_epoch: float) -> 
     rate = schedule.rate
     if schedule.kind == 'plateau':
         return lambda step, drops: jnp.maximum(
-            jnp.float32(rate) * jnp.float32(1 / schedule.drop) ** drops, min(schedule.floor, rate)
+            jnp.float32(rate) * jnp.float32(1 / schedule.divisor) ** drops,
+            min(schedule.floor, rate),
         )
     values, starts = [rate], []
     if schedule.kind == 'steps':
         starts = [math.ceil(epoch * steps_per_epoch) for epoch in schedule.at_epochs]
-        values += [rate / schedule.drop**i for i in range(1, len(starts) + 1)]
+        values += [rate / schedule.divisor**i for i in range(1, len(starts) + 1)]
     elif schedule.kind == 'dexp':
         numbers = range(1, schedule.switches + 1)
         starts = [math.ceil(total_steps * i / (schedule.switches + 1)) for i in numbers]
@@ -165,7 +166,7 @@ def sgd_2012(
 def parameter_rates(
     weights: Schedule,
     biases: Schedule,
-    late: Late,
+    late_freeze: LateFreeze,
     multipliers: Sequence[tuple[str, float]] = (),
     *,
     total_steps: int,
@@ -174,18 +175,23 @@ def parameter_rates(
     """Return what gives each parameter, named (layer, 'kernel' or 'bias'), its rate.
 
     A layer's rate is that of its kind times its factor: its multiplier, which with 0 freezes the
-    layer (fine-tuning), and from the epochs of `late` on what that says.
+    layer (fine-tuning), and from the epochs of `late_freeze` on what that says.
     """
     durations = {'total_steps': total_steps, 'steps_per_epoch': steps_per_epoch}
     by_kind = {'kernel': rate_of(weights, **durations), 'bias': rate_of(biases, **durations)}
-    starts = [math.ceil(epoch * steps_per_epoch) for epoch in (late.slow_epoch, late.freeze_epoch)]
+    starts = [
+        math.ceil(epoch * steps_per_epoch)
+        for epoch in (late_freeze.slow_epoch, late_freeze.freeze_epoch)
+    ]
     multiplier = dict(multipliers)
 
     def rates(path: tuple[str, str]) -> Rate:
         layer, kind = path
         own = multiplier.get(layer, 1.0)
-        slowed = own * (late.slow_multiplier if kind == 'kernel' else 1.0)  # source: `epsW` alone
-        is_late = layer == late.layer
+        slowed = own * (
+            late_freeze.slow_multiplier if kind == 'kernel' else 1.0
+        )  # source: `epsW` alone
+        is_late = layer == late_freeze.layer
         factor = _piecewise([own, slowed, 0.0], starts) if is_late else _piecewise([own], [])
         return lambda step, drops: by_kind[kind](step, drops) * factor(step)
 

@@ -39,6 +39,7 @@ from flax import traverse_util
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN
 
+from alexnet_jax import config_file
 from alexnet_jax.errors import RunError, UsageError
 from alexnet_jax.parallel import distributed, mesh
 
@@ -414,6 +415,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise _damaged(path, 'its manifest does not match its sha256')
     if str(manifest['step']) != path.name:
         raise _damaged(path, f'it holds step {manifest["step"]}')
+    if 'config' in manifest['extra']:
+        manifest['extra']['config'] = config_file.translated(manifest['extra']['config'])
     return manifest
 
 

@@ -145,8 +145,8 @@ def compare(
         differ += configuration.differences(theirs, ours, f'{section}.')
     others = '|'.join(map(re.escape, {*layers, *before, 'layers'} - {*carried}))
     # What is about how weights start, and how they are trained.
-    start = r'model\.(init_scaling|.*\.(init|init_std|bias|fan_in_2012))'
-    training = r'preprocess\.(crop|mirror|share|colour_noise|noise_\w+)'
+    start = r'model\.(init_scaling|.*\.(init|init_std|bias|reference_fan_in))'
+    training = r'preprocess\.(crop|mirror|images_per_crop|colour_noise|noise_\w+)'
     beside = rf'{start}|{training}|model\.({others})(\..*)?'
     strange = [key for key in differ if not re.fullmatch(beside, key)]
     if strange:

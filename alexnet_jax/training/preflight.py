@@ -55,7 +55,7 @@ def preflight(net: Net, params: Any, pixels: Array, labels: Array) -> Preflight:
     @jax.jit
     def measure(params, pixels, labels):
         seen = _activations(net, params, pixels, None)
-        last = {layer.name: seen[alexnet.steps(layer)[-1]] for layer in net.layers}
+        last = {layer.name: seen[alexnet.activation_names(layer)[-1]] for layer in net.layers}
         logits = last[net.layers[-1].name]
         signal = {name: _across_images(values) for name, values in last.items()}
         return alexnet.mean_loss(logits, labels), signal, _across_images(pixels)
@@ -85,15 +85,15 @@ def collapsed_init(found: Preflight, min_logit_std: float) -> str | None:
     return (
         f'collapsed initialisation: across images the logits differ by only {found.logit_std:.1e} '
         f'(standard deviation; at least {min_logit_std:.0e} is needed, run 145 had 3e-2), so the '
-        f'loss will stay at ln(classes) = {found.plateau:.4f}; the pixels differ by {found.pixels:.1e}, '
-        f'the outputs of the layers by {path}; {advice}'
+        f'loss will stay at ln(classes) = {found.plateau:.4f}; the pixels differ by '
+        f'{found.pixels:.1e}, the outputs of the layers by {path}; {advice}'
     )
 
 
 def first_not_finite(net: Net, params: Any, pixels: Array, labels: Array, masks: Any) -> str:
     """Where a step goes wrong, in one phrase: the first operation, forward and then backward."""
     seen = jax.jit(_activations, static_argnums=0)(net, params, pixels, masks)
-    for name in (name for layer in net.layers for name in alexnet.steps(layer)):
+    for name in (name for layer in net.layers for name in alexnet.activation_names(layer)):
         if not np.all(np.isfinite(seen[name])):
             return f'the activations of {name}'
     grads = jax.jit(jax.grad(_loss), static_argnums=1)(params, net, pixels, labels, masks)

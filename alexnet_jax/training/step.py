@@ -43,7 +43,7 @@ def make_optimizer(settings: Settings, images: int) -> optax.GradientTransformat
     rates = optimizers.parameter_rates(
         recipe.weights,
         recipe.biases,
-        recipe.late,
+        recipe.late_freeze,
         recipe.multipliers,
         total_steps=settings.total_steps(images),
         steps_per_epoch=settings.steps_per_epoch(images),

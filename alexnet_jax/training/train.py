@@ -271,7 +271,7 @@ def record_extension(
 
     The state, its step and its velocity are those of the checkpoint. Rates are functions of the
     step under the new config. What is stretched over `epochs` (rates of kind dexp; in our configs
-    `late` and the end of colour noise too) was not until now as in a run as long from the start.
+    `late_freeze` and the end of colour noise too) was until now not as in a run of the new length.
     """
     words = ', '.join(f'{key} {old} -> {new}' for key, (old, new) in changed.items())
     log(

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from alexnet_jax import config as configuration
-from alexnet_jax import files
+from alexnet_jax import config_file, files
 from alexnet_jax.config import Config
 from alexnet_jax.errors import RunError, UsageError
 from alexnet_jax.parallel import distributed
@@ -86,7 +86,7 @@ def _open(config: Config, workdir: Path, extend: bool) -> Generator[None]:
             # An earlier start may have failed after it took them from another run.
             (workdir / 'source_statistics.npz').unlink(missing_ok=True)
         if path.exists() and has_run(workdir):
-            _check_same(json.loads(path.read_text()), config, workdir, extend)
+            _check_same(config_file.read_json(path), config, workdir, extend)
         else:
             write_config(config, workdir)
         _write(workdir / 'environment.json', json.dumps(metrics.environment(), indent=2) + '\n')

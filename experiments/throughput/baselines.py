@@ -179,7 +179,7 @@ class Naive(nn.Module):
         x = x.astype(self.net.compute_dtype)
         for stage in alexnet.geometry(self.net):
             x = self._linear(stage, x)
-            for word in stage.layer.then:
+            for word in stage.layer.ops:
                 x = self._follow(word, x, train)
         return x.astype(jnp.float32)
 
@@ -375,7 +375,7 @@ def benchmarks(
         yield 'naive', lambda: naive(case, what)
     if 'torch' in kinds and torch_is_here():
         _forget_compiled()
-        normed = any(word in ('lrn', 'spatial_norm') for x in case.net.layers for word in x.then)
+        normed = any(word in ('lrn', 'spatial_norm') for x in case.net.layers for word in x.ops)
         for form in torch_forms():
             if normed or form[2] == 'module':  # without LRN the forms are the same
                 shown = form if normed else form[:2]

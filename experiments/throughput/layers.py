@@ -34,7 +34,7 @@ class Piece:
     """One operation of one layer, in one direction."""
 
     layer: str
-    word: str  # 'linear', a word of `then`, 'update' or 'masks'
+    word: str  # 'linear', one of `ops`, 'update' or 'masks'
     direction: str
     work: Work
     make: Callable[[], Benchmark]
@@ -107,7 +107,7 @@ def pieces(case: Case) -> Iterator[Piece]:
     for stage in geometry(net):
         yield from _linear(stage, case)
         shape = stage.output
-        for word, after in zip(stage.layer.then, stage.after, strict=True):
+        for word, after in zip(stage.layer.ops, stage.after, strict=True):
             yield from _follower(stage.layer, word, shape, after, case)
             shape = after
     yield _masks(net, size)

@@ -57,7 +57,7 @@ class TorchAlexNet(nn.Module):
                 (top, bottom), (left, right) = layer.padding_px
                 x = F.pad(x, (left, right, top, bottom))
             x = getattr(self, layer.name)(x)
-            for word in layer.then:
+            for word in layer.ops:
                 x = self._follow(word, x)
         return x
 

@@ -57,7 +57,7 @@ def case(net: Net, batch_size: int) -> Case:
     masks = {
         stage.layer.name: _noise((batch_size, *stage.output), 100 + i) < 0
         for i, stage in enumerate(stages)
-        if 'dropout' in stage.layer.then
+        if 'dropout' in stage.layer.ops
     }
     labels = np.arange(batch_size, dtype=np.int32) % net.classes
     return Case(net, params, _images(net, batch_size), labels, masks)

@@ -58,7 +58,7 @@ def forward(net: Net, params, images, masks):
             if layer.reads == 'own':
                 raise NotImplementedError('no shipped recipe has a fully connected layer in towers')
             x = F.linear(x.flatten(1), _channels_first(kernel, x.shape), bias)
-        for word in layer.then:
+        for word in layer.ops:
             x = _follow(word, x, net, None if masks is None else masks.get(layer.name))
     return x
 
