@@ -2,11 +2,11 @@
 
     python -m experiments.sweep contribution_table --scale=quickstart --seeds=5     # trains
     python -m experiments.contribution_table --runs=workdirs/contribution_table-quickstart
-    python -m experiments.contribution_table        # again, from the logs in the repository
+    python -m experiments.contribution_table        # again, from the archive in the repository
 
-With --runs, the small part of each finished run that the table needs is written to
-experiments/results/contribution_table/<scale>/ (digest.py). From that alone come table.md,
-table.csv, differences.svg and curves.svg there. Scales never share a table.
+With --runs, the finished runs are archived in experiments/results/contribution_table/<scale>/
+(run_archive.py). table.md, short.md, table.csv, differences.svg and curves.svg there are made from
+the archive alone. Scales never share a table.
 
 All differences are paired by seed and by test image, with intervals for both (intervals.py).
 A row is "worse" or "better" where its p-value, corrected for the number of rows, is below 0.05;
@@ -15,19 +15,17 @@ The margin of 0.3 points is the smallest effect that the paper reports (3.4), an
 any row was compared with it. Top-5 has no such margin: with ten classes the base's top-5 error
 itself is smaller.
 
-A net that does not train at the base's rates says nothing about its idea. For such rows the weight
-rate is chosen by the validation error of seeds 0 to 2 (experiments/contribution_rates.py), and the
-row appears twice, at the base's rate and at its own.
+A net that does not train at the base's rates is no evidence about its idea. For such rows the
+weight rate is chosen by the validation error of seeds 0 to 2 (contribution_rates.py), and the row
+appears twice, at the base's rate and at its own.
 """
 
-import argparse
 import csv
 import dataclasses
 import importlib
 import io
 import itertools
 import json
-import re
 import sys
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
@@ -38,14 +36,14 @@ import numpy as np
 from alexnet_jax import command
 from alexnet_jax import config as configuration
 from alexnet_jax.analysis import figures
-from alexnet_jax.command import log
-from alexnet_jax.errors import RunError, UsageError
+from alexnet_jax.errors import RunError
 from alexnet_jax.inference import evaluate
 from alexnet_jax.training import metrics, workdir
 from configs import ABLATIONS, Claim
-from experiments import contribution_bfloat16, contribution_rates, digest, intervals
-from experiments.digest import MEASURES, Kept
+from experiments import contribution_bfloat16, contribution_rates, intervals, run_archive
 from experiments.intervals import Difference
+from experiments.run_archive import MEASURES, ArchivedRun
+from experiments.throughput.tables import markdown
 
 BASE = 'alexnet'
 CONFIGS = (BASE, *ABLATIONS)  # what experiments.sweep runs
@@ -60,22 +58,32 @@ OVERRIDDEN = {
 }
 RATE_SEEDS = (0, 1, 2)  # whose validation errors choose a rate
 RESULTS = Path(__file__).parent / 'results' / 'contribution_table'
+Runs = Mapping[int, ArchivedRun]  # of a row, by seed
 
 # ----------------------------------------------------------------------------------------- the rows
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A row of the table: a change, what it did here, what was claimed for it."""
+    """Row of the table: a change, its effect here and the effect claimed for it.
+
+    Attributes:
+        error: by measure; {} if not run.
+        found: by measure.
+        p: by measure, corrected for the number of rows.
+        images_only: the interval is over other images, with these nets.
+        dead: seeds that did not train; the figures are of the others, if there are any.
+        asked: seeds in all.
+    """
 
     name: str
     claim: Claim
-    error: dict[str, float] = dataclasses.field(default_factory=dict)  # by measure; {}: not run
-    found: dict[str, Difference] = dataclasses.field(default_factory=dict)  # by measure
-    p: dict[str, float] = dataclasses.field(default_factory=dict)  # corrected for the rows
-    images_only: bool = False  # the interval is of other images, with these very nets
-    dead: int = 0  # seeds that did not train: the figures are of the others, where there are any
-    asked: int = 0  # seeds in all
+    error: dict[str, float] = dataclasses.field(default_factory=dict)
+    found: dict[str, Difference] = dataclasses.field(default_factory=dict)
+    p: dict[str, float] = dataclasses.field(default_factory=dict)
+    images_only: bool = False
+    dead: int = 0
+    asked: int = 0
 
     def finding(self, measure: str) -> str:
         """Return the row's result in a word."""
@@ -94,8 +102,8 @@ class Row:
         return 'inconclusive, n.s. after Holm' if own.significant else 'inconclusive'
 
 
-def rows(runs: Sequence[Kept], folder: Path, view: str = 'ten_views') -> list[Row]:
-    """The ablations, one view against ten, and the ensembles of the base.
+def rows(runs: Sequence[ArchivedRun], folder: Path, view: str = 'ten_views') -> list[Row]:
+    """Return the rows of the ablations, of one view against ten, and of the base's ensembles.
 
     Raises:
         RunError: the base was not run.
@@ -107,26 +115,25 @@ def rows(runs: Sequence[Kept], folder: Path, view: str = 'ten_views') -> list[Ro
     base = by_row.get(BASE)
     if not base:
         raise RunError(f'there is no finished run of {BASE} to compare with.')
-    lost = digest.read_diverged(folder)
-    result = []
+    lost = run_archive.read_diverged(folder)
+    names = []
     for name in ABLATIONS:
         chosen = chosen_rate(name, by_row, lost)
-        for row in (name, chosen) if chosen else (name,):
-            gone = {*lost.get(row, ())} & {*base}
-            result.append(_ablation(row, by_row.get(row, {}), base, view, gone))
-    for row in (row for row in by_row if row.startswith(f'{BASE}-')):
-        result.append(_ablation(row, by_row[row], base, view, {*lost.get(row, ())} & {*base}))
+        names += [name, chosen] if chosen else [name]
+    names += [row for row in by_row if row.startswith(f'{BASE}-')]
+    result = [
+        _ablation(row, by_row.get(row, {}), base, view, {*lost.get(row, ())} & {*base})
+        for row in names
+    ]
     if view == 'ten_views':
         result.append(_one_view(base))
     return corrected(result) + _ensembles(base, folder, view)
 
 
-def _ablation(
-    name: str, own: Mapping[int, Kept], base: Mapping[int, Kept], view: str, lost: Set[int]
-) -> Row:
-    """`lost`: seeds whose numbers turned infinite.
+def _ablation(name: str, own: Runs, base: Runs, view: str, lost: Set[int]) -> Row:
+    """Compare an ablation with the base; `lost` are seeds that ended with infinite numbers.
 
-    A seed that did not train is told of apart: its error and that of others have no common mean.
+    A seed that did not train is counted, not averaged: it is no sample of the others' error.
     """
     claim = _claim_of(name)
     seeds = sorted({*own} & {*base})
@@ -138,12 +145,11 @@ def _ablation(
 
 
 def chosen_rate(
-    name: str, by_row: Mapping[str, Mapping[int, Kept]], lost: Mapping[str, Sequence[int]]
+    name: str, by_row: Mapping[str, Runs], lost: Mapping[str, Sequence[int]]
 ) -> str | None:
     """Return the row of an ablation at the rate with the lowest validation error.
 
-    None where no other rate was tried, some seeds of RATE_SEEDS are missing, or the base's rate is
-    the best.
+    None if no other rate was tried, seeds of RATE_SEEDS are missing, or the base's rate is best.
     """
     tried = [name, *(row for row, (config, _) in OVERRIDDEN.items() if config == name != BASE)]
     errors = {row: _validation_error(by_row.get(row, {}), lost.get(row, ())) for row in tried}
@@ -153,7 +159,7 @@ def chosen_rate(
     return None if best == name else best
 
 
-def _validation_error(own: Mapping[int, Kept], lost: Sequence[int]) -> float | None:
+def _validation_error(own: Runs, lost: Sequence[int]) -> float | None:
     """Return the mean of the last validation errors of RATE_SEEDS; 1 for a seed that diverged."""
     if not {*RATE_SEEDS} <= {*own, *lost}:
         return None
@@ -190,13 +196,13 @@ def _claim_of(row: str) -> Claim:
     return claim._replace(row=f'{claim.row}, weight rate {rate:g} (chosen on validation)')
 
 
-def _is_stuck(run: Kept) -> bool:
+def _is_stuck(run: ArchivedRun) -> bool:
     model = run.config['model']
     chance = 1 - 1 / model[model['layers'][-1]]['features']
     return run.final()['centre']['top1_error'] > 0.99 * chance
 
 
-def _one_view(base: Mapping[int, Kept]) -> Row:
+def _one_view(base: Runs) -> Row:
     claim = Claim(
         row='one view instead of ten',
         source='paper 6; run 145',
@@ -210,7 +216,7 @@ def _one_view(base: Mapping[int, Kept]) -> Row:
 
 
 def _compared(claim: Claim, pairs: Sequence[tuple[Mapping, Mapping]]) -> Row:
-    """`pairs`: what ours and the base missed, seed by seed."""
+    """Return the row of a change; `pairs` are the images missed by it and by the base, by seed."""
     found, error = {}, {}
     for measure in MEASURES:
         ours, base = (np.stack([pair[i][measure] for pair in pairs]) for i in (0, 1))
@@ -219,18 +225,16 @@ def _compared(claim: Claim, pairs: Sequence[tuple[Mapping, Mapping]]) -> Row:
     return Row(claim.row, claim, error, found)
 
 
-def _ensembles(base: Mapping[int, Kept], folder: Path, view: str) -> list[Row]:
-    """Ensembles of 2..n of the base's seeds, against their members' mean."""
+def _ensembles(base: Runs, folder: Path, view: str) -> list[Row]:
+    """Compare ensembles of the base's seeds with the mean of their members, a row a size."""
     found: dict[int, list[tuple[tuple[int, ...], Any]]] = {}
-    for seeds, missed in digest.read_ensembles(folder / 'ensembles.jsonl'):
+    for seeds, missed in run_archive.read_ensembles(folder / 'ensembles.jsonl'):
         if {*seeds} <= {*base}:
             found.setdefault(len(seeds), []).append((seeds, missed[view]))
     return [_ensemble(count, own, base, view) for count, own in sorted(found.items())]
 
 
-def _ensemble(
-    count: int, own: Sequence[tuple[tuple[int, ...], Any]], base: Mapping[int, Kept], view: str
-) -> Row:
+def _ensemble(count: int, own: Sequence[tuple[tuple[int, ...], Any]], base: Runs, view: str) -> Row:
     error, differences = {}, {}
     in_all = len({seed for seeds, _ in own for seed in seeds})
     for measure in MEASURES:
@@ -255,7 +259,7 @@ def _ensemble(
 
 
 def corrected(found: Sequence[Row]) -> list[Row]:
-    """The rows with p-values that know of each other (Holm), measure by measure."""
+    """Return the rows with p-values corrected for their number (Holm), by measure."""
     result = list(found)
     for measure in MEASURES:
         asked = [i for i, row in enumerate(result) if _p(row, measure) is not None]
@@ -272,23 +276,22 @@ def _p(row: Row, measure: str) -> float | None:
 # ---------------------------------------------------------------------------------------- the table
 
 
-HEAD = (
-    '| change | top-1 error | top-1, points | p | top-5, points | seeds | std of seeds '
-    '| reported in 2012: top-1 / top-5, points |\n|---|---|---|---|---|---|---|---|'
-)
+HEAD = [
+    'change', 'top-1 error', 'top-1, points', 'p', 'top-5, points', 'seeds', 'std of seeds',
+    'reported in 2012: top-1 / top-5, points',
+]  # fmt: skip
 
 
-def markdown(found: Sequence[Row], runs: Sequence[Kept]) -> str:
-    """Return the table and the notes that it needs."""
-    body = '\n'.join(_line(row) for row in found)
-    return f'{HEAD}\n{_first_line(runs)}\n{body}\n\n{notes(found, runs)}\n'
+def page(found: Sequence[Row], runs: Sequence[ArchivedRun]) -> str:
+    """Return the text of table.md: the table and its notes."""
+    table = markdown([HEAD, _base_cells(runs), *map(_cells, found)])
+    return f'{table}\n\n{notes(found, runs)}\n'
 
 
-def short(found: Sequence[Row], runs: Sequence[Kept]) -> str:
+def short(found: Sequence[Row]) -> str:
     """Return the rows with a figure of 2012, at most ten lines, and a count of the findings."""
     claimed = [row for row in found if row.claim.top1 is not None and not row.images_only]
-    body = '\n'.join(_line(row) for row in claimed[:8])
-    return f'{HEAD}\n{body}\n\n{count(found)}'
+    return f'{markdown([HEAD, *map(_cells, claimed[:8])])}\n\n{count(found)}\n'
 
 
 def count(found: Sequence[Row]) -> str:
@@ -305,31 +308,37 @@ def count(found: Sequence[Row]) -> str:
     )
 
 
-def _first_line(runs: Sequence[Kept]) -> str:
+def _base_cells(runs: Sequence[ArchivedRun]) -> list[str]:
     base = [run for run in runs if run.row == BASE]
-    errors = {m: np.array([run.wrong['ten_views'][m].mean() for run in base]) for m in MEASURES}
-    return (
-        f'| *the recipe as run* | {errors["top1_error"].mean():.2%} | | '
-        f'| *{errors["top5_error"].mean():.2%} top-5 error* | {len(base)} '
-        f'| {_std(errors["top1_error"])} | |'
-    )
+    top1, top5 = (np.array([run.wrong['ten_views'][m].mean() for run in base]) for m in MEASURES)
+    std = f'{100 * top1.std(ddof=1):.2f}' if len(base) > 1 else ''
+    top5_error = f'*{top5.mean():.2%} top-5 error*'
+    return [
+        '*the recipe as run*',
+        f'{top1.mean():.2%}',
+        '',
+        '',
+        top5_error,
+        str(len(base)),
+        std,
+        '',
+    ]
 
 
-def _line(row: Row) -> str:
-    cells = [row.name]
+def _cells(row: Row) -> list[str]:
     if not row.found:
-        cells += [row.finding('top1_error')] * 6
-    else:
-        top1 = row.found['top1_error']
-        cells += [
-            f'{row.error["top1_error"]:.2%}',
-            _difference(row, 'top1_error'),
-            _small(row.p.get('top1_error')),
-            _difference(row, 'top5_error'),
-            str(top1.seeds),
-            '' if top1.spread is None else f'{100 * top1.spread:.2f}',
-        ]
-    return '| ' + ' | '.join([*cells, _claim(row.claim)]) + ' |'
+        return [row.name, *[row.finding('top1_error')] * 6, _claim(row.claim)]
+    top1, p = row.found['top1_error'], row.p.get('top1_error')
+    return [
+        row.name,
+        f'{row.error["top1_error"]:.2%}',
+        _difference(row, 'top1_error'),
+        '' if p is None else f'{p:.3f}' if p >= 0.001 else '<0.001',
+        _difference(row, 'top5_error'),
+        str(top1.seeds),
+        '' if top1.spread is None else f'{100 * top1.spread:.2f}',
+        _claim(row.claim),
+    ]
 
 
 def _difference(row: Row, measure: str) -> str:
@@ -342,25 +351,22 @@ def _difference(row: Row, measure: str) -> str:
 
 
 def _claim(claim: Claim) -> str:
-    """What was claimed, and on which data."""
-    points = [f'{value:+.2f}'.rstrip('0') if value is not None else '-' for value in claim[3:5]]
-    points = [p + '0' if p.endswith('.') else p for p in points]
-    said = f'{points[0]} / {points[1]}' if claim.top1 is not None else ''
-    where = f'on {claim.data}' if claim.data != 'none' else ''
-    text = ' '.join(word for word in (said, where) if word)
+    """Return the claimed effect, its data, and further words."""
+    text = f'{_points(claim.top1)} / {_points(claim.top5)}' if claim.top1 is not None else ''
+    if claim.data != 'none':
+        text += f' on {claim.data}' if text else f'on {claim.data}'
     return '; '.join(word for word in (text, claim.words) if word)
 
 
-def _small(p: float | None) -> str:
-    return '' if p is None else f'{p:.3f}' if p >= 0.001 else '<0.001'
+def _points(value: float | None) -> str:
+    if value is None:
+        return '-'
+    text = f'{value:+.2f}'
+    return text.removesuffix('0')
 
 
-def _std(values: np.ndarray) -> str:
-    return f'{100 * values.std(ddof=1):.2f}' if len(values) > 1 else ''
-
-
-def notes(found: Sequence[Row], runs: Sequence[Kept]) -> str:
-    """Return how to read the table, what ran, and what it does not show."""
+def notes(found: Sequence[Row], runs: Sequence[ArchivedRun]) -> str:
+    """Return the notes below the table: how to read it, the runs, and its limits."""
     config, images = runs[0].config, len(runs[0].wrong['centre']['top1_error'])
     hours = sum(run.final()['secs'] for run in runs) / 3600
     devices = sorted({run.environment['device'] for run in runs})
@@ -384,8 +390,8 @@ def notes(found: Sequence[Row], runs: Sequence[Kept]) -> str:
     )
 
 
-def table_csv(runs: Sequence[Kept], folder: Path) -> str:
-    """Every number, fractions unrounded to 6 places: a line a row, view and measure."""
+def table_csv(runs: Sequence[ArchivedRun], folder: Path) -> str:
+    """Return every number, as fractions to 6 places: a line a row, view and measure."""
     out = io.StringIO()
     names = (
         'change,view,measure,seeds,images,error,difference,low,high,p,p_holm,std_of_seeds,'
@@ -420,7 +426,7 @@ def _csv_line(row: Row, view: str, measure: str) -> list[Any]:
 
 
 def differences_figure(found: Sequence[Row]) -> figures.Figure:
-    """Differences in top-1 error with their intervals; the claims as diamonds beside them.
+    """Draw the differences in top-1 error with their intervals, and the claims as diamonds.
 
     Differences beyond the axis are written at its end.
     """
@@ -450,7 +456,7 @@ def differences_figure(found: Sequence[Row]) -> figures.Figure:
 
 
 def _limit(found: Sequence[Row]) -> float:
-    """Of the axis, points: what holds all claims and all intervals but those far away."""
+    """Return the end of the axis, points: all claims and all intervals, but at most 6."""
     ends = [abs(row.claim.top1) for row in found if row.claim.top1 is not None]
     for row in found:
         if 'top1_error' in row.found:
@@ -474,8 +480,8 @@ def _interval(axes: Any, place: int, row: Row, limit: float) -> None:
     axes.plot(mean, place, 'o', markersize=4, **style)
 
 
-def curves_figure(runs: Sequence[Kept]) -> figures.Figure:
-    """Training (dashed) and validation error against epochs, every seed; the base's in grey."""
+def curves_figure(runs: Sequence[ArchivedRun]) -> figures.Figure:
+    """Draw training (dashed) and validation error against epochs, every seed; the base in grey."""
     names = [name for name in CONFIGS if any(run.row == name for run in runs)]
     panels = names[1:] or names
     lines = -(-len(panels) // 3)
@@ -498,15 +504,15 @@ def curves_figure(runs: Sequence[Kept]) -> figures.Figure:
     return figure
 
 
-def _curve(axes: Any, run: Kept, colour: str) -> None:
+def _curve(axes: Any, run: ArchivedRun, colour: str) -> None:
     for kind, dash in (('validation', '-'), ('train', '--')):
         chosen = [record for record in run.records if record['kind'] == kind]
         errors = [100 * record['top1_error'] for record in chosen]
         axes.plot([record['epoch'] for record in chosen], errors, dash, color=colour, linewidth=0.8)
 
 
-def _top(runs: Sequence[Kept]) -> float:
-    """Of the curves' axis: the base's worst, doubled; what does not train is above it."""
+def _top(runs: Sequence[ArchivedRun]) -> float:
+    """Return the top of the axis: twice the base's worst; nets that do not train are above it."""
     worst = [100 * r['top1_error'] for run in runs if run.row == BASE for r in run.records[:2]]
     return min(100.0, 2 * max(worst, default=50.0))
 
@@ -521,41 +527,41 @@ def _figure(height: float) -> figures.Figure:
 
 
 def svg(draw: Any, *args: Any) -> str:
-    """A figure as text, the same for the same runs."""
+    """Return a figure as text, the same bytes for the same runs."""
     style = command.library('matplotlib.style', 'figures')
     with style.context([figures.STYLE], after_reset=True):
         return figures.render(draw(*args), 'svg').decode()
 
 
-# -------------------------------------------------------------------------------------- the command
+# ----------------------------------------------------------------------------------------- command
 
 
-def keep(folder: Path, results: Path) -> Path:
-    """Keep every finished run of a sweep's folder, and the base's ensembles: where they are.
+def archive(folder: Path, results: Path) -> Path:
+    """Archive the finished runs of a sweep and the base's ensembles; return their folder.
 
     Raises:
-        RunError: there is none, or one is damaged.
+        RunError: there is no finished run, or one is damaged.
     """
-    target, found = digest.keep_all(folder, results, (*CONFIGS, *OVERRIDDEN))
+    target, found = run_archive.archive_all(folder, results, (*CONFIGS, *OVERRIDDEN))
     base = {seed: workdir for (row, seed), workdir in found.items() if row == BASE}
     if base:
-        digest.ensembles(base, target / 'ensembles.jsonl')
+        run_archive.archive_ensembles(base, target / 'ensembles.jsonl')
     return target
 
 
 def build(folder: Path) -> str:
-    """Write table and figures of what is kept in `folder`; the table.
+    """Write tables and figures from the archive in `folder`; return the table.
 
     Raises:
-        RunError: nothing is kept there, it is damaged, or the runs are not of one kind.
+        RunError: the archive is empty or damaged, or its runs are of several recipes.
     """
-    runs = digest.read(folder)
+    runs = run_archive.read(folder)
     _check_recipes(runs, folder)
     found = rows(runs, folder)
-    table = markdown(found, runs)
+    table = page(found, runs)
     bodies = {
         'table.md': table,
-        'short.md': short(found, runs) + '\n',
+        'short.md': short(found),
         'table.csv': table_csv(runs, folder),
         'differences.svg': svg(differences_figure, found),
         'curves.svg': svg(curves_figure, runs),
@@ -565,8 +571,8 @@ def build(folder: Path) -> str:
     return table
 
 
-def _check_recipes(runs: Sequence[Kept], folder: Path) -> None:
-    """Each run differs from the base in what its config changes, and in nothing else."""
+def _check_recipes(runs: Sequence[ArchivedRun], folder: Path) -> None:
+    """Check that each run differs from the base in what its config changes, and nothing else."""
     base = next((run for run in runs if run.row == BASE), None)
     if base is None:
         return
@@ -582,43 +588,13 @@ def _check_recipes(runs: Sequence[Kept], folder: Path) -> None:
             )
 
 
-def act(args: argparse.Namespace) -> int:
-    """Keep, if there are runs; build; print the tables."""
-    if not re.fullmatch(r'\w*', args.scale):
-        raise UsageError(f'--scale={args.scale} is not a word.')
-    if args.runs is not None:
-        folders = sorted({keep(runs, args.results) for runs in args.runs})
-    else:
-        folders = sorted(path for path in args.results.glob(args.scale or '*') if path.is_dir())
-    if not folders:
-        raise RunError(f'nothing is kept in {args.results} yet; name the --runs of a sweep.')
-    for folder in folders:
-        print(build(folder))
-        log(f'in {folder}')
-    return 0
-
-
 def _parser() -> command.Parser:
-    parser = command.Parser(
-        prog='python -m experiments.contribution_table',
-        description='The contribution table and its figures, from runs or from what is kept.',
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add(
-        '--runs',
-        type=command.path,
-        nargs='+',
-        help='folders of workdirs of sweeps, to be kept first',
-    )
-    add('--scale', default='', help='of what is kept; all by default')
-    add('--results', type=command.path, default=RESULTS, help='where runs are kept')
-    return parser
+    return run_archive.parser('contribution_table', RESULTS)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Do what the command line asks for; returns the exit code."""
-    return command.run('contribution_table', _parser, act, argv)
+    """Run the command; return its exit code."""
+    return run_archive.main(_parser, archive, build, argv)
 
 
 if __name__ == '__main__':

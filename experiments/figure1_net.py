@@ -3,10 +3,10 @@
     python main.py --config=experiments/figure1_net.py:fashion_mnist,relu
     python main.py --config=experiments/figure1_net.py:cifar10,tanh       # the paper's data
 
-The paper (3.1) says: "a four-layer convolutional neural network with ReLUs reaches a 25 % training
+The paper (3.1): "a four-layer convolutional neural network with ReLUs reaches a 25 % training
 error rate on CIFAR-10 six times faster than an equivalent network with tanh neurons", with "the
 learning rates for each network chosen independently to make training as fast as possible" and "no
-regularization of any kind". It does not say which net. This one has the widths, kernels and pools
+regularization of any kind". It does not specify the net. This one has the widths, kernels and pools
 (all maxima here) of the CIFAR-10 nets that came with cuda-convnet: three convolutions of 5 x 5 with
 32, 32 and 64 maps, each pooled 3/2, and ten outputs. Constant rates: see experiments/figure1.py.
 """
@@ -18,7 +18,7 @@ FUNCTIONS = ('relu', 'tanh')
 
 
 def get_config(scale: str = 'fashion_mnist,relu'):
-    """`scale` is one of PIXELS, a comma and one of FUNCTIONS."""
+    """Return the config; `scale` is one of PIXELS, a comma and one of FUNCTIONS."""
     data, _, function = scale.partition(',')
     if data not in PIXELS or function not in FUNCTIONS:
         known = f'{" or ".join(PIXELS)}, a comma, {" or ".join(FUNCTIONS)}'
@@ -46,7 +46,7 @@ def get_config(scale: str = 'fashion_mnist,relu'):
 
 
 def net(model, data: str, function: str) -> None:
-    """Three convolutions and a fully connected layer in the place of AlexNet's eight."""
+    """Replace the eight layers of AlexNet by three convolutions and a fully connected layer."""
     size, channels = PIXELS[data]
     model.input_px, model.channels, model.towers = size, channels, 1
     model.layers = ('conv1', 'conv2', 'conv3', 'fc8')

@@ -38,7 +38,7 @@ ROUNDING = 1e-15  # of a variance; that of a single image of 10,000 is some 1e-1
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """A mean difference in error; all values are fractions, positive where ours is worse.
+    """Mean difference in error; all values are fractions, positive where ours is worse.
 
     low, high: the interval; p: two-sided, for no difference. None with fewer than FEWEST_SEEDS
         seeds, and where the seeds agree so exactly that they show no variance.
@@ -55,11 +55,11 @@ class Difference:
 
     @property
     def significant(self) -> bool:
-        """The interval does not contain zero."""
+        """Return whether the interval exists and does not contain zero."""
         return self.low is not None and self.high is not None and not self.low <= 0 <= self.high
 
     def within(self, margin: float) -> bool:
-        """The interval is inside +-margin."""
+        """Return whether the interval is inside +-margin."""
         return (
             self.low is not None
             and self.high is not None
@@ -97,7 +97,7 @@ def difference(ours: np.ndarray, base: np.ndarray, level: float = LEVEL) -> Diff
 
 
 class Estimate(NamedTuple):
-    """The mean, its variance and the degrees of freedom of that; [...] each."""
+    """Mean, its variance and the degrees of freedom of the variance; [...] each."""
 
     mean: np.ndarray
     variance: np.ndarray

@@ -1,12 +1,12 @@
-"""How far apart the loss curves of one run lie on different meshes and placements.
+"""Measure how far loss curves of one run differ between meshes and placements.
 
     python -m experiments.meshes [--steps=100]
 
 The smoke net on real images, the same seed, on eight virtual CPU devices: the first step's loss,
 gradient and parameters against those on one device, and the largest distance of the loss curves,
 at the recipe's rates and at a hundredth of them. The last row is one device again with the smallest
-possible change: every weight of conv1 off by one unit in the last place. It shows what a rounding
-error grows to by itself. Writes experiments/results/meshes.jsonl, one object a row.
+possible change: every weight of conv1 moved by one unit in the last place. It shows how far a
+rounding error grows by itself. Writes experiments/results/meshes.jsonl, one object a row.
 """
 
 import argparse
@@ -40,7 +40,7 @@ RATES = {'recipe': 1.0, 'hundredth': 0.01}
 
 
 def open_row(row: str, factor: float) -> tuple[train.Job, step.TrainState]:
-    """A run at its start."""
+    """Return a run and its initial state."""
     chosen = smoke.get_config()
     data, tower, placement = ROWS[row]
     chosen.mesh.update(data=data, tower=tower, placement=placement)
@@ -58,7 +58,7 @@ def open_row(row: str, factor: float) -> tuple[train.Job, step.TrainState]:
 
 
 def gradients(job: train.Job, state: step.TrainState) -> tuple[float, dict]:
-    """Loss and gradients of the first step."""
+    """Return loss and gradients of the first step."""
     forward = job.layout.forward(job.settings.net)
 
     @jax.jit
@@ -73,7 +73,7 @@ def gradients(job: train.Job, state: step.TrainState) -> tuple[float, dict]:
 
 
 def curve(job: train.Job, state: step.TrainState, steps: int) -> tuple[np.ndarray, dict]:
-    """The loss of each step, and the parameters after the first."""
+    """Return the loss of each step, and the parameters after the first."""
     losses, first = [], {}
     for number in range(steps):
         state, metrics = job.train_step(state, job.batch(number), job.statistics)
@@ -84,13 +84,13 @@ def curve(job: train.Job, state: step.TrainState, steps: int) -> tuple[np.ndarra
 
 
 def distance(ours: dict, reference: dict) -> float:
-    """The largest difference in any leaf, over that leaf's largest entry."""
+    """Return the largest difference in any leaf, relative to its largest entry."""
     pairs = zip(jax.tree.leaves(ours), jax.tree.leaves(reference), strict=True)
     return max(float(np.max(np.abs(a - b)) / np.max(np.abs(b))) for a, b in pairs)
 
 
 def main() -> None:
-    """Measure every row, print it and keep it."""
+    """Measure, print and store every row."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--steps', type=int, default=100)
     steps = parser.parse_args().steps

@@ -1,4 +1,4 @@
-"""How much of the image reaches the logits at initialisation, by recipe, width and init.
+"""Measure the spread of logits over images at initialisation, by recipe, width and init.
 
     python -m experiments.preflight [--seeds=3]
 
@@ -32,7 +32,7 @@ ROWS = (
 
 
 def measure(recipe: str, scale: str, init_scaling: str, factor: float, seed: int) -> float:
-    """The logits' standard deviation of one start."""
+    """Return the standard deviation of the logits of one initialisation."""
     chosen = RECIPES[recipe].get_config(scale)
     chosen.seed, chosen.model.init_scaling, chosen.preprocess.scale = seed, init_scaling, factor
     chosen.mesh.data = 1
@@ -44,7 +44,7 @@ def measure(recipe: str, scale: str, init_scaling: str, factor: float, seed: int
 
 
 def main() -> None:
-    """Measure every row, print it and keep it."""
+    """Measure, print and store every row."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--seeds', type=int, default=3)
     seeds = range(parser.parse_args().seeds)

@@ -19,7 +19,7 @@ RESULTS = Path(__file__).parent / 'results'
 
 
 def quickstart() -> str:
-    """What `make` reached where it was run: the log of each run that is kept."""
+    """Return the results of `make` on each machine with a stored log."""
     rows = [
         '| device | seed | test accuracy | ten views | training | commit |',
         '|---|---|---|---|---|---|',
@@ -45,7 +45,7 @@ def contribution_short() -> str:
 
 
 def contribution() -> str:
-    """Return the whole contribution table."""
+    """Return the complete contribution table."""
     return _table(
         'contribution_table/quickstart',
         {'differences.svg': 'differences, with their intervals', 'curves.svg': 'learning curves'},
@@ -79,21 +79,21 @@ def speed() -> str:
 
 
 def datasets() -> str:
-    """Preparation and reading, and the way of ImageNet rehearsed, by the command that measures."""
+    """Preparation and reading, and the dry run of the ImageNet pipeline, by command."""
     lines = ['| measured by | |', '|---|---|']
     for path in sorted((RESULTS / 'prepare').glob('*.json')):
         lines += [
-            f'| `experiments.bench_prepare` | {fact} |'
+            f'| `experiments.data_bench preparation` | {fact} |'
             for fact in _prepared(json.loads(path.read_text()))
         ]
     for path in sorted((RESULTS / 'reading').glob('*.json')):
         lines += [
-            f'| `experiments.bench_reading` | {fact} |'
+            f'| `experiments.data_bench reading` | {fact} |'
             for fact in _read(json.loads(path.read_text()))
         ]
-    path = RESULTS / 'rehearsal.jsonl'
+    path = RESULTS / 'dry_run.jsonl'
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    lines += [f'| `experiments.rehearsal` | {fact} |' for fact in _rehearsed(rows)]
+    lines += [f'| `experiments.data_bench dry_run` | {fact} |' for fact in _dry_run(rows)]
     return '\n'.join(lines)
 
 
@@ -122,21 +122,21 @@ def _read(found: dict) -> list[str]:
     ]
 
 
-def _rehearsed(rows: list[dict]) -> list[str]:
+def _dry_run(rows: list[dict]) -> list[str]:
     if not rows:
         return ['not run']
     by_act = {row['act']: row for row in rows}
     made, again = by_act['prepare'], by_act['prepare, the same command again']
-    whole = by_act['evaluate run on validation[:]']
+    full = by_act['evaluate run on validation[:]']
     pair = [by_act[f'evaluate {name} on validation[:2000]'] for name in ('run', 'cut_off')]
     alike = all(pair[0][key] == pair[1][key] for key in ('centre', 'ten_views'))
     return [
         f'{sum(made["images"].values()):,} pictures prepared in {made["secs"]:.0f} s; killed and '
-        f'gone on with: {"the same bytes" if again["same_bytes"] else "OTHER BYTES"}',
+        f'resumed: {"the same bytes" if again["same_bytes"] else "OTHER BYTES"}',
         f'{by_act["train"]["steps"]} steps of a narrow net at 224 px in '
-        f'{by_act["train"]["secs"]:.0f} s; killed and gone on with: '
+        f'{by_act["train"]["secs"]:.0f} s; killed and resumed: '
         + ('the same errors' if alike else 'OTHER ERRORS'),
-        f'{whole["images"]:,} pictures evaluated, ten views each, in {whole["secs"]:.0f} s',
+        f'{full["images"]:,} pictures evaluated, ten views each, in {full["secs"]:.0f} s',
     ]
 
 
@@ -159,7 +159,7 @@ def starts() -> str:
 
 
 def meshes() -> str:
-    """How far meshes and placements are from one device, as experiments.meshes measured it."""
+    """Return the distances of meshes and placements from one device (experiments.meshes)."""
     rows = [
         "| placement, data x tower | loss | gradients | parameters | loss curve, recipe's rates "
         '| a hundredth of them |',

@@ -12,28 +12,26 @@ A sweep is a small Python file of plain values, in experiments/ or named by its 
         'batch64': {'batch_size': 64},
         'batch256': {'batch_size': 256},
     }
-    SCALE, SEEDS = 'quickstart', 3              # optional: what --scale and --seeds are by default
+    SCALE, SEEDS = 'quickstart', 3              # optional: the defaults of --scale and --seeds
 
-A run's workdir is workdirs/<sweep>-<scale>/<config>[-<override>]-<seed>, with its output in log.txt
-there. Finished runs are skipped, one that fails is reported at the end and does not stop the rest.
-After a Ctrl-C, a SIGTERM or a power cut the same command resumes. Compiled programs are stored
-beside the runs, for all of them.
+`--config.KEY=VALUE` overrides a value of all configs. A run's workdir is
+workdirs/<sweep>-<scale>/<config>[-<override>]-<seed>, with its output in log.txt there. Finished
+runs are skipped. A run that fails is reported and does not stop the rest. After a Ctrl-C, a SIGTERM
+or a power cut the same command resumes. Runs share a cache of compiled programs.
 """
 
 import argparse
 import contextlib
 import dataclasses
-import importlib.util
 import os
-import re
+import runpy
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from ast import literal_eval
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,12 +39,13 @@ from alexnet_jax import command, config_file
 from alexnet_jax import config as configuration
 from alexnet_jax.command import log
 from alexnet_jax.errors import RunError, UsageError
-from alexnet_jax.training import metrics, workdir
+from alexnet_jax.training import metrics
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 POLL_SECS = 0.5
+Outcomes = Generator[tuple['Run', int]]  # each run with its exit code, when it ends
 
-# ----------------------------------------------------------------------------------------- the plan
+# ------------------------------------------------------------------------------------------- plan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,35 +86,35 @@ def plan(name: str, folder: Path, scale: str, seeds: int, common: Mapping[str, A
     """Return all runs of a sweep, seed by seed, so that a table fills evenly.
 
     Args:
-        name: of a sweep in experiments/, or the path of its file.
+        name: a sweep in experiments/, or the path of its file.
         folder: the parent of all sweeps' folders.
         scale: of the configs; '' for the sweep's own.
         seeds: 0 to seeds - 1; 0 for the sweep's own.
         common: overrides of all runs.
 
     Raises:
-        UsageError: the sweep, a config or an override is invalid, or a workdir holds a run of
-            another config.
+        UsageError: the sweep, a config or an override is invalid.
     """
     sweep = load(name)
-    scale = scale or getattr(sweep, 'SCALE', 'quickstart')
+    scale = scale or sweep.get('SCALE', 'quickstart')
     folder = folder.absolute() / f'{Path(name).stem}-{scale}'
-    variants = getattr(sweep, 'OVERRIDES', None) or {'': {}}
     runs = []
-    for seed in range(seeds or getattr(sweep, 'SEEDS', 3)):
-        for entry in sweep.CONFIGS:
-            for variant, values in variants.items():
+    for seed in range(seeds or sweep.get('SEEDS', 3)):
+        for entry in sweep['CONFIGS']:
+            for variant, values in sweep.get('OVERRIDES', {'': {}}).items():
                 overrides = {**values, **common, 'seed': seed}
                 stem = '_'.join(Path(part).stem for part in entry.split(':'))
                 row = f'{stem}-{variant}' if variant else stem
-                runs.append(_run(row, seed, entry, scale, overrides, folder / f'{row}-{seed}'))
+                config = where(entry, scale)
+                resolve(config, overrides, row)
+                runs.append(Run(row, seed, config, overrides, folder / f'{row}-{seed}'))
     if len({run.name for run in runs}) < len(runs):
         raise UsageError(f'{name}: two runs have the same name; name CONFIGS and OVERRIDES apart.')
     return runs
 
 
-def load(name: str) -> Any:
-    """Return the module of a sweep.
+def load(name: str) -> dict[str, Any]:
+    """Return the values of a sweep's file.
 
     Raises:
         UsageError: there is none of that name, or it lists no CONFIGS.
@@ -123,75 +122,48 @@ def load(name: str) -> Any:
     path = Path(name) if name.endswith('.py') else Path(__file__).parent / f'{name}.py'
     if not path.is_file():
         raise UsageError(f'there is no sweep {path}; see python -m experiments.sweep --help.')
-    module = _module(path)
-    if not getattr(module, 'CONFIGS', None):
+    values = runpy.run_path(str(path))
+    if not values.get('CONFIGS'):
         raise UsageError(f'{path} is no sweep: it has no CONFIGS.')
-    return module
+    return values
 
 
-def _module(path: Path) -> Any:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
-        raise UsageError(f'{path} is no Python file.')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def _run(
-    row: str, seed: int, entry: str, scale: str, overrides: Mapping[str, Any], place: Path
-) -> Run:
-    """Make a run after checking its config, so that nothing starts before all are valid."""
+def where(entry: str, scale: str) -> str:
+    """Return an entry of CONFIGS as --config takes it: 'configs/alexnet.py:quickstart'."""
     file, _, argument = entry.partition(':')
     file = file if file.endswith('.py') else f'configs/{file}.py'
-    words = ','.join(word for word in (scale, argument) if word)
-    if not (REPOSITORY / file).is_file():
-        raise UsageError(f'there is no config {file}.')
-    config = resolve(REPOSITORY / file, words, overrides, row)
-    if (place / 'config.json').exists() and workdir.has_run(place):
-        old = config_file.read_json(place / 'config.json')
-        new = configuration.plain(config)
-        keys = {*configuration.differences(old, new)} - {*workdir.MAY_DIFFER}
-        last = new['model']['layers'][-1]
-        if not new['model'][last]['features']:  # as many as the data had classes
-            keys -= {f'model.{last}.features'}
-        if keys:
-            raise UsageError(
-                f'{place} holds a run of another config, different in {", ".join(sorted(keys))}; '
-                f'move it away, or name other --workdirs.'
-            )
-    return Run(row, seed, f'{file}:{words}', overrides, place)
+    return f'{file}:{scale}' + (f',{argument}' if argument else '')
 
 
-def resolve(file: Path, words: str, overrides: Mapping[str, Any], row: str) -> Any:
-    """Return the config that main.py will make of it: a ConfigDict, validated.
+def resolve(config: str, overrides: Mapping[str, Any], row: str) -> Any:
+    """Return the ConfigDict that main.py will make of a config, validated.
 
     Raises:
         UsageError: it is invalid.
     """
     try:
-        config = config_file.load(f'{file}:{words}', overrides)
-        configuration.unpack(config)
+        found = config_file.load(str(REPOSITORY / config), overrides)
+        configuration.unpack(found)
     except UsageError as error:
         raise UsageError(f'{row}: {error}') from error
-    return config
+    return found
 
 
 # ------------------------------------------------------------------------------ on this machine
 
 
 class Slot(NamedTuple):
-    """The share of this machine that a run gets: its own cores, or a device."""
+    """Share of this machine for a run: its own cores, or a device."""
 
     cores: tuple[int, ...] = ()  # () for any
     environment: Mapping[str, str] = {}
 
 
 def slots(parallel: int | None) -> list[Slot]:
-    """Divide this machine; by default one slot a GPU, and without GPUs one in all.
+    """Divide this machine; by default one slot a GPU, and one in all without GPUs.
 
-    On CPUs each run gets its own cores (two runs that share all cores wait for each other at every
-    operation). Runs that share a GPU get equal parts of its memory.
+    On CPUs each run gets its own cores, as runs that share all cores wait for each other at every
+    operation. Runs that share a GPU get equal parts of its memory.
 
     Raises:
         UsageError: more runs than cores.
@@ -228,9 +200,9 @@ def gpus() -> list[str]:
 def start(run: Run, slot: Slot) -> subprocess.Popen:
     """Start a run in its slot, in a session of its own: Ctrl-C reaches the sweep alone."""
     run.workdir.mkdir(parents=True, exist_ok=True)
-    every = os.sched_getaffinity(0)
+    all_cores = os.sched_getaffinity(0)
     try:
-        os.sched_setaffinity(0, slot.cores or every)  # a child inherits it
+        os.sched_setaffinity(0, slot.cores or all_cores)  # a child inherits it
         with run.log.open('ab') as out:
             return subprocess.Popen(
                 run.command,
@@ -242,10 +214,10 @@ def start(run: Run, slot: Slot) -> subprocess.Popen:
                 start_new_session=True,
             )
     finally:
-        os.sched_setaffinity(0, every)
+        os.sched_setaffinity(0, all_cores)
 
 
-def run_here(runs: Sequence[Run], free: list[Slot]) -> Iterator[tuple[Run, int]]:
+def run_here(runs: Sequence[Run], free: list[Slot]) -> Outcomes:
     """Run in the free slots; yield each run with its exit code when it ends.
 
     Closed early, by a signal, it asks the running ones to save, and waits for them.
@@ -273,7 +245,7 @@ def run_here(runs: Sequence[Run], free: list[Slot]) -> Iterator[tuple[Run, int]]
 
 
 class Job:
-    """The work of a job; pickled, so it holds plain values while it waits."""
+    """Work of a submitit job. It is pickled, so it has plain values while it waits."""
 
     def __init__(self, command: Sequence[str], log: Path):
         self.command, self.log = list(command), str(log)
@@ -281,8 +253,8 @@ class Job:
 
     def __call__(self) -> int:
         """Run it, and return its exit code."""
-        # Slurm sends the signal to all processes of a job, and main.py would die of it; a child
-        # inherits that it is ignored.
+        # Slurm sends SIGUSR2 to all processes of a job, and it would end main.py. A child inherits
+        # that it is ignored.
         ours = signal.signal(signal.SIGUSR2, signal.SIG_IGN)
         Path(self.log).parent.mkdir(parents=True, exist_ok=True)
         with open(self.log, 'ab') as out:
@@ -305,21 +277,20 @@ class Job:
         return submitit.helpers.DelayedSubmission(Job(self.command, Path(self.log)))
 
 
-def run_by_submitit(
-    runs: Sequence[Run], cluster: str, folder: Path, **parameters: Any
-) -> Iterator[tuple[Run, int]]:
+def run_by_submitit(runs: Sequence[Run], cluster: str, folder: Path, **parameters: Any) -> Outcomes:
     """Submit all runs; yield each with its exit code when its job ends.
 
     Args:
         runs: to be submitted.
         cluster: 'slurm', or 'local' for submitit's local executor.
-        folder: for submitit's files; all nodes must see it.
+        folder: for submitit's files, on a disk that all nodes share.
         parameters: of submitit's AutoExecutor.update_parameters.
 
     Raises:
-        RunError: there is no submitit or no Slurm, or it does not take the jobs.
+        RunError: submitit or Slurm is missing, or Slurm refuses the jobs.
         UsageError: a parameter is invalid.
     """
+    os.environ.setdefault('SUBMITIT_LOG_LEVEL', 'NOCONFIG')  # it would log to stdout
     submitit = command.library('submitit', 'sweep')
     try:
         executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
@@ -353,40 +324,29 @@ def _result(job: Any) -> int:
         return 1
 
 
-# -------------------------------------------------------------------------------------- the command
+# ---------------------------------------------------------------------------------------- command
 
 
-class Stop(BaseException):
-    """A signal asks the sweep to stop."""
-
-    def __init__(self, number: int):
-        self.number = number
-
-
-@contextlib.contextmanager
-def stoppable() -> Iterator[None]:
-    """Raise Stop on the first SIGINT, SIGTERM or SIGHUP; ignore the next while the runs save."""
+def stop_on_signals() -> None:
+    """Exit on the first SIGINT, SIGTERM or SIGHUP; ignore the next while the runs save."""
+    kinds = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def stop(number: int, frame: Any) -> None:
         del frame
-        for kind in before:
+        for kind in kinds:
             signal.signal(kind, signal.SIG_IGN)
-        raise Stop(number)
+        log(f'{signal.Signals(number).name}: runs save and stop.')
+        sys.exit(128 + number)
 
-    kinds = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {kind: signal.signal(kind, stop) for kind in kinds}
-    try:
-        yield
-    finally:
-        for kind, handler in before.items():
-            signal.signal(kind, handler)
+    for kind in kinds:
+        signal.signal(kind, stop)
 
 
 BUSY = 'another process is training'  # main.py's sentence about a workdir that is locked
 
 
 def outcome(run: Run, code: int) -> str:
-    """Return in a few words what came of a run: 'done', 'in training elsewhere', or an error."""
+    """Return the outcome of a run: 'done', 'in training elsewhere', or 'failed' and the error."""
     if run.finished:
         return 'done'
     lines = run.log.read_text(errors='replace').splitlines() if run.log.exists() else []
@@ -394,13 +354,12 @@ def outcome(run: Run, code: int) -> str:
     if BUSY in last:
         return 'in training elsewhere'
     if code < 0:
-        name = signal.Signals(-code).name
         memory = ', as the system does when memory runs out' if code == -signal.SIGKILL else ''
-        last = f'ended by {name}{memory}.'
+        last = f'ended by {signal.Signals(-code).name}{memory}.'
     return f'failed: {last.removeprefix("main.py: ")} See {run.log}'
 
 
-def act(args: argparse.Namespace) -> int:
+def act(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
     """Plan, and run or print; return 1 if a run failed.
 
     Raises:
@@ -408,40 +367,36 @@ def act(args: argparse.Namespace) -> int:
         RunError: nothing can be started here.
     """
     if args.seeds < 0 or (args.parallel is not None and args.parallel < 1):
-        raise UsageError('--seeds and --parallel are counts, from 1.')
-    runs = plan(args.sweep, args.workdirs, args.scale, args.seeds, dict(args.override))
+        raise UsageError('--seeds and --parallel must be at least 1.')
+    runs = plan(args.sweep, args.workdirs, args.scale, args.seeds, overrides)
     left = [run for run in runs if not run.finished]
     if args.dry_run:
         for run in left:
             print(shlex.join(run.command))
         return 0
-    failed, ended = [], _launch(args, left)
-    with stoppable():
-        try:
+    failed = []
+    stop_on_signals()
+    try:
+        with contextlib.closing(launch(args, left)) as ended:
             for run, code in ended:
-                words = outcome(run, code)
-                log(f'{run.name}: {words}')
-                failed += [run] if words.startswith('failed') else []
-        except Stop as stop:
-            log(f'{signal.Signals(stop.number).name}: runs save and stop.')
-            ended.close()
-            log('all have stopped; the same command resumes.')
-            sys.exit(128 + stop.number)
+                text = outcome(run, code)
+                log(f'{run.name}: {text}')
+                failed += [run] if text.startswith('failed') else []
+    except SystemExit:
+        log('all have stopped; the same command resumes.')
+        raise
     done = sum(run.finished for run in runs)
     print(f'{done} of {len(runs)} done, {len(failed)} failed, in {runs[0].workdir.parent}')
     return 1 if failed else 0
 
 
-def _launch(args: argparse.Namespace, runs: Sequence[Run]) -> Any:
+def launch(args: argparse.Namespace, runs: Sequence[Run]) -> Outcomes:
+    """Start the runs by the launcher asked for."""
     if args.launcher == 'processes' or not runs:
         return run_here(runs, slots(args.parallel))
     folder = runs[0].workdir.parent
-    parameters = {
-        'name': folder.name,
-        'timeout_min': args.minutes,
-        'cpus_per_task': args.cpus,
-        'gpus_per_node': args.gpus,
-    }
+    parameters: dict[str, Any] = {'name': folder.name, 'timeout_min': args.minutes}
+    parameters |= {'cpus_per_task': args.cpus, 'gpus_per_node': args.gpus}
     if args.launcher == 'slurm':
         named = {
             'slurm_partition': args.partition,
@@ -464,35 +419,22 @@ def _parser() -> command.Parser:
     add('--seeds', type=int, default=0, help='how many, from 0')
     add('--parallel', type=int, help='runs side by side; by default one a GPU, or one')
     add('--workdirs', type=command.path, default=Path('workdirs'), help='the folder for all sweeps')
-    add('--dry_run', action='store_true', help='print the commands of what is not done')
+    add('--dry_run', action='store_true', help='print the commands of the runs not finished')
     kinds = ('processes', 'local', 'slurm')
     add('--launcher', choices=kinds, default=kinds[0], help="local and slurm are submitit's")
     add('--partition', default='', help="Slurm's")
     add('--account', default='', help="Slurm's")
-    add('--gpus', type=int, default=0, help='of a job of submitit')
-    add('--cpus', type=int, default=1, help='of a job of submitit')
+    add('--gpus', type=int, default=0, help='of a submitit job')
+    add('--cpus', type=int, default=1, help='of a submitit job')
     add('--minutes', type=int, default=1440, help='of a job, until it saves and queues again')
-    add('--override', type=_override, action='append', default=[], metavar='KEY=VALUE',
-        help='of a config value, in all runs; --config.KEY=VALUE means the same')  # fmt: skip
+    add('--config.KEY', metavar='VALUE', help='replace the value of a key in all configs')
     return parser
-
-
-def _override(text: str) -> tuple[str, Any]:
-    """Return 'epochs=2' as ('epochs', 2), for argparse."""
-    key, equals, value = text.partition('=')
-    if not equals:
-        raise argparse.ArgumentTypeError(f"'{text}' should be KEY=VALUE")
-    try:
-        return key, literal_eval({'true': 'True', 'false': 'False'}.get(value, value))
-    except (ValueError, SyntaxError):
-        return key, value
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
-    words = sys.argv[1:] if argv is None else argv
-    words = [re.sub(r'^--config\.', '--override=', word) for word in words]  # as main.py takes them
-    return command.run('sweep', _parser, act, words)
+    words, overrides = config_file.split(sys.argv[1:] if argv is None else argv)
+    return command.run('sweep', _parser, lambda args: act(args, overrides), words)
 
 
 if __name__ == '__main__':

@@ -1,14 +1,13 @@
-"""The AlexNets of the tutorials, and LeNet, trained here beside what was reported there.
+"""Write the table of the tutorials' AlexNets and LeNet: trained here, and as reported there.
 
     python -m experiments.sweep variants --scale=quickstart --seeds=3      # or fashion_mnist
     python -m experiments.variants --runs=workdirs/variants-quickstart
-    python -m experiments.variants          # again, from what is kept in the repository
+    python -m experiments.variants          # again, from the archive in the repository
 
-Writes experiments/results/variants/<scale>/table.md. What was reported is of the full nets on
-Fashion-MNIST at 224 px, so that it stands in that scale's table only.
+Writes experiments/results/variants/<scale>/table.md. The reported figures are of the full nets on
+Fashion-MNIST at 224 px, so they are in that scale's table only.
 """
 
-import argparse
 import importlib
 import sys
 from collections.abc import Sequence
@@ -18,12 +17,10 @@ from typing import Any
 import numpy as np
 
 from alexnet_jax import command
-from alexnet_jax.command import log
-from alexnet_jax.errors import RunError
 from alexnet_jax.training import metrics
 from configs import VARIANTS
-from experiments import digest
-from experiments.digest import Kept
+from experiments import run_archive
+from experiments.run_archive import ArchivedRun
 
 CONFIGS = ('alexnet', *VARIANTS)  # what experiments.sweep runs
 SEEDS = 3
@@ -31,8 +28,8 @@ REPORTED_AT = 'fashion_mnist'
 RESULTS = Path(__file__).parent / 'results' / 'variants'
 
 
-def table(runs: Sequence[Kept], scale: str) -> str:
-    """Mean accuracies and their standard deviation over seeds, as Markdown."""
+def table(runs: Sequence[ArchivedRun], scale: str) -> str:
+    """Return mean accuracies and their standard deviation over seeds, as Markdown."""
     rows = [
         f'| {scale} | seeds | test accuracy | ten views | epochs | reported there |',
         '|---|---|---|---|---|---|',
@@ -54,10 +51,10 @@ def table(runs: Sequence[Kept], scale: str) -> str:
     return '\n'.join(rows)
 
 
-def by_epoch(runs: Sequence[Kept]) -> list[str]:
+def by_epoch(runs: Sequence[ArchivedRun]) -> list[str]:
     """Return a table of the test accuracy after each epoch, beside what a tutorial printed.
 
-    At the scale of REPORTED_AT the split that validates is the test set, as in the tutorials.
+    At the scale of REPORTED_AT the validation split is the test set, as in the tutorials.
     """
     rows = []
     for run in runs:
@@ -68,12 +65,12 @@ def by_epoch(runs: Sequence[Kept]) -> list[str]:
         ends = [round(record['epoch'], 2) for record in found]
         there = [f'{printed[end]:.3f}' if end in printed else '-' for end in ends]
         if printed:
-            hours = run.final()['secs'] / 3600
+            minutes = run.final()['secs'] / 60
             epochs = ' | '.join(f'{end:g}' for end in ends)
             rows += [
                 f'| {run.row}, seed {run.seed}: test accuracy after epoch | {epochs} |',
                 '|---' * (len(here) + 1) + '|',
-                f'| here, {run.environment["device"]}, {hours:.1f} h | {" | ".join(here)} |',
+                f'| here, {run.environment["device"]}, {minutes:.1f} min | {" | ".join(here)} |',
                 f'| reported there | {" | ".join(there)} |',
                 '',
             ]
@@ -84,7 +81,7 @@ def _module(name: str) -> Any:
     return importlib.import_module(f'configs.{name}')
 
 
-def _accuracy(own: Sequence[Kept], view: str) -> str:
+def _accuracy(own: Sequence[ArchivedRun], view: str) -> str:
     values = np.array([1 - run.final()[view]['top1_error'] for run in own])
     spread = f' ± {values.std(ddof=1):.4f}' if len(values) > 1 else ''
     return f'{values.mean():.4f}{spread}'
@@ -95,38 +92,25 @@ def _reported(name: str, scale: str) -> str:
     return f'{value:.3f}' if value is not None and scale == REPORTED_AT else '-'
 
 
-def act(args: argparse.Namespace) -> int:
-    """Keep, if there are runs; write and print the tables."""
-    if args.runs is not None:
-        folders = [digest.keep_all(args.runs, args.results, CONFIGS)[0]]
-    else:
-        folders = sorted(path for path in args.results.glob('*') if path.is_dir())
-    if not folders:
-        raise RunError(f'nothing is kept in {args.results} yet; name the --runs of a sweep.')
-    for folder in folders:
-        text = table(digest.read(folder), folder.name)
-        digest.write_text(folder / 'table.md', text)
-        print(text)
-        log(f'in {folder}')
-    return 0
+def archive(folder: Path, results: Path) -> Path:
+    """Archive the finished runs of a sweep; return the folder of their scale."""
+    return run_archive.archive_all(folder, results, CONFIGS)[0]
+
+
+def build(folder: Path) -> str:
+    """Write table.md from the archive in `folder`; return the table."""
+    text = table(run_archive.read(folder, predictions=False), folder.name)
+    run_archive.write_text(folder / 'table.md', text)
+    return text
 
 
 def _parser() -> command.Parser:
-    parser = command.Parser(
-        prog='python -m experiments.variants',
-        description='The table of the variants, from runs or from what is kept.',
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        '--runs', type=command.path, help="a sweep's folder of workdirs, to be kept first"
-    )
-    parser.add_argument('--results', type=command.path, default=RESULTS, help='where runs are kept')
-    return parser
+    return run_archive.parser('variants', RESULTS)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Do what the command line asks for; returns the exit code."""
-    return command.run('variants', _parser, act, argv)
+    """Run the command; return its exit code."""
+    return run_archive.main(_parser, archive, build, argv)
 
 
 if __name__ == '__main__':

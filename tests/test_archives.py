@@ -9,7 +9,7 @@ import pytest
 
 from alexnet_jax.data.prepare import archives
 from alexnet_jax.errors import RunError
-from experiments.official_tars import tar_bytes
+from experiments.data_bench.substitute import tar_bytes
 
 LONG = 'a' * 120  # longer than a plain header holds
 

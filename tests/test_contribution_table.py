@@ -1,4 +1,4 @@
-"""The table, from run directories alone: what it says of known differences, and that it repeats."""
+"""Test the findings on known differences, from run directories alone, and that builds repeat."""
 
 import csv
 import importlib
@@ -16,10 +16,10 @@ from alexnet_jax.errors import RunError
 from alexnet_jax.inference import evaluate
 from alexnet_jax.training import metrics
 from configs import ABLATIONS, Claim
-from experiments import contribution_table, digest, intervals, variants
+from experiments import contribution_table, intervals, run_archive, variants
 
 IMAGES, CLASSES, SEEDS = 2000, 10, 3
-# The true change of the top-1 error, and what the table must say of it.
+# The true change of the top-1 error.
 KNOWN = {
     'alexnet': 0.0,
     'ablation_lrn': 0.08,
@@ -32,7 +32,7 @@ KNOWN = {
 
 
 def fake_run(folder: Path, row: str, seed: int, change: float, scale: str = 'quickstart') -> Path:
-    """A finished workdir whose net misses a tenth of the images and `change` more."""
+    """Make a finished workdir whose net misses a tenth of the images and `change` more."""
     workdir = folder / f'{row}-{seed}'
     workdir.mkdir(parents=True)
     config = importlib.import_module(f'configs.{row}').get_config(scale)
@@ -50,12 +50,12 @@ def fake_run(folder: Path, row: str, seed: int, change: float, scale: str = 'qui
             values = {'epoch': step / 2, 'top1_error': 0.9 / step, 'top5_error': 0.0, 'nll': 1.0}
             lines.append({'kind': 'validation', 'step': step, **values})
     lines.append({'kind': 'test', 'step': 8, 'secs': 3600.0, **scores})
-    (workdir / 'metrics.jsonl').write_text(digest.lines(lines))
+    (workdir / 'metrics.jsonl').write_text(run_archive.lines(lines))
     return workdir
 
 
 def predictions(row: str, seed: int, error: float) -> dict[str, np.ndarray]:
-    """Each image has its difficulty, the same for all nets; one view misses a little more."""
+    """Make predictions; each image has its difficulty, and one view misses a little more."""
     label = np.random.default_rng(0).integers(CLASSES, size=IMAGES).astype(np.int32)
     difficulty = np.random.default_rng(1).random(IMAGES)
     own = np.random.default_rng([seed, *row.encode()])
@@ -92,12 +92,12 @@ def built(runs, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope='module')
 def lines(built) -> dict[tuple[str, str, str], dict[str, str]]:
-    """Of table.csv, by change, view and measure."""
+    """Return the lines of table.csv, by change, view and measure."""
     with (built / 'table.csv').open() as file:
         return {(r['change'], r['view'], r['measure']): r for r in csv.DictReader(file)}
 
 
-def test_findings_are_those_that_were_put_in(lines):
+def test_findings_match_the_known_changes(lines):
     for change, true, finding in (
         ('no normalisation', 0.08, 'worse'),
         ('tanh for ReLU', -0.06, 'better'),
@@ -124,7 +124,7 @@ def test_numbers_are_those_of_the_predictions(runs, lines):
     assert float(row['std_of_seeds']) == pytest.approx(each.std(ddof=1), abs=1e-6)
 
 
-def test_a_row_not_run_says_so(built, lines):
+def test_a_row_not_run_is_marked(built, lines):
     table = (built / 'table.md').read_text()
     missing = [stem for stem in ABLATIONS if stem not in KNOWN]
     assert table.count('| not run | not run |') >= len(missing)
@@ -143,7 +143,7 @@ def test_seeds_that_did_not_train_are_counted_and_not_averaged(lines):
 
 
 def test_a_row_that_does_not_train_gets_a_rate_chosen_on_validation(runs, tmp_path):
-    """The lowest validation error of seeds 0 to 2 wins, whatever the test errors are."""
+    """Choose by the validation error of seeds 0 to 2, whatever the test errors are."""
     folder = tmp_path / 'rates'
     for rate, validation, change in ((0.01, 0.2, 0.05), (0.005, 0.3, 0.0)):
         for seed in range(SEEDS):
@@ -156,7 +156,7 @@ def test_a_row_that_does_not_train_gets_a_rate_chosen_on_validation(runs, tmp_pa
             for line in lines_:
                 if line['kind'] == 'validation':
                     line['top1_error'] = validation
-            (workdir / 'metrics.jsonl').write_text(digest.lines(lines_))
+            (workdir / 'metrics.jsonl').write_text(run_archive.lines(lines_))
             workdir.rename(folder / f'ablation_dropout-rate{rate}-{seed}')
     base = tmp_path / 'base'
     shutil.copytree(runs, base)
@@ -219,7 +219,7 @@ def test_the_claims_name_their_data(built):
     assert 'fashion_mnist, all 2000 images' in table
 
 
-def test_building_again_from_what_is_kept_changes_nothing(built, tmp_path):
+def test_building_again_from_the_archive_changes_nothing(built, tmp_path):
     again = tmp_path / 'quickstart'
     shutil.copytree(built, again)
     for made in ('table.md', 'short.md', 'table.csv', 'differences.svg', 'curves.svg'):
@@ -230,7 +230,7 @@ def test_building_again_from_what_is_kept_changes_nothing(built, tmp_path):
     }
 
 
-def test_what_is_kept_is_small_and_knows_no_machine(built):
+def test_the_archive_is_small_and_portable(built):
     folder = built / 'alexnet-0'
     files = {path.name: path.read_text() for path in folder.iterdir()}
     assert files.keys() == {'config.json', 'environment.json', 'metrics.jsonl', 'wrong.json'}
@@ -241,7 +241,7 @@ def test_what_is_kept_is_small_and_knows_no_machine(built):
 
 
 def test_committed_tables_are_those_of_the_committed_runs(tmp_path):
-    """Where any are committed."""
+    """Check those that are committed."""
     for folder in sorted(contribution_table.RESULTS.glob('*/')):
         again = tmp_path / folder.name
         shutil.copytree(folder, again)
@@ -250,12 +250,12 @@ def test_committed_tables_are_those_of_the_committed_runs(tmp_path):
             assert (again / made).read_bytes() == (folder / made).read_bytes(), folder / made
 
 
-def test_a_real_run_is_kept_as_it_was(smoke_run, tmp_path):
-    digest.keep(smoke_run, tmp_path / 'smoke-0')
-    (kept,) = digest.read(tmp_path)
+def test_a_real_run_is_archived_unchanged(smoke_run, tmp_path):
+    run_archive.archive(smoke_run, tmp_path / 'smoke-0')
+    (kept,) = run_archive.read(tmp_path)
     assert (kept.row, kept.seed) == ('smoke', 0)
     for view in evaluate.VIEWS:
-        for measure in digest.MEASURES:
+        for measure in run_archive.MEASURES:
             assert kept.wrong[view][measure].mean() == kept.final()[view][measure]
     with np.load(smoke_run / 'predictions_test.npz') as file:
         missed = file['centre'].argmax(axis=1) != file['label']
@@ -263,7 +263,7 @@ def test_a_real_run_is_kept_as_it_was(smoke_run, tmp_path):
 
 
 def test_predictions_of_another_step_are_refused(smoke_run, tmp_path):
-    """As --mode=evaluate --step=best leaves them."""
+    """Refuse predictions that --mode=evaluate --step=best has written."""
     copy = tmp_path / 'run'
     shutil.copytree(smoke_run, copy)
     with np.load(copy / 'predictions_test.npz') as file:
@@ -271,12 +271,12 @@ def test_predictions_of_another_step_are_refused(smoke_run, tmp_path):
     arrays['centre'] = np.roll(arrays['centre'], 1, axis=1)
     evaluate.save_predictions(copy / 'predictions_test.npz', arrays)
     with pytest.raises(RunError, match='not of the end of the run'):
-        digest.keep(copy, tmp_path / 'kept')
+        run_archive.archive(copy, tmp_path / 'kept')
     assert not (tmp_path / 'kept').exists()
 
 
 @pytest.mark.parametrize(
-    ('damage', 'said'),
+    ('damage', 'message'),
     [
         (lambda run: (run / 'wrong.json').write_text('{'), 'is damaged'),
         (lambda run: (run / 'config.json').unlink(), 'is damaged'),
@@ -285,13 +285,13 @@ def test_predictions_of_another_step_are_refused(smoke_run, tmp_path):
         (lambda run: [shutil.rmtree(p) for p in run.parent.glob('alexnet-*')], 'no finished run'),
     ],
 )
-def test_what_is_damaged_is_said(built, tmp_path, capsys, damage, said):
+def test_damage_is_reported(built, tmp_path, capsys, damage, message):
     folder = tmp_path / 'quickstart'
     shutil.copytree(built, folder)
     damage(folder / 'ablation_lrn-0')
-    assert contribution_table.main([f'--results={tmp_path}']) == (1 if said else 0)
-    assert (said or '') in capsys.readouterr().err
-    if said is None:  # the seeds that are left in both are compared
+    assert contribution_table.main([f'--results={tmp_path}']) == (1 if message else 0)
+    assert (message or '') in capsys.readouterr().err
+    if message is None:  # the seeds in both rows are compared
         assert '| 2 |' in (folder / 'table.md').read_text()
 
 
@@ -301,7 +301,7 @@ def test_other_images_are_not_compared(built, tmp_path):
     own = json.loads(path.read_text())
     path.write_text(json.dumps(own | {'labels_sha256': '0' * 64}))
     with pytest.raises(RunError, match='2 test images'):
-        digest.read(tmp_path / 'quickstart')
+        run_archive.read(tmp_path / 'quickstart')
 
 
 def test_recipes_do_not_share_a_table(built, tmp_path, capsys):
@@ -314,8 +314,8 @@ def test_recipes_do_not_share_a_table(built, tmp_path, capsys):
     config['optimizer']['weights']['rate'] = 0.5
     path.write_text(json.dumps(config))
     assert contribution_table.main([f'--results={tmp_path}']) == 1
-    said = capsys.readouterr().err
-    assert 'ablation_lrn-0 is of another recipe than alexnet-0: see optimizer.weights.rate' in said
+    error = capsys.readouterr().err
+    assert 'ablation_lrn-0 is of another recipe than alexnet-0: see optimizer.weights.rate' in error
 
 
 def test_scales_do_not_share_a_table(runs, tmp_path, capsys):
@@ -339,13 +339,13 @@ def test_one_seed_has_no_interval(runs, tmp_path):
     assert 'worse' not in table.partition('\n\n')[0]
 
 
-def test_nothing_kept_yet(tmp_path, capsys):
+def test_nothing_archived_yet(tmp_path, capsys):
     assert contribution_table.main([f'--results={tmp_path}']) == 1
     assert 'name the --runs of a sweep' in capsys.readouterr().err
 
 
-def test_the_variants_stand_beside_what_was_reported(tmp_path, capsys):
-    """At full size only, which is what was reported."""
+def test_the_variants_are_beside_the_reported_figures(tmp_path, capsys):
+    """Check that reported figures are at full size only."""
     for scale, reported in (('quickstart', '-'), ('fashion_mnist', '0.885')):
         folder = tmp_path / f'variants-{scale}'
         for seed in range(2):
@@ -359,14 +359,14 @@ def test_the_variants_stand_beside_what_was_reported(tmp_path, capsys):
         assert len(by_epoch) == (reported != '-')
         if by_epoch:
             assert by_epoch[0].endswith('test accuracy after epoch | 2 | 4 |')
-            assert '| 0.775 | 0.887 |' in rows['| here, a processor, 1.0 h']
+            assert '| 0.775 | 0.887 |' in rows['| here, a processor, 60.0 min']
         right = [1 - np.mean(_missed(folder / f'variant_d2l-{seed}')) for seed in range(2)]
         spread = np.std(right, ddof=1)
         assert f'| 2 | {np.mean(right):.4f} ± {spread:.4f} |' in rows['| variant_d2l']
 
 
-def test_epochs_of_60000_images_are_those_that_were_printed():
-    """The fifth of Gluon's ends with step 2344 of 468.75 each: epoch 5.0005."""
+def test_epochs_of_60000_images_match_the_reported_ones():
+    """Check that an epoch of 468.75 steps, which ends at 5.0005 epochs, counts as the fifth."""
     run = types.SimpleNamespace(
         row='variant_gluon',
         seed=0,

@@ -1,4 +1,4 @@
-"""Figure 1: when a curve meets the target, which rate is chosen, and what is said of both."""
+"""Test where a curve meets the target, which rate is chosen, and the text about both."""
 
 import json
 import math
@@ -11,13 +11,13 @@ import pytest
 from alexnet_jax import config as configuration
 from alexnet_jax.errors import RunError
 from alexnet_jax.model import alexnet
-from experiments import digest, figure1, figure1_net, sweep
+from experiments import figure1, figure1_net, run_archive, sweep
 
 SEEDS = 3
 
 
 def curve(epochs_to_target: float, end: float = 2.0, every: float = 0.1) -> list[dict]:
-    """Training error falls straight from 0.9 through 0.25 at `epochs_to_target`; window means."""
+    """Return window means of an error that falls linearly from 0.9 through 0.25."""
     ends = np.arange(1, round(end / every) + 1) * every
     errors = 0.9 - 0.65 * (ends - every / 2) / epochs_to_target
     return [
@@ -28,7 +28,7 @@ def curve(epochs_to_target: float, end: float = 2.0, every: float = 0.1) -> list
 
 @pytest.fixture
 def runs(tmp_path):
-    """A sweep's folder: ReLU is fastest at 0.016, tanh, three times slower, at 0.008."""
+    """Make a sweep's folder: ReLU is fastest at 0.016, tanh, three times slower, at 0.008."""
     folder = tmp_path / 'figure1-fashion_mnist'
     for run in sweep.plan('figure1', tmp_path, '', SEEDS, {}):
         function = 'relu' if 'relu' in run.row else 'tanh'
@@ -36,12 +36,11 @@ def runs(tmp_path):
         best, least = (0.016, 0.25) if function == 'relu' else (0.008, 0.75)
         luck = 1 + 0.02 * run.seed * (1 if function == 'relu' else 1.1)
         takes = least * luck * (1 + abs(math.log2(rate / best)))
-        path = sweep.REPOSITORY / 'experiments' / 'figure1_net.py'
-        config = sweep.resolve(path, f'fashion_mnist,{function}', run.overrides, run.row)
+        config = sweep.resolve(run.config, run.overrides, run.row)
         run.workdir.mkdir(parents=True)
         (run.workdir / 'config.json').write_text(configuration.as_json(config))
         (run.workdir / 'environment.json').write_text('{}')
-        (run.workdir / 'metrics.jsonl').write_text(digest.lines(curve(takes)))
+        (run.workdir / 'metrics.jsonl').write_text(run_archive.lines(curve(takes)))
     return folder
 
 
@@ -68,22 +67,22 @@ def test_each_function_gets_its_own_rate(runs, tmp_path, capsys):
 
 
 def test_the_ratio_is_paired_by_seed(runs, tmp_path):
-    folder = figure1.keep(runs, tmp_path / 'results')
+    folder = figure1.archive(runs, tmp_path / 'results')
     found = figure1.read(folder)
-    relu, tanh = (figure1.chosen(found, function, 0.25) for function in ('relu', 'tanh'))
-    seeds, mean, low, high = figure1.ratio(tanh, relu, 0.25)
+    relu, tanh = (figure1.chosen(found, function) for function in ('relu', 'tanh'))
+    seeds, mean, low, high = figure1.ratio(tanh, relu)
     assert seeds == SEEDS
     each = [tanh.epochs()[seed] / relu.epochs()[seed] for seed in range(SEEDS)]
     assert mean == pytest.approx(np.exp(np.mean(np.log(each))))
     assert low < 3 < high
     one = figure1.Curves('relu', 0.016, {0: relu.seeds[0]})
-    seeds, mean, low, _ = figure1.ratio(tanh, one, 0.25)
+    seeds, mean, low, _ = figure1.ratio(tanh, one)
     assert (seeds, mean) == (1, pytest.approx(each[0]))
     assert math.isnan(low)
 
 
 def test_building_again_changes_nothing(runs, tmp_path):
-    folder = figure1.keep(runs, tmp_path / 'results')
+    folder = figure1.archive(runs, tmp_path / 'results')
     figure1.build(folder)
     before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     assert before.keys() == {'table.md', 'figure1.svg'}
@@ -94,7 +93,7 @@ def test_building_again_changes_nothing(runs, tmp_path):
 
 
 def test_committed_figures_are_those_of_the_committed_runs(tmp_path):
-    """Where any are committed."""
+    """Check those that are committed."""
     for folder in sorted(figure1.RESULTS.glob('*/')):
         again = tmp_path / folder.name
         shutil.copytree(folder, again)
@@ -103,7 +102,7 @@ def test_committed_figures_are_those_of_the_committed_runs(tmp_path):
             assert (again / made).read_bytes() == (folder / made).read_bytes(), folder / made
 
 
-def test_a_rate_at_the_end_of_the_grid_is_said(runs, tmp_path, capsys):
+def test_a_rate_at_the_end_of_the_grid_is_reported(runs, tmp_path, capsys):
     for path in runs.glob('figure1_net_relu-*'):
         if path.name.split('-')[1] not in ('rate0.016', 'rate0.032'):
             shutil.rmtree(path)
@@ -116,45 +115,32 @@ def test_a_rate_at_the_end_of_the_grid_is_said(runs, tmp_path, capsys):
     assert 'not run' in out
 
 
-@pytest.mark.parametrize(
-    ('argv', 'code', 'said'),
-    [
-        (('--target=2',), 2, 'a fraction'),
-        ((), 1, 'name the --runs'),
-    ],
-)
-def test_what_cannot_be_said(tmp_path, capsys, argv, code, said):
-    assert figure1.main([*argv, f'--results={tmp_path / "results"}']) == code
-    assert said in capsys.readouterr().err
+def test_nothing_is_archived_yet(tmp_path, capsys):
+    assert figure1.main([f'--results={tmp_path / "results"}']) == 1
+    assert 'name the --runs' in capsys.readouterr().err
 
 
-def test_where_one_never_gets_there_the_other_is_still_shown(runs, tmp_path):
+def test_where_one_never_reaches_the_target_the_other_is_still_shown(runs, tmp_path):
     for path in runs.glob('figure1_net_tanh-*'):
-        (path / 'metrics.jsonl').write_text(digest.lines(curve(9.0)))
-    folder = figure1.keep(runs, tmp_path / 'results')
+        (path / 'metrics.jsonl').write_text(run_archive.lines(curve(9.0)))
+    folder = figure1.archive(runs, tmp_path / 'results')
     text = figure1.build(folder)
     assert 'tanh reached it at no rate with all seeds, so there is no ratio' in text
     assert '**0.255' in text
     assert (folder / 'figure1.svg').exists()
-    assert figure1.main([f'--results={folder.parent}']) == 1
-
-
-def test_a_target_that_nobody_reaches(runs, tmp_path, capsys):
-    figure1.keep(runs, tmp_path / 'results')
-    assert figure1.main(['--target=0.0001', f'--results={tmp_path / "results"}']) == 1
-    assert 'ReLU and tanh reached it at no rate' in capsys.readouterr().out
+    assert figure1.main([f'--results={folder.parent}']) == 0
 
 
 def test_seeds_that_only_one_has_are_not_compared(runs, tmp_path):
     for path in runs.glob('figure1_net_tanh-*-2'):
         shutil.rmtree(path)
-    assert 'as ReLU at 0.016 (2 seeds' in figure1.build(figure1.keep(runs, tmp_path / 'results'))
+    assert 'as ReLU at 0.016 (2 seeds' in figure1.build(figure1.archive(runs, tmp_path / 'results'))
 
 
 def test_no_runs_and_damaged_ones(runs, tmp_path):
-    with pytest.raises(RunError, match='no run of this figure'):
-        figure1.keep(tmp_path / 'nowhere', tmp_path / 'results')
-    folder = figure1.keep(runs, tmp_path / 'results')
+    with pytest.raises(RunError, match='no finished run'):
+        figure1.archive(tmp_path / 'nowhere', tmp_path / 'results')
+    folder = figure1.archive(runs, tmp_path / 'results')
     (folder / 'figure1_net_relu-rate0.016-1' / 'config.json').write_text('{')
     with pytest.raises(RunError, match='is damaged'):
         figure1.read(folder)

@@ -14,8 +14,8 @@ from alexnet_jax.data.prepare import archives, imagenet, shards
 from alexnet_jax.data.prepare.imagenet import ILSVRC_2010, ILSVRC_2012
 from alexnet_jax.errors import RunError, UsageError
 from configs import alexnet
-from experiments import official_tars, rehearsal
-from experiments.official_tars import tar_bytes, write_devkit, write_tar
+from experiments.data_bench import dry_run, process, substitute
+from experiments.data_bench.substitute import tar_bytes, write_devkit, write_tar
 
 WNIDS = ('n03', 'n01', 'n02')  # by the kit's numbers 1, 2, 3; sorted they are labels 2, 0, 1
 TRAIN = {'n01': 2, 'n02': 1, 'n03': 3}
@@ -30,7 +30,7 @@ def ignore(line):
 def content(name):
     """A picture that nothing else shows."""
     colour = tuple(np.random.default_rng(list(name.encode())).integers(0, 256, 3).tolist())
-    return official_tars.jpeg(Image.new('RGB', (9, 7), colour))
+    return substitute.jpeg(Image.new('RGB', (9, 7), colour))
 
 
 def train(wnids=TRAIN, count=TRAIN):
@@ -293,7 +293,7 @@ def test_the_real_challenge_wants_the_real_files(year_2012, tmp_path):
 
 
 def test_another_md5_is_refused(year_2012):
-    built = official_tars.as_built(SMALL_2012, year_2012, {'train': 6, 'validation': 4})
+    built = substitute.as_built(SMALL_2012, year_2012, {'train': 6, 'validation': 4})
     assert len(list(imagenet.source(built, year_2012).members(ignore))) == 10
     path = year_2012 / 'ILSVRC2012_img_val.tar'
     path.write_bytes(path.read_bytes()[:-1] + b'\1')  # the padding: no picture differs
@@ -339,53 +339,53 @@ def test_a_missing_truth_is_named(year_2010):
 def test_built_archives_can_be_read_back(tmp_path, monkeypatch):
     """The experiment's own archives, at a fraction of their size, in the real layout."""
     monkeypatch.setattr(
-        official_tars, 'ILSVRC_2012',
+        substitute, 'ILSVRC_2012',
         dataclasses.replace(ILSVRC_2012, classes=1000, archives={
             'train': ILSVRC_2012.archives['train'],
             'validation': ILSVRC_2012.archives['validation'],
         }),
     )  # fmt: skip
     photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 400, 3), np.uint8))
-    monkeypatch.setattr(official_tars, 'crops', lambda photos, n, *_, **__: [b'x'] * n)
-    monkeypatch.setattr(official_tars, 'odd_ones', lambda photo: {'CMYK': b'y'})
-    official_tars.build([photo], tmp_path, 2012, per_class=1)
-    assert json.loads((tmp_path / 'counts.json').read_text())['images']['train'] == 1000
-    source = imagenet.source(official_tars.built(tmp_path), tmp_path)
+    monkeypatch.setattr(substitute, 'crops', lambda photos, n, *_, **__: [b'x'] * n)
+    monkeypatch.setattr(substitute, 'odd_ones', lambda photo: {'CMYK': b'y'})
+    substitute.build([photo], tmp_path, per_class=1)
+    assert json.loads((tmp_path / 'counts.json').read_text())['train'] == 1000
+    source = imagenet.source(substitute.built(tmp_path), tmp_path)
     labels = {m.name: m.label for s, m in source.members(ignore) if s == 'validation'}
     truth = imagenet.tfds_lists().truths['validation']
     assert [labels[f'ILSVRC2012_val_{i + 1:08d}.JPEG'] for i in range(50_000)] == truth
     assert source.class_names == imagenet.tfds_lists().wnids
 
 
-def test_the_rehearsal_trains_the_recipe_of_imagenet():
+def test_the_dry_run_trains_the_recipe_of_imagenet():
     """Its flags are keys of the config, of their types, and it kills what it starts."""
     config = alexnet.get_config('imagenet2012')
-    config.update_from_flattened_dict(rehearsal.TRAINING)
+    config.update_from_flattened_dict(dry_run.TRAINING)
     settings = configuration.unpack(config)
     assert settings.net.classes == 1000
     assert settings.batch_size == 128
 
 
-def test_the_rehearsal_kills_and_waits(tmp_path):
+def test_a_command_is_killed_and_waited_for(tmp_path):
     log = tmp_path / 'log'
-    row = rehearsal.run(['-c', 'print(1)'], log)
+    row = process.run(['-c', 'print(1)'], log)
     assert log.read_text() == '1\n'
     assert row['main_process_mib'] > 0
     asleep = ['-c', 'import time; print("begins", flush=True); time.sleep(60)']
-    rehearsal.run(asleep, log, kill_when=lambda secs: 'begins' in log.read_text())
+    process.run(asleep, log, kill_when=lambda secs: 'begins' in log.read_text())
     for code, kill_when in (('1 / 0', None), ('1', lambda secs: False)):
         with pytest.raises(RunError, match='ended with exit code'):
-            rehearsal.run(['-c', code], log, kill_when=kill_when)
+            process.run(['-c', code], log, kill_when=kill_when)
 
 
 def test_a_data_set_s_digest_sees_names_and_bytes(tmp_path):
     folder = tmp_path / 'a'
     (folder / 'b').mkdir(parents=True)
     (folder / 'b/c').write_bytes(b'1')
-    first = rehearsal.digest(folder)
-    assert rehearsal.digest(folder) == first
+    first = dry_run.hash_folder(folder)
+    assert dry_run.hash_folder(folder) == first
     (folder / 'b/c').write_bytes(b'2')
-    assert rehearsal.digest(folder) != first
+    assert dry_run.hash_folder(folder) != first
     (folder / 'b/c').rename(folder / 'b/d')
     (folder / 'b/d').write_bytes(b'1')
-    assert rehearsal.digest(folder) != first
+    assert dry_run.hash_folder(folder) != first

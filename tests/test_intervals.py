@@ -1,4 +1,4 @@
-"""Intervals that cover a known difference as often as they say, in simulated predictions."""
+"""Test that intervals cover a known difference at their level, in simulated predictions."""
 
 import itertools
 
@@ -12,7 +12,7 @@ REPEATS, IMAGES = 4000, 300
 
 
 def simulate(seeds: int, seed_std: float, idea_std: float, rest_std: float):
-    """Wrong or not of two recipes, [REPEATS, seeds, IMAGES] each, and the true difference.
+    """Simulate wrong or not of two recipes, [REPEATS, seeds, IMAGES] each, and the true difference.
 
     An image is missed where difficulty + the recipe's own view of the image + the seed's luck +
     the rest exceeds a threshold; all are normal, so the expected error is the normal tail.
@@ -40,7 +40,7 @@ SOURCES = list(itertools.product((0.0, 0.05, 0.15), ((0.0, 0.5), (0.3, 0.5), (1.
 @pytest.mark.parametrize('seeds', [3, 5, 10])
 @pytest.mark.parametrize(('seed_std', 'of_images'), SOURCES)
 def test_the_interval_covers_the_true_difference(seeds, seed_std, of_images):
-    """93 to 97 %: the Monte-Carlo error of 4,000 repeats is 0.3 %."""
+    """Check coverage of 93 to 97 %; the Monte-Carlo error of 4,000 repeats is 0.3 %."""
     ours, base, true = simulate(seeds, seed_std, *of_images)
     mean, variance, freedom = intervals.variance_of_mean(ours.astype(np.float64) - base)
     coverage = np.mean(np.abs(mean - true) <= intervals.half_width(variance, freedom))
@@ -48,7 +48,7 @@ def test_the_interval_covers_the_true_difference(seeds, seed_std, of_images):
 
 
 def test_an_interval_for_one_source_alone_does_not_cover():
-    """Counting the images where seeds differ, or the seeds where images do, is not enough."""
+    """Check that an interval over images alone, or over seeds alone, covers too little."""
     ours, base, true = simulate(3, 0.15, 0.3, 0.5)
     d = ours.astype(np.float64) - base
     off = np.abs(d.mean(axis=(-2, -1)) - true)
@@ -61,7 +61,7 @@ def test_an_interval_for_one_source_alone_does_not_cover():
     assert np.mean(off <= stats.t.ppf(0.975, 2) * np.sqrt(of_seeds)) < 0.7
 
 
-def test_without_a_difference_p_values_are_small_as_seldom_as_they_say():
+def test_without_a_difference_p_values_are_uniform():
     draw = np.random.default_rng(0)
     difficulty = draw.standard_normal((600, 1, IMAGES))
 
@@ -77,7 +77,7 @@ def test_without_a_difference_p_values_are_small_as_seldom_as_they_say():
 
 
 def test_one_by_hand():
-    """Three seeds, four images; the mean squares of a two-way table without replication."""
+    """Check three seeds and four images: mean squares of a two-way table without replication."""
     ours = np.array([[1, 1, 0, 1], [1, 0, 0, 1], [1, 0, 0, 1]], bool)
     base = np.array([[0, 1, 0, 0], [0, 0, 0, 1], [0, 0, 0, 0]], bool)
     found = intervals.difference(ours, base)
@@ -105,7 +105,7 @@ def test_equivalence_is_an_interval_inside_the_margin():
 
 
 def test_seeds_that_agree_exactly_have_no_interval():
-    """Each of three seeds misses three images of its own, and none twice: no variance is seen."""
+    """Check three seeds that miss three different images each: no variance is seen."""
     ours, base = np.zeros((3, 400), bool), np.zeros((3, 400), bool)
     ours[0, :3], ours[1, 3:6], ours[2, 6:9] = True, True, True
     found = intervals.difference(ours, base)
@@ -129,7 +129,7 @@ def test_the_same_nets_do_not_differ():
 
 
 def test_seeds_are_paired():
-    """What all nets of a seed share is not counted as chance."""
+    """Check that effects shared by all nets of a seed do not count as chance."""
     draw = np.random.default_rng(3)
     base = draw.random((3, 400)) < np.array([[0.1], [0.3], [0.5]])
     worse = base | (draw.random((3, 400)) < 0.1)

@@ -12,7 +12,7 @@ from PIL import Image, ImageOps, PngImagePlugin
 
 from alexnet_jax.data import images
 from alexnet_jax.inference import predict
-from experiments import official_tars
+from experiments.data_bench import substitute
 
 
 def photo(width=96, height=64, seed=0):
@@ -53,10 +53,10 @@ def test_a_ratio_that_leaves_a_fraction_of_a_pixel():
 
 
 def test_every_odd_one_is_read_as_the_plain_one():
-    """What official_tars puts into archives: all show the same photograph."""
+    """What substitute puts into archives: all show the same photograph."""
     picture = photo(400, 300)
-    plain = images.picture(official_tars.jpeg(picture), 64).astype(int)
-    odd = official_tars.odd_ones(picture)
+    plain = images.picture(substitute.jpeg(picture), 64).astype(int)
+    odd = substitute.odd_ones(picture)
     for kind in ('PNG', 'progressive', 'more bytes than it needs', 'large'):
         assert np.abs(images.picture(odd[kind], 64) - plain).mean() < 3, kind
     # Pillow's way from RGB to CMYK and back is not exact.
@@ -70,7 +70,7 @@ def test_every_odd_one_is_read_as_the_plain_one():
 
 
 def test_predict_reads_files_the_same_way(tmp_path):
-    for kind, content in official_tars.odd_ones(photo(300, 200)).items():
+    for kind, content in substitute.odd_ones(photo(300, 200)).items():
         (tmp_path / 'a.jpg').write_bytes(content)
         np.testing.assert_array_equal(
             predict.read(tmp_path / 'a.jpg', (64, 64, 3)), images.picture(content, 64), kind
@@ -168,9 +168,9 @@ def test_a_comment_does_not_come_along():
 
 @pytest.mark.filterwarnings('ignore:Corrupt EXIF data')  # as the commands do
 def test_a_damaged_exif_tag_is_no_damaged_picture():
-    encoded = official_tars.jpeg(photo(), exif=b'Exif\0\0' + b'II*\0\xff\xff\xff\xff')
+    encoded = substitute.jpeg(photo(), exif=b'Exif\0\0' + b'II*\0\xff\xff\xff\xff')
     np.testing.assert_array_equal(
-        images.picture(encoded, 32), images.picture(official_tars.jpeg(photo()), 32)
+        images.picture(encoded, 32), images.picture(substitute.jpeg(photo()), 32)
     )
 
 
@@ -209,7 +209,7 @@ def test_a_bomb_is_refused_where_warnings_are_none():
     [
         (b'', 'is no image'),
         (b'<html>moved</html>', 'is no image'),
-        (official_tars.jpeg(photo())[:600], 'cannot be read as an image: '),
+        (substitute.jpeg(photo())[:600], 'cannot be read as an image: '),
         (png(photo())[:-200], 'cannot be read as an image: '),
         (bomb(100), 'cannot be read as an image: '),
     ],

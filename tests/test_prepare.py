@@ -15,7 +15,7 @@ from PIL import Image
 from alexnet_jax.data import datasets, prepared
 from alexnet_jax.data.prepare import command as prepare
 from alexnet_jax.errors import RunError, UsageError
-from experiments import official_tars
+from experiments.data_bench import substitute
 
 REPOSITORY = Path(__file__).parents[1]  # where `-m alexnet_jax prepare` is found
 
@@ -28,7 +28,7 @@ def pets(tmp_path_factory):
         (root / label).mkdir(parents=True)
         for i in range(10):
             image = Image.fromarray(rng.integers(0, 256, (30, 40, 3), np.uint8))
-            (root / label / f'{i}.jpg').write_bytes(official_tars.jpeg(image))
+            (root / label / f'{i}.jpg').write_bytes(substitute.jpeg(image))
     return root
 
 

@@ -1,4 +1,4 @@
-"""The rows of the compiled steps: their arithmetic by hand, and stored against compiled now."""
+"""Test the rows of the compiled steps: arithmetic by hand, and stored against compiled now."""
 
 import jax
 import pytest
@@ -6,8 +6,8 @@ import pytest
 from experiments import scaling
 
 
-def test_xla_counts_the_operations_that_one_counts_by_hand():
-    """Less 5 to 8 %, products with padding, and as many on every mesh."""
+def test_xla_counts_the_operations_counted_by_hand():
+    """Check XLA's count: 5 to 8 % lower (products with padding), the same on every mesh."""
     rows = scaling.read()
     for one in rows:
         assert 0.92 < one['flops'] / one['flops_by_hand'] < 0.95
@@ -16,7 +16,7 @@ def test_xla_counts_the_operations_that_one_counts_by_hand():
 
 
 def test_communication_by_hand():
-    """Bytes a device sends, from the geometry: 8 devices, 1,024 images of the 2012 net."""
+    """Check the bytes a device sends: 8 devices, 1,024 images of the 2012 net."""
     rows = scaling.read()
     data = scaling.find(rows, '2012', 'data', 8)
     assert scaling.sent(data, 'gradient') == 2 * 7 * (4 * 60_965_224) // 8
@@ -29,9 +29,9 @@ def test_communication_by_hand():
     assert scaling.sent(trick, 'forward', 'backward') == 2 * gathered * 7 // 8
 
 
-def test_what_is_kept_is_what_is_compiled_now():
+def test_stored_rows_match_programs_compiled_now():
     if jax.device_count() < 4:
-        pytest.skip('four devices are wanted; tests/conftest.py makes them')
+        pytest.skip('four devices are needed; tests/conftest.py makes them')
     case = ('2012', 'one_weird_trick', 4)
     now, kept = scaling.compile_step(*case), scaling.find(scaling.read(), *case)
     for phase in ('forward', 'backward', 'gradient'):
@@ -40,5 +40,5 @@ def test_what_is_kept_is_what_is_compiled_now():
     assert now['flops'] == pytest.approx(kept['flops'], rel=0.01)  # versions of XLA may differ
 
 
-def test_the_tables_are_those_of_the_kept_steps():
+def test_the_tables_are_those_of_the_stored_rows():
     assert scaling.TABLES.read_text() == scaling.tables(scaling.read())

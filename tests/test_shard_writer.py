@@ -25,7 +25,7 @@ from alexnet_jax.data.prepare import image_folder
 from alexnet_jax.data.prepare import shards as shard_writer
 from alexnet_jax.data.prepare.shards import Form, Member, Task
 from alexnet_jax.errors import RunError, UsageError
-from experiments import official_tars
+from experiments.data_bench import substitute
 
 REPOSITORY = Path(__file__).parents[1]
 SMALL = Form(px=32)
@@ -42,7 +42,7 @@ def draw(root, per_class, size=(60, 40)):
         (root / label).mkdir(parents=True)
         for i in range(count):
             small = Image.fromarray(rng.integers(0, 256, (3, 4, 3), np.uint8))
-            (root / label / f'{i:04d}.jpg').write_bytes(official_tars.jpeg(small.resize(size)))
+            (root / label / f'{i:04d}.jpg').write_bytes(substitute.jpeg(small.resize(size)))
     return root
 
 
@@ -314,7 +314,7 @@ def test_shards_of_unchanged_pictures_are_kept(half, pets, tmp_path, change):
     copy, data_dir = half
     before = shard_stamps(data_dir)
     if change == 'mended':
-        (copy / 'cat/0000.jpg').write_bytes(official_tars.jpeg(Image.new('RGB', (50, 50))))
+        (copy / 'cat/0000.jpg').write_bytes(substitute.jpeg(Image.new('RGB', (50, 50))))
     if change == 'removed':
         (copy / 'cat/0000.jpg').unlink()
     if change == 'added':

@@ -1,8 +1,8 @@
-"""The same net and the same batch in several forms.
+"""Build the same net and the same batch in several forms.
 
 * ours: the trainer's own jitted step (its finiteness check and metrics included), and the net as
   evaluation runs it.
-* naive: plain Flax: `lax` convolutions with groups, `reduce_window`, `optax.sgd`.
+* naive: examples/alexnet_plain.py with `optax.sgd`, for the net of 2012 alone.
 * torch, ...: PyTorch in {NCHW, channels_last} x {eager, compiled, on a GPU with CUDA graphs too} x
   {the library's LRN, a faster one}, SGD with momentum and decay in its fused form.
 
@@ -15,12 +15,10 @@ import importlib.util
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import lax
 
 from alexnet_jax import config, machine
 from alexnet_jax.config import Settings
@@ -35,16 +33,18 @@ from alexnet_jax.training.step import (
     make_optimizer,
     seed_of,
 )
+from examples import alexnet_plain
 from experiments.throughput.timing import Benchmark
 
 IMAGES = 1_281_167  # ILSVRC-2012's; only the schedules depend on it
 GREY = 128.0  # taken from each pixel
 PASSES = ('train', 'forward')
+NAIVE = ('alexnet', 'imagenet2012')  # the config of the net in examples/alexnet_plain.py
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A net and a batch. `pixels`: uint8 [B, H, W, C]; `params`: the canonical tree in NumPy."""
+    """Net and batch. `pixels`: uint8 [B, H, W, C]; `params`: the canonical tree in NumPy."""
 
     settings: Settings
     pixels: np.ndarray
@@ -78,7 +78,7 @@ def case_of(source: Any, batch_size: int, dtype: str = 'float32') -> Case:
 
 
 def as_devices(source: Any) -> int:
-    """Return how many CPU devices the trainer would use, where JAX shows so many; else 1."""
+    """Return how many CPU devices the trainer would use, if JAX has that many, else 1."""
     wanted = source.mesh.cpu_devices if jax.default_backend() == 'cpu' else 1
     return wanted if 1 <= wanted <= jax.device_count() else 1
 
@@ -141,90 +141,19 @@ def _steps(step: Callable, start: Any, value: Callable) -> Benchmark:
     return Benchmark(run, value)
 
 
-# ------------------------------------------------------------------------------------ naive Flax
-
-
-def plain_lrn(x, *, groups=1, size=5, k=2.0, alpha=1e-4 / 5, beta=0.75):
-    """Apply LRN by `reduce_window` and a power, tower by tower."""
-    towers = x.reshape(*x.shape[:-1], groups, -1)
-    window, before = (1, 1, 1, 1, size), size // 2
-    padding = ((0, 0),) * 4 + ((before, size - 1 - before),)
-    total = lax.reduce_window(towers**2, np.array(0, x.dtype), lax.add, window, (1,) * 5, padding)
-    return (towers / (k + alpha * total) ** beta).reshape(x.shape)
-
-
-def plain_spatial_norm(x, *, size=5, k=1.0, alpha=0.001 / 25, beta=0.75):
-    """Apply spatial normalisation by `reduce_window` and a power."""
-    before = size // 2
-    pad = (before, size - 1 - before)
-    zero, padding = np.array(0, x.dtype), ((0, 0), pad, pad, (0, 0))
-    total = lax.reduce_window(x**2, zero, lax.add, (1, size, size, 1), (1,) * 4, padding)
-    return x / (k + alpha * total) ** beta
-
-
-def plain_max_pool(x, *, window=3, stride=2):
-    """Max-pool by `reduce_window`, as `flax.linen.max_pool` does it."""
-    sizes, strides = (1, window, window, 1), (1, stride, stride, 1)
-    return lax.reduce_window(x, np.array(-np.inf, x.dtype), lax.max, sizes, strides, 'VALID')
-
-
-class Naive(nn.Module):
-    """The layer table in plain Flax; parameters as ours."""
-
-    net: Net
-
-    @nn.compact
-    def __call__(self, x, *, train: bool):
-        """Map images [B, H, W, C] to logits [B, classes], float32."""
-        x = x.astype(self.net.compute_dtype)
-        for stage in alexnet.geometry(self.net):
-            x = self._linear(stage, x)
-            for word in stage.layer.ops:
-                x = self._follow(word, x, train)
-        return x.astype(jnp.float32)
-
-    def _linear(self, stage, x):
-        layer = stage.layer
-        if layer.kind == 'fc':
-            if stage.groups > 1:
-                raise NotImplementedError('a fully connected layer that reads its own tower')
-            return nn.Dense(layer.features, dtype=x.dtype, name=layer.name)(x.reshape(len(x), -1))
-        return nn.Conv(
-            layer.features,
-            (layer.kernel_px, layer.kernel_px),
-            layer.stride_px,
-            layer.padding_px,
-            feature_group_count=stage.groups,
-            dtype=x.dtype,
-            name=layer.name,
-        )(x)
-
-    def _follow(self, word, x, train):
-        net = self.net
-        if word in alexnet.ACTIVATIONS:
-            return alexnet.ACTIVATIONS[word](x)
-        if word == 'lrn':
-            groups = net.towers if net.lrn_reads == 'own' else 1
-            return plain_lrn(x, groups=groups, **dataclasses.asdict(net.lrn))
-        if word == 'spatial_norm':
-            return plain_spatial_norm(x, **dataclasses.asdict(net.spatial_norm))
-        if word == 'pool' and net.pool.kind == 'max':
-            return plain_max_pool(x, window=net.pool.window_px, stride=net.pool.stride_px)
-        if word == 'dropout':
-            kept = nn.Dropout(1 - net.dropout.keep, deterministic=not train)(x)
-            return kept * net.dropout.keep if net.dropout.kind == 'mask' else kept
-        raise NotImplementedError(word)
+# ------------------------------------------------------------------------------------- naive Flax
 
 
 def naive(case: Case, what: str) -> Benchmark:
-    """Make `Naive`: jitted, its state donated, with the compiler's default options."""
-    module: Any = Naive(case.net)
-    if what == 'forward':
-        forward = jax.jit(lambda p, images: module.apply({'params': p}, images, train=False))
-        params, images = jax.device_put(case.params), jax.device_put(case.images)
-        return repeated(lambda: forward(params, images))
+    """Make examples/alexnet_plain.py: jitted, its state donated, the compiler's default options."""
+    net = alexnet_plain.AlexNet(case.net.classes)
+    cast = functools.partial(jax.tree.map, lambda x: x.astype(case.net.compute_dtype))
     optimizer = _sgd(case.settings)
     images, labels = jax.device_put(case.images), jax.device_put(case.labels)
+    if what == 'forward':
+        forward = jax.jit(lambda params, x: net.apply({'params': cast(params)}, cast(x)))
+        params = jax.device_put(case.params)
+        return repeated(lambda: forward(params, images))
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state, images, labels):
@@ -232,8 +161,9 @@ def naive(case: Case, what: str) -> Benchmark:
         key, drop = jax.random.split(key)
 
         def loss_of(params):
-            logits = module.apply({'params': params}, images, train=True, rngs={'dropout': drop})
-            return alexnet.mean_loss(logits, labels)
+            rngs = {'dropout': drop}
+            logits = net.apply({'params': cast(params)}, cast(images), train=True, rngs=rngs)
+            return alexnet.mean_loss(logits.astype(jnp.float32), labels)
 
         loss, grads = jax.value_and_grad(loss_of)(params)
         updates, opt_state = optimizer.update(grads, opt_state, params)
@@ -365,17 +295,14 @@ def _torch_sgd(torch: Any, net: Any, settings: Settings) -> Any:
 # ------------------------------------------------------------------------------------------- all
 
 
-def benchmarks(
-    case: Case, what: str, kinds: tuple[str, ...]
-) -> Iterator[tuple[str, Callable[[], Benchmark]]]:
-    """Yield (name, function that makes it) of the kinds asked for: 'ours', 'naive', 'torch'."""
-    if 'ours' in kinds:
-        yield 'ours', lambda: ours(case, what)
-    if 'naive' in kinds:
+def benchmarks(case: Case, what: str) -> Iterator[tuple[str, Callable[[], Benchmark]]]:
+    """Yield (name, function that makes it): 'ours', 'naive', and forms of PyTorch if installed."""
+    yield 'ours', lambda: ours(case, what)
+    if (case.settings.name, case.settings.scale) == NAIVE:
         yield 'naive', lambda: naive(case, what)
-    if 'torch' in kinds and torch_is_here():
+    if torch_is_here():
         _forget_compiled()
-        normed = any(word in ('lrn', 'spatial_norm') for x in case.net.layers for word in x.ops)
+        normed = any(op in ('lrn', 'spatial_norm') for x in case.net.layers for op in x.ops)
         for form in torch_forms():
             if normed or form[2] == 'module':  # without LRN the forms are the same
                 shown = form if normed else form[:2]

@@ -30,16 +30,18 @@ from alexnet_jax.training import metrics as run_metrics
 from alexnet_jax.training import train
 from alexnet_jax.training.train import History, Job
 from configs import alexnet
+from experiments.data_bench import reading
 from experiments.throughput import baselines
 from experiments.throughput.results import environment, keep
+from experiments.throughput.timing import run_alone
 
 ROOT = Path(__file__).resolve().parents[2]
 INPUTS = {  # the scale of configs/alexnet.py that reads each
     'quickstart': 'quickstart',
     'Fashion-MNIST at 224 px': 'fashion_mnist',
-    '256 x 256 x 3 in array_record': 'imagenet2012',
+    '256 px JPEG in array_record': 'imagenet2012',
 }
-STORED = {'name': 'stored_images', 'images': 1024, 'px': 256, 'classes': 10}
+STORED, STORED_IMAGES = 'stored_images', 1024
 FEWEST_STEPS = 5  # of a sample
 
 
@@ -47,36 +49,48 @@ FEWEST_STEPS = 5  # of a sample
 
 
 def config_of(name: str, scratch: Path) -> Any:
-    """The config that trains on an input; images of 256 x 256 x 3 are noise, made here."""
+    """Return the config that trains on an input; images of 256 x 256 px are noise, made here."""
     scale = INPUTS[name]
     config = alexnet.get_config(scale)
     if scale == 'imagenet2012':
-        write_stored_images(scratch, STORED['images'])
-        config.model.fc8.features = STORED['classes']
-        config.data.update(name=STORED['name'], data_dir=str(scratch))
+        write_stored_images(scratch, STORED_IMAGES)
+        config.data.update(name=STORED, data_dir=str(scratch))
         config.data.update(train='train', validation='train[:64]', test='train[:64]')
         config.data.resident_gib = 0.0  # so few are read from their files as ImageNet's are,
         config.loop.evaluate_every_epochs = 1e6  # and their short epochs do not end all the time
     return config
 
 
+def write_stored_images(folder: Path, count: int) -> None:
+    """Write a data set of noise, JPEGs of 256 x 256 px in array_record."""
+    rng = np.random.default_rng(0)
+    some = [reading.encode('jpeg', reading.noise(rng)) for _ in range(100)]
+    reading.write(folder / STORED, count, 1, reading.PX, 'jpeg', lambda i: some[i % len(some)])
+
+
 def feeding(flags: argparse.Namespace) -> None:
-    """Every input; one that cannot be read is a row that says so."""
+    """Measure every input; one that cannot be read is a row with the reason."""
     for name in flags.inputs:
-        with tempfile.TemporaryDirectory() as scratch:
-            try:
-                config = config_of(name, Path(scratch))
-                config.model.compute_dtype = flags.dtype
-                found = feed(config, Path(scratch), flags.rounds, flags.sample_secs)
-            except AlexNetError as error:
-                found = {'not_run': str(error)}
-        row = {'input': name, **found, **environment()}
-        keep(flags.out, 'feeding', [row])
-        print(name, {key: row[key] for key in found}, flush=True)
+        devices = alexnet.get_config(INPUTS[name]).mesh.cpu_devices
+        row = run_alone(devices, measure_input, name, flags)
+        keep(flags.out, 'feeding', row)
+        print({key: row.get(key) for key in ('input', 'real_secs', 'resident_secs', 'not_run')})
+
+
+def measure_input(name: str, flags: argparse.Namespace) -> dict[str, Any]:
+    """Measure one input, in this process."""
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            config = config_of(name, Path(scratch))
+            config.model.compute_dtype = flags.dtype
+            found = feed(config, Path(scratch), flags.rounds, flags.sample_secs)
+        except AlexNetError as error:
+            found = {'not_run': str(error)}
+    return {'input': name, **found, **environment()}
 
 
 def feed(config: Any, scratch: Path, rounds: int, sample_secs: float) -> dict[str, Any]:
-    """Seconds a step of the trainer's loop and of the step alone, a value a round."""
+    """Return seconds a step of the trainer's loop and of the step alone, a value a round."""
     config.mesh.update(data=baselines.as_devices(config), tower=1)
     config.loop.eval_batch_size = 64
     config.loop.log_every_steps = FEWEST_STEPS
@@ -101,7 +115,7 @@ def feed(config: Any, scratch: Path, rounds: int, sample_secs: float) -> dict[st
 
 
 def resident(job: Job, state: Any, batch: Any, steps: int) -> tuple[Any, float]:
-    """Steps on one batch; seconds each."""
+    """Do steps on one batch; return the state and the seconds of a step."""
     start = time.perf_counter()
     for _ in range(steps):
         state, metrics = job.train_step(state, batch, job.statistics)
@@ -111,68 +125,32 @@ def resident(job: Job, state: Any, batch: Any, steps: int) -> tuple[Any, float]:
 
 
 def real(job: Job, state: Any, steps: int, folder: Path) -> tuple[Any, float, float]:
-    """The trainer's loop for so many steps more: seconds each, and how long it stood still."""
+    """Run the trainer's loop for `steps` more: (state, seconds of a step, seconds of waiting)."""
     start, history = int(state.step), History()
     epochs = (start + steps - 0.5) * job.settings.batch_size / len(job.train)
     job = dataclasses.replace(job, settings=dataclasses.replace(job.settings, epochs=epochs))
     writer = run_metrics.MetricWriter(folder, start, job.settings.loop.tensorboard)
     with contextlib.closing(writer), contextlib.redirect_stderr(io.StringIO()):
-        state = train.train(job, state, history, _Unsaved(), writer)
+        state = train.train(job, state, history, _NoCheckpoints(), writer)
     written = [r for r in run_metrics.read(folder) if r['kind'] == 'train' and r['step'] > start]
     return state, history.secs / steps, sum(record['stall_secs'] for record in written)
 
 
-class _Unsaved:
-    """In the place of checkpoints: these runs leave nothing."""
+class _NoCheckpoints:
+    """Checkpoint store that stores nothing."""
 
     def save(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def wait(self) -> None:
-        """For nothing."""
-
-
-def write_stored_images(folder: Path, count: int) -> None:
-    """A data set of noise, uint8 [256, 256, 3] as PNG, in array_record as TFDS writes it."""
-    import tensorflow_datasets as tfds
-    from PIL import Image
-
-    px, classes = STORED['px'], STORED['classes']
-
-    class StoredImages(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-        """Noise."""
-
-        name = STORED['name']
-        VERSION = tfds.core.Version('1.0.0')
-
-        def _info(self):
-            image = tfds.features.Image(shape=(px, px, 3), encoding_format='png')
-            label = tfds.features.ClassLabel(num_classes=classes)
-            features = tfds.features.FeaturesDict({'image': image, 'label': label})
-            return tfds.core.DatasetInfo(builder=self, features=features)
-
-        def _split_generators(self, dl_manager):
-            return {'train': self._generate_examples()}
-
-        def _generate_examples(self):
-            rng = np.random.default_rng(0)
-            for number in range(count):
-                file = io.BytesIO()
-                pixels = rng.integers(0, 256, (px, px, 3), np.uint8)
-                Image.fromarray(pixels).save(file, format='png', compress_level=1)
-                file.seek(0)
-                yield number, {'image': file, 'label': number % classes}
-
-    tfds.disable_progress_bar()
-    with contextlib.redirect_stdout(io.StringIO()):
-        StoredImages(data_dir=folder, file_format='array_record').download_and_prepare()
+        """Do nothing."""
 
 
 # ----------------------------------------------------------------------------------------- start-up
 
 
 def start(flags: argparse.Namespace) -> None:
-    """Cold and warm in turn, for quickstart and, on a GPU, for the full net."""
+    """Measure cold and warm starts in turn, of quickstart and, on a GPU, of the full net."""
     configs = ['configs/alexnet.py']
     if jax.default_backend() != 'cpu':
         configs.append('configs/alexnet.py:fashion_mnist')
@@ -183,19 +161,19 @@ def start(flags: argparse.Namespace) -> None:
                 for kind in ('cold', 'warm'):
                     secs = first_step_secs(config, Path(scratch), kind)
                     row[f'{kind}_secs'].append(secs)
-        keep(flags.out, 'start', [row | environment()])
+        keep(flags.out, 'start', row | environment())
         print(config, {key: row[key] for key in ('cold_secs', 'warm_secs')}, flush=True)
 
 
 def first_step_secs(
     config: str, scratch: Path, workdir: str, more: tuple[str, ...] = (), limit_secs: float = 600
 ) -> float:
-    """Seconds until a new process has recorded its first step; it is then killed.
+    """Return the seconds until a new process has recorded its first step; it is then killed.
 
-    Compiled programs are looked for, and kept, in `scratch`/cache.
+    Compiled programs are cached in `scratch`/cache.
 
     Raises:
-        RunError: it ended, or took too long, before there was a record.
+        RunError: the process ended, or took too long, before there was a record.
     """
     folder = scratch / workdir
     words = [sys.executable, 'main.py', f'--config={config}', f'--workdir={folder}']
@@ -213,7 +191,7 @@ def first_step_secs(
                 if child.poll() is not None or secs > limit_secs:
                     log.seek(0)
                     last = (log.read().strip().splitlines() or ['nothing'])[-1]
-                    raise RunError(f'no first step of {config} after {secs:.0f} s; it said: {last}')
+                    raise RunError(f'no first step of {config} after {secs:.0f} s: {last}')
                 time.sleep(0.01)
             return time.perf_counter() - begin
         finally:

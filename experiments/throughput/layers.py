@@ -24,7 +24,7 @@ from experiments.throughput.baselines import Case
 from experiments.throughput.results import environment, keep
 from experiments.throughput.roofline import Work
 from experiments.throughput.tables import layer_table
-from experiments.throughput.timing import Benchmark, alternate, median
+from experiments.throughput.timing import Benchmark, alternate, median, run_alone
 
 BATCH = {'cpu': 64, 'gpu': 128}
 
@@ -34,7 +34,7 @@ class Piece:
     """One operation of one layer, in one direction."""
 
     layer: str
-    word: str  # 'linear', one of `ops`, 'update' or 'masks'
+    op: str  # 'linear', one of the layer's ops, 'update' or 'masks'
     direction: str
     work: Work
     make: Callable[[], Benchmark]
@@ -42,20 +42,19 @@ class Piece:
     @property
     def name(self) -> str:
         """Return the name of its benchmark."""
-        return f'{self.layer} {self.word} {self.direction}'
+        return f'{self.layer} {self.op} {self.direction}'
 
 
-def measure_all(flags: argparse.Namespace) -> list[dict[str, Any]]:
+def measure_all(flags: argparse.Namespace) -> None:
     """Measure, store and print the nets asked for, at one batch size each."""
-    rows = []
     for net in flags.nets:
-        usual = BATCH[steps.platform()]
-        usual = steps.QUICKSTART_BATCH if net == 'quickstart' else usual
+        usual = steps.QUICKSTART_BATCH if net == 'quickstart' else BATCH[steps.platform()]
         batch_size = (flags.batches or (usual,))[0]
-        rows.append(measure(net, batch_size, flags))
-        keep(flags.out, 'layers', rows[-1:])
-        print(layer_table(rows[-1]), flush=True)
-    return rows
+        module, scale = steps.NETS[net]
+        devices = module.get_config(scale).mesh.cpu_devices
+        row = run_alone(devices, measure, net, batch_size, flags)
+        keep(flags.out, 'layers', row)
+        print(layer_table(row), flush=True)
 
 
 def measure(net: str, batch_size: int, flags: argparse.Namespace) -> dict[str, Any]:
@@ -83,7 +82,7 @@ def measure(net: str, batch_size: int, flags: argparse.Namespace) -> dict[str, A
         'pieces': [
             {
                 'layer': piece.layer,
-                'word': piece.word,
+                'word': piece.op,
                 'direction': piece.direction,
                 'secs': rows[piece.name]['secs'],
                 'cpu_secs': rows[piece.name]['cpu_secs'],
@@ -107,8 +106,8 @@ def pieces(case: Case) -> Iterator[Piece]:
     for stage in geometry(net):
         yield from _linear(stage, case)
         shape = stage.output
-        for word, after in zip(stage.layer.ops, stage.after, strict=True):
-            yield from _follower(stage.layer, word, shape, after, case)
+        for op, after in zip(stage.layer.ops, stage.after, strict=True):
+            yield from _op(stage.layer, op, shape, after, case)
             shape = after
     yield _masks(net, size)
     yield _update(case)
@@ -135,7 +134,7 @@ def _linear(stage: Stage, case: Case) -> Iterator[Piece]:
         yield Piece(layer.name, 'linear', direction, work, lambda d=direction: make(d))
 
 
-def _follower(layer: Layer, word: str, before: Shape, after: Shape, case: Case) -> Iterator[Piece]:
+def _op(layer: Layer, op: str, before: Shape, after: Shape, case: Case) -> Iterator[Piece]:
     net, size = case.net, case.settings.batch_size
     module = AlexNet(net)
 
@@ -144,13 +143,13 @@ def _follower(layer: Layer, word: str, before: Shape, after: Shape, case: Case) 
         masks = {layer.name: x > 0}
 
         def run(x):
-            return module.apply({}, word, x, layer, masks, method='_follow')
+            return module.apply({}, op, x, layer, masks, method='_follow')
 
         return _forward(run, x) if direction == 'forward' else _backward(run, x)
 
     for direction in ('forward', 'backward'):
         work = roofline.follower(before, after, net, size, direction)
-        yield Piece(layer.name, word, direction, work, lambda d=direction: make(d))
+        yield Piece(layer.name, op, direction, work, lambda d=direction: make(d))
 
 
 def _masks(net: Net, size: int) -> Piece:
@@ -194,7 +193,7 @@ def _forward(function: Callable, *arguments: Any) -> Benchmark:
 
 
 def _backward(function: Callable, *arguments: Any) -> Benchmark:
-    """The transposed program alone: `jax.vjp`'s second result is a pytree and leaves a jit."""
+    """Make the transposed program alone: the second result of `jax.vjp` is a pytree."""
     options = cpu.compiler_options()
     y, back = jax.jit(lambda *a: jax.vjp(function, *a), compiler_options=options)(*arguments)
     run = jax.jit(lambda back, dy: back(dy), compiler_options=options)
@@ -202,7 +201,7 @@ def _backward(function: Callable, *arguments: Any) -> Benchmark:
 
 
 def _repeat(step: Callable[[], Any]) -> Benchmark:
-    """Make a benchmark whose result is not looked at."""
+    """Make a benchmark whose result is not used."""
     return dataclasses.replace(baselines.repeated(step), value=lambda result: np.zeros(()))
 
 

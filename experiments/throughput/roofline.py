@@ -33,7 +33,7 @@ FLOAT32_BYTES = 4
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
-    """The machine's FLOPs a second in matrix products, and bytes a second in a copy."""
+    """FLOPs a second of this machine in matrix products, and bytes a second in a copy."""
 
     flops: float
     bytes: float
@@ -41,7 +41,7 @@ class Rates:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """The least operations and bytes of a piece of work."""
+    """Fewest operations and bytes of a computation."""
 
     flops: int = 0
     bytes: int = 0

@@ -2,7 +2,6 @@
 
 import argparse
 import itertools
-import statistics
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +13,8 @@ from configs import ablation_lrn, alexnet, variant_torchvision
 from experiments.throughput import baselines, roofline
 from experiments.throughput.baselines import Case
 from experiments.throughput.results import environment, keep
-from experiments.throughput.timing import Row, alternate, best_torch, median, ratio
+from experiments.throughput.tables import forms_table, steps_table
+from experiments.throughput.timing import Row, alternate, best_torch, median, ratio, run_alone
 
 KINDS = ('ours', 'naive', 'torch')
 NETS: dict[str, tuple[Any, str]] = {
@@ -27,30 +27,61 @@ BATCHES = {'cpu': (64, 128), 'gpu': (128, 1024)}
 QUICKSTART_BATCH = 128  # its config's
 
 
-def measure(net: str, batch_size: int, dtype: str, what: str, flags: argparse.Namespace) -> Row:
-    """Measure every form of a net in one pass, in turn: a row of the part 'steps'."""
+def measure(net: str, batch_size: int, what: str, flags: argparse.Namespace) -> Row:
+    """Measure every form of a net in one pass: a row of the part 'steps'.
+
+    On a CPU PyTorch's forms run in one process, ours beside naive Flax in another, and ours beside
+    the best of PyTorch in a third, as each large program in a process slows the others down. Each
+    ratio is of one process. The figures of ours are those beside PyTorch.
+    """
     module, scale = NETS[net]
-    case = baselines.case_of(module.get_config(scale), batch_size, dtype)
+    devices = module.get_config(scale).mesh.cpu_devices
+
+    def run(*forms: str) -> Row:
+        return run_alone(devices, sample, net, batch_size, what, forms, flags)
+
+    if platform() != 'cpu':
+        return run(*flags.kinds)
+    found, kinds = [], {*flags.kinds}
+    if 'torch' in kinds and baselines.torch_is_here():
+        found.append(run('torch'))
+    best = found[0]['torch'] if found else None
+    if 'naive' in kinds and (module, scale) == NETS['2012']:
+        found.append(run(*(kind for kind in ('ours', 'naive') if kind in kinds)))
+    if not found or ('ours' in kinds and best):
+        found.append(run('ours', *([best] if best else [])))
+    row: Row = {'forms': {}, 'ratios': {}}
+    for one in found:
+        row |= one | {key: row[key] | one.get(key, {}) for key in ('forms', 'ratios')}
+    return row
+
+
+def sample(
+    net: str, batch_size: int, what: str, forms: tuple[str, ...], flags: argparse.Namespace
+) -> Row:
+    """Measure some forms in turn, in this process; `forms` are names or kinds."""
+    module, scale = NETS[net]
+    case = baselines.case_of(module.get_config(scale), batch_size, flags.dtype)
     makers = {
         name: make
-        for name, make in baselines.benchmarks(case, what, flags.kinds)
-        if not any(word in name for word in flags.without)
-        and (not flags.form or name in (flags.form, *KINDS))
+        for name, make in baselines.benchmarks(case, what)
+        if (name in forms or name.split(',')[0] in forms)
+        and not any(word in name for word in flags.without)
     }
-    makers |= {'product': lambda: roofline.product(dtype), 'copy': roofline.copying}
+    makers |= {'product': lambda: roofline.product(flags.dtype), 'copy': roofline.copying}
     rows, values = alternate(makers, flags.rounds, flags.sample_secs)
     rates = roofline.rates(*(median(rows.pop(name)) for name in ('product', 'copy')))
-    row = {'net': net, 'batch_size': batch_size, 'dtype': dtype, 'pass': what, 'forms': rows}
+    best = best_torch(rows)
+    row = {'net': net, 'batch_size': batch_size, 'dtype': flags.dtype, 'pass': what}
     row |= {
+        'forms': rows,
         'limit_secs': roofline.step_secs(case.net, batch_size, what, rates),
         'flops': roofline.step_flops(case.net, batch_size, what),
         'flops_per_sec': rates.flops,
         'bytes_per_sec': rates.bytes,
-        'torch': None,
+        'torch': best,
     }
     _check(row, values, case)
-    if (best := best_torch(rows)) is not None:
-        row['torch'] = best
     if 'ours' in rows:
         row['ratios'] = {
             name: ratio(rows[name], rows['ours']) for name in ('naive', best) if name in rows
@@ -76,15 +107,13 @@ def _check(row: Row, values: Mapping[str, np.ndarray], case: Case) -> None:
             raise RunError(f'{row["net"]}: the loss of {lost} is not finite.')
 
 
-def measure_all(flags: argparse.Namespace) -> list[Row]:
+def measure_all(flags: argparse.Namespace) -> None:
     """Measure, print and store all rows of the part."""
-    rows = []
     for net in flags.nets:
         for batch_size, what in itertools.product(batches(net, flags), flags.passes):
-            rows.append(measure(net, batch_size, flags.dtype, what, flags))
-            print_row(rows[-1])
-            keep(flags.out, 'steps', rows[-1:])
-    return rows
+            row = measure(net, batch_size, what, flags)
+            print(steps_table([row]), forms_table([row]), '', sep='\n\n', flush=True)
+            keep(flags.out, 'steps', row)
 
 
 def batches(net: str, flags: argparse.Namespace) -> tuple[int, ...]:
@@ -92,31 +121,6 @@ def batches(net: str, flags: argparse.Namespace) -> tuple[int, ...]:
     if net == 'quickstart':
         return (QUICKSTART_BATCH,)
     return flags.batches or BATCHES[platform()]
-
-
-def print_row(row: Row) -> None:
-    """Print a row."""
-    size, limit = row['batch_size'], row['limit_secs']
-    print(f'{row["net"]}, {row["pass"]}, batch {size}, {row["dtype"]}, on {row["device"]}')
-    for name, form in sorted(row['forms'].items(), key=lambda pair: pair[1].get('secs', [9e9])):
-        if 'failed' in form:
-            print(f'  {name:36} failed: {form["failed"].splitlines()[0][:80]}')
-            continue
-        secs = median(form)
-        spread = f'{1e3 * min(form["secs"]):.1f} to {1e3 * max(form["secs"]):.1f}'
-        print(
-            f'  {name:36} {size / secs:9.1f} images/s {1e3 * secs:9.1f} ms ({spread}; '
-            f'{len(form["secs"])} rounds) {1e3 * statistics.median(form["cpu_secs"]):9.1f} ms of '
-            f'processor time; {limit / secs:.0%} of the limit'
-        )
-    shown = ', '.join(f'{value:.2f} x {name}' for name, value in row.get('ratios', {}).items())
-    print(
-        f'  limit {1e3 * limit:.1f} ms: products {row["flops_per_sec"] / 1e9:.0f} GFLOP/s, copy '
-        f'{row["bytes_per_sec"] / 1e9:.1f} GB/s' + (f'; ours is {shown}' if shown else ''),
-        flush=True,
-    )
-    if row['torch'] is None:
-        print('  no PyTorch here, or not asked for: our rows alone', flush=True)
 
 
 def platform() -> str:

@@ -1,4 +1,4 @@
-"""Write tables.md and <device>.svg from the stored rows.
+"""Write tables.md from the stored rows.
 
 python -m experiments.throughput --page
 """
@@ -7,11 +7,8 @@ import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from alexnet_jax import command, files
-from alexnet_jax.analysis import figures
-from alexnet_jax.errors import RunError
+from alexnet_jax import files
 from alexnet_jax.training import metrics
 from experiments.throughput import results
 from experiments.throughput.timing import Row, median
@@ -21,71 +18,49 @@ TIME_TO_ACCURACY = 'time_to_accuracy_*.json'
 
 
 def write(folder: Path) -> None:
-    """All of the page, from the JSON files of a folder; charts where matplotlib is installed."""
-    devices = kept(folder)
+    """Write tables.md from the JSON files of a folder."""
     with files.atomic_write(folder / 'tables.md') as scratch:
         scratch.write_text(page(folder))
-    for path, parts in devices:
-        if parts['steps']:
-            try:
-                body = figures.render(chart(parts['steps']), 'svg')
-            except RunError as problem:
-                print(f'no chart: {problem}')
-                continue
-            figures.write(path.with_suffix('.svg'), body)
 
 
-def kept(folder: Path) -> list[tuple[Path, dict[str, list[Row]]]]:
-    """(file, rows by part) of every device."""
-    paths = [p for p in sorted(folder.glob('*.json')) if not p.name.startswith(_NOT_DEVICES)]
-    return [(path, results.read(path)) for path in paths]
-
-
-_NOT_DEVICES = ('ops_', 'time_to_accuracy_')
+def stored(folder: Path) -> list[dict[str, list[Row]]]:
+    """Return the rows of every device, by part."""
+    paths = sorted(path for path in folder.glob('*.json') if not path.match(TIME_TO_ACCURACY))
+    return [results.read(path) for path in paths]
 
 
 def page(folder: Path) -> str:
-    """The text of tables.md."""
+    """Return the text of tables.md."""
     parts = [
         '# Throughput',
-        'Written by `python -m experiments.throughput`; what is measured, and how, is at the '
-        'heads of the files in `experiments/throughput/`. Medians of rounds in which ours and '
-        'its baseline took turns (on a CPU each pair in a process of its own, and the best form of '
-        'PyTorch is found in another).',
+        'Written by `python -m experiments.throughput`. The files in `experiments/throughput/` '
+        'describe the measurements. Medians of rounds in which ours and its baseline took turns '
+        '(on a CPU each pair in a process of its own, and the best form of PyTorch is found in '
+        'another).',
     ]
-    for path, rows in kept(folder):
-        parts += _device(path, rows)
+    for rows in stored(folder):
+        parts += _device(rows)
     parts += ['## Time to accuracy', accuracy_table(folder)]
     return '\n\n'.join(parts) + '\n'
 
 
-def _device(path: Path, rows: dict[str, list[Row]]) -> list[str]:
-    """The sections of one device."""
+def _device(rows: dict[str, list[Row]]) -> list[str]:
+    """Return the sections of one device."""
     found = [row for part in rows.values() for row in part]
     if not found:
         return []
-    where = found[0]
-    parts = [
-        f'## {where["device"]}, {where["cpus"]} cores',
-        _versions(found),
-        f'![images/s]({path.stem}.svg)' if rows['steps'] else '',
-        '### Steps',
-        steps_table(rows['steps']) if rows['steps'] else NOT_RUN,
-        '### All forms',
-        forms_table(rows['steps']) if rows['steps'] else NOT_RUN,
-    ]
+    parts = [f'## {found[0]["device"]}, {found[0]["cpus"]} cores', _versions(found)]
+    parts += ['### Steps', steps_table(rows['steps']), '### All forms', forms_table(rows['steps'])]
     for row in rows['layers']:
-        parts += [f'### Where the time goes: {_named(row)}', layer_table(row)]
+        parts += [f'### Time by layer: {_named(row)}', layer_table(row)]
     parts += ['### Feeding', feeding_table(rows['feeding'])]
-    parts += ['### Start-up', start_table(rows['start'])]
-    return [part for part in parts if part]
+    return [*parts, '### Start-up', start_table(rows['start'])]
 
 
 def _versions(rows: Sequence[Row]) -> str:
-    """Versions and commits that the rows were measured with."""
-    keys = ('jax', 'flax', 'torch_version', 'python', 'commit')
+    """Return the versions and commits that the rows were measured with."""
     lines = []
-    for key in keys:
+    for key in ('jax', 'flax', 'torch_version', 'python', 'commit'):
         shown = metrics.short if key == 'commit' else str
         values = sorted({shown(row[key]) for row in rows if key in row})
         if values:
@@ -101,7 +76,9 @@ def _named(row: Row) -> str:
 
 
 def steps_table(rows: Sequence[Row]) -> str:
-    """Ours, the best of PyTorch, the plain form, the limit: a row a net, batch and pass."""
+    """Compare ours with PyTorch, naive Flax and the roofline: a row a net, batch and pass."""
+    if not rows:
+        return NOT_RUN
     head = [
         'net', 'batch', 'dtype', 'pass', 'ours, images/s', 'spread', "PyTorch's best", 'ratio',
         'naive Flax', 'ratio', 'roofline', 'share of it', 'GFLOP/s reached',
@@ -129,9 +106,10 @@ def _step_cells(row: Row) -> list[str]:
 
 
 def forms_table(rows: Sequence[Row]) -> str:
-    """Images/s of every form; those with one round were too slow to go on."""
+    """Return images/s of every form; those with one round were too slow for more."""
+    if not rows:
+        return NOT_RUN
     names = list(dict.fromkeys(name for row in rows for name in row['forms']))
-    names = [name for name in names if name != 'prototype']  # in older rows
     head = ['form', *(f'{_named(row)}, {row["pass"]}' for row in rows)]
     body = [[name, *(_pace(row, name) for row in rows)] for name in names]
     return markdown([head, *body])
@@ -148,13 +126,13 @@ def _pace(row: Row, name: str) -> str:
 
 
 def readme_table(folder: Path) -> str:
-    """For the README: what counts of all devices' steps, in few columns."""
+    """Return the main columns of the steps of all devices, for the README."""
     head = [
         'device', 'net', 'batch', 'pass', 'images/s', "PyTorch's best", 'ratio', 'over naive Flax',
-        "share of the machine's limit",
+        "share of the machine's roofline",
     ]  # fmt: skip
     body = []
-    for _, parts in kept(folder):
+    for parts in stored(folder):
         for row in parts['steps']:
             if 'secs' in row['forms'].get('ours', {}):
                 net, size, dtype, what, ours, _, torch, ratio, _, naive, _, share, *_ = _step_cells(
@@ -172,8 +150,8 @@ def readme_table(folder: Path) -> str:
 
 
 def layer_table(row: Row) -> str:
-    """Time of each operation and direction, its limit, and how much could be won at most."""
-    head = ['layer', 'operation', 'pass', 'ms', 'limit, ms', 'bound by', 'share', 'gap, ms']
+    """Return the time of each operation and direction, its roofline, and the gap between them."""
+    head = ['layer', 'operation', 'pass', 'ms', 'roofline, ms', 'bound by', 'share', 'gap, ms']
     body = []
     for piece in row['pieces']:
         secs, limit = statistics.median(piece['secs']), piece['limit_secs']
@@ -183,13 +161,13 @@ def layer_table(row: Row) -> str:
     body += _sums(row)
     return markdown([head, *body]) + (
         f'\n\nProducts {row["flops_per_sec"] / 1e9:.0f} GFLOP/s, copy '
-        f'{row["bytes_per_sec"] / 1e9:.1f} GB/s. The limit of a whole step has each layer in one '
-        f'piece, with no pass over memory between its operations.'
+        f'{row["bytes_per_sec"] / 1e9:.1f} GB/s. The roofline of a complete step has each layer '
+        f'fused, with no pass over memory between its operations.'
     )
 
 
 def _sums(row: Row) -> list[list[str]]:
-    """The pieces together, and the whole as it is run."""
+    """Return the sums of the operations, and the complete step as it is run."""
     pieces = row['pieces']
     lines = []
     for what in ('forward', 'train'):
@@ -197,9 +175,9 @@ def _sums(row: Row) -> list[list[str]]:
         if what == 'forward':
             chosen = [p for p in chosen if p['word'] not in ('masks', 'dropout')]
         alone = sum(statistics.median(p['secs']) for p in chosen)
-        limit, whole = sum(p['limit_secs'] for p in chosen), row['step_secs'][what]
+        limit, complete = sum(p['limit_secs'] for p in chosen), row['step_secs'][what]
         fused = row['step_limit_secs'][what]
-        for name, secs, least in (('sum', alone, limit), ('as run', whole, fused)):
+        for name, secs, least in (('sum', alone, limit), ('as run', complete, fused)):
             lines.append(
                 [name, 'all', what, f'{1e3 * secs:.1f}', f'{1e3 * least:.1f}', '',
                  f'{least / secs:.0%}', f'{1e3 * (secs - least):.1f}']
@@ -211,11 +189,11 @@ def _sums(row: Row) -> list[list[str]]:
 
 
 def feeding_table(rows: Sequence[Row]) -> str:
-    """Training on real input beside the step on a resident batch."""
+    """Return training on real input beside the step on a resident batch."""
     if not rows:
         return NOT_RUN
     head = [
-        'input', 'batch', 'training, images/s', 'resident batch', 'ratio', 'loop stood still',
+        'input', 'batch', 'training, images/s', 'resident batch', 'ratio', 'waiting for input',
         'rounds',
     ]  # fmt: skip
     body = []
@@ -241,7 +219,7 @@ def feeding_table(rows: Sequence[Row]) -> str:
 
 
 def start_table(rows: Sequence[Row]) -> str:
-    """Seconds from the command to the end of the first step, in a process of its own."""
+    """Return the seconds from the command to the end of the first step, in a fresh process."""
     if not rows:
         return NOT_RUN
     head = ['config', 'nothing compiled, s', 'compiled before, s', 'warm / cold', 'starts']
@@ -254,8 +232,8 @@ def start_table(rows: Sequence[Row]) -> str:
 
 
 def accuracy_table(folder: Path) -> str:
-    """Seconds of training to an accuracy on the test images, by device."""
-    head = ['config', 'device', 'test accuracy wanted', 'seconds of training', 'epoch', 'reached']
+    """Return the seconds of training to an accuracy on the test images, by device."""
+    head = ['config', 'device', 'target test accuracy', 'seconds of training', 'epoch', 'reached']
     body = []
     for path in sorted(folder.glob(TIME_TO_ACCURACY)):
         row = json.loads(path.read_text())
@@ -270,57 +248,6 @@ def accuracy_table(folder: Path) -> str:
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """A table of it, the first row its head."""
+    """Return a Markdown table; the first row is its head."""
     lines = ['| ' + ' | '.join(row) + ' |' for row in rows]
     return '\n'.join([lines[0], '|' + '---|' * len(rows[0]), *lines[1:]])
-
-
-# ------------------------------------------------------------------------------------------ charts
-
-WIDTH = 7.2  # inches
-COLOURS = {'ours': '#1b6ca8', 'torch': '#e07b39', 'naive': '#9aa0a6', 'limit': '#d9dde1'}
-LABELS = {
-    'ours': 'ours',
-    'torch': "PyTorch's best",
-    'naive': 'naive Flax',
-    'limit': 'limit of this machine',
-}
-
-
-def chart(rows: Sequence[Row]) -> Any:
-    """Bars of images/s, as shares of the machine's limit: a group a row of the table."""
-    with command.library('matplotlib.style', 'figures').context([figures.STYLE], after_reset=True):
-        return _draw(rows)
-
-
-def _draw(rows: Sequence[Row]) -> Any:
-    figure = command.library('matplotlib.figure', 'figures').Figure(
-        figsize=(WIDTH, 0.55 + 0.62 * len(rows)), layout='constrained'
-    )
-    axes = figure.add_subplot()
-    for number, row in enumerate(rows):
-        paces = _paces(row)
-        for place, (name, pace) in enumerate(paces.items()):
-            height = 0.8 / len(LABELS)
-            y = number + (place - (len(paces) - 1) / 2) * height
-            share = pace * row['limit_secs'] / row['batch_size']
-            label = LABELS[name] if number == 0 else None
-            axes.barh(y, share, height=0.9 * height, color=COLOURS[name], label=label)
-            axes.text(share + 0.01, y, f'{pace:,.4g}', va='center', fontsize=7)
-    axes.set_yticks(range(len(rows)), [f'{_named(row)}\n{row["pass"]}' for row in rows])
-    axes.invert_yaxis()
-    axes.set_xlim(0, 1.15)
-    axes.set_xlabel('images/s (written), as a share of the limit (drawn)')
-    figure.legend(loc='outside upper center', ncols=len(LABELS))
-    return figure
-
-
-def _paces(row: Row) -> dict[str, float]:
-    size, forms = row['batch_size'], row['forms']
-    found = {
-        'ours': forms.get('ours'),
-        'torch': forms.get(row['torch']),
-        'naive': forms.get('naive'),
-    }
-    paces = {name: size / median(form) for name, form in found.items() if form and 'secs' in form}
-    return paces | {'limit': size / row['limit_secs']}

@@ -2,24 +2,30 @@
 
 import dataclasses
 import gc
+import multiprocessing
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
+import jax
 import numpy as np
 
 from alexnet_jax.parallel import cpu
 
-SLOW = 1.5  # a form of PyTorch that takes so many times its best form's time is dropped
+SLOW = 1.5  # a form of PyTorch that takes this many times its best form's time is dropped
 Row = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
-    """Something to time. `run(n)` does n steps, waits, and returns the last one's result.
+    """A computation to time.
 
-    value: that result (a loss, or logits) as a NumPy array.
+    Attributes:
+        run: does n steps, waits, and returns the result of the last one.
+        value: (that result, a loss or logits) -> NumPy array.
     """
 
     run: Callable[[int], Any]
@@ -105,3 +111,20 @@ def best_torch(rows: Mapping[str, Row]) -> str | None:
     most = max((len(rows[name]['secs']) for name in _torch(rows)), default=0)
     complete = [name for name in _torch(rows) if len(rows[name]['secs']) == most]
     return min(complete, key=lambda name: median(rows[name])) if complete else None
+
+
+def run_alone(cpu_devices: int, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Return function(*arguments), on a CPU computed in a process of its own.
+
+    The process gets as many CPU devices as the trainer would use. On an accelerator the function is
+    called here, as another process would compete for the memory.
+    """
+    if jax.default_backend() != 'cpu':
+        return function(*arguments)
+    os.environ['JAX_NUM_CPU_DEVICES'] = str(max(1, cpu_devices))  # read when JAX is imported
+    context = multiprocessing.get_context('spawn')
+    try:
+        with ProcessPoolExecutor(1, context, cpu.set_up_cpu, (0,)) as pool:
+            return pool.submit(function, *arguments).result()
+    finally:
+        del os.environ['JAX_NUM_CPU_DEVICES']

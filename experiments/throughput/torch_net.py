@@ -1,12 +1,12 @@
-"""AlexNet as a PyTorch user writes it, from the same layer table, made to be fast.
+"""AlexNet in fast, idiomatic PyTorch, built from the same layer table.
 
 The reference that values are checked against is tests/golden/make_net.py, which takes parameters in
-our layout and pays for that. Here they lie as PyTorch wants them, padding is the convolution's own,
-and LRN comes in two forms:
+our layout and is slower for it. Here parameters are in PyTorch's layout, the convolutions pad, and
+LRN has two forms:
 
-* 'module': `nn.LocalResponseNorm`, what the library offers.
-* 'slices': the window's sum as a sum of shifted slices, the power as two roots; twice as fast on a
-  CPU.
+* 'module': `nn.LocalResponseNorm`, the library's.
+* 'slices': the sum of the window as a sum of shifted slices, and the power as two roots; twice as
+  fast on a CPU.
 """
 
 import functools
@@ -25,9 +25,9 @@ SIMPLE = {'relu': F.relu, 'tanh': torch.tanh, 'sigmoid': torch.sigmoid}
 
 
 class TorchAlexNet(nn.Module):
-    """The net of a layer table: `forward` takes images [B, C, H, W] and gives logits [B, classes].
+    """Net of a layer table: `forward` maps images [B, C, H, W] to logits [B, classes].
 
-    Its parameters are NumPy's `params`, the canonical tree, brought into PyTorch's layout.
+    Its parameters are NumPy's `params`, the canonical tree, converted to PyTorch's layout.
     """
 
     def __init__(self, net: Net, params: Mapping[str, Mapping[str, np.ndarray]], lrn: str):
@@ -49,7 +49,7 @@ class TorchAlexNet(nn.Module):
             self.add_module(name, module)
 
     def forward(self, x):
-        """[B, C, H, W] -> logits [B, classes]."""
+        """Map images [B, C, H, W] to logits [B, classes]."""
         for layer in self.net.layers:
             if layer.kind == 'fc':
                 x = x.flatten(1)
@@ -57,30 +57,30 @@ class TorchAlexNet(nn.Module):
                 (top, bottom), (left, right) = layer.padding_px
                 x = F.pad(x, (left, right, top, bottom))
             x = getattr(self, layer.name)(x)
-            for word in layer.ops:
-                x = self._follow(word, x)
+            for op in layer.ops:
+                x = self._apply_op(op, x)
         return x
 
-    def _follow(self, word: str, x):
+    def _apply_op(self, op: str, x):
         net = self.net
-        if word in SIMPLE:
-            return SIMPLE[word](x)
-        if word == 'lrn':
+        if op in SIMPLE:
+            return SIMPLE[op](x)
+        if op == 'lrn':
             towers = net.towers if net.lrn_reads == 'own' else 1
             return (_lrn_slices if self.lrn == 'slices' else _lrn_module)(x, towers, net.lrn)
-        if word == 'spatial_norm':
+        if op == 'spatial_norm':
             return _spatial_norm(x, net.spatial_norm, roots=self.lrn == 'slices')
-        if word == 'pool':
+        if op == 'pool':
             pool = F.max_pool2d if net.pool.kind == 'max' else F.avg_pool2d
             return pool(x, net.pool.window_px, net.pool.stride_px)
-        if word == 'dropout':
+        if op == 'dropout':
             kept = F.dropout(x, 1 - net.dropout.keep, self.training)
             return kept * net.dropout.keep if net.dropout.kind == 'mask' else kept
-        raise NotImplementedError(word)
+        raise NotImplementedError(op)
 
 
 def _same_padding(layer: Layer) -> bool:
-    """Whether the convolution can pad by itself."""
+    """Return whether the convolution can pad by itself."""
     return all(before == behind for before, behind in layer.padding_px)
 
 
@@ -92,21 +92,21 @@ def _conv(layer: Layer, inputs: int, groups: int) -> nn.Conv2d:
 
 
 def _channels_first(kernel: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """[inputs, units] -> [units, inputs], the inputs of maps [H, W, C] counted as [C, H, W]."""
+    """Transpose [inputs, units] to [units, inputs], inputs [H, W, C] reordered to [C, H, W]."""
     if len(shape) == 1:
         return kernel.T
     return kernel.reshape(*shape, -1).transpose(3, 2, 0, 1).reshape(kernel.shape[1], -1)
 
 
 def _lrn_module(x, towers: int, norm: Norm):
-    """Tower by tower; PyTorch divides alpha by the window's size."""
+    """Apply LRN tower by tower; PyTorch divides alpha by the size of the window."""
     how = (norm.size, norm.alpha * norm.size, norm.beta, norm.k)
     parts = [F.local_response_norm(part, *how) for part in x.chunk(towers, dim=1)]
     return torch.cat(parts, dim=1) if towers > 1 else parts[0]
 
 
 def _lrn_slices(x, towers: int, norm: Norm):
-    """Towers as an axis of their own: one pass for both."""
+    """Apply LRN with the towers as an axis: one pass for both."""
     split = x.unflatten(1, (towers, -1))
     before, width = norm.size // 2, split.shape[2]
     squares = F.pad(split * split, (0, 0, 0, 0, before, norm.size - 1 - before))
@@ -115,12 +115,12 @@ def _lrn_slices(x, towers: int, norm: Norm):
 
 
 def _spatial_norm(x, norm: Norm, *, roots: bool):
-    """The sum over the window is the average over it, borders counted as zeros, times its size."""
+    """Apply spatial normalisation; the sum over a window is its average times its size."""
     mean = F.avg_pool2d(x * x, norm.size, stride=1, padding=norm.size // 2)
     scale = norm.k + norm.alpha * norm.size**2 * mean
     return x * _power(scale, norm.beta) if roots else x / scale**norm.beta
 
 
 def _power(scale, beta: float):
-    """`scale ** -beta`."""
+    """Return `scale ** -beta`."""
     return (scale * scale.sqrt()).rsqrt() if beta == 0.75 else scale**-beta

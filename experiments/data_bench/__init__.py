@@ -1,0 +1,1 @@
+"""Benchmarks of data preparation and reading, and a dry run of the ImageNet pipeline."""

@@ -1,0 +1,45 @@
+"""Measure data preparation and reading, and dry-run the ImageNet pipeline.
+
+    python -m experiments.data_bench preparation --pictures=FOLDER [--rounds=5]
+    python -m experiments.data_bench reading [--rounds=7] [--scratch=FOLDER]
+    python -m experiments.data_bench dry_run --pictures=FOLDER --scratch=FOLDER
+
+`--pictures` is a folder of any photographs, such as those in Debian's packages of desktop
+backgrounds. Each command prints its measurements and writes them to experiments/results.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from alexnet_jax import command
+from experiments.data_bench import dry_run, preparation, reading
+
+
+def _parser() -> command.Parser:
+    parser = command.Parser(
+        prog='python -m experiments.data_bench', description=(__doc__ or '').splitlines()[0]
+    )
+    measures = parser.add_subparsers(dest='measure', required=True)
+    one = measures.add_parser('preparation', help='images/s, processor time, memory, start-up')
+    one.add_argument('--pictures', type=command.path, required=True, help='folder of photographs')
+    one.add_argument('--rounds', type=int, default=5)
+    one.set_defaults(act=lambda flags: preparation.measure_all(flags.pictures, flags.rounds))
+    one = measures.add_parser('reading', help='start-up at the size of ImageNet, and images/s')
+    one.add_argument('--rounds', type=int, default=7)
+    one.add_argument('--scratch', type=command.path, default=Path('/tmp'), help='2 GB are needed')
+    one.set_defaults(act=lambda flags: reading.measure_all(flags.scratch, flags.rounds))
+    one = measures.add_parser('dry_run', help='the ImageNet pipeline on other photographs')
+    one.add_argument('--pictures', type=command.path, required=True, help='folder of photographs')
+    one.add_argument('--scratch', type=command.path, required=True, help='a new folder; 3 GB')
+    one.set_defaults(act=lambda flags: dry_run.measure_all(flags.pictures, flags.scratch))
+    return parser
+
+
+def act(flags: argparse.Namespace) -> None:
+    """Run the measurement that the command line names."""
+    flags.act(flags)
+
+
+if __name__ == '__main__':
+    sys.exit(command.run('data_bench', _parser, act, None))

@@ -1,0 +1,342 @@
+"""Archive of finished runs in the repository: small, and enough to compare one with others.
+
+    <run>/config.json, environment.json, metrics.jsonl (a training record an epoch), wrong.json
+
+A run that ended with infinite numbers has no wrong.json but an empty file `diverged`. wrong.json is
+one JSON object with a bit an image, for one view and ten and for top-1 and top-5: whether the net
+missed it (10,000 images are 1.7 kB of base64). It also has the sha256 of the labels, so that only
+runs on the same images are compared. `ensembles.jsonl` beside the runs has the same for ensembles
+of a row's seeds.
+"""
+
+import argparse
+import base64
+import dataclasses
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from alexnet_jax import command, config_file, files
+from alexnet_jax.command import log
+from alexnet_jax.errors import RunError
+from alexnet_jax.inference import evaluate
+from alexnet_jax.training import metrics
+
+MEASURES = {'top1_error': 1, 'top5_error': 5}
+ENSEMBLES = (2, 3, 5)  # sizes, besides that of all seeds
+Missed = dict[str, dict[str, np.ndarray]]  # view, measure -> bool [N]
+Record = Mapping[str, Any]
+PORTABLE = {'data.data_dir': 'data', 'loop.compilation_cache': 'beside'}  # no paths of a machine
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ArchivedRun:
+    """A run read from the archive."""
+
+    row: str
+    seed: int
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    records: list[dict[str, Any]]
+    wrong: Missed  # {} where no predictions were archived
+    labels_sha256: str
+
+    def final(self) -> dict[str, Any]:
+        """Return its record of all test images."""
+        return _last_test(self.records)
+
+
+def _last_test(found: Sequence[Record]) -> Any:
+    """Return the last record of all test images (an extended run has several), or None."""
+    return next((record for record in reversed(found) if record['kind'] == 'test'), None)
+
+
+# ----------------------------------------------------------------------------------------- archive
+
+
+def archive(workdir: Path, folder: Path) -> None:
+    """Write the archive of a finished run into `folder`.
+
+    Raises:
+        RunError: the run is not finished or damaged, or its predictions are of another step.
+    """
+    found = metrics.read(workdir)
+    final = _last_test(found)
+    if final is None:
+        raise RunError(f'{workdir} is not finished; the same sweep resumes it.')
+    arrays = evaluate.load_predictions(workdir)
+    wrong = missed(arrays)
+    for view, measure in itertools.product(evaluate.VIEWS, MEASURES):
+        if float(np.mean(wrong[view][measure])) != final[view][measure]:
+            raise RunError(
+                f'{workdir}/predictions_test.npz is not of the end of the run (its {measure} '
+                f'differs from metrics.jsonl); make it with --mode=evaluate --step=latest.'
+            )
+    archive_records(workdir, folder, thinned(found))
+    write_text(folder / 'wrong.json', lines([packed(wrong, arrays['label'])]))
+    (folder / 'diverged').unlink(missing_ok=True)  # the code has changed since
+
+
+def archive_records(workdir: Path, folder: Path, found: Sequence[Record]) -> None:
+    """Write a run's config, environment and the records given."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = json.dumps(portable_config(workdir), indent=2, sort_keys=True) + '\n'
+    write_text(folder / 'config.json', config)
+    write_text(folder / 'environment.json', (workdir / 'environment.json').read_text())
+    write_text(folder / 'metrics.jsonl', lines(found))
+
+
+def archive_all(
+    folder: Path, results: Path, rows: Sequence[str]
+) -> tuple[Path, dict[tuple[str, int], Path]]:
+    """Archive every finished run in a sweep's folder whose row is in `rows`.
+
+    Returns:
+        The archive's folder, results/<scale>, and the finished workdirs by row and seed.
+
+    Raises:
+        RunError: there is none, one is damaged, or they are of several scales.
+    """
+    finished, lost = {}, {}
+    for path in sorted(folder.glob('*/metrics.jsonl')):
+        row, seed = name_of(path.parent)
+        if row not in rows:
+            log(f'{path.parent} is no run of the table, and is left out.')
+        elif (path.parent / 'predictions_test.npz').exists():
+            finished[row, seed] = path.parent
+        elif diverged(path.parent):
+            lost[row, seed] = path.parent
+        else:
+            log(f'{path.parent} is not finished, and is left out.')
+    target = results / only_scale(folder, [*(finished | lost).values()])
+    for workdir in finished.values():
+        archive(workdir, target / workdir.name)
+    for workdir in lost.values():
+        own = target / workdir.name
+        archive_records(workdir, own, thinned(metrics.read(workdir)))
+        write_text(own / 'diverged', '')
+        (own / 'wrong.json').unlink(missing_ok=True)
+    return target, finished
+
+
+def name_of(folder: Path) -> tuple[str, int]:
+    """Return row and seed of a run's folder; ('', 0) for a folder of another name."""
+    row, _, seed = folder.name.rpartition('-')
+    return (row, int(seed)) if seed.isdigit() else ('', 0)
+
+
+def only_scale(folder: Path, workdirs: Sequence[Path]) -> str:
+    """Return the scale of all runs.
+
+    Raises:
+        RunError: there is no run, or they are of several scales.
+    """
+    scales = {portable_config(workdir)['scale'] for workdir in workdirs}
+    if len(scales) != 1:
+        what = f'runs of {len(scales)} scales' if scales else 'no finished run'
+        raise RunError(f'{folder} holds {what}; a table is made of one sweep at one scale.')
+    return scales.pop()
+
+
+def diverged(workdir: Path) -> bool:
+    """Return whether a run of a sweep ended with infinite numbers."""
+    log = workdir / 'log.txt'
+    return log.exists() and 'is not finite' in log.read_text(errors='replace')
+
+
+def missed(arrays: Mapping[str, np.ndarray]) -> Missed:
+    """Return which images were missed, ranked as in evaluate.scores."""
+    result = {}
+    for view in evaluate.VIEWS:
+        rank = evaluate.ranks(arrays[view], arrays['label'])
+        result[view] = {measure: rank >= k for measure, k in MEASURES.items()}
+    return result
+
+
+def thinned(found: Sequence[Record]) -> list[Record]:
+    """Return validation and test records, and the training record before each validation."""
+    result, last = [], None
+    for record in found:
+        if record['kind'] == 'train':
+            last = record
+            continue
+        if record['kind'] == 'validation' and last is not None:
+            result.append(last)
+        result.append(record)
+    return result
+
+
+def portable_config(workdir: Path) -> dict[str, Any]:
+    """Return a run's config without the folders of the machine it ran on."""
+    config = config_file.read_json(workdir / 'config.json')
+    for key, value in PORTABLE.items():
+        group, _, name = key.partition('.')
+        config[group][name] = value
+    return config
+
+
+def packed(wrong: Missed, label: np.ndarray) -> dict[str, Any]:
+    """Return the content of wrong.json."""
+    bits = {
+        view: {m: base64.b64encode(np.packbits(own[m]).tobytes()).decode() for m in MEASURES}
+        for view, own in wrong.items()
+    }
+    sha256 = hashlib.sha256(label.astype('<i4').tobytes()).hexdigest()
+    return {'images': len(label), 'labels_sha256': sha256, 'wrong': bits}
+
+
+def archive_ensembles(workdirs: Mapping[int, Path], path: Path) -> None:
+    """Write which images are missed by ensembles of seeds, their probabilities averaged.
+
+    For each size in ENSEMBLES there are as many ensembles as seeds, of seeds that follow each other
+    in a circle, so that every seed counts as often. Ensembles of other seeds in the file stay.
+
+    Args:
+        workdirs: one row's runs, by seed.
+        path: a .jsonl file, one ensemble a line.
+    """
+    arrays = {
+        seed: evaluate.load_predictions(workdir) for seed, workdir in sorted(workdirs.items())
+    }
+    found = [own for own in _objects(path) if not {*own['seeds']} & {*workdirs}]
+    order = list(arrays)
+    for count in sorted({*ENSEMBLES, len(order)} & {*range(2, len(order) + 1)}):
+        chosen = {tuple(sorted((order[i:] + order[:i])[:count])): None for i in range(len(order))}
+        for seeds in chosen:
+            members = [arrays[seed] for seed in seeds]
+            mean = {view: np.mean([m[view] for m in members], axis=0) for view in evaluate.VIEWS}
+            label = members[0]['label']
+            found.append({'seeds': seeds, **packed(missed({'label': label, **mean}), label)})
+    write_text(path, lines(found))
+
+
+def lines(found: Sequence[Record]) -> str:
+    """Return JSON, an object a line."""
+    return ''.join(json.dumps(record) + '\n' for record in found)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file atomically."""
+    with files.atomic_write(path) as scratch:
+        scratch.write_text(text)
+
+
+# -------------------------------------------------------------------------------------------- read
+
+
+def read(folder: Path, predictions: bool = True) -> list[ArchivedRun]:
+    """Return all archived runs of a folder, by row and seed.
+
+    Args:
+        folder: results/<scale>.
+        predictions: leave out runs without wrong.json.
+
+    Raises:
+        RunError: there is none, one is damaged, or they are of several scales or test sets.
+    """
+    found = folder.glob('*/wrong.json' if predictions else '*/metrics.jsonl')
+    ended = (path.parent for path in found if not (path.parent / 'diverged').exists())
+    paths = sorted(ended, key=name_of)
+    if not paths:
+        raise RunError(f'no run is archived in {folder}; name the --runs of a sweep.')
+    runs = [_read(path) for path in paths]
+    for what, values in (
+        ('scales', {run.config['scale'] for run in runs}),
+        ('test images', {run.labels_sha256 for run in runs} - {''}),
+    ):
+        if len(values) > 1:
+            raise RunError(f'the runs in {folder} are of {len(values)} {what}; separate them.')
+    return runs
+
+
+def _read(folder: Path) -> ArchivedRun:
+    try:
+        (own,) = _objects(folder / 'wrong.json') or ({},)
+        run = ArchivedRun(
+            *name_of(folder),
+            config=config_file.read_json(folder / 'config.json'),
+            environment=json.loads((folder / 'environment.json').read_text()),
+            records=metrics.read(folder),
+            wrong=unpacked(own) if own else {},
+            labels_sha256=own['labels_sha256'] if own else '',
+        )
+        if run.final() is None:
+            raise ValueError('metrics.jsonl has no test record')
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f'{folder} is damaged ({error!r}); archive the run again.') from error
+    return run
+
+
+def unpacked(own: Record) -> Missed:
+    """Return the arrays that `packed` was given."""
+
+    def bits(text: str) -> np.ndarray:
+        raw = np.frombuffer(base64.b64decode(text, validate=True), np.uint8)
+        return np.unpackbits(raw)[: own['images']].astype(bool)
+
+    return {v: {m: bits(own['wrong'][v][m]) for m in MEASURES} for v in evaluate.VIEWS}
+
+
+def read_diverged(folder: Path) -> dict[str, list[int]]:
+    """Return the seeds of each row that ended with infinite numbers."""
+    found: dict[str, list[int]] = {}
+    for path in sorted(folder.glob('*/diverged')):
+        row, seed = name_of(path.parent)
+        found.setdefault(row, []).append(seed)
+    return found
+
+
+def read_ensembles(path: Path) -> Iterator[tuple[tuple[int, ...], Missed]]:
+    """Yield seeds and missed images of each archived ensemble; nothing if there is no file."""
+    for own in _objects(path):
+        yield tuple(own['seeds']), unpacked(own)
+
+
+def _objects(path: Path) -> list[dict[str, Any]]:
+    text = path.read_text() if path.exists() else ''
+    return [json.loads(line) for line in text.splitlines()]
+
+
+# ----------------------------------------------------------------------------------------- command
+
+
+def parser(name: str, results: Path) -> command.Parser:
+    """Return the parser of a table's module in experiments/; `results` is its archive."""
+    found = command.Parser(prog=f'python -m experiments.{name}', allow_abbrev=False)
+    add = found.add_argument
+    add('--runs', type=command.path, nargs='+', default=(), help='archive these sweeps first')
+    add('--results', type=command.path, default=results, help='the folder of the archive')
+    return found
+
+
+def main(
+    parser: Callable[[], command.Parser],
+    archive_sweep: Callable[[Path, Path], Path],
+    build: Callable[[Path], str],
+    argv: Sequence[str] | None,
+) -> int:
+    """Run the command of a table: archive the runs of sweeps, build the tables and print them.
+
+    Args:
+        parser: of the command line, see above.
+        archive_sweep: (a sweep's folder, results) -> the folder of the scale, archived.
+        build: (the folder of a scale) -> its table, written there too.
+        argv: the command line; None for the process's own.
+    """
+
+    def act(args: argparse.Namespace) -> None:
+        folders = sorted({archive_sweep(runs, args.results) for runs in args.runs})
+        if not args.runs:
+            folders = sorted(path for path in args.results.glob('*') if path.is_dir())
+        if not folders:
+            raise RunError(f'nothing is archived in {args.results}; name the --runs of a sweep.')
+        for folder in folders:
+            print(build(folder))
+            log(f'in {folder}')
+
+    return command.run(parser().prog.rpartition('.')[2], parser, act, argv)
