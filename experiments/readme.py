@@ -105,7 +105,8 @@ def results() -> str:
         f'| ILSVRC-2012 val, full net: top-1 / top-5 error | {_errors("imagenet2012")} '
         f'| 42.34 / 19.58 %, ten views 40.53 / 18.05 % (run 170) '
         f'| `python main.py --config=configs/alexnet.py:imagenet2012` |',
-        f'| effect of each ablation on top-1 error, quickstart | {_findings()} | - | `make table` |',
+        f'| effect of each ablation on top-1 error, quickstart | {_findings()} | - '
+        f'| `make table` |',
         f'| speed of training, full net | {_speed()} | `python -m experiments.throughput` |',
     ]
     return '\n'.join(rows)
