@@ -21,7 +21,8 @@ from experiments.throughput import tables
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / 'results'
-KEPT_RUNS = ('quickstart', 'gpu')  # folders of RESULTS with runs of the recipe as it is
+# Folders of RESULTS with runs of the recipe as it is.
+KEPT_RUNS = ('quickstart', 'gpu', 'variants/fashion_mnist')
 NOT_RUN = 'not run'
 
 # ------------------------------------------------------------------------------ runs of the recipe
@@ -49,7 +50,7 @@ def _device(environment: Mapping[str, Any]) -> str:
 def quickstart() -> str:
     """Return the last lines that `make` printed in the archived quickstart run."""
     for config, environment, records in archived_runs():
-        if config['scale'] == 'quickstart':
+        if config['scale'] == 'quickstart' and environment['platform'] == 'cpu':
             final = _test(records)
             lines = [
                 f'epoch {row["epoch"]:.2f}: validation error {row["top1_error"]:.2%}, '
@@ -196,7 +197,8 @@ def figure1() -> str:
 
 def variants() -> str:
     """Return the results of the tutorials' nets and LeNet."""
-    return _table('variants/quickstart', {})
+    folders = sorted((path.parent for path in RESULTS.glob('variants/*/table.md')), reverse=True)
+    return '\n\n'.join(_table(str(folder.relative_to(RESULTS)), {}) for folder in folders)
 
 
 def _table(kept: str, drawings: Mapping[str, str]) -> str:
