@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -139,5 +140,10 @@ def device() -> str:
     return f'{os.cpu_count()} x {names[0] if names else "unknown"}'
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; see the head of this file."""
+    return command.run('bench_prepare', _parser, _act, argv)
+
+
 if __name__ == '__main__':
-    sys.exit(command.run('bench_prepare', _parser, _act, None))
+    sys.exit(main())

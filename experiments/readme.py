@@ -48,25 +48,21 @@ def _device(environment: Mapping[str, Any]) -> str:
 
 
 def quickstart() -> str:
-    """Return the last lines that `make` printed in the archived quickstart run."""
+    """Return the last line that `make` printed in the archived quickstart run on a CPU."""
     for config, environment, records in archived_runs():
         if config['scale'] == 'quickstart' and environment['platform'] == 'cpu':
-            final = _test(records)
-            lines = [
-                f'epoch {row["epoch"]:.2f}: validation error {row["top1_error"]:.2%}, '
-                f'top-5 {row["top5_error"]:.2%}, loss {row["nll"]:.4f}'
-                for row in records
-                if row['kind'] == 'validation'
-            ]
-            lines.append(
-                f'{config["name"]}: test accuracy {1 - final["centre"]["top1_error"]:.4f} '
-                f'({1 - final["ten_views"]["top1_error"]:.4f} over ten views) on '
-                f'{final["images"]} images after {final["step"]} steps, {final["secs"]:.0f} s of '
-                f'training'
-            )
-            text = '\n'.join(lines)
-            return f'```\n$ make\n...\n{text}\n```\n\nOn {_device(environment)}.'
+            return f'```\n{summary(config, records)}\n```\n\nThis was on {_device(environment)}.'
     return NOT_RUN
+
+
+def summary(config: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> str:
+    """Return what a training run prints at its end, without the name of its folder."""
+    final = _test(records)
+    return (
+        f'{config["name"]}: test accuracy {_accuracy(final, "centre")} '
+        f'({_accuracy(final, "ten_views")} over ten views) on {final["images"]} images after '
+        f'{final["step"]} steps, {final["secs"]:.0f} s of training'
+    )
 
 
 def runs() -> str:

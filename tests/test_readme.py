@@ -3,8 +3,10 @@
 import argparse
 import importlib
 import itertools
+import json
 import re
 import shlex
+import shutil
 import sys
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -15,6 +17,7 @@ import pytest
 
 import main
 from alexnet_jax import config, config_file
+from alexnet_jax.training import metrics, train
 from configs import alexnet
 from experiments import readme
 
@@ -228,6 +231,14 @@ def test_every_module_is_described():
         if path.name != '__init__.py':
             folder = path.parent.relative_to(ROOT / 'alexnet_jax').as_posix()
             assert f'`{path.stem}`' in rows['' if folder == '.' else folder], path
+
+
+def test_the_summary_shown_is_the_one_that_training_prints(smoke_run, tmp_path):
+    workdir = tmp_path / 'run'
+    shutil.copytree(smoke_run, workdir)
+    run_config = json.loads((workdir / 'config.json').read_text())
+    printed = train.run(run_config, workdir)  # it is finished: this evaluates it again
+    assert printed.startswith(readme.summary(run_config, metrics.read(workdir)))
 
 
 def test_every_file_of_a_workdir_is_described(smoke_run):
