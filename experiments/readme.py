@@ -1,47 +1,181 @@
-"""Write the figures of README.md and docs/results.md from the logs in experiments/results/.
+"""Fill the generated parts of README.md and docs/ from configs and from logs in results/.
 
 python -m experiments.readme            # write them
 python -m experiments.readme --check    # exit code 1 if a page differs from the logs
+
+A generated part stands between `<!-- MARK: command -->` and `<!-- end of MARK -->`.
 """
 
+import ast
+import importlib
 import json
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from alexnet_jax import config_file
 from alexnet_jax.training import metrics
+from configs import Claim
 from experiments.throughput import tables
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / 'results'
+# Folders of RESULTS with runs of the recipe as it is.
+KEPT_RUNS = ('quickstart', 'gpu', 'variants/fashion_mnist')
+NOT_RUN = 'not run'
+
+# ------------------------------------------------------------------------------ runs of the recipe
+
+
+def archived_runs() -> Iterator[tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]]:
+    """Yield (config, environment, records) of each finished run of configs/alexnet.py."""
+    found = (path for folder in KEPT_RUNS for path in RESULTS.glob(f'{folder}/*/config.json'))
+    for path in sorted(found):
+        config, records = json.loads(path.read_text()), metrics.read(path.parent)
+        if config['name'] == 'alexnet' and any(row['kind'] == 'test' for row in records):
+            yield config, json.loads((path.parent / 'environment.json').read_text()), records
+
+
+def _test(records: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Return the last record of kind 'test'."""
+    return [row for row in records if row['kind'] == 'test'][-1]
+
+
+def _device(environment: Mapping[str, Any]) -> str:
+    on_cpu = environment['platform'] == 'cpu'
+    return f'{environment["cpus"] if on_cpu else environment["devices"]} x {environment["device"]}'
 
 
 def quickstart() -> str:
-    """Return the results of `make` on each machine with a stored log."""
+    """Return the last line that `make` printed in the archived quickstart run on a CPU."""
+    for config, environment, records in archived_runs():
+        if config['scale'] == 'quickstart' and environment['platform'] == 'cpu':
+            return f'```\n{summary(config, records)}\n```\n\nThis was on {_device(environment)}.'
+    return NOT_RUN
+
+
+def summary(config: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> str:
+    """Return what a training run prints at its end, without the name of its folder."""
+    final = _test(records)
+    return (
+        f'{config["name"]}: test accuracy {_accuracy(final, "centre")} '
+        f'({_accuracy(final, "ten_views")} over ten views) on {final["images"]} images after '
+        f'{final["step"]} steps, {final["secs"]:.0f} s of training'
+    )
+
+
+def runs() -> str:
+    """Return the table of all archived runs of the recipe."""
     rows = [
-        '| device | seed | test accuracy | ten views | training | commit |',
-        '|---|---|---|---|---|---|',
+        '| scale | device | seed | test accuracy | ten views | training | commit |',
+        '|---|---|---|---|---|---|---|',
     ]
-    for folder in sorted((RESULTS / 'quickstart').glob('*')):
-        where = json.loads((folder / 'environment.json').read_text())
-        config = config_file.read_json(folder / 'config.json')
-        (final,) = [row for row in metrics.read(folder) if row['kind'] == 'test']
+    for config, environment, records in archived_runs():
+        final = _test(records)
         rows.append(
-            f'| {where["cpus"]} x {where["device"]} | {config["seed"]} '
-            f'| {1 - final["centre"]["top1_error"]:.4f} '
-            f'| {1 - final["ten_views"]["top1_error"]:.4f} '
+            f'| {config["scale"]} | {_device(environment)} | {config["seed"]} '
+            f'| {_accuracy(final, "centre")} | {_accuracy(final, "ten_views")} '
             f'| {final["secs"]:.0f} s, {config["epochs"]:g} epochs '
-            f'| {metrics.short(where["commit"])} |'
+            f'| {metrics.short(environment["commit"])} |'
         )
     return '\n'.join(rows)
+
+
+def _accuracy(final: Mapping[str, Any], view: str) -> str:
+    return f'{1 - final[view]["top1_error"]:.4f}'
+
+
+# ------------------------------------------------------------------------- the results of README
+
+
+def results() -> str:
+    """Return README's table: the recipe at three scales, the contribution table, the speed."""
+    rows = [
+        '| what | here | elsewhere | command |',
+        '|---|---|---|---|',
+        f'| Fashion-MNIST, a quarter of the widths, 112 px: test accuracy '
+        f'| {_scale("quickstart")} | - | `make` |',
+        f'| Fashion-MNIST, full net, 224 px: test accuracy | {_scale("fashion_mnist")} '
+        f'| {importlib.import_module("configs.variant_d2l").REPORTED} (d2l, one tower, no LRN) '
+        f'| `python main.py --config=configs/alexnet.py:fashion_mnist` |',
+        f'| ILSVRC-2012 val, full net: top-1 / top-5 error | {_errors("imagenet2012")} '
+        f'| 42.34 / 19.58 %, ten views 40.53 / 18.05 % (run 170) '
+        f'| `python main.py --config=configs/alexnet.py:imagenet2012` |',
+        f'| effect of each ablation on top-1 error, quickstart | {_findings()} | - '
+        f'| `make table` |',
+        f'| speed of training, full net | {_speed()} | `python -m experiments.throughput` |',
+    ]
+    return '\n'.join(rows)
+
+
+def _scale(scale: str) -> str:
+    """Return 'one view, ten views' of the first archived run at a scale."""
+    for config, _, records in archived_runs():
+        if config['scale'] == scale:
+            final = _test(records)
+            return f'{_accuracy(final, "centre")}, ten views {_accuracy(final, "ten_views")}'
+    return NOT_RUN
+
+
+def _errors(scale: str) -> str:
+    """Return 'top-1 / top-5, ten views top-1 / top-5' of the first archived run at a scale."""
+    for config, _, records in archived_runs():
+        if config['scale'] == scale:
+            centre, ten = (
+                f'{100 * view["top1_error"]:.2f} / {100 * view["top5_error"]:.2f} %'
+                for view in (_test(records)['centre'], _test(records)['ten_views'])
+            )
+            return f'{centre}, ten views {ten}'
+    return NOT_RUN
+
+
+def _findings() -> str:
+    """Return how many rows of the contribution table are significant, equivalent and so on."""
+    line = contribution_short().splitlines()[-1].removeprefix('Top-1, ').rstrip('.')
+    return re.sub(r' \(.*?\)', '', line)
+
+
+def _speed() -> str:
+    """Return two cells: our images/s for the full net on the first CPU, and PyTorch's best."""
+    for line in speed().splitlines()[2:]:
+        device, net, batch, what, ours, torch, ratio, *_ = [
+            cell.strip(' *') for cell in line.strip('|').split('|')
+        ]
+        if net.startswith('2012,') and what == 'train':
+            return (
+                f'{ours} images/s at batch {batch} on {device}, {ratio} of PyTorch '
+                f'| {torch.partition(" ")[0]} images/s (PyTorch, fastest form)'
+            )
+    return f'{NOT_RUN} | -'
+
+
+# -------------------------------------------------------------------------------- tables of docs/
+
+
+def configs() -> str:
+    """Return what each file of configs/ is, and what was reported for its change in 2012."""
+    rows = ['| file | what it is | reported difference, top-1 / top-5, points |', '|---|---|---|']
+    for path in sorted((ROOT / 'configs').glob('[a-z]*.py')):
+        head = ast.get_docstring(ast.parse(path.read_text()))
+        assert head is not None, path
+        what = head.partition('\n')[0].removeprefix('Ablation: ').rstrip('.')
+        claim = getattr(importlib.import_module(f'configs.{path.stem}'), 'CLAIM', None)
+        rows.append(f'| `{path.name}` | {what} | {_claim(claim) if claim else "-"} |')
+    return '\n'.join(rows)
+
+
+def _claim(claim: Claim) -> str:
+    if claim.top1 is None and claim.top5 is None:
+        return f'{claim.words} ({claim.source})'
+    points = ' / '.join('-' if x is None else f'{x:+g}' for x in (claim.top1, claim.top5))
+    return f'{points} ({claim.source})'
 
 
 def contribution_short() -> str:
     """Return the rows of the contribution table that have a figure of 2012, and the counts."""
     path = RESULTS / 'contribution_table/quickstart/short.md'
-    return path.read_text().rstrip() if path.exists() else 'not run'
+    return path.read_text().rstrip() if path.exists() else NOT_RUN
 
 
 def contribution() -> str:
@@ -53,20 +187,21 @@ def contribution() -> str:
 
 
 def figure1() -> str:
-    """Epochs to 25 % training error with ReLU and with tanh."""
+    """Return the epochs to 25 % training error with ReLU and with tanh."""
     return _table('figure1/fashion_mnist', {'figure1.svg': 'training error of both'})
 
 
 def variants() -> str:
-    """The tutorials' nets and LeNet, trained here."""
-    return _table('variants/quickstart', {})
+    """Return the results of the tutorials' nets and LeNet."""
+    folders = sorted((path.parent for path in RESULTS.glob('variants/*/table.md')), reverse=True)
+    return '\n\n'.join(_table(str(folder.relative_to(RESULTS)), {}) for folder in folders)
 
 
 def _table(kept: str, drawings: Mapping[str, str]) -> str:
-    """table.md of a folder of results, and drawings by what they show."""
+    """Return table.md of a folder of results, and its drawings, {file: caption}."""
     folder = RESULTS / kept
     if not (folder / 'table.md').exists():
-        return 'not run'
+        return NOT_RUN
     text = (folder / 'table.md').read_text().rstrip()
     for file, name in drawings.items():
         text += f'\n\n![{name}](../{(folder / file).relative_to(ROOT)})'
@@ -74,12 +209,12 @@ def _table(kept: str, drawings: Mapping[str, str]) -> str:
 
 
 def speed() -> str:
-    """Ours, PyTorch's best, a naive Flax form and the machine's limit, as throughput measured."""
+    """Return our speed beside PyTorch's best, a naive Flax form and the machine's limit."""
     return tables.readme_table(RESULTS / 'throughput')
 
 
 def datasets() -> str:
-    """Preparation and reading, and the dry run of the ImageNet pipeline, by command."""
+    """Return the costs of preparation and reading, and of the dry run of ImageNet."""
     lines = ['| measured by | |', '|---|---|']
     for path in sorted((RESULTS / 'prepare').glob('*.json')):
         lines += [
@@ -100,9 +235,9 @@ def datasets() -> str:
 def _prepared(found: dict) -> list[str]:
     jpeg, raw = (found[storage]['ours'] for storage in ('jpeg', 'raw'))
     return [
-        f'{found["device"]}, pictures of 500 x 375 px: {jpeg["cpu_ms"]:.2f} ms of processor time '
-        f'an image stored as JPEG, {raw["cpu_ms"]:.2f} ms raw; {jpeg["main_mib"]:.0f} MiB, and '
-        f'{jpeg["worker_mib"]:.0f} MiB a worker',
+        f'{found["device"]}, images of 500 x 375 px: {jpeg["cpu_ms"]:.2f} ms of processor time per '
+        f'image stored as JPEG, {raw["cpu_ms"]:.2f} ms raw; {jpeg["main_mib"]:.0f} MiB, and '
+        f'{jpeg["worker_mib"]:.0f} MiB per worker',
     ]
 
 
@@ -124,26 +259,26 @@ def _read(found: dict) -> list[str]:
 
 def _dry_run(rows: list[dict]) -> list[str]:
     if not rows:
-        return ['not run']
+        return [NOT_RUN]
     by_act = {row['act']: row for row in rows}
     made, again = by_act['prepare'], by_act['prepare, the same command again']
     full = by_act['evaluate run on validation[:]']
     pair = [by_act[f'evaluate {name} on validation[:2000]'] for name in ('run', 'cut_off')]
     alike = all(pair[0][key] == pair[1][key] for key in ('centre', 'ten_views'))
     return [
-        f'{sum(made["images"].values()):,} pictures prepared in {made["secs"]:.0f} s; killed and '
+        f'{sum(made["images"].values()):,} images prepared in {made["secs"]:.0f} s; killed and '
         f'resumed: {"the same bytes" if again["same_bytes"] else "OTHER BYTES"}',
         f'{by_act["train"]["steps"]} steps of a narrow net at 224 px in '
         f'{by_act["train"]["secs"]:.0f} s; killed and resumed: '
         + ('the same errors' if alike else 'OTHER ERRORS'),
-        f'{full["images"]:,} pictures evaluated, ten views each, in {full["secs"]:.0f} s',
+        f'{full["images"]:,} images evaluated, ten views each, in {full["secs"]:.0f} s',
     ]
 
 
 def starts() -> str:
-    """The signal at the logits by recipe, as preflight measured it."""
+    """Return the standard deviation of the logits at initialisation, by recipe."""
     rows = [
-        '| recipe | scale | init scaled by the fan-in | pixels | logits across images, std |',
+        '| recipe | scale | init scaled by fan-in | pixels | std of the logits across images |',
         '|---|---|---|---|---|',
     ]
     for line in (RESULTS / 'preflight.jsonl').read_text().splitlines():
@@ -159,10 +294,10 @@ def starts() -> str:
 
 
 def meshes() -> str:
-    """Return the distances of meshes and placements from one device (experiments.meshes)."""
+    """Return how far meshes and placements are from one device."""
     rows = [
         "| placement, data x tower | loss | gradients | parameters | loss curve, recipe's rates "
-        '| a hundredth of them |',
+        '| loss curve, a hundredth of them |',
         '|---|---|---|---|---|---|',
     ]
     keys = ('loss', 'gradients', 'parameters', 'curve_recipe', 'curve_hundredth')
@@ -173,23 +308,21 @@ def meshes() -> str:
 
 
 def communication() -> str:
-    """The second half of the page that describe prints for the paper's two GPUs."""
+    """Return the second half of what describe prints for the paper's two GPUs."""
     page = (RESULTS / 'describe_two_devices.txt').read_text()
     table = page[page.index('layer        pass') : page.index('\n\nmemory of a device')]
     return f'```\n{table}\n```'
 
 
 PAGES = {
-    'README.md': {
-        'figures': quickstart,
-        'datasets': datasets,
-        'starts': starts,
-        'communication': communication,
-        'meshes': meshes,
-        'speed': speed,
-        'contribution': contribution_short,
-    },
+    'README.md': {'quickstart': quickstart, 'results': results},
+    'docs/configs.md': {'configs': configs},
+    'docs/data.md': {'datasets': datasets},
+    'docs/parallelism.md': {'communication': communication, 'meshes': meshes},
+    'docs/performance.md': {'speed': speed},
+    'docs/reproducibility.md': {'starts': starts},
     'docs/results.md': {
+        'runs': runs,
         'contribution': contribution,
         'figure1': figure1,
         'variants': variants,
@@ -198,10 +331,10 @@ PAGES = {
 
 
 def filled(page: str) -> str:
-    """Return a page of PAGES, its figures put in between their marks."""
+    """Return a page of PAGES with its generated parts filled in."""
     text = (ROOT / page).read_text()
-    for mark, table in PAGES[page].items():
-        figures = table()
+    for mark, make in PAGES[page].items():
+        figures = make()
         pattern = rf'(<!-- {mark}: .*? -->\n).*?(<!-- end of {mark} -->)'
         text, found = re.subn(
             pattern, lambda m, f=figures: f'{m[1]}{f}\n{m[2]}', text, flags=re.DOTALL
@@ -212,7 +345,7 @@ def filled(page: str) -> str:
 
 
 def main() -> int:
-    """Write or check; see the head of this file."""
+    """Write the pages, or compare them; see the head of this file."""
     if '--check' in sys.argv[1:]:
         return int(any(filled(page) != (ROOT / page).read_text() for page in PAGES))
     for page in PAGES:
