@@ -29,17 +29,17 @@ def lower(data: int, tower: int, placement: str, dtype: str = 'float32') -> expo
     config.mesh.update(data=data, tower=tower, placement=placement)
     config.model.compute_dtype = dtype
     settings = configuration.unpack(config)
-    layout = mesh.lay_out(settings.mesh, settings.batch_size)
+    layout = mesh.make_layout(settings.mesh, settings.batch_size)
     optimizer = step.make_optimizer(settings, IMAGES)
     side, size = 28, settings.batch_size
     abstract = lambda shape, dtype, sharding: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)  # noqa: E731
     batch = {
-        'image': abstract((size, side, side, 1), np.uint8, mesh.batch_sharding(layout)),
-        'label': abstract((size,), np.int32, mesh.batch_sharding(layout)),
+        'image': abstract((size, side, side, 1), np.uint8, layout.batch_sharding()),
+        'label': abstract((size,), np.int32, layout.batch_sharding()),
     }
-    whole = mesh.whole(layout)
+    replicated = layout.replicated()
     statistics = augment.Statistics(
-        abstract((side, side, 1), jnp.float32, whole), abstract((1, 1), jnp.float32, whole)
+        abstract((side, side, 1), jnp.float32, replicated), abstract((1, 1), jnp.float32, replicated)
     )
     with ops.traced_for('gpu'):
         train_step, shardings = step.jit_train_step(settings, layout, optimizer, IMAGES)
