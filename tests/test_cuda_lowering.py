@@ -34,12 +34,12 @@ def lower(data: int, tower: int, placement: str, dtype: str = 'float32') -> expo
     side, size = 28, settings.batch_size
     abstract = lambda shape, dtype, sharding: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)  # noqa: E731
     batch = {
-        'image': abstract((size, side, side, 1), np.uint8, layout.batch_sharding()),
-        'label': abstract((size,), np.int32, layout.batch_sharding()),
+        'image': abstract((size, side, side, 1), np.uint8, layout.batch_sharding),
+        'label': abstract((size,), np.int32, layout.batch_sharding),
     }
-    replicated = layout.replicated()
+    whole = layout.replicated
     statistics = augment.Statistics(
-        abstract((side, side, 1), jnp.float32, replicated), abstract((1, 1), jnp.float32, replicated)
+        abstract((side, side, 1), jnp.float32, whole), abstract((1, 1), jnp.float32, whole)
     )
     with ops.traced_for('gpu'):
         train_step, shardings = step.jit_train_step(settings, layout, optimizer, IMAGES)
