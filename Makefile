@@ -8,8 +8,10 @@ BIN := $(VENV)/bin
 CODE := alexnet_jax configs examples experiments tests main.py
 TYPED := alexnet_jax configs examples main.py
 DATA := data/fashion_mnist
+# pep517: else a pip of before 23.1 warns that `promise` (tensorflow-datasets wants it) has only a setup.py.
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --use-pep517 -c constraints.txt -e
 
-.PHONY: quickstart env data test lint types tests test-torch test-browser test-cluster golden table gpu clean
+.PHONY: quickstart env data test lint types tests test-torch test-newest test-browser test-cluster golden table gpu clean
 
 quickstart: data
 	$(BIN)/python main.py --config=configs/alexnet.py
@@ -21,7 +23,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	  { echo "Python 3.11 or newer is wanted: make PYTHON=/path/to/python3.11"; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || $(PYTHON) -m virtualenv $(VENV) || \
 	  { echo "No virtual environment: install Debian's python3-venv, or pip install virtualenv"; exit 1; }
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(INSTALL) '.[dev]'
 	@touch $@
 
 data: env $(DATA)
@@ -44,8 +46,12 @@ tests: data
 
 # The whole net against PyTorch. Elsewhere than on a CPU-only index this pulls gigabytes.
 test-torch: data
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,torch]'
+	$(INSTALL) '.[dev,torch]'
 	$(BIN)/python -m pytest tests/test_torch.py tests/test_weights.py tests/test_throughput.py
+
+# The newest versions of everything on Python 3.13, a quick subset; skipped where there is no 3.13.
+test-newest: data
+	.ci/newest
 
 # The report in a real headless Chromium, Debian's.
 test-browser: data
@@ -54,7 +60,7 @@ test-browser: data
 
 # A real Slurm on this machine, and Open MPI: as root, on Debian; about eight minutes.
 test-cluster: data
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,cluster]'
+	$(INSTALL) '.[dev,cluster]'
 	$(BIN)/python -m pytest tests/cluster/test_slurm.py tests/cluster/test_sweep_slurm.py tests/cluster/test_kubernetes.py
 
 # The resolved configs as text: look at the difference before committing it.

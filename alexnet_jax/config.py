@@ -72,6 +72,7 @@ class Loop:
     compilation_cache: str  # a folder; 'beside': .jax_cache beside the workdir; 'none': no cache
     min_logit_std: float
     on_collapsed_init: str
+    profile_steps: int = 0  # steps that are traced, see profiling.py; 0: none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +166,7 @@ LIMITS: dict[type, dict[str, Any]] = {
     Loop: dict(
         log_every_steps=1, evaluate_every_epochs=POSITIVE, checkpoint_every_epochs=POSITIVE,
         eval_batch_size=1, prefetch_batches=1, compilation_cache=FOLDER,
-        on_collapsed_init=('warn', 'error'),
+        on_collapsed_init=('warn', 'error'), profile_steps=0,
     ),
     MeshShape: dict(data=-1, tower=1, placement=('towers', 'one_weird_trick'), cpu_devices=0),
     Processes: dict(join_timeout_secs=1, peer_timeout_secs=1),

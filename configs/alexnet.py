@@ -269,6 +269,8 @@ def loop() -> ConfigDict:
             # ln(10) after 430 (experiments/results/dead_starts).
             min_logit_std=0.001,
             on_collapsed_init='warn',  # or 'error'
+            # Training steps that are traced into <workdir>/profile (docs/performance.md); 0: none.
+            profile_steps=0,
         )
     )
 

@@ -5,14 +5,13 @@
 
 Weak scaling, 128 images a device. FLOPs, bytes and messages of one device are read from XLA's
 program (alexnet_jax/analysis/communication.py). It is compiled by a CPU's XLA from the forms that
-accelerators get (`accelerator_forms`): a CPU's own forms of LRN and convolution count some 10 %
+accelerators get (`ops.traced_for`): a CPU's own forms of LRN and convolution count some 10 %
 more operations, and not as many on every mesh. Speeds are not estimated: none was measured.
 """
 
 import argparse
-import contextlib
 import json
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +68,7 @@ def compile_step(net: str, placement: str, devices: int) -> dict[str, Any]:
     """Return a row of steps.jsonl: what one device computes, holds and sends in a step."""
     settings = settings_of(net, placement, devices)
     layout = mesh.make_layout(settings.mesh, settings.batch_size)
-    with accelerator_forms():
+    with ops.traced_for('gpu'):
         found = communication.read_step(settings, layout)
     messages: dict[str, dict[str, Any]] = {}
     for row in found.collectives:
@@ -91,17 +90,6 @@ def compile_step(net: str, placement: str, devices: int) -> dict[str, Any]:
         'activation_bytes': sum(held.activations.values()),
         'messages': list(messages.values()),
     }
-
-
-@contextlib.contextmanager
-def accelerator_forms() -> Generator[None]:
-    """Trace programs in this context from the operations that a GPU or TPU gets."""
-    on_cpu = ops._on_cpu
-    try:
-        ops._on_cpu = lambda: False
-        yield
-    finally:
-        ops._on_cpu = on_cpu
 
 
 def flops_by_hand(settings: Settings) -> int:

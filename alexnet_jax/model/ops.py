@@ -5,7 +5,10 @@ passes on a CPU, so their vector-Jacobian products are written out here: of thes
 differentiation is defined.
 """
 
+import contextlib
 import functools
+from collections.abc import Generator
+from contextvars import ContextVar
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +21,35 @@ _DIMENSIONS = ('NHWC', 'HWIO', 'NHWC')
 _NO_PAD = (0, 0, 0)  # before, behind, between, as `lax.pad` has them
 
 
-def _on_cpu():
-    """Whether the program being traced is for a CPU: the one place where operations have forms."""
-    return jax.default_backend() == 'cpu'
+_platform: ContextVar[str] = ContextVar('platform')
+
+
+def platform() -> str:
+    """Return the platform that programs are traced for: this process's, as 'cpu' or 'gpu'.
+
+    Operations have one form for a CPU and one for everything else.
+    """
+    return _platform.get(None) or jax.default_backend()
+
+
+@contextlib.contextmanager
+def traced_for(name: str) -> Generator[None]:
+    """Trace programs in this context for another platform, to lower or to inspect them.
+
+    Build and jit functions inside it: JAX reuses what it has traced before.
+
+    Args:
+      name: 'cpu', 'gpu' or 'tpu'.
+    """
+    token = _platform.set(name)
+    try:
+        yield
+    finally:
+        _platform.reset(token)
+
+
+def _on_cpu() -> bool:
+    return platform() == 'cpu'
 
 
 def _kept(x):

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from alexnet_jax import machine
+from alexnet_jax.model import ops
 
 TRIM_THRESHOLD, MMAP_MAX = -1, -4  # names of malloc.h
 
@@ -51,7 +52,7 @@ def update_if_finite(all_finite: Any, advance: Callable[[Any], Any], state: Any)
     A CPU runs one branch, in place. On a GPU the host would have to wait for `all_finite`, so that
     nothing could be queued behind it: there each array is selected.
     """
-    if jax.default_backend() == 'cpu':
+    if ops.platform() == 'cpu':
         return jax.lax.cond(all_finite, advance, lambda same: same, state)
     return jax.tree.map(lambda new, old: jnp.where(all_finite, new, old), advance(state), state)
 
@@ -63,7 +64,7 @@ def compiler_options() -> dict[str, str] | None:
     caches; matrix products and sums by YNNPACK, the rest, convolutions above all, by Eigen; and
     optimisation barriers that last until loops have been fused, which `ops` counts on.
     """
-    if jax.default_backend() != 'cpu':
+    if ops.platform() != 'cpu':
         return None
     kinds = ('INDIVIDUAL_DOT', 'REDUCE')
     options = {

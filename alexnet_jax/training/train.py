@@ -40,6 +40,7 @@ from alexnet_jax.training import preflight as checks
 from alexnet_jax.training import workdir as workdirs
 from alexnet_jax.training.checkpoint import Checkpoints
 from alexnet_jax.training.metrics import log
+from alexnet_jax.training.profiling import StepProfiler
 from alexnet_jax.training.step import (
     TrainState,
     init_state,
@@ -355,13 +356,18 @@ def train(
     evaluations = job.steps_every(loop.evaluate_every_epochs) if job.validation else frozenset()
     saves = job.steps_every(loop.checkpoint_every_epochs)
     step_log = StepLog(job, history, writer, start)
+    profile_steps = loop.profile_steps if distributed.is_first() else 0
+    profiler = StepProfiler(job.workdir / 'profile', profile_steps, start, job.total_steps)
     # Two threads: while one puts a batch on the devices, the next is read.
     batches = batching.prefetch(job.batch, start, job.total_steps, loop.prefetch_batches, threads=2)
-    with contextlib.closing(batches), contextlib.closing(step_log), Interrupt() as interrupt:
+    closing = contextlib.closing
+    with closing(batches), closing(step_log), closing(profiler), Interrupt() as interrupt:
         for step in range(start + 1, job.total_steps + 1):
-            batch = step_log.wait_for(batches)
-            state, metrics = job.train_step(state, batch, job.statistics)
-            step_log.after(step, metrics, state)
+            with profiler.step(step):
+                batch = step_log.wait_for(batches)
+                state, metrics = job.train_step(state, batch, job.statistics)
+                step_log.after(step, metrics, state)
+            profiler.after(step, state)
             if step == start + 1:  # it is compiled
                 cpu.keep_freed()
             leaving = interrupt.asks_to_leave(step)  # asked once: a signal may come at any line

@@ -26,6 +26,7 @@ MAY_DIFFER = (
     'loop.compilation_cache',
     'loop.on_collapsed_init',
     'loop.prefetch_batches',
+    'loop.profile_steps',
     'loop.tensorboard',
     'mesh.cpu_devices',
     'mesh.data',
