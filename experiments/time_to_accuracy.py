@@ -11,10 +11,11 @@ and compilation of what is not the step are not in them, the first step's compil
 """
 
 import argparse
+import contextlib
 import importlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,11 @@ from alexnet_jax import command, files
 from alexnet_jax import config as configuration
 from alexnet_jax.errors import RunError, UsageError
 from alexnet_jax.parallel import cpu, mesh
-from alexnet_jax.training import metrics, train
+from alexnet_jax.training import train
 from alexnet_jax.training import workdir as workdirs
-from alexnet_jax.training.train import Job
+from alexnet_jax.training.callbacks import Callback, StepLog
+from alexnet_jax.training.metrics import History, MetricWriter
+from alexnet_jax.training.step import TrainState
 from experiments.throughput import results
 
 TARGET = 0.885
@@ -36,36 +39,41 @@ NOT_HERE = (
 )
 
 
-class Reached(Exception):
-    """Validation says that there is no need to train on."""
+class EpochParams(Callback):
+    """Keeps the parameters at the end of each epoch, and stops once validation is good enough.
 
+    Args:
+        folder: of the parameters.
+        history: of the run.
+        enough: validation accuracy.
+    """
 
-class Epochs:
-    """In the place of checkpoints: keeps what each epoch ends with, and says when to stop."""
-
-    def __init__(self, folder: Path, enough: float):
-        self.folder, self.enough = folder, enough
+    def __init__(self, folder: Path, history: History, enough: float):
+        self.folder, self.history, self.enough = folder, history, enough
+        self.accuracy: float | None = None
         self.found: list[dict[str, Any]] = []
 
-    def save(self, step: int, tree: Any, extra: dict[str, Any], error: float | None) -> None:
-        """The parameters on disk; step, seconds of training and validation accuracy here."""
-        leaves = jax.tree.leaves(jax.device_get(tree['state'].params))
+    def on_evaluation(self, step: int, scores: Mapping[str, float]) -> None:
+        """Note the accuracy."""
+        self.accuracy = 1 - scores['top1_error']
+
+    def should_stop(self, step: int) -> bool:
+        """Return whether the last validation was good enough."""
+        return self.accuracy is not None and self.accuracy >= self.enough
+
+    def on_save(self, step: int, state: TrainState, error: float | None) -> None:
+        """Write the parameters; note step, seconds of training and validation accuracy."""
         path = self.folder / f'params_{step}.npz'
-        np.savez(path, *leaves)
+        np.savez(path, *jax.tree.leaves(jax.device_get(state.params)))
         accuracy = None if error is None else 1 - error
-        secs = extra['history']['secs']
-        self.found.append({'step': step, 'secs': secs, 'validation': accuracy, 'path': path})
-        if accuracy is not None and accuracy >= self.enough:
-            raise Reached
+        row = {'step': step, 'secs': self.history.secs, 'validation': accuracy, 'path': path}
+        self.found.append(row)
 
-    def wait(self) -> None:
-        """Nothing is under way."""
-
-    def params(self, number: int, like: Any, shardings: Any) -> Any:
-        """Those of an epoch, on the devices."""
+    def params(self, number: int, shardings: Any) -> Any:
+        """Return those of an epoch, on the devices."""
         with np.load(self.found[number]['path']) as file:
             leaves = list(file.values())
-        tree = jax.tree.unflatten(jax.tree.structure(like), leaves)
+        tree = jax.tree.unflatten(jax.tree.structure(shardings), leaves)
         return mesh.put_global(tree, shardings)
 
 
@@ -76,11 +84,16 @@ def measure(config: Any, workdir: Path, target: float, margin: float) -> dict[st
     with workdirs.open_workdir(config, workdir):
         workdirs.use_compilation_cache(settings.loop.compilation_cache, workdir)
         job = train.open_job(config, settings, workdir)
-        epochs = Epochs(workdir, target + margin)
-        _train(job, job.start(), epochs)
+        state, history = job.start(), History()
+        epochs = EpochParams(workdir, history, target + margin)
+        with (
+            contextlib.closing(MetricWriter(workdir, 0, settings.loop.tensorboard)) as writer,
+            contextlib.closing(StepLog(job, history, writer, 0)) as step_log,
+        ):
+            train.train(job, state, history, [step_log, epochs])
     accuracies = []
     for number in range(len(epochs.found)):
-        params = epochs.params(number, job.shardings.params, job.shardings.params)
+        params = epochs.params(number, job.shardings.params)
         accuracies.append(1 - job.scores(params, job.test)['top1_error'])
         epochs.found[number]['path'].unlink()
     first = next((i for i, accuracy in enumerate(accuracies) if accuracy >= target), None)
@@ -97,16 +110,6 @@ def measure(config: Any, workdir: Path, target: float, margin: float) -> dict[st
         'test_accuracy': accuracies,
         **results.environment(),
     }
-
-
-def _train(job: Job, state: Any, epochs: Epochs) -> None:
-    writer = metrics.MetricWriter(job.workdir, 0, job.settings.loop.tensorboard)
-    try:
-        train.train(job, state, train.History(), epochs, writer)
-    except Reached:
-        pass
-    finally:
-        writer.close()
 
 
 def config_of(text: str) -> Any:

@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec as P
 
 from alexnet_jax.errors import RunError, UsageError
 from alexnet_jax.inference import evaluate
-from alexnet_jax.training import checkpoint
+from alexnet_jax.training import manifest as manifests
 from alexnet_jax.training.checkpoint import Checkpoints, read
 
 
@@ -396,9 +396,9 @@ def test_a_run_of_the_first_format_is_evaluated(smoke_run, data_dir, tmp_path):
     found = read(smoke_run / 'checkpoints')
     found.state['state']['opt_state'] = {'trace': {'conv1': np.ones(3, np.float32)}}
     path = tmp_path / 'old' / 'checkpoints' / str(found.step)
-    leaves = checkpoint._named_leaves(found.state)
+    leaves = manifests.named_leaves(found.state)
     manifest = {'format': 1, 'step': found.step, 'error': None, 'extra': found.extra}
-    manifest['leaves'] = {name: checkpoint._describe(leaf) for name, leaf in leaves.items()}
+    manifest['leaves'] = {name: manifests.describe(leaf) for name, leaf in leaves.items()}
     with contextlib.closing(ocp.Checkpointer(ocp.PyTreeCheckpointHandler())) as writer:
         writer.save(path / 'state', args=ocp.args.PyTreeSave(found.state))
     (path / 'manifest').mkdir()
@@ -534,11 +534,17 @@ def test_a_folder_without_checkpoints(tmp_path, exists):
 
 def test_a_step_that_is_not_there(tmp_path):
     checkpoints = saved(tmp_path)
-    for step in (3, 'newest', '1', 'best'):
+    for step in (3, 'newest', '1'):
         with pytest.raises(
-            UsageError, match=f"of step {step!r} in .*'latest', 'best' .* and 1, 2$"
+            UsageError, match=f'of step {step!r} in .*latest, best or one of the steps 1, 2$'
         ):
             checkpoints.restore(None, step)
+
+
+def test_the_best_step_of_a_run_without_validation(tmp_path):
+    checkpoints = saved(tmp_path)
+    with pytest.raises(UsageError, match=r"none is the 'best'; choose latest or .* steps 1, 2$"):
+        checkpoints.restore(None, 'best')
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,8 @@ import pytest
 from alexnet_jax.data import datasets
 from alexnet_jax.data.prepare import fashion_mnist
 from alexnet_jax.errors import RunError, UsageError
-from alexnet_jax.parallel import distributed
-from alexnet_jax.parallel.distributed import ProcessInfo, detect
+from alexnet_jax.parallel import distributed, launchers
+from alexnet_jax.parallel.launchers import ProcessInfo, detect
 from alexnet_jax.training import metrics
 from tests.test_train import assert_same, outcome
 
@@ -115,7 +115,7 @@ def assert_resumes(undisturbed, command, folder):
     """The same command again ends in the undisturbed run's bits."""
     again = Crew(command, folder, 2, MESH)
     assert again.wait() == {0: 0, 1: 0}, again.said(0) + again.said(1)
-    assert 'going on from step' in again.said(0)
+    assert 'resuming at step' in again.said(0)
     assert_same(outcome(undisturbed.folder / 'run'), outcome(folder / 'run'))
 
 
@@ -307,7 +307,7 @@ def test_data_that_is_not_the_same_everywhere(command, data_dir, tmp_path, fault
 BUG = """
 import sys
 from alexnet_jax.parallel import distributed
-with distributed.joined(distributed.detect({}, sys.argv[1], 2, int(sys.argv[2])), {}):
+with distributed.joined(launchers.detect({}, sys.argv[1], 2, int(sys.argv[2])), {}):
     distributed.wait_for_all('start')
     if sys.argv[2] == '1':
         raise KeyError('a bug')
@@ -413,8 +413,8 @@ def test_a_list_of_nodes_needs_no_program(monkeypatch):
 
 
 def test_steps_of_a_job_side_by_side_have_ports_of_their_own():
-    ports = [distributed._port(SLURM | {'SLURM_STEP_ID': step}) for step in '012']
-    assert len({*ports, distributed._port(OPEN_MPI)}) == 4
+    ports = [launchers.coordinator_port(SLURM | {'SLURM_STEP_ID': step}) for step in '012']
+    assert len({*ports, launchers.coordinator_port(OPEN_MPI)}) == 4
     assert all(61440 <= port < 65536 for port in ports)
 
 
@@ -423,7 +423,7 @@ def test_steps_of_a_job_side_by_side_have_ports_of_their_own():
     [
         ({}, ('here:1', None, None), 'give --num_processes and --process_id too'),
         ({}, (None, 2, 0), 'give --coordinator_address too'),
-        ({}, ('here:1', 2, 2), '--process_id is 2; of 2 processes they are 0 to 1'),
+        ({}, ('here:1', 2, 2), '--process_id is 2; with 2 processes it must be 0 to 1'),
         ({}, ('here:1', 2, -1), '--process_id is -1'),
         ({}, ('here', 2, 1), 'write host:port'),
         ({'JAX_NUM_PROCESSES': 'two'}, (None, None, None), "JAX_NUM_PROCESSES is 'two'"),
@@ -450,14 +450,14 @@ def test_descriptions_that_cannot_be(environ, flags, says):
 )
 def test_processes_of_a_host_share_its_gpus(visible, info, own):
     environ = {'CUDA_VISIBLE_DEVICES': visible}
-    assert distributed._own_gpus(info, environ) == own
-    assert distributed._own_gpus(info, environ | {'JAX_LOCAL_DEVICE_IDS': '0'}) is None
+    assert launchers.local_gpus(info, environ) == own
+    assert launchers.local_gpus(info, environ | {'JAX_LOCAL_DEVICE_IDS': '0'}) is None
 
 
 CONNECT = """
 import os
-from alexnet_jax.parallel import distributed
-info = distributed.detect(os.environ)
+from alexnet_jax.parallel import distributed, launchers
+info = launchers.detect(os.environ)
 with distributed.joined(info, {}):
     import jax
     distributed.agree('the value', 'the same')

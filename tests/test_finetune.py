@@ -87,7 +87,7 @@ def test_the_net_is_taken_over_and_the_last_layer_is_as_wide_as_the_data(run, sm
         assert file['ten_views'].shape == (40, 7)
 
 
-def test_a_run_goes_on_without_its_source(run, tmp_path):
+def test_a_run_resumes_without_its_source(run, tmp_path):
     """Its last checkpoint taken away, it goes on from the one before and ends in the same bits."""
     finished, config = run
     workdir = shutil.copytree(finished, tmp_path / 'run')
@@ -149,10 +149,10 @@ def test_a_net_that_shares_no_layer_is_refused(smoke_run, seven, tmp_path):
     config = tuned(smoke_run, seven)
     for name in config.model.layers[:-1]:
         config.model[name].features //= 2
-    with pytest.raises(UsageError, match=r'no layer of this net is there .*: conv1 \(') as error:
+    with pytest.raises(UsageError, match=r'no layer of the same name .*: conv1 \(') as error:
         train.run(config, tmp_path / 'w')
     assert 'conv1 (11x11x1x12 there, 11x11x1x6 here), conv2 (' in str(error.value)
-    assert str(error.value).endswith('choose the config that fits that net.')
+    assert str(error.value).endswith('choose a config that fits that net.')
 
 
 def test_layers_to_carry_over_are_named(smoke_run, seven, tmp_path, capsys):
@@ -160,14 +160,14 @@ def test_layers_to_carry_over_are_named(smoke_run, seven, tmp_path, capsys):
     train.run(config, tmp_path / 'w')
     assert 'conv1, conv2 carried over, fresh: conv3, conv4, conv5,' in capsys.readouterr().err
     config.init_layers = ('conv1', 'fc8')
-    with pytest.raises(UsageError, match=r'cannot give fc8 \(512x10 there, 512x7 here\)'):
+    with pytest.raises(UsageError, match=r'has no fc8 \(512x10 there, 512x7 here\) for this net'):
         train.run(config, tmp_path / 'v')
     config.init_layers = ('conv9',)
     with pytest.raises(UsageError, match=r"init_layers: 'conv9' is not one of conv1"):
         train.run(config, tmp_path / 'u')
 
 
-def test_the_same_weights_in_another_net_are_told(smoke_run, seven, capsys):
+def test_the_same_weights_in_another_net_give_a_warning(smoke_run, seven, capsys):
     config = tuned(smoke_run, seven)
     restored = finetuning.read(str(smoke_run))
     tree = json.loads(configuration.as_json(config))
@@ -182,8 +182,8 @@ def test_the_same_weights_in_another_net_are_told(smoke_run, seven, capsys):
     )
     finetuning.compare(tree, restored, 'W', ['fc7'])
     assert capsys.readouterr().err.splitlines() == [
-        'warning: fc7 of W followed another layer there; to start fresh from there on, set '
-        'init_layers to the layers before',
+        'warning: fc7 of W followed another layer there; to train these from scratch, set '
+        'init_layers to the layers before them',
         'warning: W was trained with other values of preprocess.scale',
     ]
 
@@ -196,7 +196,7 @@ def test_the_same_weights_in_another_net_are_told(smoke_run, seven, capsys):
         ('{smoke}:7', UsageError, '7'),
     ],
 )
-def test_sources_that_are_not_there(smoke_run, seven, tmp_path, init_from, error, says):
+def test_missing_sources(smoke_run, seven, tmp_path, init_from, error, says):
     config = tuned(init_from.format(smoke=smoke_run), seven)
     with pytest.raises(error, match=says):
         train.run(config, tmp_path / 'w')
@@ -322,7 +322,7 @@ def test_the_chain_of_1_cnn_star(pictures, tmp_path, capsys):
     first = {'seed': 1, 'init_layers': convolutions, 'optimizer__multipliers__conv1': 0.0}
     train.run(link('big', pictures, tmp_path / '145', **first), tmp_path / '146-big')
     said = capsys.readouterr().err
-    assert 'conv1, conv2, conv3, conv4, conv5 carried over, fresh: conv6 (not there), fc6' in said
+    assert 'conv4, conv5 carried over, fresh: conv6 (missing there), fc6' in said
     assert 'warning: ' + str(tmp_path) not in said
     assert 'followed another layer' not in said
     second = {'optimizer__multipliers__conv1': 0.0, 'optimizer__multipliers__conv6': 0.0}

@@ -18,7 +18,7 @@ CONFIG = '--config=configs/smoke.py'
 
 
 @pytest.fixture(scope='module')
-def ring(repository, data_dir, cache_dir):
+def run_main(repository, data_dir, cache_dir):
     def call(*words: str, data: bool = True, **environ: str):
         where = [
             f'--config.data.data_dir={data_dir}',
@@ -77,19 +77,19 @@ def one_sentence(done, code: int, *words: str) -> None:
           '--workdir={tmp}/w'), 'set model.fc8.features=10'),
         ((CONFIG, '--config.mesh.data=3', '--config.mesh.cpu_devices=1', '--workdir={tmp}/w'),
          'does not divide the 1 device(s)'),
-        ((CONFIG, '--step=best', '--workdir={tmp}/w'), '--step is of --mode=evaluate'),
+        ((CONFIG, '--step=best', '--workdir={tmp}/w'), '--step needs --mode=evaluate'),
         (('--config=configs/finetune.py:smoke,nonsense', '--workdir={tmp}/w'), 'nonsense'),
     ],
 )  # fmt: skip
-def test_what_makes_no_sense(ring, tmp_path, words, said):
+def test_what_makes_no_sense(run_main, tmp_path, words, said):
     words = [word.replace('{tmp}', str(tmp_path)) for word in words]
-    one_sentence(ring(*words, data=CONFIG in words), 2, said)
+    one_sentence(run_main(*words, data=CONFIG in words), 2, said)
     assert not (REPOSITORY / 'gs:').exists()
 
 
-def test_no_data_and_no_way_to_get_it(ring, tmp_path):
+def test_no_data_and_no_way_to_get_it(run_main, tmp_path):
     """ImageNet is nothing that this program can fetch: it says what to do."""
-    done = ring(
+    done = run_main(
         '--config=configs/alexnet.py:imagenet2012',
         f'--workdir={tmp_path / "w"}',
         f'--config.data.data_dir={tmp_path}',
@@ -99,30 +99,30 @@ def test_no_data_and_no_way_to_get_it(ring, tmp_path):
     one_sentence(done, 1, f'imagenet2012 is not in {tmp_path}', way)
 
 
-def test_a_workdir_that_cannot_be_written(ring, tmp_path):
+def test_a_workdir_that_cannot_be_written(run_main, tmp_path):
     (tmp_path / 'file').write_text('no folder')
-    done = ring(CONFIG, f'--workdir={tmp_path / "file" / "w"}')
+    done = run_main(CONFIG, f'--workdir={tmp_path / "file" / "w"}')
     one_sentence(done, 1, 'cannot write to', 'choose another --workdir')
 
 
-def test_home_is_expanded(ring, trained, data_dir, tmp_path):
+def test_home_is_expanded(run_main, trained, data_dir, tmp_path):
     """In a flag that a shell leaves as it is, and in a value of a config; spaces are cut."""
     home = {'HOME': str(tmp_path)}
     few = ('--config.data.train=train[:128]', '--config.data.test=test[:40]', '--config.epochs=1')
     (tmp_path / 'data').symlink_to(data_dir)
     where = ('--config.data.data_dir=~/data', '--config.loop.compilation_cache= ~/cache')
-    done = ring(CONFIG, '--workdir=~/runs/w', *few, *where, data=False, **home)
+    done = run_main(CONFIG, '--workdir=~/runs/w', *few, *where, data=False, **home)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / 'runs' / 'w' / 'config.json').is_file()
     assert any((tmp_path / 'cache').iterdir())
-    done = ring('--mode=evaluate', f'--workdir= ~/runs/w , {trained[0]}', data=False, **home)
+    done = run_main('--mode=evaluate', f'--workdir= ~/runs/w , {trained[0]}', data=False, **home)
     one_sentence(done, 2, 'was evaluated on other images')  # so both were found
 
 
 @pytest.mark.parametrize('words', [(CONFIG, '--mode=describe'), ('--mode=evaluate',)])
-def test_a_platform_that_is_not_there(ring, trained, words):
+def test_a_platform_that_is_not_there(run_main, trained, words):
     words = (*words, f'--workdir={trained[0]}')
-    done = ring(*words, data=False, JAX_PLATFORMS='cuda')
+    done = run_main(*words, data=False, JAX_PLATFORMS='cuda')
     one_sentence(done, 2, 'the environment variable JAX_PLATFORMS=cuda')
 
 
@@ -136,17 +136,17 @@ def test_a_reader_that_has_seen_enough(repository):
     assert done.stderr == '141\n'
 
 
-def test_the_config_of_a_run_starts_another(ring, trained, tmp_path):
+def test_the_config_of_a_run_starts_another(run_main, trained, tmp_path):
     """The same numbers come of it."""
     workdir, first = trained
-    done = ring(f'--config={workdir}/config.json', f'--workdir={tmp_path}/w', data=False)
+    done = run_main(f'--config={workdir}/config.json', f'--workdir={tmp_path}/w', data=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.partition(' on ')[0] == first.stdout.partition(' on ')[0]
     old, new = (json.loads((w / 'config.json').read_text()) for w in (workdir, tmp_path / 'w'))
     assert old == new
 
 
-def test_own_pictures_in_one_command(ring, tmp_path):
+def test_own_pictures_in_one_command(run_main, tmp_path):
     """Classes, channels and splits come from the data; a resumed run finds them the same."""
     rng = np.random.default_rng(0)
     for name, colour in {'blue': 2, 'green': 1, 'red': 0}.items():
@@ -163,7 +163,7 @@ def test_own_pictures_in_one_command(ring, tmp_path):
              '--config.preprocess.image_px=64', '--config.model.input_px=64')  # fmt: skip
     where = (f'--config.data.data_dir={tmp_path}', f'--workdir={tmp_path}/w')
     for _ in range(2):
-        done = ring(*flags, *small, *where, data=False)
+        done = run_main(*flags, *small, *where, data=False)
         assert done.returncode == 0, done.stderr
     assert done.stdout.startswith('alexnet: test accuracy')
     config = json.loads((tmp_path / 'w' / 'config.json').read_text())
@@ -171,35 +171,35 @@ def test_own_pictures_in_one_command(ring, tmp_path):
     assert [config['data'][s] for s in ('train', 'validation', 'test')] == [
         'train', 'validation', 'test',
     ]  # fmt: skip
-    done = ring(*flags, *small, *where[:1], '--mode=describe', data=False)
+    done = run_main(*flags, *small, *where[:1], '--mode=describe', data=False)
     assert '64 x 64 x 3' in done.stdout
 
 
-def test_describe_prints_a_page(ring):
-    done = ring('--config=configs/alexnet.py:imagenet2012', '--mode=describe', data=False)
+def test_describe_prints_a_page(run_main):
+    done = run_main('--config=configs/alexnet.py:imagenet2012', '--mode=describe', data=False)
     assert done.returncode == 0, done.stderr
     assert '60,965,224 parameters' in done.stdout
 
 
 @pytest.fixture(scope='module')
-def trained(ring, tmp_path_factory):
+def trained(run_main, tmp_path_factory):
     """A smoke run, from the command line to its last line."""
     workdir = tmp_path_factory.mktemp('runs') / 'smoke'
-    done = ring(CONFIG, f'--workdir={workdir}')
+    done = run_main(CONFIG, f'--workdir={workdir}')
     assert done.returncode == 0, done.stderr
     return workdir, done
 
 
 @pytest.mark.skipif(machine.cores() < 2, reason='two cores are needed')
 @pytest.mark.parametrize('devices', [1, 2])
-def test_a_cpu_appears_as_so_many_devices(ring, tmp_path, devices):
+def test_a_cpu_appears_as_so_many_devices(run_main, tmp_path, devices):
     """Also to a run, which asks JAX about processes before it lays out its mesh."""
     few = ('--config.data.train=train[:128]', '--config.data.test=test[:40]', '--config.epochs=1')
     flags = (f'--config.mesh.cpu_devices={devices}', '--config.loop.tensorboard=False')
-    done = ring(CONFIG, f'--workdir={tmp_path}/w', *few, *flags)
+    done = run_main(CONFIG, f'--workdir={tmp_path}/w', *few, *flags)
     assert done.returncode == 0, done.stderr
     assert f'on {devices} device(s) of kind cpu: data {devices} x tower 1' in done.stderr
-    done = ring('--mode=evaluate', f'--workdir={tmp_path}/w', data=False)
+    done = run_main('--mode=evaluate', f'--workdir={tmp_path}/w', data=False)
     assert done.returncode == 0, done.stderr
     assert f'40 images of test[:40], on data {devices} x tower 1' in done.stderr
 
@@ -215,11 +215,11 @@ def test_train_says_what_was_reached_and_where(trained):
     assert {'jax', 'commit', 'devices', 'platform'} <= environment.keys()
 
 
-def test_evaluation_repeats_the_runs_figures(ring, trained):
+def test_evaluation_repeats_the_runs_figures(run_main, trained):
     workdir, _ = trained
     records = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
     (final,) = [record for record in records if record['kind'] == 'test']
-    done = ring('--mode=evaluate', f'--workdir={workdir}', data=False)
+    done = run_main('--mode=evaluate', f'--workdir={workdir}', data=False)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result['images'] == 500
@@ -228,24 +228,24 @@ def test_evaluation_repeats_the_runs_figures(ring, trained):
         assert result[key] == final[key]
 
 
-def test_an_evaluation_may_take_smaller_batches_but_no_other_net(ring, trained):
+def test_an_evaluation_may_take_smaller_batches_but_no_other_net(run_main, trained):
     workdir, _ = trained
     words = (CONFIG, '--mode=evaluate', f'--workdir={workdir}')
-    done = ring(*words, '--config.loop.eval_batch_size=64', '--config.seed=0', data=False)
+    done = run_main(*words, '--config.loop.eval_batch_size=64', '--config.seed=0', data=False)
     assert done.returncode == 0, done.stderr
     records = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
     found = json.loads(done.stdout)['centre']
     assert found['nll'] == pytest.approx(records[-1]['centre']['nll'], rel=1e-5)
-    done = ring(*words, '--config.model.init_scaling=none', data=False)
+    done = run_main(*words, '--config.model.init_scaling=none', data=False)
     one_sentence(done, 2, '--config.model.init_scaling changes nothing in an evaluation')
 
 
-def test_evaluation_of_the_best_and_of_a_step(ring, trained):
+def test_evaluation_of_the_best_and_of_a_step(run_main, trained):
     workdir, _ = trained
     records = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
     errors = {r['step']: r['top1_error'] for r in records if r['kind'] == 'validation'}
     for step in ('best', '16'):
-        done = ring(
+        done = run_main(
             '--mode=evaluate', f'--workdir={workdir}', f'--step={step}', '--split=validation',
             data=False,
         )  # fmt: skip
@@ -255,43 +255,45 @@ def test_evaluation_of_the_best_and_of_a_step(ring, trained):
         assert result['centre']['top1_error'] == errors[best]
 
 
-def test_an_ensemble_of_one_run_twice_is_that_run(ring, trained):
+def test_an_ensemble_of_one_run_twice_is_that_run(run_main, trained):
     workdir, _ = trained
-    done = ring('--mode=evaluate', f'--workdir={workdir},{workdir}', data=False)
+    done = run_main('--mode=evaluate', f'--workdir={workdir},{workdir}', data=False)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert len(result['members']) == 2
     assert result['centre']['top1_error'] == result['members'][0]['centre']['top1_error']
 
 
-def test_a_finished_run_says_so_again(ring, trained):
+def test_a_finished_run_says_so_again(run_main, trained):
     workdir, first = trained
     metrics = (workdir / 'metrics.jsonl').read_text()
-    done = ring(CONFIG, f'--workdir={workdir}')
+    done = run_main(CONFIG, f'--workdir={workdir}')
     assert done.returncode == 0, done.stderr
     assert done.stdout == first.stdout
     assert (workdir / 'metrics.jsonl').read_text() == metrics
 
 
-def test_a_workdir_of_another_config(ring, trained):
+def test_a_workdir_of_another_config(run_main, trained):
     workdir, _ = trained
-    done = ring(CONFIG, f'--workdir={workdir}', '--config.batch_size=32', '--config.seed=7')
+    done = run_main(CONFIG, f'--workdir={workdir}', '--config.batch_size=32', '--config.seed=7')
     one_sentence(done, 2, 'batch_size, seed', 'choose another --workdir')
 
 
-def test_a_step_that_is_not_there(ring, trained):
+def test_a_step_that_is_not_there(run_main, trained):
     workdir, _ = trained
-    done = ring('--mode=evaluate', f'--workdir={workdir}', '--step=17', data=False)
+    done = run_main('--mode=evaluate', f'--workdir={workdir}', '--step=17', data=False)
     one_sentence(done, 2, '17', '16, 32')
-    done = ring('--mode=evaluate', f'--workdir={workdir}', '--step=soon', data=False)
+    done = run_main('--mode=evaluate', f'--workdir={workdir}', '--step=soon', data=False)
     one_sentence(done, 2, 'soon', '16, 32')
 
 
-def test_evaluating_an_empty_workdir(ring, tmp_path):
-    one_sentence(ring('--mode=evaluate', f'--workdir={tmp_path}', data=False), 1, 'no checkpoint')
+def test_evaluating_an_empty_workdir(run_main, tmp_path):
+    one_sentence(
+        run_main('--mode=evaluate', f'--workdir={tmp_path}', data=False), 1, 'no checkpoint'
+    )
 
 
-def test_a_damaged_checkpoint_is_set_aside(ring, trained, tmp_path):
+def test_a_damaged_checkpoint_is_set_aside(run_main, trained, tmp_path):
     workdir = tmp_path / 'copy'
     shutil.copytree(trained[0], workdir)
     newest = workdir / 'checkpoints' / '32'
@@ -299,12 +301,12 @@ def test_a_damaged_checkpoint_is_set_aside(ring, trained, tmp_path):
     body = bytearray(array.read_bytes())
     body[len(body) // 2] ^= 1
     array.write_bytes(body)
-    done = ring('--mode=evaluate', f'--workdir={workdir}', data=False)
+    done = run_main('--mode=evaluate', f'--workdir={workdir}', data=False)
     one_sentence(done, 1, '32')
-    done = ring(CONFIG, f'--workdir={workdir}')
+    done = run_main(CONFIG, f'--workdir={workdir}')
     assert done.returncode == 0, done.stderr
     assert 'damaged-32' in done.stderr
-    assert 'going on from step 16' in done.stderr
+    assert 'resuming at step 16' in done.stderr
     assert (workdir / 'checkpoints' / 'damaged-32').is_dir()
     strip = trained[1].stdout.partition(' after ')[0]
     assert done.stdout.startswith(strip)

@@ -405,7 +405,7 @@ def test_a_table_over_ten_views(trained, expected, folder, capsys):
         (('a.png',), 2, 'required: --workdir'),
         (('a.png', '--workdir={w}', '--views=3'), 2, 'choose from'),
         (('a.png', '--workdir={w}', '--top=0'), 2, 'at least 1'),
-        (('a.png', '--workdir={w}', '--step=soon'), 2, "there are 'latest', 'best'"),
+        (('a.png', '--workdir={w}', '--step=soon'), 2, 'choose latest, best or one of'),
         (('a.png', '--workdir={w}/nothing'), 1, 'holds no checkpoint'),
         (('nothing.png', '--workdir={w}'), 1, 'No such file'),
     ],

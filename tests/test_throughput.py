@@ -8,10 +8,11 @@ import jax
 import numpy as np
 import pytest
 
+from alexnet_jax import config as configuration
 from alexnet_jax.data import datasets
 from alexnet_jax.errors import RunError
 from alexnet_jax.model.alexnet import geometry
-from alexnet_jax.training import metrics
+from alexnet_jax.training import metrics, train
 from configs import alexnet, smoke, variant_torchvision
 from examples import alexnet_plain
 from experiments import scaling, time_to_accuracy
@@ -364,9 +365,14 @@ def test_feeding_runs_the_trainers_loop(data_dir, tmp_path):
     row = input_pipeline.feed(tiny(data_dir), tmp_path, rounds=2, sample_secs=0.001)
     assert len(row['real_secs']) == len(row['resident_secs']) == 2
     assert all(0 <= share < 1 for share in row['stall_share'])
-    real = [r['step'] for r in metrics.read(tmp_path) if r['kind'] == 'train']
-    # Resident steps change the trainer's state too: 2, then 5 real, 5 resident, 5 real ...
-    assert real[-1] == 2 + 5 + 4 * row['steps']
+
+
+def test_feeding_counts_the_steps_and_the_waiting_of_the_loop(data_dir, tmp_path):
+    config = tiny(data_dir)
+    job = train.open_job(config, configuration.unpack(config), tmp_path)
+    state, secs, waiting_secs = input_pipeline.real(job, job.start(), 3)
+    assert int(state.step) == 3
+    assert 0 < waiting_secs < 3 * secs
 
 
 def test_stored_images_are_read_back(tmp_path):

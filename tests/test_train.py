@@ -265,7 +265,7 @@ def test_a_collapsed_initialisation_is_a_warning_or_an_error(data_dir, tmp_path,
     with pytest.raises(RunError, match='collapsed initialisation'):
         train.run(small, tmp_path / 'refused')
     small.preprocess.scale = 1 / 255
-    with pytest.raises(RunError, match=r'wanted in 0-255 units: set preprocess\.scale=1'):
+    with pytest.raises(RunError, match=r'must be in 0-255 units: set preprocess\.scale=1'):
         train.run(small, tmp_path / 'dark')
     small.preprocess.scale = 1.0
     small.model.init_scaling = 'fan_in'
@@ -378,9 +378,13 @@ def test_extensions_that_are_refused(reference, data_dir, tmp_path):
     before = {path.name: path.read_bytes() for path in workdir.glob('*.json*')}
     longer = tiny(data_dir, epochs=3.0)
     for config, extend, sentence in (
-        (longer, False, r'different in epochs, .*, or add --extend to train it on'),
+        (longer, False, r'different in epochs, .*, or add --extend to resume it'),
         (tiny(data_dir, epochs=3.0, seed=1), False, r'different in epochs, .*, seed; (?!.*extend)'),
-        (tiny(data_dir, epochs=3.0, seed=1), True, r'--extend changes epochs, .* differs in seed;'),
+        (
+            tiny(data_dir, epochs=3.0, seed=1),
+            True,
+            r'--extend can change epochs, .* differs in seed;',
+        ),
         (tiny(data_dir, epochs=1.0), True, r'8 steps, and an extension to 1 epochs ends after 4;'),
         (tiny(data_dir, epochs=3.0, data__train='train[:10]'), True, r'data\.train'),
     ):
@@ -451,7 +455,7 @@ def test_killed_again_and_again_it_ends_in_the_same_bits(undisturbed, start):
     process = start(workdir)
     _, said = process.communicate(timeout=300)
     assert process.returncode == 0, (seed, said)
-    assert 'going on from step' in said, seed
+    assert 'resuming at step' in said, seed
     assert_same(outcome(undisturbed), outcome(workdir))
 
 
@@ -485,7 +489,7 @@ def test_a_full_disk_ends_in_a_sentence_and_loses_nothing(undisturbed, start, sm
     process = start(workdir)
     _, said = process.communicate(timeout=300)
     assert process.returncode == 0, said
-    assert 'going on from step' in said
+    assert 'resuming at step' in said
     assert_same(outcome(undisturbed), outcome(workdir))
 
 

@@ -59,8 +59,7 @@ def restore(
 
     Args:
         workdir: the run's folder.
-        step: 'latest', 'best' (lowest validation error; the latest of a run that does not
-            validate) or the number of a step.
+        step: 'latest', 'best' (lowest validation error) or the number of a step.
         overrides: config values to change, by dotted keys; only those that change no result.
 
     Raises:
@@ -72,8 +71,6 @@ def restore(
     if not checkpoints.steps():
         raise RunError(f'{workdir} holds no checkpoint; train first with --workdir={workdir}.')
     step = int(step) if isinstance(step, str) and step.isdigit() else step
-    if step == 'best' and checkpoints.extra()['config']['data']['validation'] == 'none':
-        step = 'latest'
     settings = configuration.unpack(_with(overrides, checkpoints.extra(step)['config']))
     cpu.set_up_cpu(settings.mesh.cpu_devices)  # before reading asks JAX for its devices
     restored = checkpoints.restore(None, step)
@@ -336,8 +333,7 @@ def run(
 
     Args:
         workdirs: of the runs; the probabilities of several are averaged, class by class.
-        step: 'latest', 'best' (lowest validation error; the latest of a run that does not
-            validate) or the number of a step.
+        step: 'latest', 'best' (lowest validation error) or the number of a step.
         split: 'train', 'validation' or 'test' of the run's config, or an expression of TFDS.
         data_dir: the folder of all data sets; the config's if empty.
         overrides: see `restore`.

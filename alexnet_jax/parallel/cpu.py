@@ -1,7 +1,7 @@
-"""Settings that only a CPU needs: XLA's devices, threads and options, and malloc's.
+"""Settings for CPUs: XLA's devices, threads and compiler options, and malloc's.
 
-XLA asks malloc for its scratch space anew at every step. By default glibc hands such large blocks
-back to the system, and page faults fetch them one by one, tens of thousands a step.
+XLA allocates its scratch space at every step. By default glibc returns such large blocks to the
+system, and every step takes tens of thousands of page faults to get them again.
 """
 
 import contextlib
@@ -19,38 +19,38 @@ import numpy as np
 from alexnet_jax import machine
 from alexnet_jax.model import ops
 
-TRIM_THRESHOLD, MMAP_MAX = -1, -4  # names of malloc.h
+TRIM_THRESHOLD, MMAP_MAX = -1, -4  # of malloc.h
 
 
 def set_up_cpu(cpu_devices: int) -> None:
-    """Have a CPU appear as so many devices, unless JAX or the environment has decided already.
+    """Let a CPU appear as several devices, unless JAX or the environment has set their number.
 
-    As no more than the cores that this process may use. Call it before anything asks JAX for its
-    devices. One device computes in the thread that calls it: malloc keeps more for that than for
-    others (`keep_freed`).
+    There are at most as many as cores available to this process. Call it before JAX is asked for
+    its devices. A single device computes in the calling thread, for which malloc keeps more memory
+    than for others (`keep_freed`).
     """
     wanted = min(cpu_devices, machine.cores())
     forced = 'xla_force_host_platform_device_count' in os.environ.get('XLA_FLAGS', '')
-    # JAX makes the attribute at run time.
+    # JAX defines the attribute at run time.
     chosen = jax.config.jax_num_cpu_devices > 0  # ty: ignore[missing-attribute]
     if wanted and not forced and not chosen:
-        with contextlib.suppress(RuntimeError):  # JAX has looked
+        with contextlib.suppress(RuntimeError):  # JAX has its devices already
             jax.config.update('jax_num_cpu_devices', wanted)
     if not forced and jax.config.jax_num_cpu_devices < 2:  # ty: ignore[missing-attribute]
         jax.config.update('jax_cpu_enable_async_dispatch', False)
 
 
 def block_on_cpu(result: Any) -> None:
-    """Wait for a step on a CPU, where two at once cost each other a third; elsewhere do not."""
+    """Wait for a result on a CPU, where two steps at once slow each other down by a third."""
     if jax.default_backend() == 'cpu':
         jax.block_until_ready(result)
 
 
 def update_if_finite(all_finite: Any, advance: Callable[[Any], Any], state: Any) -> Any:
-    """`advance(state)` where the scalar `all_finite` holds, else `state`; chosen by platform.
+    """Return `advance(state)` if the scalar `all_finite` is true, else `state`.
 
-    A CPU runs one branch, in place. On a GPU the host would have to wait for `all_finite`, so that
-    nothing could be queued behind it: there each array is selected.
+    A CPU runs one branch, in place. On a GPU a branch would make the host wait for `all_finite`
+    before it can queue more work, so each array is selected instead.
     """
     if ops.platform() == 'cpu':
         return jax.lax.cond(all_finite, advance, lambda same: same, state)
@@ -58,11 +58,11 @@ def update_if_finite(all_finite: Any, advance: Callable[[Any], Any], state: Any)
 
 
 def compiler_options() -> dict[str, str] | None:
-    """XLA's options on this platform, by what `python -m experiments.throughput` gave with each.
+    """Return XLA's options for this platform, each measured by `python -m experiments.throughput`.
 
-    On a CPU: the scheduler that saves memory, half the scratch space, more of which stays in
-    caches; matrix products and sums by YNNPACK, the rest, convolutions above all, by Eigen; and
-    optimisation barriers that last until loops have been fused, which `ops` counts on.
+    On a CPU: the scheduler that saves memory (half the scratch space, so more stays in caches);
+    YNNPACK for matrix products and sums, Eigen for the rest, convolutions above all; and
+    optimisation barriers that are kept until loops have been fused, as `ops` requires.
     """
     if ops.platform() != 'cpu':
         return None
@@ -72,12 +72,12 @@ def compiler_options() -> dict[str, str] | None:
         'xla_cpu_experimental_ynn_fusion_type': ','.join(f'LIBRARY_FUSION_TYPE_{k}' for k in kinds),
         'xla_disable_hlo_passes': 'cse_barrier_expander',
     }
-    return {name: value for name, value in options.items() if _understood(name, value)}
+    return {name: value for name, value in options.items() if _is_known(name, value)}
 
 
 @functools.cache
-def _understood(name: str, value: str) -> bool:
-    """Whether this version of XLA knows an option, as they come and go."""
+def _is_known(name: str, value: str) -> bool:
+    """Return whether this version of XLA has an option."""
     try:
         jax.jit(lambda x: x, compiler_options={name: value}).lower(np.float32(0)).compile()
     except jax.errors.JaxRuntimeError:
@@ -86,10 +86,10 @@ def _understood(name: str, value: str) -> bool:
 
 
 def keep_freed() -> None:
-    """Have malloc keep what is freed, as the next step asks for the same again.
+    """Let malloc keep freed memory, as the next step allocates the same again. glibc only.
 
-    Call it when the step has been compiled: what the compiler frees would be kept too, in pieces,
-    among which a step then takes half as long again. Elsewhere than on glibc it does nothing.
+    Call it after the step has been compiled: memory freed by the compiler would be kept too, in
+    fragments that make a step take half as long again.
     """
     if platform.libc_ver()[0] == 'glibc':
         malloc = ctypes.CDLL(None)

@@ -1,4 +1,4 @@
-"""Checkpoints by Orbax, whose contents are verified before a value is used.
+"""Checkpoints by Orbax, verified before a value is used.
 
 This is the only file that imports Orbax. Its CheckpointManager numbers the steps, saves in the
 background under a temporary name, and deletes what the retention policies do not preserve:
@@ -10,19 +10,17 @@ background under a temporary name, and deletes what the retention policies do no
       damaged-400/               failed verification when a run resumed; kept, never read again
 
 Orbax restores an array file with a flipped byte without an error. So the manifest holds the sha256
-of each leaf and of itself, and both are compared on restore. Leaves are stored as global arrays, so
-a checkpoint can be restored to any sharding.
+of each leaf and of itself, both verified on restore. Leaves are stored as global arrays, so a
+checkpoint can be restored to any sharding.
 """
 
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import itertools
 import json
 import logging
 import math
-import re
 import shutil
 import sys
 import tempfile
@@ -39,38 +37,30 @@ from flax import traverse_util
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN
 
-from alexnet_jax import config_file
 from alexnet_jax.errors import RunError, UsageError
 from alexnet_jax.parallel import distributed, mesh
+from alexnet_jax.training import manifest as manifests
+from alexnet_jax.training.manifest import Damaged, named_leaves, nested
 
 PyTree = Any
 Step = int | str  # a number, 'latest' or 'best'
 
-_DISK = re.compile(
-    r'No space left on device|Read-only file system|Permission denied|Not a directory'
-)
 _NO_STEP = -1
-# Leaves of checkpoints written by earlier versions, and what they are called now.
-_RENAMED = {'state/drops': 'state/num_lr_drops', 'state/sound': 'state/all_finite'}
 
 
 class Restored(NamedTuple):
-    """A checkpoint that was read: its step, its state, and the `extra` it was saved with."""
+    """The contents of a checkpoint: step, state, and the `extra` it was saved with."""
 
     step: int
     state: PyTree
     extra: dict[str, Any]
 
 
-class _Damaged(RunError):
-    """A checkpoint whose files do not hold what was saved."""
-
-
 class Checkpoints:
     """The checkpoints of a workdir: saved in the background, verified on restore.
 
-    Two of the latest are kept by default, so that a damaged one has one before it. Nothing is
-    created or deleted before the first save, so another process may read while one trains.
+    By default the latest two are kept, in case one is damaged. Nothing is created or deleted before
+    the first save, so other processes may read while one trains.
 
     Args:
         directory: the folder of the checkpoints, created by the first save.
@@ -119,42 +109,39 @@ class Checkpoints:
             wait: return only when the checkpoint is on disk.
 
         Raises:
-            RunError: this checkpoint, or the one before it, could not be written. Earlier ones
-                are untouched. A later failure is raised by the next save, wait or close.
+            RunError: this checkpoint, or the one before it, could not be written; earlier ones are
+                unchanged. Failures in the background are raised by the next save, wait or close.
         """
         self.wait()
-        leaves, extra = _named_leaves(state), json.loads(json.dumps(extra))
+        leaves, extra = named_leaves(state), json.loads(json.dumps(extra))
         candidate = error is not None and math.isfinite(error)
-        with self._failing_in_one_sentence(step):  # gathering fails too when a process is lost
+        with self._report_failure(step):  # gathering fails too when a process is lost
             with futures.ThreadPoolExecutor() as pool:  # a GB/s on each core
-                described = list(pool.map(_describe, map(_to_host, leaves.values())))
-            manifest = {
-                'step': step,
-                'error': float(error) if candidate else None,
-                'extra': extra,
-                'leaves': dict(zip(leaves, described, strict=True)),
-            }
+                arrays = map(manifests.to_host, leaves.values())
+                described = dict(zip(leaves, pool.map(manifests.describe, arrays), strict=True))
+            rank = float(error) if candidate else None
+            manifest = manifests.make(step, rank, extra, described)
             manager = self._manager or self._open()
-            # Found out inside Orbax, a folder that is not writable leaves coroutines behind.
+            # An unwritable folder, if found by Orbax, leaves unawaited coroutines.
             tempfile.TemporaryFile(dir=self.directory).close()
-            self._best.errors[step] = manifest['error']
+            self._best.errors[step] = rank
             self._saving = step
             args = ocp.args.Composite(
-                state=ocp.args.PyTreeSave(_nested(leaves)),
-                manifest=ocp.args.JsonSave(manifest | {'sha256': _sha256_of_json(manifest)}),
+                state=ocp.args.PyTreeSave(nested(leaves)),
+                manifest=ocp.args.JsonSave(manifest),
             )
             manager.save(step, args=args, force=True)
         if wait:
             self.wait()
 
     def wait(self) -> None:
-        """Wait until the last save is on disk and what retention drops is deleted.
+        """Wait until the last save is on disk and superseded checkpoints are deleted.
 
         Raises:
             RunError: the save failed; raised once.
         """
         if self._manager is not None and self._saving is not None:
-            with self._failing_in_one_sentence(self._saving):
+            with self._report_failure(self._saving):
                 self._manager.wait_until_finished()
             self._saving = None
             self._sweep()
@@ -181,7 +168,7 @@ class Checkpoints:
         return self._manager
 
     @contextlib.contextmanager
-    def _failing_in_one_sentence(self, step: int) -> Generator[None]:
+    def _report_failure(self, step: int) -> Generator[None]:
         """Turn a failure to write into one sentence, and remove what was written."""
         try:
             yield
@@ -191,17 +178,17 @@ class Checkpoints:
                 if manager is not None:
                     manager.close()
             self._sweep()
-            reason = _reason(problem)
-            if distributed.several() and not _DISK.search(reason):
-                raise  # a process is lost, as a rule: distributed.py reports it
+            reason = manifests.reason(problem)
+            if distributed.several() and not manifests.DISK.search(reason):
+                raise  # usually a lost process, which distributed.py reports
             raise RunError(
                 f'the checkpoint of step {step} could not be written to {self.directory} '
-                f'({reason}); earlier ones are untouched: make room or make the folder writable, '
+                f'({reason}); earlier ones are unchanged: free space or make the folder writable, '
                 'then run the same command again to resume from the latest'
             ) from problem
 
     def _sweep(self) -> None:
-        """Remove what a killed or failed save and a deletion leave behind."""
+        """Remove the remains of saves and deletions that were killed or failed."""
         if distributed.is_first():
             for path in self.directory.glob('*.orbax-checkpoint-tmp*'):
                 shutil.rmtree(path, ignore_errors=True)
@@ -215,14 +202,14 @@ class Checkpoints:
         return sorted(int(name) for name in names if name.isdecimal())
 
     def best_step(self) -> int | None:
-        """Return the step of the lowest validation error (the later of two equals), or None."""
+        """Return the step with the lowest validation error (of two equal, the later), or None."""
         return next(iter(_ranked(self._errors())), None)
 
     def _errors(self) -> dict[int, float | None]:
         errors = {}
         for step in self.steps():
-            with contextlib.suppress(_Damaged):
-                errors[step] = _read_manifest(self.directory / str(step))['error']
+            with contextlib.suppress(Damaged):
+                errors[step] = manifests.read(self.directory / str(step))['error']
         return errors
 
     # -------------------------------------------------------------- restore
@@ -234,72 +221,75 @@ class Checkpoints:
             UsageError, RunError: see `restore`.
         """
         with self._chosen(step) as path:
-            return _read_manifest(path)['extra']
+            return manifests.read(path)['extra']
 
     def restore(self, target: PyTree | None, step: Step = 'latest') -> Restored:
         """Read and verify one checkpoint.
 
         Args:
-            target: tree of arrays or `jax.ShapeDtypeStruct`s (with shardings) of the structure,
-                shapes and dtypes that were saved. A jax leaf comes back on its sharding, a numpy
-                leaf as numpy. None: everything as saved, as nested dicts of numpy arrays whose
-                keys are strings.
+            target: tree of arrays or `jax.ShapeDtypeStruct`s (with shardings) with the structure,
+                shapes and dtypes that were saved. A leaf with a sharding is put on it, others are
+                NumPy arrays. None: return all leaves, as nested dicts of NumPy arrays.
             step: a step, 'latest' or 'best'.
 
         Raises:
             UsageError: there is no such step, or no checkpoint has a validation error.
-            RunError: there is no checkpoint at all; it is damaged; or it does not fit the target
-                (names the first leaf that does not).
+            RunError: there is no checkpoint, it is damaged, or a leaf does not fit the target.
         """
         with self._chosen(step) as path:
             return _placed(_read(path, target), target)
 
     @contextlib.contextmanager
     def _chosen(self, step: Step) -> Generator[Path]:
-        """Give the folder of a step; damage found in the block is raised with the alternatives."""
+        """Yield the folder of a step; list the other steps if the block finds damage."""
         self.wait()
         steps = self.steps()
         if not steps:
             raise RunError(f'no checkpoint in {self.directory}; train first with --mode=train')
         listed = ', '.join(map(str, steps))
         number = self.best_step() if step == 'best' else steps[-1] if step == 'latest' else step
+        if number is None:
+            raise UsageError(
+                f"no checkpoint in {self.directory} has a validation error, so none is the 'best'; "
+                f'choose latest or one of the steps {listed}'
+            )
         if number not in steps:
             raise UsageError(
-                f'no checkpoint of step {step!r} in {self.directory}; '
-                f"there are 'latest', 'best' (where validation errors are known) and {listed}"
+                f'no checkpoint of step {step!r} in {self.directory}; choose latest, best or one '
+                f'of the steps {listed}'
             )
         try:
             yield self.directory / str(number)
-        except _Damaged as damage:
-            raise _Damaged(f'{damage}; choose another of the steps {listed}') from damage
+        except Damaged as damage:
+            raise Damaged(f'{damage}; choose another of the steps {listed}') from damage
 
     def restore_newest_intact(self, target: PyTree | None) -> Restored | None:
         """Read the newest checkpoint that verifies; None where there is no checkpoint.
 
         Damaged ones newer than it are reported and renamed to `damaged-<step>`, never deleted.
-        Of several processes the first decides which one it is.
+        Of several processes, the first decides which step that is.
 
         Raises:
-            RunError: all are damaged (and none is renamed, so that no later start mistakes this
-                workdir for a fresh one), or an intact one does not fit the target.
+            RunError: all are damaged (none is renamed then, as a later start would begin at step
+                0), or an intact one does not fit the target.
         """
-        self.close()  # a manager does not expect its checkpoints to be renamed
+        self.close()  # as Orbax's manager does not expect its checkpoints to be renamed
         found = self._newest_intact(target) if distributed.is_first() else None
         if distributed.several():
             own = np.int32(_NO_STEP if found is None else found.step)
             step = int(multihost_utils.broadcast_one_to_all(own))
             if found is None and step != _NO_STEP:
-                # What the first process can read may still be damaged for another host.
+                # Verified here too: this host may read other bytes than the first one.
                 found = _read(self.directory / str(step), target)
         return None if found is None else _placed(found, target)
 
     def _newest_intact(self, target: PyTree | None) -> Restored | None:
-        damaged: list[tuple[Path, _Damaged]] = []
+        damaged: list[tuple[Path, Damaged]] = []
         for step in reversed(self.steps()):
             path = self.directory / str(step)
             try:
                 found = _read(path, target)
-            except _Damaged as damage:
+            except Damaged as damage:
                 damaged.append((path, damage))
                 continue
             for bad, damage in damaged:
@@ -337,46 +327,15 @@ class _BestN:
 
 
 def _ranked(errors: Mapping[int, float | None]) -> list[int]:
-    """Return the steps that have an error, best first, of two equals the later."""
+    """Return the steps that have an error, best first; of two equal, the later first."""
     ranks = {step: (error, -step) for step, error in errors.items() if error is not None}
     return sorted(ranks, key=ranks.__getitem__)
 
 
 def _free(path: Path) -> Path:
-    """Return `path`, with a number behind it if it exists."""
+    """Return `path`, with a number appended if it exists."""
     names = itertools.chain([path.name], (f'{path.name}-{n}' for n in itertools.count(1)))
     return next(path.with_name(name) for name in names if not path.with_name(name).exists())
-
-
-# ------------------------------------------------------------------ leaves
-
-
-def _named_leaves(tree: PyTree) -> dict[str, Any]:
-    """Return the leaves of a tree by their path, as in 'params/conv1/kernel'."""
-    flat = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {jax.tree_util.keystr(path, simple=True, separator='/'): leaf for path, leaf in flat}
-
-
-def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    return traverse_util.unflatten_dict(dict(leaves), sep='/')
-
-
-def _to_host(leaf: Any) -> np.ndarray:
-    if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated:
-        return np.asarray(leaf)
-    return multihost_utils.process_allgather(leaf, tiled=True)
-
-
-def _describe(array: np.ndarray) -> dict[str, Any]:
-    """Return dtype, shape and sha256 (of these two and the bytes in C order) of a leaf."""
-    dtype, shape = array.dtype.name, list(array.shape)
-    digest = hashlib.sha256(f'{dtype}{shape}'.encode())
-    digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-    return {'dtype': dtype, 'shape': shape, 'sha256': digest.hexdigest()}
-
-
-def _sha256_of_json(tree: Any) -> str:
-    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
 # ------------------------------------------------------------------ reading one
@@ -384,57 +343,34 @@ def _sha256_of_json(tree: Any) -> str:
 
 def _read(path: Path, target: PyTree | None) -> Restored:
     """Read and verify all leaves as nested NumPy arrays; `target` is only compared with."""
-    manifest = _read_manifest(path)
+    manifest = manifests.read(path)
     saved = manifest['leaves']
     if target is not None:
-        now = {_RENAMED.get(name, name): leaf for name, leaf in saved.items()}
-        _check_fits(path, now, _named_leaves(target))
+        now = {manifests.RENAMED.get(name, name): leaf for name, leaf in saved.items()}
+        manifests.check_fits(path, now, named_leaves(target))
     arrays = _read_arrays(path, list(saved))
     for name, array in arrays.items():
-        if _describe(array) != saved[name]:
-            raise _damaged(path, f'leaf {name} does not match its sha256')
-    arrays = {_RENAMED.get(name, name): array for name, array in arrays.items()}
-    return Restored(manifest['step'], _nested(arrays), manifest['extra'])
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    first_format = path / 'manifest' / 'manifest.json'  # until 2026-11; its sha256 beside it
-    try:
-        if first_format.exists():
-            body = first_format.read_bytes()
-            manifest = json.loads(body)
-            digest = f'{hashlib.sha256(body).hexdigest()}  manifest.json\n'
-            expected = first_format.with_name('manifest.json.sha256').read_text()
-        else:
-            manifest = json.loads((path / 'manifest' / 'metadata').read_bytes())
-            expected = manifest.pop('sha256')
-            digest = _sha256_of_json(manifest)
-    except Exception as problem:  # damage shows as any of many
-        raise _damaged(path, f'manifest: {_reason(problem)}') from problem
-    if digest != expected:
-        raise _damaged(path, 'its manifest does not match its sha256')
-    if str(manifest['step']) != path.name:
-        raise _damaged(path, f'it holds step {manifest["step"]}')
-    if 'config' in manifest['extra']:
-        manifest['extra']['config'] = config_file.translated(manifest['extra']['config'])
-    return manifest
+        if manifests.describe(array) != saved[name]:
+            raise manifests.damaged(path, f'leaf {name} does not match its sha256')
+    arrays = {manifests.RENAMED.get(name, name): array for name, array in arrays.items()}
+    return Restored(manifest['step'], nested(arrays), manifest['extra'])
 
 
 def _read_arrays(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
     _quiet_orbax()
-    me = jax.process_index()  # other processes need not read at the same time
+    me = jax.process_index()  # without waiting for the other processes
     alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
     handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
     args = ocp.args.PyTreeRestore(
-        item=_nested(dict.fromkeys(names, 0)),
-        restore_args=_nested(dict.fromkeys(names, ocp.RestoreArgs(restore_type=np.ndarray))),
+        item=nested(dict.fromkeys(names, 0)),
+        restore_args=nested(dict.fromkeys(names, ocp.RestoreArgs(restore_type=np.ndarray))),
         partial_restore=True,
     )
     with contextlib.closing(ocp.Checkpointer(handler, multiprocessing_options=alone)) as reader:
         try:
             tree = reader.restore(path / 'state', args=args)
-        except Exception as problem:  # damage shows as any of many, down to a bare Exception
-            raise _damaged(path, _reason(problem)) from problem
+        except Exception as problem:  # damage may raise anything
+            raise manifests.damaged(path, manifests.reason(problem)) from problem
     return {k: np.asarray(x) for k, x in traverse_util.flatten_dict(tree, sep='/').items()}
 
 
@@ -444,40 +380,17 @@ def _placed(found: Restored, target: PyTree | None) -> Restored:
     arrays = traverse_util.flatten_dict(found.state, sep='/')
     leaves = [
         mesh.put_global(arrays[name], like.sharding) if hasattr(like, 'sharding') else arrays[name]
-        for name, like in _named_leaves(target).items()
+        for name, like in named_leaves(target).items()
     ]
     return found._replace(state=jax.tree.structure(target).unflatten(leaves))
 
 
-def _check_fits(path: Path, saved: Mapping[str, Any], target: Mapping[str, Any]) -> None:
-    has = {name: (leaf['dtype'], leaf['shape']) for name, leaf in saved.items()}
-    wants = {name: (np.dtype(x.dtype).name, list(x.shape)) for name, x in target.items()}
-    for name in [*wants, *has]:
-        if has.get(name) != wants.get(name):
-            raise RunError(
-                f'checkpoint {path} does not fit: {name} is {has.get(name, "absent")} in it, and '
-                f'{wants.get(name, "absent")} in this run; was the config or the code changed?'
-            )
-
-
-def _damaged(path: Path, reason: str) -> _Damaged:
-    return _Damaged(f'checkpoint {path.name} in {path.parent} is damaged: {reason}')
-
-
-def _reason(problem: BaseException) -> str:
-    """Return an exception's message on one line; Orbax's and TensorStore's run to pages."""
-    text = ' '.join(str(problem).split()) or type(problem).__name__
-    known = _DISK.search(text)
-    return known[0] if known else text[:200]
-
-
 @functools.cache
 def _quiet_orbax() -> None:
-    """Suppress what is printed beside the exceptions of failed saves and restores.
+    """Suppress Orbax's log lines and those of asyncio about its failed operations.
 
-    Called at the first use, never at import. Orbax logs about twenty lines a save, and a traceback
-    for each error that it raises too. Of operations that fail together it awaits one: asyncio
-    prints the others, and those in flight find the event loop of that save closed.
+    Orbax logs about twenty lines a save, and a traceback besides raising each error. Of operations
+    that fail together it awaits one: asyncio prints the others, and some find their loop closed.
     """
     print_it = sys.unraisablehook
 

@@ -1,9 +1,9 @@
-"""A run that begins with another run's net: fine-tuning.
+"""Fine-tuning: a run that starts with the weights of another run, the source.
 
-The weights come from a checkpoint, layer by layer, by name and shape; and with them what its pixels
-were measured by: the layers have learned to see images minus *that* mean. The last layer starts
-fresh, unless the classes are the same by name. What a started run needs of the source is stored in
-its own workdir, so that it can be resumed without the source.
+Weights are taken from a checkpoint, layer by layer, where name and shape agree. The mean image and
+the colours are the source's too, as its layers were trained on images minus that mean. The last
+layer starts fresh, unless the classes have the same names. All that a run needs of the source is
+stored in its own workdir, so that it can be resumed without the source.
 """
 
 import re
@@ -27,7 +27,7 @@ Params = Mapping[str, Mapping[str, np.ndarray]]  # the canonical tree, see alexn
 
 
 def source(init_from: str) -> tuple[Path, Step]:
-    """'WORKDIR', 'WORKDIR:best' or 'WORKDIR:500' as a folder and a step."""
+    """Split 'WORKDIR', 'WORKDIR:best' or 'WORKDIR:500' into a folder and a step."""
     found = re.fullmatch(r'(.+):(\d+|latest|best)', init_from)
     if not found:
         return Path(init_from), 'latest'
@@ -36,11 +36,11 @@ def source(init_from: str) -> tuple[Path, Step]:
 
 
 def read(init_from: str) -> Restored:
-    """The checkpoint to begin with, verified.
+    """Read and verify the checkpoint of the source.
 
     Raises:
-        UsageError: it is not named, or has no such step.
-        RunError: there is none, or it is damaged.
+        UsageError: `init_from` is empty, or there is no such step.
+        RunError: there is no checkpoint, or it is damaged.
     """
     if not init_from:
         raise UsageError('init_from is empty: set --config.init_from=WORKDIR[:step].')
@@ -58,24 +58,24 @@ def parameters(
     where: str,
     wanted: Sequence[str] = (),
 ) -> tuple[Params, list[str]]:
-    """Carry over the source's layers by name, where the shapes agree; the rest are `fresh`.
+    """Take the source's layers where name and shape agree, and the rest from `fresh`.
 
-    The last layer is carried over only if the classes are the same by name. Prints one line: what
-    is carried over, what starts fresh and why.
+    The last layer is taken only if the classes have the same names. Logs one line: the layers that
+    are taken, and the reason why others start fresh.
 
     Args:
         fresh: parameters of the new net, NumPy arrays.
         restored: the source's checkpoint.
-        layers: of the new net, in order.
-        class_names: of the new data, by label; in each way to call them (words, WordNet ids).
+        layers: names in the new net, in order.
+        class_names: of the new data, by label, in each naming scheme (words, WordNet ids).
         where: name of the source in messages.
-        wanted: the only layers to carry over; () means all that match.
+        wanted: the only layers to take; () means all that match.
 
     Returns:
-        The parameters, and the names of the layers that were carried over, in order.
+        The parameters, and the names of the layers taken from the source, in order.
 
     Raises:
-        UsageError: no layer can be carried over, or one of `wanted` cannot.
+        UsageError: no layer can be taken, or one of `wanted` cannot.
     """
     theirs = restored.state['state']['params']
     same_classes = restored.extra['class_names'] in [list(names) for names in class_names]
@@ -83,23 +83,23 @@ def parameters(
 
     def why_fresh(layer: str) -> str:
         if layer not in theirs:
-            return 'not there'
+            return 'missing there'
         ours, there = fresh[layer], theirs[layer]
         if any(tuple(ours[kind].shape) != tuple(there[kind].shape) for kind in ours):
             return f'{_size(there)} there, {_size(ours)} here'
         return 'other classes' if layer == last and not same_classes else ''
 
     reasons = {layer: why_fresh(layer) for layer in layers}
-    lost = [f'{layer} ({reasons[layer]})' for layer in wanted if reasons[layer]]
-    if lost:
+    missing = [f'{layer} ({reasons[layer]})' for layer in wanted if reasons[layer]]
+    if missing:
         raise UsageError(
-            f'init_from={where} cannot give {", ".join(lost)}; take them out of init_layers.'
+            f'init_from={where} has no {", ".join(missing)} for this net; remove from init_layers.'
         )
     carried = [name for name in layers if not reasons[name] and name in (wanted or layers)]
     if not carried:
         raise UsageError(
-            f'init_from={where}: no layer of this net is there with the same name and shape: '
-            f'{_because(reasons)}; choose the config that fits that net.'
+            f'init_from={where} has no layer of the same name and shape as in this net: '
+            f'{_because(reasons)}; choose a config that fits that net.'
         )
     rest = {name: reason for name, reason in reasons.items() if name not in carried}
     what = f'fresh: {_because(rest)}' if rest else 'none fresh'
@@ -118,13 +118,13 @@ def _because(reasons: Mapping[str, str]) -> str:
 def compare(
     config: Mapping[str, Any], restored: Restored, where: str, carried: Sequence[str]
 ) -> None:
-    """Warn of what no shape shows: other operations, other pixels, a layer that reads another one.
+    """Warn of differences that shapes do not show: operations, pixels, the order of layers.
 
     Args:
         config: of the new run, as a tree.
         restored: the source's checkpoint.
         where: name of the source in messages.
-        carried: layers that were carried over; what differs in the others does not matter.
+        carried: layers taken from the source; differences in others do not matter.
     """
     source_config = restored.extra['config']
     layers, before = config['model']['layers'], source_config['model']['layers']
@@ -136,15 +136,15 @@ def compare(
     ]
     if moved:
         log(
-            f'warning: {", ".join(moved)} of {where} followed another layer there; to start fresh '
-            'from there on, set init_layers to the layers before'
+            f'warning: {", ".join(moved)} of {where} followed another layer there; to train these '
+            'from scratch, set init_layers to the layers before them'
         )
     differ = []
     for section in ('model', 'preprocess'):
         theirs, ours = source_config[section], config[section]
         differ += configuration.differences(theirs, ours, f'{section}.')
     others = '|'.join(map(re.escape, {*layers, *before, 'layers'} - {*carried}))
-    # What is about how weights start, and how they are trained.
+    # Keys of initialisation and training only.
     start = r'model\.(init_scaling|.*\.(init|init_std|bias|reference_fan_in))'
     training = r'preprocess\.(crop|mirror|images_per_crop|colour_noise|noise_\w+)'
     beside = rf'{start}|{training}|model\.({others})(\..*)?'
@@ -159,10 +159,10 @@ def _previous(layers: Sequence[str], layer: str) -> str:
 
 
 def statistics(init_from: str, workdir: Path) -> Statistics:
-    """The source's mean image and colours, kept in this workdir from the first start on.
+    """Return the source's mean image and colours; the first start stores them in this workdir.
 
     Raises:
-        UsageError, RunError: as `read`, or the copy is damaged.
+        UsageError, RunError: see `read`; or the copy is damaged.
     """
     path = workdir / 'source_statistics.npz'
     if distributed.is_first() and not path.exists():
@@ -172,6 +172,6 @@ def statistics(init_from: str, workdir: Path) -> Statistics:
             arrays = {name: np.asarray(found[name]) for name in Statistics._fields}
             np.savez(file, allow_pickle=False, **arrays)
     distributed.wait_for_all('statistics of the source')
-    advice = f'remove it, and it is taken from {init_from} again'
+    advice = f'remove it to take it from {init_from} again'
     arrays = files.read_npz(path, Statistics._fields, advice)
     return Statistics(*(jnp.asarray(arrays[name]) for name in Statistics._fields))

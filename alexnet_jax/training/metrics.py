@@ -1,12 +1,14 @@
-"""What a run says of itself: metrics.jsonl, TensorBoard, and a line or a bar on the terminal."""
+"""Metrics of a run: history, means, metrics.jsonl and TensorBoard, and the environment."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import platform
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Generator, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -17,21 +19,60 @@ import jax
 from alexnet_jax import command, files
 from alexnet_jax.parallel import distributed
 
-# Fields that tell time. All others repeat exactly when a run is repeated or resumed.
+# Fields that hold times. All others repeat exactly when a run is repeated or resumed.
 TIMES = ('secs', 'images_per_sec', 'stall_secs')
 
 
 def log(line: str) -> None:
-    """A line for the person at the terminal, from process 0; stdout is kept for results."""
+    """Print a line to stderr, in process 0 only; stdout is for results."""
     if distributed.is_first():
         command.log(line)
 
 
-class Means:
-    """Running sums and counts by name, so that uneven batches average right."""
+@dataclasses.dataclass
+class History:
+    """Values that a run keeps besides its state; stored in each checkpoint, as JSON.
 
-    def __init__(self, sums: Mapping[str, tuple[float, float]] | None = None):
-        self.sums = {name: (total, count) for name, (total, count) in (sums or {}).items()}
+    errors: top-1 error on the validation images, oldest first.
+    sums: (sum, count) of each metric since the last record.
+    secs: of training, without evaluation and saving.
+    """
+
+    errors: list[float] = dataclasses.field(default_factory=list)
+    sums: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
+    secs: float = 0.0
+
+
+class Stopwatch:
+    """Adds the time of training, without evaluation and saving, to a run's history."""
+
+    def __init__(self, history: History):
+        self.history = history
+        self._since: float | None = None
+
+    def tick(self) -> None:
+        """Add the time since the last tick; after a pause, start."""
+        now = time.perf_counter()
+        if self._since is not None:
+            self.history.secs += now - self._since
+        self._since = now
+
+    def pause(self) -> None:
+        """Stop until the next tick."""
+        if self._since is not None:
+            self.tick()
+            self._since = None
+
+
+class Means:
+    """Means of metrics over uneven batches, from their sums and counts by name.
+
+    Args:
+        sums: {metric: (sum, count)} so far; updated in place.
+    """
+
+    def __init__(self, sums: dict[str, tuple[float, float]]):
+        self.sums = sums
 
     def add(self, metrics: Mapping[str, tuple[Any, Any]]) -> None:
         """Add one batch's {name: (sum, count)}."""
@@ -40,9 +81,9 @@ class Means:
             self.sums[name] = (old_total + float(total), old_count + float(count))
 
     def take(self) -> dict[str, float]:
-        """The means so far; starts afresh."""
+        """Return the means, and start again at zero."""
         means = {name: total / count for name, (total, count) in self.sums.items() if count}
-        self.sums = {}
+        self.sums.clear()
         return means
 
 
@@ -52,10 +93,9 @@ class MetricWriter:
     Of several processes only the first writes.
 
     Args:
-        workdir: where metrics.jsonl and tensorboard/ lie.
-        resume_step: records of later steps are dropped: the resumed run writes them again.
-        tensorboard: whether to write event files too; left out, with a line, if tensorboardX is
-            not installed.
+        workdir: the folder of metrics.jsonl and tensorboard/.
+        resume_step: records of later steps are removed, as the resumed run writes them again.
+        tensorboard: write event files too, unless tensorboardX is not installed (logs a line).
     """
 
     def __init__(self, workdir: Path, resume_step: int, tensorboard: bool):
@@ -70,7 +110,7 @@ class MetricWriter:
             self._board = _board(workdir / 'tensorboard', resume_step)
 
     def write(self, kind: str, step: int, **values: Any) -> None:
-        """Append a record; it is on its way to the disk when this returns."""
+        """Append a record and flush it."""
         if self._file is None:
             return
         self._file.write(json.dumps({'kind': kind, 'step': step, **values}) + '\n')
@@ -89,7 +129,7 @@ class MetricWriter:
 
 
 def read(workdir: Path) -> list[dict[str, Any]]:
-    """The records of a run, oldest first; a line cut off by a crash is left out."""
+    """Return the records of a run, oldest first, without a line cut off by a crash."""
     path = workdir / 'metrics.jsonl'
     records = []
     for line in path.read_text().splitlines() if path.exists() else ():
@@ -102,7 +142,9 @@ def read(workdir: Path) -> list[dict[str, Any]]:
 
 def _board(folder: Path, resume_step: int):
     try:
-        with _without('torch'):  # tensorboardX looks for it, and needs it for nothing written here
+        with _without(
+            'torch'
+        ):  # tensorboardX tries to import it, and uses it for nothing written here
             from tensorboardX import SummaryWriter
     except ImportError:
         log('tensorboardX is not installed, so no TensorBoard files: pip install tensorboardX.')
@@ -112,22 +154,22 @@ def _board(folder: Path, resume_step: int):
 
 @contextlib.contextmanager
 def _without(module: str) -> Generator[None]:
-    """As if it were not installed, unless it has been imported: PyTorch's import takes seconds."""
+    """Hide a module from imports unless already imported: importing PyTorch takes seconds."""
     if module in sys.modules:
         yield
         return
-    sys.modules[module] = None  # ty: ignore[invalid-assignment] (Python's way to say so)
+    sys.modules[module] = None  # ty: ignore[invalid-assignment] (documented way to block an import)
     try:
         yield
     finally:
         del sys.modules[module]
 
 
-# -------------------------------------------------------------------- what a figure needs beside it
+# ------------------------------------------------------------------------------- environment
 
 
 def environment() -> dict[str, Any]:
-    """Versions, devices and commit."""
+    """Return versions, devices and commit."""
     packages = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
     return {
         'python': platform.python_version(),
@@ -142,7 +184,7 @@ def environment() -> dict[str, Any]:
 
 
 def device_name() -> str:
-    """The accelerator's name, or the processor's, where JAX says only 'cpu'."""
+    """Return the name of the accelerator, or of the processor."""
     device = jax.devices()[0]
     cpuinfo = Path('/proc/cpuinfo')
     if device.platform != 'cpu' or not cpuinfo.exists():
@@ -152,16 +194,15 @@ def device_name() -> str:
 
 
 def short(commit: str) -> str:
-    """A commit as people write it; a '+' behind it, of code changed since, stays."""
+    """Return the first nine digits of a commit, with the '+' of changed code if there is one."""
     return commit[:9] + '+' * commit.endswith('+')
 
 
 def commit() -> str:
-    """Return the code's commit, with '+' behind it if tracked files were changed; or 'unknown'.
+    """Return the code's commit, followed by '+' if tracked files were changed; or 'unknown'.
 
-    It is unknown where git does not track this file: the repository around an installed package is
-    somebody else's. Logs do not count as changes: a measurement writes them, and its second half is
-    of the same code.
+    It is unknown where git does not track this file: an installed package may be inside another
+    repository. Logs do not count as changes, as measurements write them while they run.
     """
 
     def git(*words: str) -> str:

@@ -1,7 +1,7 @@
-"""Two questions about a net that does not train: is its start dead, and where did it turn infinite?
+"""Checks of a net that does not train: collapsed initialisation, and the source of infinities.
 
-Copies of AlexNet sit at loss ln(classes) because the signal that depends on the image is all but
-gone at the logits. One number tells before the first step: the standard deviation of the logits
+Many copies of AlexNet stay at loss ln(classes), because hardly any signal that depends on the image
+reaches the logits. One number shows it before the first step: the standard deviation of the logits
 across images at initialisation.
 """
 
@@ -23,13 +23,13 @@ DARK = 2.0  # pixels of 0 to 1 differ across images by less, of 0 to 255 by more
 
 @dataclasses.dataclass(frozen=True)
 class Preflight:
-    """What a net's start looks like.
+    """Statistics of a net at initialisation.
 
     logit_std: standard deviation of the logits across images, root mean square over classes.
     loss: mean cross-entropy in nats, beside `plateau`, which is ln(classes).
-    signal: for each layer, what depends on the image in its result: standard deviation across
-        images, root mean square over units.
-    pixels: the same of what conv1 sees; with 0-255 units it is some ten to a hundred.
+    signal: of each layer's output, the standard deviation across images, root mean square over
+        units.
+    pixels: the same of the input of conv1; between ten and a hundred for 0-255 units.
     """
 
     logit_std: float
@@ -39,7 +39,7 @@ class Preflight:
     pixels: float
 
     def weakest(self) -> tuple[str, float]:
-        """The layer that passes on the least of the signal it gets, and that share."""
+        """Return the layer with the smallest gain of the signal, and the gain."""
         names = list(self.signal)
         gains = {
             after: self.signal[after] / max(self.signal[before], 1e-30)
@@ -50,7 +50,7 @@ class Preflight:
 
 
 def preflight(net: Net, params: Any, pixels: Array, labels: Array) -> Preflight:
-    """Measure a start on some images: `pixels` [B, H, W, C] as conv1 sees them, `labels` [B]."""
+    """Measure a net on `pixels` [B, H, W, C], the input of conv1, and `labels` [B]."""
 
     @jax.jit
     def measure(params, pixels, labels):
@@ -72,14 +72,14 @@ def preflight(net: Net, params: Any, pixels: Array, labels: Array) -> Preflight:
 
 
 def collapsed_init(found: Preflight, min_logit_std: float) -> str | None:
-    """One sentence about a start that will not train, or None."""
+    """Return one sentence if the initialisation has collapsed, else None."""
     if found.logit_std >= min_logit_std:
         return None
     if found.pixels < DARK:
-        advice = 'the pixels are wanted in 0-255 units: set preprocess.scale=1.'
+        advice = 'the pixels must be in 0-255 units: set preprocess.scale=1.'
     else:
         layer, gain = found.weakest()
-        least = f'{layer} passes on least ({gain:.0%})'
+        least = f'{layer} has the smallest gain ({gain:.0%})'
         advice = f"{least}: raise its init_std, or set model.init_scaling='fan_in'."
     path = ', '.join(f'{name} {value:.1e}' for name, value in found.signal.items())
     return (
@@ -91,7 +91,7 @@ def collapsed_init(found: Preflight, min_logit_std: float) -> str | None:
 
 
 def first_not_finite(net: Net, params: Any, pixels: Array, labels: Array, masks: Any) -> str:
-    """Where a step goes wrong, in one phrase: the first operation, forward and then backward."""
+    """Return the first operation whose result is not finite, forward and then backward."""
     seen = jax.jit(_activations, static_argnums=0)(net, params, pixels, masks)
     for name in (name for layer in net.layers for name in alexnet.activation_names(layer)):
         if not np.all(np.isfinite(seen[name])):
@@ -111,7 +111,7 @@ def _loss(params, net, pixels, labels, masks):
 
 
 def _activations(net: Net, params: Any, pixels: Array, masks: Any) -> dict[str, Array]:
-    """Everything the net computes on the way, by the names of `alexnet.steps`."""
+    """Return all intermediate results, under the names of `alexnet.steps`."""
     _, variables = AlexNet(net).apply({'params': params}, pixels, masks, mutable=['intermediates'])
     return {name: value[0] for name, value in variables['intermediates'].items()}
 

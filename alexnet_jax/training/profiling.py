@@ -1,28 +1,27 @@
 """A trace of some training steps, by jax.profiler, for TensorBoard and Perfetto."""
 
-import contextlib
-from collections.abc import Generator
 from pathlib import Path
-from typing import Any
 
 import jax
 
+from alexnet_jax.training.callbacks import Callback
 from alexnet_jax.training.metrics import log
+from alexnet_jax.training.step import TrainState
 
-SETTLE_STEPS = 10  # the first of a start compile, fill the prefetch queue and take new memory
+SETTLE_STEPS = 10  # the first steps compile, fill the prefetch queue and allocate memory
 
 
-class StepProfiler:
+class StepProfiler(Callback):
     """Traces a number of steps of this start of a run.
 
-    They are those behind the first SETTLE_STEPS, or, of a run that ends before, the last ones, but
-    not the one that is compiled unless there is no other.
+    They follow the first SETTLE_STEPS. A shorter run has its last steps traced, but not the
+    one that is compiled, unless there is no other.
 
     Args:
-        folder: where the trace is written, as TensorBoard's profile plugin looks for it.
-        steps: how many; 0 traces none.
-        start: steps that have been trained already.
-        total: steps of the run.
+        folder: of the trace, in the form of TensorBoard's profile plugin.
+        steps: their number; 0 traces none.
+        start: number of steps trained already.
+        total: number of steps of the run.
     """
 
     def __init__(self, folder: Path, steps: int, start: int, total: int):
@@ -31,18 +30,18 @@ class StepProfiler:
         self.first = min(start + settle + 1, total) if steps else total + 1
         self.last = min(self.first + steps - 1, total)
 
-    @contextlib.contextmanager
-    def step(self, step: int) -> Generator[None]:
-        """Trace what is done in this context if `step` is among the steps, under its number."""
+    def on_step_begin(self, step: int) -> None:
+        """Start the trace before its first step; mark each step by its number."""
         if step == self.first:
             log(f'tracing steps {self.first} to {self.last}')
             jax.profiler.start_trace(self.folder)
             self.running = True
-        with jax.profiler.StepTraceAnnotation('train', step_num=step):
-            yield
+        self._mark = jax.profiler.StepTraceAnnotation('train', step_num=step)
+        self._mark.__enter__()
 
-    def after(self, step: int, state: Any) -> None:
-        """End the trace when the last of its steps has been computed."""
+    def on_step_end(self, step: int, state: TrainState) -> None:
+        """End the trace when its last step has been computed."""
+        self._mark.__exit__(None, None, None)
         if step == self.last and self.running:
             jax.block_until_ready(state)
             self.close()
@@ -52,7 +51,7 @@ class StepProfiler:
             )
 
     def close(self) -> None:
-        """End a trace that is under way."""
+        """End a trace that is incomplete."""
         if self.running:
             self.running = False
             jax.profiler.stop_trace()

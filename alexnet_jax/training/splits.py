@@ -1,7 +1,7 @@
-"""Open the splits of a run's data set, with labels numbered as in the run's checkpoint.
+"""Splits of a run's data set, with labels numbered as in the run's checkpoint.
 
-A checkpoint numbers its classes by their order in the data it was trained on. Data prepared again,
-or elsewhere, may number the same classes differently, so whatever reads data beside a checkpoint
+A checkpoint numbers its classes by their order in its training data. Data prepared again, or
+elsewhere, may number the same classes differently. So all code that uses data with a checkpoint
 passes it through `match`.
 """
 
@@ -65,7 +65,7 @@ def match(
 
     Where both have the same set of names in another order, labels are mapped by name. The data
     set's own names (WordNet ids) count as well as its words. Names that are only the numbers
-    '0', '1', ..., as of imported weights, say nothing: there the number of classes decides.
+    '0', '1', ..., as those of imported weights, match any classes of the same number.
 
     Args:
         dataset: one of `open_splits`.
@@ -93,7 +93,7 @@ def match(
 
 
 def _otherwise(dataset: Dataset, names: tuple[str, ...], ids: tuple[str, ...]) -> tuple[str, ...]:
-    """Return what else the data's classes may be called: their ids, or one of two sides numbers."""
+    """Return other names of the data's classes: their ids, or `names` if one side has numbers."""
     if set(ids) == set(names):
         return ids
     found, numbers = dataset.class_names, tuple(map(str, range(len(names))))
@@ -108,8 +108,8 @@ def _difference(dataset: Dataset, names: tuple[str, ...], owner: object) -> str:
     parts = [f'without {missing}'] * bool(missing) + [f'with {unknown}'] * bool(unknown)
     return (
         f'{dataset.name} has other classes ({len(found)}: {", ".join(parts) or "names repeat"}) '
-        f'than the checkpoint in {owner} ({len(names)}); choose data with the classes of the '
-        'training, by --data_dir or the config.'
+        f'than the checkpoint in {owner} ({len(names)}); choose the data it was trained on, by '
+        '--data_dir or the config.'
     )
 
 

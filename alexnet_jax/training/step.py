@@ -1,4 +1,4 @@
-"""The training step: pure, and a function of (config, seed, step) but for the batch it is given."""
+"""The training step: a pure function of its batch and of (config, seed, step)."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -21,10 +21,10 @@ Array = jax.Array
 
 
 class TrainState(struct.PyTreeNode):
-    """All that training carries from step to step.
+    """The state that training carries from step to step.
 
-    seed: of weights, crops, noise and dropout; as a number, so that all seeds share one program.
-    num_lr_drops: how often the plateau rule has divided the rate; set between epochs.
+    seed: of weights, crops, noise and dropout; an array, so that all seeds share one program.
+    num_lr_drops: number of times the plateau rule has divided the rate; set between epochs.
     all_finite: false from the first step whose loss or gradient is not finite. That step and those
         after it leave the state unchanged, so that the step can be repeated and analysed.
     """
@@ -38,7 +38,7 @@ class TrainState(struct.PyTreeNode):
 
 
 def make_optimizer(settings: Settings, images: int) -> optax.GradientTransformationExtraArgs:
-    """The 2012 update, its schedules stretched over a run on `images` training images."""
+    """Return the 2012 update, with schedules for a run on `images` training images."""
     recipe = settings.optimizer
     rates = optimizers.parameter_rates(
         recipe.weights,
@@ -56,7 +56,7 @@ def init_state(
     optimizer: optax.GradientTransformation,
     seed: Array | np.uint32 | None = None,
 ) -> TrainState:
-    """Step 0, a function of the seed: the settings' own if none is given."""
+    """Return the state of step 0, a function of the seed; default: the seed of the settings."""
     number = jnp.asarray(seed_of(settings) if seed is None else seed)
     params = alexnet.init(init_key(number), settings.net)
     return TrainState(
@@ -72,18 +72,18 @@ def init_state(
 def jit_init_state(
     settings: Settings, optimizer: optax.GradientTransformation, shardings: Any
 ) -> TrainState:
-    """Step 0 as it lies on a mesh; `shardings` come from `jit_train_step`."""
+    """Return the state of step 0 on the devices; `shardings` come from `jit_train_step`."""
     start = jax.jit(lambda seed: init_state(settings, optimizer, seed), out_shardings=shardings)
     return start(seed_of(settings))
 
 
 def seed_of(settings: Settings) -> np.uint32:
-    """The seed as JAX takes it: its lower 32 bits."""
+    """Return the lower 32 bits of the seed, as JAX takes no more."""
     return np.uint32(settings.seed % 2**32)
 
 
 def init_key(seed: Array | np.uint32) -> Array:
-    """The stream of the initial weights; stream 1 is the steps'."""
+    """Return the key of the initial weights, stream 0 of the seed; stream 1 is for the steps."""
     return jax.random.fold_in(jax.random.key(seed), 0)
 
 
@@ -94,9 +94,9 @@ def inputs(
     batch: Mapping[str, Array],
     statistics: Statistics,
 ) -> tuple[Array, dict[str, Array]]:
-    """What the step from `state` shows the net: pixels [B, H, W, C] and dropout masks.
+    """Return the net's inputs in a step: pixels [B, H, W, C] and dropout masks.
 
-    Both in the global view, and a function of the state's seed and step alone.
+    Both are global arrays, and depend on the state's seed and step only.
     """
     stream = jax.random.fold_in(jax.random.key(state.seed), 1)
     crop_key, mask_key = jax.random.split(jax.random.fold_in(stream, state.step))
@@ -114,7 +114,7 @@ def make_train_step(
     optimizer: optax.GradientTransformationExtraArgs,
     images: int,
 ) -> Callable[[TrainState, Mapping[str, Array], Statistics], tuple[TrainState, dict]]:
-    """The step: (state, batch, statistics) -> (next state, {metric: (sum, count)}); pure."""
+    """Return the pure step: (state, batch, statistics) -> (state, {metric: (sum, count)})."""
     forward = layout.forward(settings.net)
 
     def train_step(state, batch, statistics):
@@ -153,9 +153,9 @@ def jit_train_step(
     images: int,
     **compiler_options: str,
 ) -> tuple[Any, Any]:
-    """The step for a mesh, jitted: (step, how its state lies: a tree of shardings).
+    """Return the jitted step for a mesh, and the shardings of its state.
 
-    The state that goes in is donated. `compiler_options` come on top of this platform's own.
+    The input state is donated. `compiler_options` are added to those of this platform.
     """
     shapes = jax.eval_shape(lambda: init_state(settings, optimizer))
     shardings = layout.state_shardings(shapes, settings.net)

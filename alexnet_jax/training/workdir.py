@@ -1,4 +1,4 @@
-"""The folder of a run: created, locked, and compared with the config that is to run in it."""
+"""The folder of a run: created, locked, and checked against the config of the run."""
 
 import contextlib
 import fcntl
@@ -17,7 +17,7 @@ from alexnet_jax.errors import RunError, UsageError
 from alexnet_jax.parallel import distributed
 from alexnet_jax.training import metrics
 
-# What a resumed run may change: where and how it works, but no number of it beyond rounding.
+# Keys that a resumed run may change: they change no number beyond rounding.
 MAY_DIFFER = (
     'data.data_dir',
     'data.resident_gib',
@@ -36,8 +36,7 @@ MAY_DIFFER = (
     'processes.peer_timeout_secs',
 )
 
-
-# What an extension may change besides: the state has the same arrays under any of it.
+# Keys that an extension may change besides: the state has the same arrays under all their values.
 EXTENDABLE = ('epochs', 'optimizer', 'preprocess.noise_until_epoch')
 
 
@@ -45,23 +44,23 @@ EXTENDABLE = ('epochs', 'optimizer', 'preprocess.noise_until_epoch')
 def open_workdir(config: Config, workdir: Path, extend: bool = False) -> Generator[None]:
     """Create and lock the folder of a run, compare its config, and record the environment.
 
-    Of several processes the first does it, and the others check that they see the same folder.
+    With several processes, the first does it, and the others check that they see the same folder.
 
     Args:
-        config: what is to run. A folder without a checkpoint and without a recorded step takes it.
+        config: of the run; written to a folder without a checkpoint and without a recorded step.
         workdir: the folder.
-        extend: allow a change of EXTENDABLE; `write_config` is then called by whoever trains on.
+        extend: allow changes of EXTENDABLE; the caller then writes the config by `write_config`.
 
     Raises:
-        UsageError: the folder holds a run of another config, or none to extend.
-        RunError: it cannot be written, another run is at work in it, or processes do not share it.
+        UsageError: the folder holds a run of another config, or no run to extend.
+        RunError: it is not writable, another process trains in it, or processes do not share it.
     """
     with _open(config, workdir, extend) if distributed.is_first() else contextlib.nullcontext():
         distributed.wait_for_all('workdir')
         if not (workdir / 'config.json').exists():
             raise RunError(
-                f'process 0 has made {workdir}, and it is not to be seen here; choose a --workdir '
-                f'that all processes share.'
+                f'process 0 has created {workdir}, but this process does not see it; choose a '
+                f'--workdir that all processes share.'
             )
         yield
 
@@ -84,7 +83,7 @@ def _open(config: Config, workdir: Path, extend: bool) -> Generator[None]:
             raise RunError(f'another process is training in {workdir}; wait for it.') from error
         path = workdir / 'config.json'
         if not _has_checkpoint(workdir):
-            # An earlier start may have failed after it took them from another run.
+            # Left by an earlier start that failed before its first step.
             (workdir / 'source_statistics.npz').unlink(missing_ok=True)
         if path.exists() and has_run(workdir):
             _check_same(config_file.read_json(path), config, workdir, extend)
@@ -120,7 +119,7 @@ def _value(tree: dict, key: str) -> Any:
 
 
 def use_compilation_cache(where: str, workdir: Path) -> None:
-    """Keep compiled programs on disk, so that the next start of the same config is quick."""
+    """Keep compiled programs on disk, so that the next start of the same config is fast."""
     if where != 'none':
         folder = workdir.absolute().parent / '.jax_cache' if where == 'beside' else Path(where)
         jax.config.update('jax_compilation_cache_dir', str(folder))
@@ -134,14 +133,14 @@ def _check_same(old: Config, new: Config, workdir: Path, extend: bool) -> None:
     fixed = [key for key in barred if not f'{key}.'.startswith(allowed)]
     if extend and fixed:
         raise UsageError(
-            f'--extend changes {", ".join(EXTENDABLE)} alone, and the run in {workdir} differs in '
-            f'{", ".join(fixed)}; give the values of its config.json.'
+            f'--extend can change {", ".join(EXTENDABLE)} only, but the run in {workdir} differs '
+            f'in {", ".join(fixed)}; set these as in its config.json.'
         )
     if not barred or extend:
         return
     way = 'the config it was started with (its config.json)'
     if not fixed and _has_checkpoint(workdir):
-        way += ', or add --extend to train it on under the new one'
+        way += ', or add --extend to resume it with the new one'
     raise UsageError(
         f'{workdir} holds a run of another config, different in {", ".join(barred)}; choose '
         f'another --workdir, or {way}.'

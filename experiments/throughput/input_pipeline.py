@@ -1,17 +1,15 @@
 """Time training on real input, and the time to the first step.
 
-Feeding: the trainer's own loop, reading, prefetching and logging as in any run, takes turns with
-the same compiled step on one batch that stays on the device. The loop itself logs how long it
-waited for input.
+Feeding: the trainer's own loop, reading and prefetching as in any run, takes turns with the same
+compiled step on one batch that stays on the device. A callback adds up the time that the loop waits
+for input.
 
 Start: `main.py` in a process of its own, from the command to the record of its first step, with an
 empty folder of compiled programs and again with the folder that this left. The data is prepared.
 """
 
 import argparse
-import contextlib
 import dataclasses
-import io
 import os
 import subprocess
 import sys
@@ -28,7 +26,9 @@ from alexnet_jax.errors import AlexNetError, RunError
 from alexnet_jax.parallel import cpu
 from alexnet_jax.training import metrics as run_metrics
 from alexnet_jax.training import train
-from alexnet_jax.training.train import History, Job
+from alexnet_jax.training.callbacks import Callback
+from alexnet_jax.training.job import Job
+from alexnet_jax.training.metrics import History
 from configs import alexnet
 from experiments.data_bench import reading
 from experiments.throughput import baselines
@@ -93,7 +93,6 @@ def feed(config: Any, scratch: Path, rounds: int, sample_secs: float) -> dict[st
     """Return seconds a step of the trainer's loop and of the step alone, a value a round."""
     config.mesh.update(data=baselines.as_devices(config), tower=1)
     config.loop.eval_batch_size = 64
-    config.loop.log_every_steps = FEWEST_STEPS
     if config.data.name == 'fashion_mnist':
         config.data.update(validation='train[-64:]', test='test[:64]')
     job = train.open_job(config, configuration.unpack(config), scratch)
@@ -102,13 +101,13 @@ def feed(config: Any, scratch: Path, rounds: int, sample_secs: float) -> dict[st
     cpu.keep_freed()
     state, secs = resident(job, state, batch, 1)
     steps = max(FEWEST_STEPS, round(10 * sample_secs / secs))
-    state, *_ = real(job, state, FEWEST_STEPS, scratch)
+    state, *_ = real(job, state, FEWEST_STEPS)
     row: dict[str, Any] = {'batch_size': job.settings.batch_size, 'steps': steps}
     row |= {'real_secs': [], 'resident_secs': [], 'stall_share': []}
     for _ in range(rounds):
         state, secs = resident(job, state, batch, steps)
         row['resident_secs'].append(secs)
-        state, secs, stalled = real(job, state, steps, scratch)
+        state, secs, stalled = real(job, state, steps)
         row['real_secs'].append(secs)
         row['stall_share'].append(stalled / (secs * steps))
     return row
@@ -124,26 +123,23 @@ def resident(job: Job, state: Any, batch: Any, steps: int) -> tuple[Any, float]:
     return state, (time.perf_counter() - start) / steps
 
 
-def real(job: Job, state: Any, steps: int, folder: Path) -> tuple[Any, float, float]:
+def real(job: Job, state: Any, steps: int) -> tuple[Any, float, float]:
     """Run the trainer's loop for `steps` more: (state, seconds of a step, seconds of waiting)."""
-    start, history = int(state.step), History()
+    start, history, waits = int(state.step), History(), _Waits()
     epochs = (start + steps - 0.5) * job.settings.batch_size / len(job.train)
     job = dataclasses.replace(job, settings=dataclasses.replace(job.settings, epochs=epochs))
-    writer = run_metrics.MetricWriter(folder, start, job.settings.loop.tensorboard)
-    with contextlib.closing(writer), contextlib.redirect_stderr(io.StringIO()):
-        state = train.train(job, state, history, _NoCheckpoints(), writer)
-    written = [r for r in run_metrics.read(folder) if r['kind'] == 'train' and r['step'] > start]
-    return state, history.secs / steps, sum(record['stall_secs'] for record in written)
+    state = train.train(job, state, history, [waits])
+    return state, history.secs / steps, waits.secs
 
 
-class _NoCheckpoints:
-    """Checkpoint store that stores nothing."""
+class _Waits(Callback):
+    """The time that the loop waits for input."""
 
-    def save(self, *args: Any, **kwargs: Any) -> None:
-        """Do nothing."""
+    secs = 0.0
 
-    def wait(self) -> None:
-        """Do nothing."""
+    def on_metrics(self, step: int, metrics: Any, wait_secs: float) -> None:
+        """Add a step's time."""
+        self.secs += wait_secs
 
 
 # ----------------------------------------------------------------------------------------- start-up

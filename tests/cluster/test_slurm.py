@@ -76,7 +76,7 @@ class Job:
 
     def come_back(self, restart: int) -> None:
         """Wait until the job has gone through the queue and goes on."""
-        self.wait(lambda: self.said().count('going on from step') >= restart, f'restart {restart}')
+        self.wait(lambda: self.said().count('resuming at step') >= restart, f'restart {restart}')
 
     def finish(self) -> dict[str, str]:
         """Wait for the end."""
@@ -117,7 +117,7 @@ def undisturbed(submit) -> Path:
     job = submit('undisturbed')
     shown = job.finish()
     assert (shown['JobState'], shown['Restarts']) == ('COMPLETED', '0'), job.said()
-    assert 'going on from step' not in job.said()
+    assert 'resuming at step' not in job.said()
     return job.workdir
 
 
@@ -157,7 +157,7 @@ def test_killed_and_frozen_tasks_are_started_again_and_end_in_the_same_bits(undi
     assert shown['Restarts'] == '3', job.said()
     assert 'goes into the queue again, restart 3' in job.said()
     assert 'could not be written' not in job.said()
-    steps = [int(step) for step in re.findall(r'going on from step (\d+) of 64', job.said())]
+    steps = [int(step) for step in re.findall(r'resuming at step (\d+) of 64', job.said())]
     assert len(steps) == 3, job.said()
     # Logged, not saved yet: a kill may take with it the save under way and the one before.
     for step, reached in zip(steps, (10, 26, 42), strict=True):
@@ -183,7 +183,7 @@ def test_asked_to_leave_they_save_and_go_on_where_they_were(undisturbed, submit)
     shown = job.finish()
     assert (shown['JobState'], shown['Restarts']) == ('COMPLETED', '0'), job.said()
     saved = re.findall(r'^main.py: SIGTERM: saved at step (\d+) of 64', job.said(), re.MULTILINE)
-    went_on = re.findall(r'going on from step (\d+) of 64', job.said())
+    went_on = re.findall(r'resuming at step (\d+) of 64', job.said())
     assert len(went_on) == 3, job.said()
     assert went_on == saved, job.said()
     assert job.said().count('goes into the queue again') == 1, job.said()
@@ -276,7 +276,7 @@ def test_mpirun_ends_in_the_same_bits_after_a_kill(undisturbed, mpirun):
     again = mpirun(workdir)
     out, err = again.communicate(timeout=LIMIT_SECS)
     assert again.returncode == 0, err
-    assert 'going on from step' in err
+    assert 'resuming at step' in err
     assert 'test accuracy' in out
     assert_same(outcome(undisturbed), outcome(workdir))
 

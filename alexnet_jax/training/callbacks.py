@@ -1,0 +1,169 @@
+"""Callbacks of the training loop: logging, checkpoints, and signals that end a run early."""
+
+import contextlib
+import dataclasses
+import signal
+from collections.abc import Mapping
+from typing import Any
+
+from alexnet_jax.data import datasets
+from alexnet_jax.errors import RunError
+from alexnet_jax.parallel import distributed
+from alexnet_jax.progress import ProgressBar, duration
+from alexnet_jax.training.checkpoint import Checkpoints
+from alexnet_jax.training.job import Job
+from alexnet_jax.training.metrics import History, Means, MetricWriter, log
+from alexnet_jax.training.step import TrainState
+
+STALL_SHARE = 0.05  # of the training time; the log warns when waiting for input takes more
+
+
+class Callback:
+    """Hooks of the training loop, called in the order of its events; by default they do nothing."""
+
+    def on_step_begin(self, step: int) -> None:
+        """Act before a step waits for its batch."""
+
+    def on_step_end(self, step: int, state: TrainState) -> None:
+        """Act when a step has been dispatched; `state` may still be under computation."""
+
+    def on_metrics(
+        self, step: int, metrics: Mapping[str, tuple[Any, Any]], wait_secs: float
+    ) -> None:
+        """Receive a step's {metric: (sum, count)} and its wait for input, while the next runs."""
+
+    def on_evaluation(self, step: int, scores: Mapping[str, float]) -> None:
+        """Receive the scores on the validation images."""
+
+    def should_stop(self, step: int) -> bool:
+        """Return whether the loop is to save and end after this step; called once a step."""
+        del step
+        return False
+
+    def on_save(self, step: int, state: TrainState, error: float | None) -> None:
+        """Store the state; `error` is this step's validation error, None if not evaluated."""
+
+
+class CheckpointSaver(Callback):
+    """Saves all that is needed to resume, and to classify an image from the checkpoint alone."""
+
+    def __init__(self, job: Job, history: History, checkpoints: Checkpoints):
+        self.job, self.history, self.checkpoints = job, history, checkpoints
+
+    def on_save(self, step: int, state: TrainState, error: float | None) -> None:
+        """Start to save a checkpoint."""
+        tree = {'state': state, 'statistics': self.job.statistics._asdict()}
+        extra = {
+            'config': self.job.config,
+            'history': dataclasses.asdict(self.history),
+            'class_names': list(self.job.train.class_names),
+            'stored': list(self.job.train.images.shape[1:]),
+        }
+        self.checkpoints.save(step, tree, extra, error=error)
+
+
+class StepLog(Callback):
+    """Writes records of training and validation, and shows progress on the terminal."""
+
+    def __init__(self, job: Job, history: History, writer: MetricWriter, start: int):
+        self.job, self.history, self.writer = job, history, writer
+        self.bar = ProgressBar(job.total_steps, start, log, shown=distributed.is_first())
+        self.means = Means(history.sums)
+        self.steps, self.wait_secs, self.logged_secs = 0, 0.0, history.secs
+        self.records, self.warned = 0, False
+
+    def on_metrics(
+        self, step: int, metrics: Mapping[str, tuple[Any, Any]], wait_secs: float
+    ) -> None:
+        """Add the step to the means; write a record every `log_every_steps`."""
+        self.means.add(metrics)
+        self.steps += 1
+        self.wait_secs += wait_secs
+        self.bar.to(step)
+        if step % self.job.settings.loop.log_every_steps == 0 or step == self.job.total_steps:
+            self._write(step)
+
+    def _write(self, step: int) -> None:
+        secs = self.history.secs - self.logged_secs
+        rate = self.steps * self.job.settings.batch_size / max(secs, 1e-9)
+        means = self.means.take()
+        timing = {'secs': self.history.secs, 'images_per_sec': rate, 'stall_secs': self.wait_secs}
+        self.writer.write('train', step, epoch=self.job.epoch(step), **means, **timing)
+        text = f'loss {means["loss"]:.4f}  {rate:.0f} images/s'
+        self.bar.to(step, text)
+        if self.bar.plain:
+            left = (self.job.total_steps - step) * self.job.settings.batch_size / rate
+            log(f'step {step}/{self.job.total_steps}  {text}  {duration(left)} left')
+        self._warn_of_slow_input(secs)
+        self.steps, self.wait_secs, self.logged_secs = 0, 0.0, self.history.secs
+
+    def _warn_of_slow_input(self, secs: float) -> None:
+        """Log once if input is the bottleneck, with the number of cores that would be enough."""
+        self.records += 1
+        share = self.wait_secs / max(secs, 1e-9)
+        if self.warned or self.records == 1 or share <= STALL_SHARE:  # start-up is in the first
+            return
+        size = self.job.settings.batch_size
+        rows = len(range(size)[self.job.layout.local_batch_slice(size)])
+        wanted = self.steps * rows / max(secs - self.wait_secs, 1e-9)
+        if why := datasets.shortage(self.job.train, wanted):
+            self.warned = True
+            self.bar.line(f'the input is the limit, {share:.0%} of the time: {why}')
+
+    def on_evaluation(self, step: int, scores: Mapping[str, float]) -> None:
+        """Write a record of the validation, and print it."""
+        epoch = self.job.epoch(step)
+        self.writer.write('validation', step, epoch=epoch, **scores)
+        self.bar.line(
+            f'epoch {epoch:.2f}: validation error {scores["top1_error"]:.2%}, '
+            f'top-5 {scores["top5_error"]:.2%}, loss {scores["nll"]:.4f}'
+        )
+
+    def close(self) -> None:
+        """Restore the terminal."""
+        self.bar.close()
+
+
+class Interrupt(Callback):
+    """Stops the loop after SIGTERM or Ctrl-C; a second Ctrl-C ends the process at once.
+
+    Any of several processes may get the signal, and all stop after the same step.
+    """
+
+    def __init__(self):
+        self.signal: int | None = None
+        self._handlers: dict[int, Any] = {}
+
+    def __enter__(self) -> 'Interrupt':
+        if distributed.several():  # JAX handles SIGTERM from the first step to the last
+            self._handlers[signal.SIGTERM] = signal.SIG_DFL
+            return self
+        with contextlib.suppress(ValueError):  # only the main thread may set handlers
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._handlers[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: Any) -> None:
+        del frame
+        self.signal = number
+        signal.signal(number, self._handlers[number])
+
+    def should_stop(self, step: int) -> bool:
+        """Return whether a signal has come."""
+        if distributed.several():
+            return distributed.preempted(step)
+        return self.signal is not None
+
+    def error(self, step: int, job: Job) -> RunError:
+        """Return the error that ends the run, with the shell's exit code for the signal."""
+        number = signal.Signals(self.signal or signal.SIGTERM)
+        error = RunError(
+            f'{number.name}: saved at step {step} of {job.total_steps}; run the same command with '
+            f'--workdir={job.workdir} to resume.'
+        )
+        error.exit_code = 128 + number
+        return error
