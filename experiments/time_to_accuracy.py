@@ -141,7 +141,7 @@ def _parser() -> command.Parser:
 
 
 def act(flags: argparse.Namespace) -> int:
-    """Measure, keep, and say it in one line."""
+    """Measure, store, and print one line."""
     if jax.default_backend() == 'cpu' and not flags.anyway:
         print(NOT_HERE)
         return 0

@@ -108,7 +108,7 @@ def test_the_source_may_be_donated_or_overwritten_as_soon_as_save_returns(tmp_pa
         assert_same(checkpoints.restore((state, array)).state, wanted)
 
 
-def test_training_goes_on_from_a_restored_state_as_from_the_original(tmp_path):
+def test_a_restored_state_trains_as_the_original(tmp_path):
     # A restored array may share memory with numpy; donating it must not spoil it.
     train_step = jax.jit(lambda s: jax.tree.map(lambda x: jnp.sin(x) + 1, s), donate_argnums=0)
     state = {'w': jnp.arange(100_000.0)}
@@ -230,9 +230,9 @@ def largest(checkpoint):
     return max((checkpoint / f for f in files_of(checkpoint)), key=lambda f: f.stat().st_size)
 
 
-def resume_after(room, pristine, file, damage, at=0.5):
+def resume_after(parent, pristine, file, damage, at=0.5):
     """Damage one file of step 2 in a copy and resume: (was step 2 set aside, reports)."""
-    directory = room / 'copy'
+    directory = parent / 'copy'
     shutil.rmtree(directory, ignore_errors=True)
     shutil.copytree(pristine, directory)
     DAMAGES[damage](directory / '2' / file, at)
@@ -429,7 +429,7 @@ CHILD = """
 """
 
 
-def test_killed_at_any_moment_whatever_is_there_is_whole(tmp_path):
+def test_killed_at_any_moment_every_checkpoint_is_complete(tmp_path):
     rng = random.Random(0)
     root = Path(__file__).parent.parent
     reached, left_half_written = -1, 0
@@ -472,24 +472,24 @@ def noise(n_bytes):
     return {'w': np.random.default_rng(0).integers(0, 256, n_bytes, np.uint8)}
 
 
-@pytest.mark.parametrize('said_by', ['save', 'wait', 'close', 'with'])
-def test_full_disk_is_said_in_a_sentence_and_loses_nothing(small_disk, said_by):
+@pytest.mark.parametrize('raised_by', ['save', 'wait', 'close', 'with'])
+def test_a_full_disk_is_reported_in_a_sentence_and_loses_nothing(small_disk, raised_by):
     checkpoints = Checkpoints(small_disk / 'checkpoints')
     checkpoints.save(1, noise(10**6), {}, error=None)
     checkpoints.save(2, noise(4 * 10**6), {}, error=None)
     sentence = r'^the checkpoint of step 2 could not be written to .*No space left on device.*$'
-    with pytest.raises(RunError, match=sentence):  # noqa: PT012 (four ways to be told)
-        if said_by == 'save':
+    with pytest.raises(RunError, match=sentence):  # noqa: PT012 (four places that may raise it)
+        if raised_by == 'save':
             checkpoints.save(3, noise(10**6), {}, error=None)
-        elif said_by == 'with':
+        elif raised_by == 'with':
             with checkpoints:
                 pass
         else:
-            getattr(checkpoints, said_by)()
+            getattr(checkpoints, raised_by)()
     assert checkpoints.steps() == [1]
     assert os.listdir(small_disk / 'checkpoints') == ['1']
     assert_same(checkpoints.restore(noise(10**6)).state, noise(10**6))
-    checkpoints.wait()  # said once
+    checkpoints.wait()  # raised once
     with checkpoints:
         checkpoints.save(2, noise(10**6), {}, error=None)
     assert checkpoints.steps() == [1, 2]

@@ -22,7 +22,7 @@ from alexnet_jax.training import metrics
 from tests.test_train import assert_same, outcome
 
 # A checkpoint every other step, so that kills fall into saves too. Small rates: at the recipe's own
-# a rounding error grows tenfold every few steps (tests/test_train.py says more).
+# a rounding error grows tenfold every few steps (tests/test_train.py has more on it).
 LONG = ('--config.epochs=2', '--config.loop.checkpoint_every_epochs=0.125',
         '--config.data.validation=train[55000:55064]', '--config.data.test=test[:100]')  # fmt: skip
 CALM = ('--config.optimizer.weights.rate=0.0005', '--config.optimizer.biases.rate=0.001')
@@ -72,11 +72,11 @@ class Crew:
             for process in self.processes.values():
                 process.kill()
 
-    def said(self, i: int) -> str:
+    def stderr(self, i: int) -> str:
         return (self.folder / f'err.{i}').read_text()
 
     def last(self, i: int) -> str:
-        return self.said(i).strip().splitlines()[-1]
+        return self.stderr(i).strip().splitlines()[-1]
 
     def wait_for_step(self, step: int) -> None:
         deadline = time.monotonic() + SECS
@@ -84,9 +84,9 @@ class Crew:
             rows = metrics.read(self.folder / 'run')
             if any(row['kind'] == 'train' and row['step'] >= step for row in rows):
                 return
-            assert all(g.poll() is None for g in self.processes.values()), self.said(0)
+            assert all(g.poll() is None for g in self.processes.values()), self.stderr(0)
             time.sleep(0.02)
-        raise AssertionError(f'step {step} was never reached: {self.said(0)}')
+        raise AssertionError(f'step {step} was never reached: {self.stderr(0)}')
 
 
 @pytest.fixture(scope='module')
@@ -107,24 +107,24 @@ def command(repository, data_dir, cache_dir):
 @pytest.fixture(scope='module')
 def undisturbed(command, tmp_path_factory):
     crew = Crew(command, tmp_path_factory.mktemp('crews') / 'undisturbed', 2, MESH)
-    assert crew.wait() == {0: 0, 1: 0}, crew.said(0) + crew.said(1)
+    assert crew.wait() == {0: 0, 1: 0}, crew.stderr(0) + crew.stderr(1)
     return crew
 
 
 def assert_resumes(undisturbed, command, folder):
     """The same command again ends in the undisturbed run's bits."""
     again = Crew(command, folder, 2, MESH)
-    assert again.wait() == {0: 0, 1: 0}, again.said(0) + again.said(1)
-    assert 'resuming at step' in again.said(0)
+    assert again.wait() == {0: 0, 1: 0}, again.stderr(0) + again.stderr(1)
+    assert 'resuming at step' in again.stderr(0)
     assert_same(outcome(undisturbed.folder / 'run'), outcome(folder / 'run'))
 
 
-def test_process_0_alone_speaks(undisturbed):
+def test_process_0_alone_prints(undisturbed):
     assert (undisturbed.folder / 'out.0').read_text().startswith('smoke: test accuracy')
     assert len((undisturbed.folder / 'out.0').read_text().splitlines()) == 1
     assert (undisturbed.folder / 'out.1').read_text() == ''
-    assert undisturbed.said(1) == ''
-    assert 'Gloo' not in undisturbed.said(0)
+    assert undisturbed.stderr(1) == ''
+    assert 'Gloo' not in undisturbed.stderr(0)
     kinds = [row['kind'] for row in metrics.read(undisturbed.folder / 'run')]
     assert kinds.count('test') == 1
     assert kinds.count('validation') == 2
@@ -157,7 +157,7 @@ for shape in ((4, 1), (2, 2), (1, 4), (4, 1, 'one_weird_trick')):
 """
 
 
-def test_a_process_reads_its_own_rows_only(repository, tmp_path):
+def test_a_process_reads_its_part_of_a_batch_only(repository, tmp_path):
     """Half of the batch where each process has its own images, all of it where they share them."""
     with socket.create_server(('127.0.0.1', 0)) as probe:
         port = probe.getsockname()[1]
@@ -182,9 +182,9 @@ def test_a_process_reads_its_own_rows_only(repository, tmp_path):
 def test_two_processes_of_four_devices_are_one_of_eight(command, tmp_path):
     """Sums over processes are taken in another order, and rounding grows over the 32 steps."""
     two = Crew(command, tmp_path / 'two', 2, EIGHT, devices=8)
-    assert two.wait() == {0: 0, 1: 0}, two.said(0) + two.said(1)
+    assert two.wait() == {0: 0, 1: 0}, two.stderr(0) + two.stderr(1)
     one = Crew(command, tmp_path / 'one', 1, EIGHT, devices=8)
-    assert one.wait() == {0: 0}, one.said(0)
+    assert one.wait() == {0: 0}, one.stderr(0)
     ours, theirs = outcome(two.folder / 'run'), outcome(one.folder / 'run')
     assert ours[0] == theirs[0]
     assert ours[1].keys() == theirs[1].keys()
@@ -209,11 +209,11 @@ def test_a_killed_process_ends_all_and_the_same_command_resumes(undisturbed, com
     crew.wait_for_step(12)
     crew.processes[victim].kill()
     code = crew.wait()[1 - victim]
-    assert code in (1, ABORTED), crew.said(1 - victim)
+    assert code in (1, ABORTED), crew.stderr(1 - victim)
     if code == 1:
         assert 'main.py: another process is gone (' in crew.last(1 - victim)
         assert 'start all processes again to resume from the latest' in crew.last(1 - victim)
-    assert 'could not be written' not in crew.said(1 - victim)
+    assert 'could not be written' not in crew.stderr(1 - victim)
     if victim == 0:
         assert_resumes(undisturbed, command, folder)
 
@@ -222,7 +222,7 @@ def test_a_frozen_process_ends_the_others(undisturbed, command):
     crew = Crew(command, undisturbed.folder.parent / 'frozen', 2, MESH)
     crew.wait_for_step(4)
     crew.processes[1].send_signal(signal.SIGSTOP)
-    assert crew.processes[0].wait(timeout=SECS) in (1, ABORTED), crew.said(0)
+    assert crew.processes[0].wait(timeout=SECS) in (1, ABORTED), crew.stderr(0)
     assert crew.processes[1].poll() is None
     crew.processes[1].kill()
     crew.wait()
@@ -234,7 +234,7 @@ def test_a_signal_to_one_saves_the_same_step_in_all(undisturbed, command, asked,
     crew = Crew(command, folder, 2, (*MESH, '--config.loop.checkpoint_every_epochs=2.0'))
     crew.wait_for_step(8)
     crew.processes[asked].send_signal(number)
-    assert crew.wait() == {0: 143, 1: 143}, crew.said(0) + crew.said(1)
+    assert crew.wait() == {0: 143, 1: 143}, crew.stderr(0) + crew.stderr(1)
     assert crew.last(0).startswith('main.py: SIGTERM: saved at step ')
     if asked == 1:
         assert_resumes(undisturbed, command, folder)
@@ -248,10 +248,10 @@ def test_a_process_that_never_comes(command, tmp_path, absent):
     short = ('--config.processes.join_timeout_secs=3',)
     crew = Crew(command, tmp_path, 2, short, absent=(absent,))
     assert crew.wait() == {1 - absent: 1}
-    said = crew.said(1 - absent)
-    assert 'not all of 2 processes connected at 127.0.0.1:' in said
-    assert 'within 3 s (processes.join_timeout_secs)' in said
-    assert len(said.splitlines()) == 1
+    error = crew.stderr(1 - absent)
+    assert 'not all of 2 processes connected at 127.0.0.1:' in error
+    assert 'within 3 s (processes.join_timeout_secs)' in error
+    assert len(error.splitlines()) == 1
     assert not (tmp_path / 'run').exists()
 
 
@@ -297,7 +297,7 @@ def test_data_that_is_not_the_same_everywhere(command, data_dir, tmp_path, fault
             fashion_mnist.write(raw, place / 'data', report=lambda line: None)
             (place / 'data' / 'fashion_mnist').rename(place / 'data' / 'mine')
     crew = Crew(command, tmp_path / 'w', 2, splits, places=places)
-    assert crew.wait() == {0: 2, 1: 2}, crew.said(0) + crew.said(1)
+    assert crew.wait() == {0: 2, 1: 2}, crew.stderr(0) + crew.stderr(1)
     if fault == 'different':
         assert any('the training data of process 1 differs' in crew.last(i) for i in (0, 1))
     else:
@@ -311,7 +311,7 @@ with distributed.joined(launchers.detect({}, sys.argv[1], 2, int(sys.argv[2])), 
     distributed.wait_for_all('start')
     if sys.argv[2] == '1':
         raise KeyError('a bug')
-    distributed.wait_for_all('in vain')
+    distributed.wait_for_all('never')
 """
 
 
@@ -353,8 +353,8 @@ def test_a_port_in_use(command, tmp_path):
 
 
 def test_a_lost_connection_is_recognised_behind_the_error_that_hides_it():
-    """As gloo's, raised while a checkpoint was saved, behind the sentence about a full disk."""
-    hidden = RunError('the checkpoint could not be written; make room')
+    """Find the error of gloo behind the sentence about a full disk."""
+    hidden = RunError('the checkpoint could not be written; free space')
     assert not distributed._is_loss(hidden)
     hidden.__cause__ = ValueError('UNKNOWN: Gloo AllGather failed: Connection closed by peer')
     assert 'Gloo AllGather failed' in distributed._is_loss(hidden)
@@ -419,7 +419,7 @@ def test_steps_of_a_job_side_by_side_have_ports_of_their_own():
 
 
 @pytest.mark.parametrize(
-    ('environ', 'flags', 'says'),
+    ('environ', 'flags', 'message'),
     [
         ({}, ('here:1', None, None), 'give --num_processes and --process_id too'),
         ({}, (None, 2, 0), 'give --coordinator_address too'),
@@ -434,8 +434,8 @@ def test_steps_of_a_job_side_by_side_have_ports_of_their_own():
         ({'RANK': '1', 'WORLD_SIZE': '4'}, (None,) * 3, 'give --coordinator_address too'),
     ],
 )
-def test_descriptions_that_cannot_be(environ, flags, says):
-    with pytest.raises(UsageError, match=re.escape(says)):
+def test_descriptions_that_cannot_be(environ, flags, message):
+    with pytest.raises(UsageError, match=re.escape(message)):
         detect(environ, *flags)
 
 

@@ -88,7 +88,7 @@ def test_the_net_is_taken_over_and_the_last_layer_is_as_wide_as_the_data(run, sm
 
 
 def test_a_run_resumes_without_its_source(run, tmp_path):
-    """Its last checkpoint taken away, it goes on from the one before and ends in the same bits."""
+    """Its last checkpoint taken away, it resumes from the one before and ends in the same bits."""
     finished, config = run
     workdir = shutil.copytree(finished, tmp_path / 'run')
     final = checkpoint.read(finished / 'checkpoints').state
@@ -119,8 +119,8 @@ def test_the_same_classes_keep_the_last_layer(smoke_run, data_dir, capsys):
     kept, carried = finetuning.parameters(fresh, restored, names, [['0'], classes], 'there')
     np.testing.assert_array_equal(kept['fc8']['kernel'], theirs['fc8']['kernel'])
     assert carried == names
-    assert 'starting from step 8 of there: conv1, conv2,' in (said := capsys.readouterr().err)
-    assert said.endswith('fc7, fc8 carried over, none fresh\n')
+    assert 'starting from step 8 of there: conv1, conv2,' in (err := capsys.readouterr().err)
+    assert err.endswith('fc7, fc8 carried over, none fresh\n')
     others = [classes[::-1], [str(i) for i in range(10)]]
     found, carried = finetuning.parameters(fresh, restored, names, others, 'there')
     assert found['fc8'] is fresh['fc8']
@@ -138,11 +138,11 @@ def test_layers_are_carried_over_by_name_where_shapes_agree(smoke_run, seven, tm
     config = tuned(smoke_run, seven, **changes)
     config.model.layers = tuple(x for x in config.model.layers if x != 'conv4')
     train.run(config, tmp_path / 'w')
-    said = capsys.readouterr().err
-    assert 'conv1, conv5, fc6, fc7 carried over, fresh: conv2 (5x5x6x32 there, 5x5x6x48 ' in said
-    assert 'conv5 of' in said
-    assert 'followed another layer there' in said
-    assert 'conv2.features' not in said  # a fresh layer's values are no matter
+    err = capsys.readouterr().err
+    assert 'conv1, conv5, fc6, fc7 carried over, fresh: conv2 (5x5x6x32 there, 5x5x6x48 ' in err
+    assert 'conv5 of' in err
+    assert 'followed another layer there' in err
+    assert 'conv2.features' not in err  # a fresh layer's values are no matter
 
 
 def test_a_net_that_shares_no_layer_is_refused(smoke_run, seven, tmp_path):
@@ -189,16 +189,16 @@ def test_the_same_weights_in_another_net_give_a_warning(smoke_run, seven, capsys
 
 
 @pytest.mark.parametrize(
-    ('init_from', 'error', 'says'),
+    ('init_from', 'error', 'message'),
     [
         ('', UsageError, r'set --config\.init_from=WORKDIR'),
         ('/nowhere', RunError, r'init_from=/nowhere: /nowhere holds no checkpoint'),
         ('{smoke}:7', UsageError, '7'),
     ],
 )
-def test_missing_sources(smoke_run, seven, tmp_path, init_from, error, says):
+def test_missing_sources(smoke_run, seven, tmp_path, init_from, error, message):
     config = tuned(init_from.format(smoke=smoke_run), seven)
-    with pytest.raises(error, match=says):
+    with pytest.raises(error, match=message):
         train.run(config, tmp_path / 'w')
 
 
@@ -321,14 +321,14 @@ def test_the_chain_of_1_cnn_star(pictures, tmp_path, capsys):
     assert 'carried over' not in capsys.readouterr().err
     first = {'seed': 1, 'init_layers': convolutions, 'optimizer__multipliers__conv1': 0.0}
     train.run(link('big', pictures, tmp_path / '145', **first), tmp_path / '146-big')
-    said = capsys.readouterr().err
-    assert 'conv4, conv5 carried over, fresh: conv6 (missing there), fc6' in said
-    assert 'warning: ' + str(tmp_path) not in said
-    assert 'followed another layer' not in said
+    err = capsys.readouterr().err
+    assert 'conv4, conv5 carried over, fresh: conv6 (missing there), fc6' in err
+    assert 'warning: ' + str(tmp_path) not in err
+    assert 'followed another layer' not in err
     second = {'optimizer__multipliers__conv1': 0.0, 'optimizer__multipliers__conv6': 0.0}
     train.run(link('small', pictures, tmp_path / '146-big', **second), tmp_path / '146')
-    said = capsys.readouterr().err
-    assert 'conv5, conv6, fc6, fc7 carried over, fresh: fc8 (512x5 there, 512x3 here)' in said
+    err = capsys.readouterr().err
+    assert 'conv5, conv6, fc6, fc7 carried over, fresh: fc8 (512x5 there, 512x3 here)' in err
     base, big, last = (
         checkpoint.read(tmp_path / name / 'checkpoints').state['state']['params']
         for name in ('145', '146-big', '146')

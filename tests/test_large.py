@@ -503,8 +503,8 @@ def test_a_stopped_run_on_a_large_set_resumes(smoke_run, command, tmp_path):
     assert crew.wait() == {0: 143}, crew.said(0)
     assert 'Traceback' not in crew.said(0)
     again = Crew(command, tmp_path, 1, devices=8)
-    assert again.wait() == {0: 0}, again.said(0)
-    assert 'resuming at step' in again.said(0)
+    assert again.wait() == {0: 0}, again.stderr(0)
+    assert 'resuming at step' in again.stderr(0)
     assert_same(outcome(smoke_run), outcome(tmp_path / 'run'))
 
 

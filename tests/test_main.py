@@ -49,7 +49,7 @@ def one_sentence(done, code: int, *words: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ('words', 'said'),
+    ('words', 'message'),
     [
         ((), 'no --config; try --config=configs/alexnet.py'),
         (('--config=configs/nothing.py',), 'there is no config file configs/nothing.py'),
@@ -81,14 +81,14 @@ def one_sentence(done, code: int, *words: str) -> None:
         (('--config=configs/finetune.py:smoke,nonsense', '--workdir={tmp}/w'), 'nonsense'),
     ],
 )  # fmt: skip
-def test_what_makes_no_sense(run_main, tmp_path, words, said):
+def test_what_makes_no_sense(run_main, tmp_path, words, message):
     words = [word.replace('{tmp}', str(tmp_path)) for word in words]
-    one_sentence(run_main(*words, data=CONFIG in words), 2, said)
+    one_sentence(run_main(*words, data=CONFIG in words), 2, message)
     assert not (REPOSITORY / 'gs:').exists()
 
 
 def test_no_data_and_no_way_to_get_it(run_main, tmp_path):
-    """ImageNet is nothing that this program can fetch: it says what to do."""
+    """ImageNet is nothing that this program can fetch: the message names the way."""
     done = run_main(
         '--config=configs/alexnet.py:imagenet2012',
         f'--workdir={tmp_path / "w"}',
@@ -192,8 +192,8 @@ def trained(run_main, tmp_path_factory):
 
 @pytest.mark.skipif(machine.cores() < 2, reason='two cores are needed')
 @pytest.mark.parametrize('devices', [1, 2])
-def test_a_cpu_appears_as_so_many_devices(run_main, tmp_path, devices):
-    """Also to a run, which asks JAX about processes before it lays out its mesh."""
+def test_a_cpu_appears_as_several_devices(run_main, tmp_path, devices):
+    """Also to a run, which asks JAX about processes before it makes its mesh."""
     few = ('--config.data.train=train[:128]', '--config.data.test=test[:40]', '--config.epochs=1')
     flags = (f'--config.mesh.cpu_devices={devices}', '--config.loop.tensorboard=False')
     done = run_main(CONFIG, f'--workdir={tmp_path}/w', *few, *flags)
@@ -204,7 +204,7 @@ def test_a_cpu_appears_as_so_many_devices(run_main, tmp_path, devices):
     assert f'40 images of test[:40], on data {devices} x tower 1' in done.stderr
 
 
-def test_train_says_what_was_reached_and_where(trained):
+def test_training_prints_the_accuracy_and_the_workdir(trained):
     workdir, done = trained
     (line,) = done.stdout.splitlines()
     assert line.startswith('smoke: test accuracy 0.')
@@ -264,7 +264,7 @@ def test_an_ensemble_of_one_run_twice_is_that_run(run_main, trained):
     assert result['centre']['top1_error'] == result['members'][0]['centre']['top1_error']
 
 
-def test_a_finished_run_says_so_again(run_main, trained):
+def test_a_finished_run_prints_its_result_again(run_main, trained):
     workdir, first = trained
     metrics = (workdir / 'metrics.jsonl').read_text()
     done = run_main(CONFIG, f'--workdir={workdir}')

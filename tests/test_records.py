@@ -1,4 +1,4 @@
-"""What a run says of itself, also after a crash in the middle of a line."""
+"""Metrics of a run, also after a crash in the middle of a line."""
 
 import json
 import shutil
@@ -60,8 +60,8 @@ def test_tensorboard_does_not_bring_pytorch_along(tmp_path):
         'writer.write("train", 1, loss=0.5); writer.close()\n'
         'print("tensorboardX" in sys.modules, "torch" in sys.modules)'
     )
-    said = subprocess.check_output([sys.executable, '-c', script], text=True)
-    assert said == 'True False\n'
+    err = subprocess.check_output([sys.executable, '-c', script], text=True)
+    assert err == 'True False\n'
 
 
 def test_the_commit_is_that_of_this_code_or_unknown(tmp_path):

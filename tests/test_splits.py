@@ -122,9 +122,9 @@ def test_other_classes_are_refused_in_one_sentence(copy, request, capsys, which)
     assert figures.main(['fig4_right', *where, f'--output={copy}/f.png']) == 2
     assert report.main([*where, f'--output={copy}/r.html']) == 0  # what needs no data is shown
     assert 'shades has other classes' in (copy / 'r.html').read_text()
-    said = capsys.readouterr().err
-    assert said.count('shades has other classes') == 2
-    assert 'Traceback' not in said
+    err = capsys.readouterr().err
+    assert err.count('shades has other classes') == 2
+    assert 'Traceback' not in err
 
 
 def test_features_of_permuted_data_have_their_names(copy, shades, permuted):

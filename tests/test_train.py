@@ -1,4 +1,4 @@
-"""Training as a whole, small: exact repetition, kills, signals, bad starts, infinite numbers.
+"""Small training runs: exact repetition, kills, signals, bad starts, infinite numbers.
 
 The runs are the smoke config's, shrunk further or stretched; processes are real ones.
 """
@@ -117,8 +117,8 @@ def on(mesh):
 
 
 # At the recipe's own rates a rounding error grows tenfold every few steps, on one device too
-# (`python -m experiments.meshes` measures it), so that a hundred steps tell of the recipe and not
-# of the mesh. At a hundredth of them it hardly grows.
+# (`python -m experiments.meshes` measures it), so that a hundred steps show the recipe and not
+# the mesh. At a hundredth of them it hardly grows.
 CALM = {'optimizer__weights__rate': 0.0002, 'optimizer__biases__rate': 0.0004}
 
 
@@ -156,8 +156,8 @@ def test_training_is_the_same_on_every_mesh(on_one_device, data_dir, tmp_path, m
 
 
 @pytest.mark.parametrize('mesh', [(1, 2), (4, 2), (8, 1, TRICK)])
-def test_a_run_goes_on_where_it_was_on_another_mesh(reference, data_dir, tmp_path, mesh):
-    """The state comes back to the bit, the batches are the same, and the run ends close by."""
+def test_a_run_resumes_on_another_mesh(reference, data_dir, tmp_path, mesh):
+    """The state is restored to the bit, batches are the same, and the result is close."""
     workdir = tmp_path / 'moved'
     shutil.copytree(reference, workdir)
     steps = checkpoint.Checkpoints(workdir / 'checkpoints').steps()
@@ -258,9 +258,9 @@ def test_a_collapsed_initialisation_is_a_warning_or_an_error(data_dir, tmp_path,
         small.model[name].init_std = paper.model[name].init_std
     small.epochs = 0.5
     train.run(small, tmp_path / 'warned')
-    said = capsys.readouterr().err
-    assert 'warning: collapsed initialisation: across images the logits differ by only' in said
-    assert "set model.init_scaling='fan_in'" in said
+    err = capsys.readouterr().err
+    assert 'warning: collapsed initialisation: across images the logits differ by only' in err
+    assert "set model.init_scaling='fan_in'" in err
     small.loop.on_collapsed_init = 'error'
     with pytest.raises(RunError, match='collapsed initialisation'):
         train.run(small, tmp_path / 'refused')
@@ -426,8 +426,8 @@ def start(repository, data_dir, cache_dir):
 def undisturbed(start, tmp_path_factory):
     workdir = tmp_path_factory.mktemp('kills') / 'undisturbed'
     process = start(workdir)
-    _, said = process.communicate(timeout=300)
-    assert process.returncode == 0, said
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
     return workdir
 
 
@@ -450,30 +450,30 @@ def test_killed_again_and_again_it_ends_in_the_same_bits(undisturbed, start):
         wait_for_step(process, workdir, step)
         time.sleep(rng.uniform(0, 0.3))
         process.kill()
-        _, said = process.communicate(timeout=60)
-        assert process.returncode == -signal.SIGKILL, (seed, said)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == -signal.SIGKILL, (seed, err)
     process = start(workdir)
-    _, said = process.communicate(timeout=300)
-    assert process.returncode == 0, (seed, said)
-    assert 'resuming at step' in said, seed
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, (seed, err)
+    assert 'resuming at step' in err, seed
     assert_same(outcome(undisturbed), outcome(workdir))
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_says_how_to_go_on(undisturbed, start, number):
+def test_a_signal_saves_and_the_message_explains_how_to_resume(undisturbed, start, number):
     workdir = undisturbed.parent / f'signal-{number}'
     process = start(workdir, '--config.loop.checkpoint_every_epochs=8.0')
     wait_for_step(process, workdir, 20)
     process.send_signal(number)
-    out, said = process.communicate(timeout=120)
-    assert process.returncode == 128 + number, said
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 128 + number, err
     assert out == ''
-    last = said.strip().splitlines()[-1]
+    last = err.strip().splitlines()[-1]
     assert last.startswith(f'main.py: {number.name}: saved at step ')
     assert f'--workdir={workdir}' in last
     process = start(workdir)
-    _, said = process.communicate(timeout=300)
-    assert process.returncode == 0, said
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
     assert_same(outcome(undisturbed), outcome(workdir))
 
 
@@ -481,15 +481,15 @@ def test_a_full_disk_ends_in_a_sentence_and_loses_nothing(undisturbed, start, sm
     subprocess.run(['mount', '-o', 'remount,size=7m', str(small_disk)], check=True)
     workdir = small_disk / 'run'
     process = start(workdir)
-    _, said = process.communicate(timeout=300)
-    assert process.returncode == 1, said
-    assert 'Traceback' not in said
-    assert 'No space left on device' in said.strip().splitlines()[-1]
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 1, err
+    assert 'Traceback' not in err
+    assert 'No space left on device' in err.strip().splitlines()[-1]
     subprocess.run(['mount', '-o', 'remount,size=64m', str(small_disk)], check=True)
     process = start(workdir)
-    _, said = process.communicate(timeout=300)
-    assert process.returncode == 0, said
-    assert 'resuming at step' in said
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert 'resuming at step' in err
     assert_same(outcome(undisturbed), outcome(workdir))
 
 
@@ -500,22 +500,22 @@ def test_a_killed_extension_ends_in_the_same_bits(undisturbed, start):
         shutil.copytree(undisturbed, workdir)
     longer = ('--config.epochs=10', '--config.loop.checkpoint_every_epochs=0.5')
     process = start(once, *longer)
-    _, said = process.communicate(timeout=300)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 2
-    assert 'or add --extend' in said
+    assert 'or add --extend' in err
     process = start(once, *longer, '--extend')
-    _, said = process.communicate(timeout=300)
-    assert process.returncode == 0, said
-    assert 'extending from step 128: epochs 8.0 -> 10.0, optimizer.late_freeze.freeze_epoch' in said
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert 'extending from step 128: epochs 8.0 -> 10.0, optimizer.late_freeze.freeze_epoch' in err
     for step, flags in ((132, ['--extend']), (148, [])):  # the flag is needed once
         process = start(killed, *longer, *flags)
         wait_for_step(process, killed, step)
         process.kill()
-        _, said = process.communicate(timeout=60)
-        assert process.returncode == -signal.SIGKILL, said
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == -signal.SIGKILL, err
     process = start(killed, *longer, '--extend')
-    _, said = process.communicate(timeout=300)
-    assert process.returncode == 0, said
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
     assert_same(outcome(once), outcome(killed))
     rows = [row for row in run_metrics.read(killed) if row['kind'] == 'extension']
     assert [row['step'] for row in rows] == [128]

@@ -295,13 +295,13 @@ class AxisShard:
 class TensorParallel:
     """How convolutions and fully connected layers are spread; by default one device holds all.
 
-    whole_batch: fully connected layers see the images of all devices along their axis (Krizhevsky
+    gather_batch: fully connected layers see the images of all devices along their axis (Krizhevsky
         2014, "One weird trick"), and not just those of this device.
     """
 
     conv: AxisShard = AxisShard()
     fc: AxisShard = AxisShard()
-    whole_batch: bool = False
+    gather_batch: bool = False
 
     def of(self, layer: Layer) -> AxisShard:
         """A layer's own."""
@@ -346,7 +346,7 @@ class AlexNet(nn.Module):
                 towers = net.towers // split.shards if own else 1
                 if layer.kind == 'fc' and x.ndim == 4:
                     x = _flatten(x, towers)
-                    if self.tensor_parallel.whole_batch and not last:
+                    if self.tensor_parallel.gather_batch and not last:
                         x = _gather(x, self.tensor_parallel.fc, axis=0)
                 linear = Linear(layer, towers, shards=1 if last else split.shards, name=layer.name)
                 x = linear(x, self._sum if sums else None)
@@ -362,7 +362,7 @@ class AlexNet(nn.Module):
     def _sum(self, x: Array) -> Array:
         """Partial logits of each device's units -> the logits of this device's images."""
         axis = self.tensor_parallel.fc.axis
-        if self.tensor_parallel.whole_batch:
+        if self.tensor_parallel.gather_batch:
             return jax.lax.psum_scatter(x, axis, scatter_dimension=0, tiled=True)
         return jax.lax.psum(x, axis)
 

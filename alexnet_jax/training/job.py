@@ -80,7 +80,7 @@ class Job:
         return {'layout': self.layout, 'batch_size': self.settings.loop.eval_batch_size}
 
     def batch(self, step: int) -> dict[str, Array]:
-        """Return the global batch of a step, on the devices; a process reads its own rows only."""
+        """Return the global batch of a step, on the devices; a process reads its part only."""
         size = self.settings.batch_size
         rows = self.layout.local_batch_slice(size)
         return self.layout.put_batch(self.host_batch(step, rows), size)

@@ -40,7 +40,7 @@ from alexnet_jax.training.step import TrainState, init_state, inputs
 
 Array = jax.Array
 Changes = dict[str, list[Any]]  # {config key: [old value, new value]}
-PREFLIGHT_IMAGES = 128  # enough for a standard deviation, and any one device has room for them
+PREFLIGHT_IMAGES = 128  # enough for a standard deviation, and any one device can hold them
 
 
 def run(config: Config, workdir: Path, extend: bool = False) -> str:

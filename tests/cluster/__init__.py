@@ -1,1 +1,1 @@
-"""What needs a cluster: a Slurm of its own on this machine; see one_node.py."""
+"""Tests with a cluster: a Slurm of its own on this machine; see one_node.py."""

@@ -1,9 +1,9 @@
 """A Slurm of one node on loopback, for tests: set up in seconds, taken down without a trace.
 
-    python -m tests.cluster.one_node COMMAND...     # runs it with this Slurm at hand
+    python -m tests.cluster.one_node COMMAND...     # runs it with this Slurm
 
-Its configuration, key, ports, state and logs are its own and lie in a folder that is removed
-behind it. It wants root, and gets Debian's slurm-wlm and munge by apt-get if they are missing.
+Its configuration, key, ports, state and logs are its own, in a folder that is removed at
+the end. It needs root, and installs Debian's slurm-wlm and munge by apt-get if they are missing.
 Tried with Slurm 22.05 (Debian 12), without systemd.
 """
 
@@ -52,7 +52,7 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 
 
 class SetupError(Exception):
-    """No Slurm can be had here; the sentence says why."""
+    """Slurm cannot be set up here; the sentence names the reason."""
 
 
 @contextlib.contextmanager
@@ -177,12 +177,12 @@ def kill_the_rest(environment: dict[str, str]) -> None:
 
 
 def wait_until(condition: Callable[[], bool], secs: float, folder: Path) -> None:
-    """Wait; when in vain, show what the daemons said."""
+    """Wait; on timeout, show the output of the daemons."""
     deadline = time.monotonic() + secs
     while not condition():
         if time.monotonic() > deadline:
-            said = ''.join(f'\n{p.name}:\n{p.read_text()}' for p in sorted(folder.glob('*.out')))
-            raise SetupError(f'Slurm is not up after {secs:g} s.{said}')
+            logs = ''.join(f'\n{p.name}:\n{p.read_text()}' for p in sorted(folder.glob('*.out')))
+            raise SetupError(f'Slurm is not up after {secs:g} s.{logs}')
         time.sleep(0.2)
 
 

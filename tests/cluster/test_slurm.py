@@ -52,19 +52,19 @@ class Job:
         return done.stdout.strip()
 
     def shown(self) -> dict[str, str]:
-        """What Slurm knows of the job."""
+        """Return Slurm's description of the job."""
         words = self.call('scontrol', 'show', 'job', '--oneliner', self.id).split()
         return dict(word.split('=', 1) for word in words if '=' in word)
 
-    def said(self) -> str:
-        """The log, for the messages of assertions too."""
+    def output(self) -> str:
+        """Return the log."""
         return self.log.read_text() if self.log.exists() else '(no log)'
 
     def wait(self, condition: Callable[[], object], what: str) -> None:
         deadline = time.monotonic() + LIMIT_SECS
         while not condition():
-            assert self.shown()['JobState'] not in ENDS, f'ended before {what}:\n{self.said()}'
-            assert time.monotonic() < deadline, f'waited in vain for {what}:\n{self.said()}'
+            assert self.shown()['JobState'] not in ENDS, f'ended before {what}:\n{self.output()}'
+            assert time.monotonic() < deadline, f'no {what} in time:\n{self.output()}'
             time.sleep(0.3)
 
     def reach(self, step: int) -> None:
@@ -75,14 +75,14 @@ class Job:
         return max((r['step'] for r in metrics.read(self.workdir)), default=0)
 
     def come_back(self, restart: int) -> None:
-        """Wait until the job has gone through the queue and goes on."""
-        self.wait(lambda: self.said().count('resuming at step') >= restart, f'restart {restart}')
+        """Wait until the job has gone through the queue and resumes."""
+        self.wait(lambda: self.output().count('resuming at step') >= restart, f'restart {restart}')
 
     def finish(self) -> dict[str, str]:
         """Wait for the end."""
         deadline = time.monotonic() + LIMIT_SECS
         while (shown := self.shown())['JobState'] not in ENDS:
-            assert time.monotonic() < deadline, f'waited in vain for the end:\n{self.said()}'
+            assert time.monotonic() < deadline, f'no end in time:\n{self.output()}'
             time.sleep(0.5)
         return shown
 
@@ -116,8 +116,8 @@ def submit(cluster, repository, data_dir, cache_dir, tmp_path_factory):
 def undisturbed(submit) -> Path:
     job = submit('undisturbed')
     shown = job.finish()
-    assert (shown['JobState'], shown['Restarts']) == ('COMPLETED', '0'), job.said()
-    assert 'resuming at step' not in job.said()
+    assert (shown['JobState'], shown['Restarts']) == ('COMPLETED', '0'), job.output()
+    assert 'resuming at step' not in job.output()
     return job.workdir
 
 
@@ -153,19 +153,19 @@ def test_killed_and_frozen_tasks_are_started_again_and_end_in_the_same_bits(undi
     job.reach(42)
     send(job.workdir, signal.SIGKILL, 0)
     shown = job.finish()
-    assert (shown['JobState'], shown['ExitCode']) == ('COMPLETED', '0:0'), job.said()
-    assert shown['Restarts'] == '3', job.said()
-    assert 'goes into the queue again, restart 3' in job.said()
-    assert 'could not be written' not in job.said()
-    steps = [int(step) for step in re.findall(r'resuming at step (\d+) of 64', job.said())]
-    assert len(steps) == 3, job.said()
+    assert (shown['JobState'], shown['ExitCode']) == ('COMPLETED', '0:0'), job.output()
+    assert shown['Restarts'] == '3', job.output()
+    assert 'goes into the queue again, restart 3' in job.output()
+    assert 'could not be written' not in job.output()
+    steps = [int(step) for step in re.findall(r'resuming at step (\d+) of 64', job.output())]
+    assert len(steps) == 3, job.output()
     # Logged, not saved yet: a kill may take with it the save under way and the one before.
     for step, reached in zip(steps, (10, 26, 42), strict=True):
-        assert step >= reached - 4, job.said()
+        assert step >= reached - 4, job.output()
     assert_same(outcome(undisturbed), outcome(job.workdir))
 
 
-def test_asked_to_leave_they_save_and_go_on_where_they_were(undisturbed, submit):
+def test_asked_to_leave_they_save_and_resume_where_they_were(undisturbed, submit):
     """Before the time limit, by preemption, by scancel: saved at the very step."""
     rarely = '--config.loop.checkpoint_every_epochs=4.0'
     job = submit('asked', rarely)
@@ -178,35 +178,35 @@ def test_asked_to_leave_they_save_and_go_on_where_they_were(undisturbed, submit)
     job.reach(36)
     job.call('scancel', job.id)
     shown = job.finish()
-    assert (shown['JobState'], shown['Restarts']) == ('CANCELLED', '2'), job.said()
+    assert (shown['JobState'], shown['Restarts']) == ('CANCELLED', '2'), job.output()
     job = submit('asked', rarely)  # by hand
     shown = job.finish()
-    assert (shown['JobState'], shown['Restarts']) == ('COMPLETED', '0'), job.said()
-    saved = re.findall(r'^main.py: SIGTERM: saved at step (\d+) of 64', job.said(), re.MULTILINE)
-    went_on = re.findall(r'resuming at step (\d+) of 64', job.said())
-    assert len(went_on) == 3, job.said()
-    assert went_on == saved, job.said()
-    assert job.said().count('goes into the queue again') == 1, job.said()
+    assert (shown['JobState'], shown['Restarts']) == ('COMPLETED', '0'), job.output()
+    saved = re.findall(r'^main.py: SIGTERM: saved at step (\d+) of 64', job.output(), re.MULTILINE)
+    resumed = re.findall(r'resuming at step (\d+) of 64', job.output())
+    assert len(resumed) == 3, job.output()
+    assert resumed == saved, job.output()
+    assert job.output().count('goes into the queue again') == 1, job.output()
     assert_same(outcome(undisturbed), outcome(job.workdir))
 
 
 def test_nonsense_is_not_started_again(submit):
     job = submit('nonsense', '--config.mesh.tower=3')
     shown = job.finish()
-    assert (shown['JobState'], shown['ExitCode']) == ('FAILED', '2:0'), job.said()
-    assert shown['Restarts'] == '0', job.said()
-    assert 'main.py: mesh.tower' in job.said()
-    assert 'not started again: what was asked makes no sense' in job.said()
+    assert (shown['JobState'], shown['ExitCode']) == ('FAILED', '2:0'), job.output()
+    assert shown['Restarts'] == '0', job.output()
+    assert 'main.py: mesh.tower' in job.output()
+    assert 'not started again: what was asked makes no sense' in job.output()
 
 
 def test_nonsense_that_one_task_alone_meets_is_not_started_again(undisturbed, submit):
     """The first looks at the workdir; the other, in a collective then, ends with its exit code."""
     job = submit('anothers', f'--workdir={undisturbed}', '--config.seed=5')
     shown = job.finish()
-    assert (shown['JobState'], shown['ExitCode']) == ('FAILED', '2:0'), job.said()
-    assert shown['Restarts'] == '0', job.said()
-    assert 'main.py: process 0: ' in job.said()
-    assert 'holds a run of another config, different in seed' in job.said()
+    assert (shown['JobState'], shown['ExitCode']) == ('FAILED', '2:0'), job.output()
+    assert shown['Restarts'] == '0', job.output()
+    assert 'main.py: process 0: ' in job.output()
+    assert 'holds a run of another config, different in seed' in job.output()
 
 
 def test_two_steps_of_a_job_side_by_side(cluster, repository):
@@ -227,10 +227,10 @@ def test_two_steps_of_a_job_side_by_side(cluster, repository):
 def test_started_again_so_often_and_no_more(submit):
     job = submit('hopeless', '--workdir=/proc/nowhere', MOST_RESTARTS='1')
     shown = job.finish()
-    assert (shown['JobState'], shown['ExitCode']) == ('FAILED', '1:0'), job.said()
-    assert shown['Restarts'] == '1', job.said()
-    assert 'choose another --workdir' in job.said()
-    assert job.said().strip().endswith('exit code 1, not started again after 1 restarts')
+    assert (shown['JobState'], shown['ExitCode']) == ('FAILED', '1:0'), job.output()
+    assert shown['Restarts'] == '1', job.output()
+    assert 'choose another --workdir' in job.output()
+    assert job.output().strip().endswith('exit code 1, not started again after 1 restarts')
 
 
 @pytest.fixture
