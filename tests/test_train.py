@@ -21,6 +21,7 @@ from alexnet_jax import config as configuration
 from alexnet_jax.errors import AlexNetError, RunError, UsageError
 from alexnet_jax.training import checkpoint, train
 from alexnet_jax.training import metrics as run_metrics
+from alexnet_jax.training.callbacks import Callback
 from alexnet_jax.training.step import inputs
 from alexnet_jax.training.workdir import open_workdir
 from configs import ablation_lrn, alexnet_paper, smoke
@@ -277,6 +278,43 @@ def test_infinite_numbers_stop_the_run_and_are_located(data_dir, tmp_path):
     with pytest.raises(RunError, match=r'step \d+: .* not finite, first in the \w+ of') as caught:
         train.run(config, tmp_path / 'infinite')
     assert '\n' not in str(caught.value)
+
+
+def test_the_loop_finds_infinite_numbers_without_a_log(data_dir, tmp_path):
+    config = tiny(data_dir, optimizer__weights__rate=1e30, epochs=4.0)
+    job = train.open_job(config, configuration.unpack(config), tmp_path)
+    with pytest.raises(RunError, match='not finite'):
+        train.train(job, job.start(), run_metrics.History(), [])
+
+
+class Recorder(Callback):
+    """Callback that records its events, and stops after a step."""
+
+    def __init__(self, last):
+        self.last, self.events = last, []
+
+    def on_metrics(self, step, metrics, wait_secs):
+        self.events.append(('metrics', step))
+
+    def on_evaluation(self, step, scores):
+        self.events.append(('evaluation', step))
+
+    def should_stop(self, step):
+        return step == self.last
+
+    def on_save(self, step, state, error):
+        self.events.append(('save', step, error is not None))
+
+
+def test_a_callback_stops_the_loop_after_it_has_saved(data_dir, tmp_path):
+    config = tiny(data_dir, loop__checkpoint_every_epochs=9.0)  # evaluation every 4 steps
+    job = train.open_job(config, configuration.unpack(config), tmp_path)
+    recorder, history = Recorder(last=5), run_metrics.History()
+    state = train.train(job, job.start(), history, [recorder])
+    assert int(state.step) == 5
+    assert len(history.errors) == 1
+    metrics = [('metrics', step) for step in range(1, 6)]
+    assert recorder.events == [*metrics[:4], ('evaluation', 4), metrics[4], ('save', 5, False)]
 
 
 def test_the_first_layer_at_fault_is_named(data_dir, tmp_path):
