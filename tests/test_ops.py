@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from alexnet_jax.errors import UsageError
 from alexnet_jax.model import ops
 
 
@@ -172,16 +171,16 @@ def test_conv_without_its_input_gradient_computes_none():
 
 @pytest.mark.parametrize(('kernel', 'groups'), [((3, 3, 4, 4), 1), ((3, 3, 3, 5), 2)])
 def test_conv_refuses_channels_that_do_not_fit(kernel, groups):
-    with pytest.raises(UsageError, match='groups'):
+    with pytest.raises(ValueError, match='groups'):
         ops.conv(jnp.ones((1, 5, 5, 6)), jnp.ones(kernel), groups=groups)
 
 
 def test_windows_larger_than_the_image_are_refused():
     x = jnp.ones((1, 4, 9, 2))
-    with pytest.raises(UsageError, match='5 x 5 does not fit into 4 x 9'):
+    with pytest.raises(ValueError, match='5 x 5 does not fit into 4 x 9'):
         ops.conv(x, jnp.ones((5, 5, 2, 2)))
     for pool in (ops.max_pool, ops.avg_pool):
-        with pytest.raises(UsageError, match='5 x 5 does not fit into 4 x 9'):
+        with pytest.raises(ValueError, match='5 x 5 does not fit into 4 x 9'):
             pool(x, window=5, stride=2)
 
 
@@ -243,7 +242,7 @@ def test_lrn_windows_do_not_cross_towers():
 
 
 def test_lrn_refuses_channels_that_do_not_divide():
-    with pytest.raises(UsageError, match='3 channels do not divide into 2 groups'):
+    with pytest.raises(ValueError, match='3 channels do not divide into 2 groups'):
         ops.lrn(jnp.ones((1, 2, 2, 3)), groups=2)
 
 
