@@ -7,6 +7,7 @@ it, so the 2012 program, the paper's text and every AlexNet of the tutorials are
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
+from typing import Literal, get_args
 
 import flax.linen as nn
 import jax
@@ -24,7 +25,8 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     'tanh': jnp.tanh,
     'sigmoid': jax.nn.sigmoid,
 }
-OPS = (*ACTIVATIONS, 'lrn', 'spatial_norm', 'pool', 'dropout')
+Op = Literal['relu', 'tanh', 'sigmoid', 'lrn', 'spatial_norm', 'pool', 'dropout']
+OPS: tuple[str, ...] = get_args(Op)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,16 +39,16 @@ class Layer:
     """
 
     name: str
-    kind: str  # 'conv' or 'fc'
+    kind: Literal['conv', 'fc']
     features: int  # output channels or units, all towers together
     kernel_px: int
     stride_px: int
     padding_px: tuple[tuple[int, int], tuple[int, int]]  # (top, bottom), (left, right)
-    reads: str
-    init: str  # a key of INITIALIZERS
+    reads: Literal['own', 'all']
+    init: Literal['gaussian', 'uniform', 'xavier', 'fan_in_uniform']  # see INITIALIZERS
     init_std: float
     bias: float  # initial value of every bias
-    ops: tuple[str, ...]  # of OPS, in order
+    ops: tuple[Op, ...]  # in order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,10 +70,10 @@ class Pool:
     Caffe.
     """
 
-    kind: str  # 'max' or 'average'
+    kind: Literal['max', 'average']
     window_px: int
     stride_px: int
-    rounding: str = 'down'
+    rounding: Literal['down', 'up'] = 'down'
 
     def overhang_px(self, side: int) -> int:
         """Return how far the last window hangs over the edge of a map of `side` px."""
@@ -87,7 +89,7 @@ class Dropout:
     """
 
     keep: float
-    kind: str  # 'mask' or 'inverted'
+    kind: Literal['mask', 'inverted']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,8 +104,10 @@ class Net:
     spatial_norm: Norm
     pool: Pool
     dropout: Dropout
-    compute_dtype: str
-    lrn_reads: str = 'own'  # LRN's window ends at the tower's border, as in 2012; 'all': Caffe's
+    compute_dtype: Literal['float32', 'bfloat16']
+    lrn_reads: Literal['own', 'all'] = (
+        'own'  # LRN's window ends at the tower's border, as in 2012; 'all': Caffe's
+    )
 
     @property
     def classes(self) -> int:

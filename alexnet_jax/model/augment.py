@@ -6,7 +6,7 @@ choices. Images are uint8 [B, H, W, C] in 0-255 units, and stay in these units i
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ class Preprocess:
     images_per_crop: (
         int  # that share one offset and mirror, in a row: 32 in the source, 1 in the paper
     )
-    mean: str  # 'image': minus the mean image's centre crop; 'channel': minus its average; 'none'
+    mean: Literal['image', 'channel', 'none']  # what is subtracted, see `_mean`
     colour_noise: float  # deviation of the factor on each principal component: 0.1; 0 is off
     noise_until_epoch: float  # colour noise ends here: 68 of 95 in the source
     noise_divisor: float  # divides (image - mean + noise) while the noise is on: 1.1 in the source
@@ -131,7 +131,11 @@ def crop(images: Array, draws: Draws, px: int) -> Array:
 
 
 def _mean(statistics: Statistics, recipe: Preprocess) -> Array:
-    """Return the mean image's central crop, for crops at any offset (source): [px or 1, ..., C]."""
+    """Return what is subtracted: [px, px, C] or [1, 1, C].
+
+    'image': the mean image's central crop, whatever the offset of a crop (source). 'channel': the
+    mean image's average. 'none': zeros.
+    """
     if recipe.mean == 'none':
         return jnp.zeros((1, 1, 1))
     if recipe.mean == 'channel':

@@ -12,7 +12,7 @@ two differ for some dozens of steps. Biases do not decay and have a rate of thei
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ class Schedule:
         number count for both.
     """
 
-    kind: str
+    kind: Literal['constant', 'steps', 'dexp', 'plateau']
     rate: float
     divisor: float
     at_epochs: tuple[float, ...]
@@ -55,9 +55,6 @@ class LateFreeze:
     slow_epoch: float  # from here the rate of its weights, not its biases, is multiplied by ...
     slow_multiplier: float
     freeze_epoch: float  # from here it is not updated, and its velocity is kept
-
-
-SCHEDULES = ('constant', 'steps', 'dexp', 'plateau')
 
 
 def rate_of(schedule: Schedule, *, total_steps: int, steps_per_epoch: float) -> Rate:
