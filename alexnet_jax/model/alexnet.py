@@ -300,13 +300,13 @@ class AxisShard:
 class TensorParallel:
     """The sharding of convolutions and of fully connected layers; by default one device holds all.
 
-    whole_batch: fully connected layers see the images of all devices along their axis, not only
+    gather_batch: fully connected layers see the images of all devices along their axis, not only
         those of this device (Krizhevsky 2014, "One weird trick").
     """
 
     conv: AxisShard = AxisShard()
     fc: AxisShard = AxisShard()
-    whole_batch: bool = False
+    gather_batch: bool = False
 
     def of(self, layer: Layer) -> AxisShard:
         """Return the sharding of a layer's units."""
@@ -349,7 +349,7 @@ class AlexNet(nn.Module):
                 groups = max(1, stage.groups // own.shards)
                 if layer.kind == 'fc' and x.ndim == 4:
                     x = _flatten(x, groups)
-                    if parallel.whole_batch:
+                    if parallel.gather_batch:
                         x = _gather(x, parallel.fc, axis=0)
                 x = Linear(layer, groups, own.shards, name=layer.name)(x)
                 x = self._apply_ops(layer, x, masks)
@@ -374,7 +374,7 @@ class AlexNet(nn.Module):
     def _sum(self, x: Array) -> Array:
         """Add the devices' partial logits; returns those of this device's images."""
         axis = self.tensor_parallel.fc.axis
-        if self.tensor_parallel.whole_batch:
+        if self.tensor_parallel.gather_batch:
             return jax.lax.psum_scatter(x, axis, scatter_dimension=0, tiled=True)
         return jax.lax.psum(x, axis)
 

@@ -119,7 +119,7 @@ class Layout:
         def spec(mask: Array) -> P:
             if mask.ndim == 4:
                 return P('data', None, None, shards.conv.axis)
-            return P(None if shards.whole_batch else 'data', shards.fc.axis)
+            return P(None if shards.gather_batch else 'data', shards.fc.axis)
 
         return {name: spec(mask) for name, mask in masks.items()}
 
@@ -237,7 +237,7 @@ def make_layout(shape: MeshShape, batch_size: int) -> Layout:
     )
     _warm_up_collectives(mesh)
     if shape.placement == 'one_weird_trick':
-        return Layout(mesh, TensorParallel(fc=_shard_over(mesh, 'data'), whole_batch=data > 1))
+        return Layout(mesh, TensorParallel(fc=_shard_over(mesh, 'data'), gather_batch=data > 1))
     towers = _shard_over(mesh, 'tower')
     return Layout(mesh, TensorParallel(conv=towers, fc=towers))
 
