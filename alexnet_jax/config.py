@@ -1,8 +1,8 @@
 """A config as frozen dataclasses, validated once, here; no other module sees a ConfigDict.
 
 The fields are the config's keys; a Literal lists what a text may be, AT_LEAST and POSITIVE bound
-the numbers. Every error is one sentence that names the key and says what to do (`UsageError`, exit
-code 2).
+the numbers. Every error is one sentence that names the key and what to do (`UsageError`, exit code
+2).
 """
 
 import dataclasses
@@ -137,8 +137,8 @@ class Settings:
         return images / self.batch_size
 
 
-# What a value may be, by the last part of its key.
-FOLDERS = ('compilation_cache', 'data_dir', 'init_from')
+FOLDERS = ('data.data_dir', 'init_from', 'loop.compilation_cache')
+# Bounds of numbers, by the last part of the key.
 # fmt: off
 POSITIVE = (
     'checkpoint_every_epochs', 'divisor', 'evaluate_every_epochs', 'factor', 'k', 'keep',
@@ -210,6 +210,8 @@ def _value(kind: Any, value: Any, path: str) -> Any:
     """Return `value` as `kind`: int, float, bool, str, a Literal, or a tuple of these."""
     if typing.get_origin(kind) is tuple:
         return _tuple(typing.get_args(kind), value, path)
+    if value == 'None':
+        raise UsageError(f"{path} is 'None'; write 'none' for none.")
     if choices := typing.get_args(kind):
         return _choice(choices, value, path)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
@@ -218,7 +220,7 @@ def _value(kind: Any, value: Any, path: str) -> Any:
         raise UsageError(f'{path} must be of type {kind.__name__}, and is {value!r}.')
     if kind in (int, float):
         _check_number(value, path)
-    if path.rpartition('.')[2] in FOLDERS and value:
+    if path in FOLDERS and (value or path != 'init_from'):  # '' there: to be given
         try:
             value = command.expand(value)
         except UsageError as error:
@@ -227,7 +229,7 @@ def _value(kind: Any, value: Any, path: str) -> Any:
 
 
 def _tuple(kinds: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...]:
-    if isinstance(value, Mapping):  # a group whose keys are not known beforehand
+    if isinstance(value, Mapping):  # a group with any keys, as multipliers
         value = sorted(value.items())
     if not isinstance(value, (list, tuple)):
         raise UsageError(f'{path} must be a tuple, and is {value!r}.')

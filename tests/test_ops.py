@@ -136,7 +136,7 @@ CONVOLUTIONS = {
 
 
 @pytest.mark.parametrize('case', CONVOLUTIONS)
-def test_conv_is_the_sum_it_says(case):
+def test_conv_is_the_sum_of_its_definition(case):
     x_shape, kernel_shape, stride, padding, groups = CONVOLUTIONS[case]
     x, kernel = normal(*x_shape), normal(*kernel_shape, seed=1)
     keys: dict[str, Any] = {'stride': stride, 'padding': padding, 'groups': groups}
@@ -330,7 +330,7 @@ def test_bfloat16(name):
 
 @pytest.mark.parametrize('name', ['lrn', 'spatial_norm'])
 def test_norms_of_bfloat16_sum_in_float32(name):
-    # 256 + 1 is 256 in bf16: a window of one large and four small values tells the two apart.
+    # 256 + 1 is 256 in bf16: a window of one large and four small values separates the two.
     x = np.ones((1, 5, 5, 10))
     x[:, 2, 2, ::5] = 16
     function = {'lrn': ops.lrn, 'spatial_norm': ops.spatial_norm}[name]
@@ -387,12 +387,12 @@ def test_inside_shard_map(name):
     x = jnp.asarray(normal(4, 7, 9, 6), jnp.float32)
     function = OPERATIONS[name]
     kernel = [KERNEL] if 'conv' in name else []
-    data, whole = PartitionSpec('data'), PartitionSpec()
+    data, replicated = PartitionSpec('data'), PartitionSpec()
 
     sharded = jax.shard_map(
         function,
         mesh=mesh(),
-        in_specs=(data, *[whole] * len(kernel)),
+        in_specs=(data, *[replicated] * len(kernel)),
         out_specs=data,
         check_vma=True,
     )
@@ -407,7 +407,7 @@ def test_inside_shard_map(name):
 @needs_two
 @pytest.mark.parametrize('name', OPERATIONS)
 def test_gradient_taken_inside_shard_map(name):
-    """As a train step does it: value and gradient inside, the batch's gradient left sharded."""
+    """Value and gradient inside, as in a train step; the batch's gradient stays sharded."""
     x = jnp.asarray(normal(4, 7, 9, 6), jnp.float32)
     function = loss_gradient(OPERATIONS[name])
     data = PartitionSpec('data')

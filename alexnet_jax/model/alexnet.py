@@ -316,7 +316,7 @@ class TensorParallel:
 class AlexNet(nn.Module):
     """The layer table as a network.
 
-    By default one device computes the whole net. Inside `jax.shard_map`, with `tensor_parallel`,
+    By default one device computes all of it. Inside `jax.shard_map`, with `tensor_parallel`,
     the same code computes this device's units and communicates only where a layer reads units of
     other devices.
     """
@@ -368,7 +368,7 @@ class AlexNet(nn.Module):
         if layer.kind == 'fc' and x.ndim == 4:
             x = _flatten(x, towers=1)
         x = linear(x)
-        # All devices have the same logits; pmean tells shard_map so.
+        # All devices have the same logits; pmean makes this known to shard_map.
         return jax.lax.pmean(x, shard.axis) if shard.shards > 1 else x
 
     def _sum(self, x: Array) -> Array:

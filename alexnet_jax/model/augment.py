@@ -16,7 +16,7 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class Preprocess:
-    """The recipe (paper, section 4.1; the source where it says more)."""
+    """The preprocessing recipe (paper, section 4.1, with details from the source)."""
 
     resize_px: int  # side that images are resized to: 256 in 2012
     image_px: int  # side of the square that crops are taken from, with a black margin: 256 in 2012
@@ -120,7 +120,7 @@ def apply(
 
 
 def crop(images: Array, draws: Draws, px: int) -> Array:
-    """Cut [B, px, px, C] at each image's own offset, mirrored where the draw says so."""
+    """Cut [B, px, px, C] at each image's own offset, mirrored where it is drawn."""
 
     def one(image: Array, offset: Array, mirror: Array) -> Array:
         start = (offset[0], offset[1], jnp.zeros_like(offset[0]))
