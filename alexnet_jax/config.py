@@ -148,7 +148,8 @@ LEAST = {
     -1: ('data', 'workers'),
     0: (
         'alpha', 'channels', 'colour_noise', 'cpu_devices', 'epochs', 'features', 'init_std',
-        'momentum', 'padding_px', 'profile_steps', 'rate', 'resident_gib', 'seed', 'switches', 'weight_decay',
+        'momentum', 'padding_px', 'profile_steps', 'rate', 'resident_gib', 'seed', 'switches',
+        'weight_decay',
     ),
     1: (
         'batch_size', 'eval_batch_size', 'images_per_crop', 'input_px', 'join_timeout_secs',
