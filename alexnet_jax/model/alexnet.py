@@ -111,7 +111,7 @@ class Net:
 
     @property
     def classes(self) -> int:
-        """The number of classes: the units of the last layer."""
+        """Return the number of classes, the units of the last layer."""
         return self.layers[-1].features
 
 
@@ -136,22 +136,22 @@ class Stage:
 
     @property
     def fan_in(self) -> int:
-        """The inputs of one unit."""
+        """Return the number of inputs of one unit."""
         return math.prod(self.kernel[:-1])
 
     @property
     def parameters(self) -> int:
-        """The number of weights and biases."""
+        """Return the number of weights and biases."""
         return math.prod(self.kernel) + self.kernel[-1]
 
     @property
     def multiply_adds(self) -> int:
-        """The multiply-adds of a forward pass of one image, biases not counted."""
+        """Return the multiply-adds of a forward pass of one image, biases not counted."""
         return self.fan_in * math.prod(self.output)
 
     @property
     def result(self) -> Shape:
-        """The shape that the next layer reads."""
+        """Return the shape that the next layer reads."""
         return self.after[-1] if self.after else self.output
 
 
