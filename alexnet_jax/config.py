@@ -1,34 +1,34 @@
 """A config as frozen dataclasses, validated once, here; no other module sees a ConfigDict.
 
-The fields are the config's keys, each beside what it may be (LIMITS). Every error is one sentence
-that names the key and says what to do (`UsageError`, exit code 2).
+The fields are the config's keys; a Literal lists what a text may be, AT_LEAST and POSITIVE bound
+the numbers. Every error is one sentence that names the key and what to do (`UsageError`, exit code
+2).
 """
 
 import dataclasses
 import math
 import typing
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
 
 from alexnet_jax import command
 from alexnet_jax.config_file import Config, as_json, differences, plain
 from alexnet_jax.errors import UsageError
 from alexnet_jax.model import alexnet, optimizer
-from alexnet_jax.model.alexnet import Dropout, Layer, Net, Norm, Pool
+from alexnet_jax.model.alexnet import Layer, Net
 from alexnet_jax.model.augment import Preprocess
-from alexnet_jax.model.optimizer import Schedule
 
 __all__ = ['Config', 'Settings', 'as_json', 'differences', 'plain', 'unpack']
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """A data set and its splits, expressions of TFDS.
+    """A data set and its splits, which are expressions of TFDS.
 
     A split that is 'auto' is taken from the data; `validation` may be 'none'.
 
     workers: threads that read a data set too large for memory; -1: one a core; 0: none.
-    resident_gib: up to which size a decoded split is held in memory; see data.load.
+    resident_gib: the size up to which a decoded split is held in memory.
     """
 
     name: str
@@ -42,9 +42,9 @@ class Data:
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-    """The constants of optimizer.py's head, and the schedules of the two kinds of parameters.
+    """The constants of the 2012 update, see model/optimizer.py, and the schedules of its rates.
 
-    multipliers: of both rates of a layer, by its name: 0 freezes it, and who is not named has 1.
+    multipliers: (layer, factor) of both rates of a layer; 0 freezes it, layers not listed have 1.
     """
 
     momentum: float
@@ -57,10 +57,12 @@ class Optimizer:
 
 @dataclasses.dataclass(frozen=True)
 class Loop:
-    """How a run goes about its work.
+    """Logging, evaluation, checkpoints and checks of a run.
 
-    None of it changes a number of the training, but that a plateau rule sees an error as often as
-    evaluate_every_epochs says.
+    They change no number of the training, except that a plateau schedule follows the errors that
+    are measured every `evaluate_every_epochs`.
+
+    compilation_cache: a folder; 'beside': .jax_cache beside the workdir; 'none': no cache.
     """
 
     log_every_steps: int
@@ -69,9 +71,9 @@ class Loop:
     eval_batch_size: int
     prefetch_batches: int
     tensorboard: bool
-    compilation_cache: str  # a folder; 'beside': .jax_cache beside the workdir; 'none': no cache
+    compilation_cache: str
     min_logit_std: float
-    on_collapsed_init: str
+    on_collapsed_init: Literal['warn', 'error']
     profile_steps: int = 0  # steps that are traced, see profiling.py; 0: none
 
 
@@ -79,20 +81,20 @@ class Loop:
 class MeshShape:
     """Devices along each axis; data -1 takes all that are left. Placements: see parallel/mesh.py.
 
-    cpu_devices: as how many devices a CPU is to appear, if it has the cores and JAX has not looked
-        yet; 0: as one, or as the environment has it. Operations too small to share keep one core
-        each busy.
+    cpu_devices: the number of devices that a CPU appears as, if it has the cores and JAX is not
+        initialised yet; 0: the environment's number, or one. Several devices use the cores better
+        where operations are too small to run on several cores.
     """
 
     data: int
     tower: int
-    placement: str = 'towers'
+    placement: Literal['towers', 'one_weird_trick'] = 'towers'
     cpu_devices: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Processes:
-    """How long processes wait for each other, see distributed.py."""
+    """Time limits of processes that wait for each other, see parallel/distributed.py."""
 
     join_timeout_secs: float = 300.0
     peer_timeout_secs: float = 60.0
@@ -100,11 +102,11 @@ class Processes:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """A complete config as plain values: each key in the section of its name, `model` in `net`.
+    """A complete config: each key in the section of its name, `model` in `net`.
 
-    init_from: 'none', or the checkpoint whose weights the run begins with, 'WORKDIR[:step]'.
-    init_statistics: whether the mean image and the colours are the 'source's or the 'data's.
-    init_layers: the only layers to take from there; () for all that match by name and shape.
+    init_from: 'none', or the checkpoint whose weights the run starts with, 'WORKDIR[:step]'.
+    init_statistics: take the mean image and the colours from the 'source' or from the 'data'.
+    init_layers: the only layers to take from the source; () for all that match by name and shape.
     """
 
     name: str
@@ -120,7 +122,7 @@ class Settings:
     mesh: MeshShape
     processes: Processes = Processes()
     init_from: str = 'none'
-    init_statistics: str = 'source'
+    init_statistics: Literal['source', 'data'] = 'source'
     init_layers: tuple[str, ...] = ()
 
     def total_steps(self, images: int) -> int:
@@ -131,63 +133,48 @@ class Settings:
         return math.ceil(steps)
 
     def steps_per_epoch(self, images: int) -> float:
-        """Not a whole number in general: batches run on across epochs and drop no image."""
+        """Return images / batch_size: a batch may span two epochs, and no image is dropped."""
         return images / self.batch_size
 
 
-POSITIVE = 'positive'
-FOLDER = command.expand
-# Values that a field may have besides its type's: the words there are; the least number; any number
-# above 0; or a function that makes the value of it. Of a tuple, each item.
+FOLDERS = ('data.data_dir', 'init_from', 'loop.compilation_cache')
+# Bounds of numbers, by the last part of the key.
 # fmt: off
-LIMITS: dict[type, dict[str, Any]] = {
-    Settings: dict(
-        seed=0, batch_size=1, epochs=0, init_statistics=('source', 'data'),
-        init_from=lambda value: value and FOLDER(value),
+POSITIVE = (
+    'checkpoint_every_epochs', 'divisor', 'evaluate_every_epochs', 'factor', 'k', 'keep',
+    'noise_divisor',
+)
+LEAST = {
+    -1: ('data', 'workers'),
+    0: (
+        'alpha', 'channels', 'colour_noise', 'cpu_devices', 'epochs', 'features', 'init_std',
+        'momentum', 'padding_px', 'profile_steps', 'rate', 'resident_gib', 'seed', 'switches',
+        'weight_decay',
     ),
-    Data: dict(data_dir=FOLDER, workers=-1, resident_gib=0),
-    Net: dict(
-        towers=1, input_px=1, channels=0, lrn_reads=('own', 'all'),
-        compute_dtype=('float32', 'bfloat16'),
+    1: (
+        'batch_size', 'eval_batch_size', 'images_per_crop', 'input_px', 'join_timeout_secs',
+        'kernel_px', 'log_every_steps', 'peer_timeout_secs', 'prefetch_batches',
+        'reference_fan_in', 'size', 'stride_px', 'tower', 'towers', 'window_px',
     ),
-    Layer: dict(
-        kind=('conv', 'fc'), features=0, kernel_px=1, stride_px=1, padding_px=0,
-        reads=('own', 'all'), init=tuple(alexnet.INITIALIZERS), init_std=0, ops=alexnet.OPS,
-    ),
-    Norm: dict(size=1, k=POSITIVE, alpha=0),
-    Pool: dict(kind=('max', 'average'), window_px=1, stride_px=1, rounding=('down', 'up')),
-    Dropout: dict(kind=('mask', 'inverted'), keep=POSITIVE),
-    Preprocess: dict(
-        images_per_crop=1, mean=('image', 'channel', 'none'), colour_noise=0,
-        noise_divisor=POSITIVE,
-    ),
-    Optimizer: dict(momentum=0, weight_decay=0),
-    Schedule: dict(kind=optimizer.SCHEDULES, rate=0, divisor=POSITIVE, factor=POSITIVE, switches=0),
-    Loop: dict(
-        log_every_steps=1, evaluate_every_epochs=POSITIVE, checkpoint_every_epochs=POSITIVE,
-        eval_batch_size=1, prefetch_batches=1, compilation_cache=FOLDER,
-        on_collapsed_init=('warn', 'error'), profile_steps=0,
-    ),
-    MeshShape: dict(data=-1, tower=1, placement=('towers', 'one_weird_trick'), cpu_devices=0),
-    Processes: dict(join_timeout_secs=1, peer_timeout_secs=1),
 }
 # fmt: on
+AT_LEAST = {key: least for least, keys in LEAST.items() for key in keys}
 
 
 def unpack(config: Config) -> Settings:
-    """Return a ConfigDict, or the dict of a config.json, as plain values.
+    """Return a ConfigDict, or the dict of a config.json, as validated dataclasses.
 
     Raises:
         UsageError: a key is missing, unknown or of the wrong type, a value impossible, or the layer
             table describes no net.
     """
-    tree = plain(config)
+    tree = dict(config) if isinstance(config, dict) else plain(config)
     net = _net(_section(tree.pop('model', None), 'model'))
-    recipe = dict(_section(tree.pop('preprocess', None), 'preprocess'))
     crop = dict(input_px=net.input_px, channels=net.channels)  # the recipe's output
-    preprocess = _build(Preprocess, recipe, 'preprocess', **crop)
+    preprocess = _build(Preprocess, tree.pop('preprocess', None), 'preprocess', **crop)
     settings = _build(Settings, tree, '', net=net, preprocess=preprocess)
     _check(settings)
+    _check_rates(settings)
     _check_mesh(settings)
     return settings
 
@@ -196,12 +183,12 @@ def unpack(config: Config) -> Settings:
 
 
 def _build(cls: Any, tree: Any, path: str, **given: Any) -> Any:
-    """Fill dataclass `cls` from `tree`: names, types and LIMITS are checked field by field."""
+    """Fill dataclass `cls` from `tree`, checking names, types and bounds field by field."""
     tree = _section(tree, path)
     hints = typing.get_type_hints(cls)
     fields = [field for field in dataclasses.fields(cls) if field.name not in given]
     names = {field.name for field in fields}
-    # What came later than the first checkpoints has a default.
+    # Keys that are younger than the first checkpoints have defaults.
     needed = {field.name for field in fields if field.default is dataclasses.MISSING}
     where = f'{path}.' if path else ''
     for key in sorted(set(tree) - names):
@@ -209,11 +196,8 @@ def _build(cls: Any, tree: Any, path: str, **given: Any) -> Any:
     for key in sorted(needed - set(tree)):
         raise UsageError(f'{where}{key} is missing from this config; set it.')
     for key in sorted(names & set(tree)):
-        if dataclasses.is_dataclass(hints[key]):
-            given[key] = _build(hints[key], tree[key], where + key)
-        else:
-            limit = LIMITS.get(cls, {}).get(key)
-            given[key] = _limited(_value(tree[key], hints[key], where + key), limit, where + key)
+        make = _build if dataclasses.is_dataclass(hints[key]) else _value
+        given[key] = make(hints[key], tree[key], where + key)
     return cls(**given)
 
 
@@ -223,52 +207,61 @@ def _section(section: Any, path: str) -> Mapping[str, Any]:
     return section
 
 
-def _value(value: Any, kind: Any, path: str) -> Any:
-    """Return `value` as `kind`: int, float, bool, str, or a tuple of these."""
+def _value(kind: Any, value: Any, path: str) -> Any:
+    """Return `value` as `kind`: int, float, bool, str, a Literal, or a tuple of these."""
     if typing.get_origin(kind) is tuple:
-        inner = typing.get_args(kind)
-        if isinstance(value, Mapping):  # a group of keys that are not known beforehand
-            value = sorted(value.items())
-        if not isinstance(value, (list, tuple)):
-            raise UsageError(f'{path} must be a tuple, and is {value!r}.')
-        kinds = [inner[0]] * len(value) if inner[-1] is Ellipsis else list(inner)
-        if len(kinds) != len(value):
-            raise UsageError(f'{path} must hold {len(kinds)} values, and is {value!r}.')
-        return tuple(_value(v, k, path) for v, k in zip(value, kinds, strict=True))
+        return _tuple(typing.get_args(kind), value, path)
     if value == 'None':
-        raise UsageError(f"{path} is 'None'; to say that there is none, write 'none'.")
+        raise UsageError(f"{path} is 'None'; write 'none' for none.")
+    if choices := typing.get_args(kind):
+        return _choice(choices, value, path)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
         raise UsageError(f'{path} must be of type {kind.__name__}, and is {value!r}.')
-    if kind is float and not math.isfinite(value):
-        raise UsageError(f'{path} must be finite, and is {value!r}.')
-    most = 2**64 if path == 'seed' else 2**31
-    if kind is int and value >= most:
-        raise UsageError(f'{path} must be below {most}, and is {value}.')
-    return value
-
-
-def _limited(value: Any, limit: Any, path: str) -> Any:
-    """Return `value`, a path expanded, if it is within the limit."""
-    if isinstance(value, tuple):
-        return tuple(_limited(item, limit, path) for item in value)
-    if callable(limit):
+    if kind in (int, float):
+        _check_number(value, path)
+    if path in FOLDERS and (value or path != 'init_from'):  # '' there: to be given
         try:
-            return limit(value)
+            value = command.expand(value)
         except UsageError as error:
             raise UsageError(f'{path}: {error}') from error
-    if isinstance(limit, tuple) and value not in limit:
-        raise UsageError(f"{path}: '{value}' is not one of {', '.join(limit)}.")
-    if limit == POSITIVE and value <= 0:
-        raise UsageError(f'{path} must be positive, and is {value}.')
-    if isinstance(limit, int) and value < limit:
-        raise UsageError(f'{path} must be at least {limit}, and is {value}.')
     return value
 
 
-def _list(words) -> str:
-    return ', '.join(sorted(words))
+def _tuple(kinds: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...]:
+    if isinstance(value, Mapping):  # a group with any keys, as multipliers
+        value = sorted(value.items())
+    if not isinstance(value, (list, tuple)):
+        raise UsageError(f'{path} must be a tuple, and is {value!r}.')
+    if kinds[-1] is Ellipsis:
+        kinds = kinds[:1] * len(value)
+    if len(kinds) != len(value):
+        raise UsageError(f'{path} must hold {len(kinds)} values, and is {value!r}.')
+    return tuple(_value(k, v, path) for k, v in zip(kinds, value, strict=True))
+
+
+def _choice(choices: Iterable[str], value: Any, path: str) -> Any:
+    if value not in choices:
+        raise UsageError(f"{path}: '{value}' is not one of {', '.join(choices)}.")
+    return value
+
+
+def _check_number(value: float, path: str) -> None:
+    name = path.rpartition('.')[2]
+    least, most = AT_LEAST.get(name, -math.inf), 2**64 if path == 'seed' else 2**31
+    if not math.isfinite(value):
+        raise UsageError(f'{path} must be finite, and is {value!r}.')
+    if isinstance(value, int) and value >= most:
+        raise UsageError(f'{path} must be below {most}, and is {value}.')
+    if name in POSITIVE and value <= 0:
+        raise UsageError(f'{path} must be positive, and is {value}.')
+    if value < least:
+        raise UsageError(f'{path} must be at least {least}, and is {value}.')
+
+
+def _list(names: Iterable[str]) -> str:
+    return ', '.join(sorted(names))
 
 
 def _require(condition: bool, sentence: str) -> None:
@@ -281,32 +274,35 @@ def _require(condition: bool, sentence: str) -> None:
 
 def _net(section: Mapping[str, Any]) -> Net:
     tree = dict(section)
-    names = _value(tree.pop('layers', None), tuple[str, ...], 'model.layers')
-    scaling = _limited(tree.pop('init_scaling', None), ('none', 'fan_in'), 'model.init_scaling')
-    rows = {key: tree.pop(key) for key in section if _is_layer(section[key])}
+    names = _value(tuple[str, ...], tree.pop('layers', None), 'model.layers')
+    scaling = _choice(('none', 'fan_in'), tree.pop('init_scaling', None), 'model.init_scaling')
+    rows = {name: tree.pop(name) for name in section if _is_layer(section[name])}
     _require(bool(names), 'model.layers is empty; name at least one layer.')
     twice = f'model.layers names a layer twice: {", ".join(names)}.'
     _require(len(set(names)) == len(names), twice)
     for name in names:
-        there = f'there is no model.{name}; the rows are {_list(rows)}.'
-        _require(name in rows, f'model.layers names {name}, and {there}')
+        missing = f'there is no model.{name}; the rows are {_list(rows)}.'
+        _require(name in rows, f'model.layers names {name}, and {missing}')
     rows = {name: dict(rows[name]) for name in names}
-    reference = [_reference_fan_in(rows[name], f'model.{name}.reference_fan_in') for name in names]
-    net = _build(Net, tree, 'model', layers=tuple(_layer(name, rows[name]) for name in names))
+    fan_ins = [
+        _value(int, row.pop('reference_fan_in', None), f'model.{name}.reference_fan_in')
+        for name, row in rows.items()
+    ]
+    net = _build(Net, tree, 'model', layers=tuple(_layer(*item) for item in rows.items()))
     net = dataclasses.replace(net, channels=net.channels or 3)  # until the data is known
-    for layer in net.layers[:-1]:  # the last one's 0 is 'as many as the data has classes'
-        _limited(layer.features, 1, f'model.{layer.name}.features')
     _check_net(net)
     stages = alexnet.geometry(net)
     if scaling == 'none':
         return net
-    # fan-in * std^2 stays what it was in run 145's net, and with it the signal's strength.
-    scaled = [
-        dataclasses.replace(
-            stage.layer, init_std=stage.layer.init_std * math.sqrt(reference_fan_in / stage.fan_in)
-        )
-        for stage, reference_fan_in in zip(stages, reference, strict=True)
+    # fan-in * std^2 stays as in run 145's net, and with it the strength of the signal.
+    stds = [
+        stage.layer.init_std * math.sqrt(fan_in / stage.fan_in)
+        for stage, fan_in in zip(stages, fan_ins, strict=True)
     ]
+    scaled = (
+        dataclasses.replace(layer, init_std=std)
+        for layer, std in zip(net.layers, stds, strict=True)
+    )
     return dataclasses.replace(net, layers=tuple(scaled))
 
 
@@ -314,39 +310,44 @@ def _is_layer(value: Any) -> bool:
     return isinstance(value, Mapping) and 'reads' in value
 
 
-def _reference_fan_in(row: dict[str, Any], path: str) -> int:
-    return _limited(_value(row.pop('reference_fan_in', None), int, path), 1, path)
-
-
 def _layer(name: str, row: Mapping[str, Any]) -> Layer:
-    if row.get('kind') == 'fc':  # a kernel over nothing
+    if row.get('kind') == 'fc':  # has no window
         row = {'kernel_px': 1, 'stride_px': 1, 'padding_px': ((0, 0), (0, 0)), **row}
     layer = _build(Layer, row, f'model.{name}', name=name)
-    once = f'model.{name}.ops names a word twice, and each layer does a thing once.'
+    once = f'model.{name}.ops names an operation twice; each may be there once.'
     _require(len(set(layer.ops)) == len(layer.ops), once)
     return layer
 
 
 def _check_net(net: Net) -> None:
+    for layer in net.layers[:-1]:  # 0 in the last one: the number of classes in the data
+        empty = f'model.{layer.name}.features must be at least 1, and is {layer.features}.'
+        _require(layer.features > 0, empty)
     for name, size in (('lrn', net.lrn.size), ('spatial_norm', net.spatial_norm.size)):
         _require(size % 2 == 1, f'model.{name}.size must be odd, and is {size}.')
     gaps = net.pool.kind != 'max' or net.pool.stride_px > net.pool.window_px
     _require(
         net.pool.rounding == 'down' or not gaps,
-        "model.pool.rounding 'up' is for maxima whose windows leave no gap; set it to 'down'.",
+        "model.pool.rounding 'up' needs maxima whose windows leave no gap; set it to 'down'.",
     )
     keep = net.dropout.keep
     _require(keep <= 1, f'model.dropout.keep must be in (0, 1], and is {keep}.')
 
 
 def _check(settings: Settings) -> None:
-    recipe, update = settings.preprocess, settings.optimizer
+    recipe, names = settings.preprocess, [layer.name for layer in settings.net.layers]
     for px, what in (
         (recipe.input_px, f'the crop of model.input_px ({recipe.input_px})'),
         (recipe.resize_px, f'preprocess.resize_px ({recipe.resize_px})'),
     ):
         small = f'preprocess.image_px is {recipe.image_px}, smaller than {what}; enlarge it'
         _require(recipe.image_px >= px, f'{small} (2012: 256 for crops of 224).')
+    for name in settings.init_layers:
+        _choice(names, name, 'init_layers')
+
+
+def _check_rates(settings: Settings) -> None:
+    update, names = settings.optimizer, [layer.name for layer in settings.net.layers]
     _require(update.momentum < 1, 'optimizer.momentum must be in [0, 1).')
     for name, schedule in (('weights', update.weights), ('biases', update.biases)):
         ascend = list(schedule.at_epochs) == sorted(schedule.at_epochs)
@@ -361,12 +362,11 @@ def _check(settings: Settings) -> None:
         "optimizer.weights.kind 'plateau' follows the validation error, and data.validation is "
         'none: give a split, or another schedule.',
     )
-    names = tuple(layer.name for layer in settings.net.layers)
-    _limited(update.late_freeze.layer, ('none', *names), 'optimizer.late_freeze.layer')
-    _limited(settings.init_layers, names, 'init_layers')
-    for name, multiplier in update.multipliers:
-        _limited(name, names, 'optimizer.multipliers')
-        _limited(multiplier, 0, f'optimizer.multipliers.{name}')
+    _choice(('none', *names), update.late_freeze.layer, 'optimizer.late_freeze.layer')
+    for name, factor in update.multipliers:
+        _choice(names, name, 'optimizer.multipliers')
+        key = f'optimizer.multipliers.{name}'
+        _require(factor >= 0, f'{key} must be at least 0, and is {factor}.')
 
 
 def _check_mesh(settings: Settings) -> None:

@@ -1,7 +1,7 @@
-"""Configs as people hand them in: a file, values that override its keys, JSON. Without JAX.
+"""Config files, overrides of their keys, and config.json; without importing JAX.
 
 A config file is a Python file with a function `get_config`, whose argument follows a colon, or the
-config.json of a run. Both give a tree of named values: a ConfigDict, or the dict of the JSON.
+config.json of a run. Both contain a tree of named values: a ConfigDict, or the dict of the JSON.
 """
 
 import ast
@@ -18,10 +18,10 @@ from typing import Any
 from alexnet_jax import command
 from alexnet_jax.errors import UsageError
 
-# An ml_collections.ConfigDict, which is no Mapping to a type checker, or the dict of its JSON.
+# An ml_collections.ConfigDict, or the dict of its JSON. To type checkers the former is no Mapping.
 Config = Any
-# The folder that contains configs/: in a checkout the repository's root. An installed package has
-# a copy in a folder of its own, where it meets no other package of that name.
+# The folder that contains configs/: the repository's root in a checkout. An installed package has a
+# copy in a folder of its own, as `configs` is a common name.
 _BUNDLED = Path(__file__).with_name('_bundled')
 ROOT = _BUNDLED if _BUNDLED.is_dir() else Path(__file__).parents[1]
 CONFIGS = ROOT / 'configs'
@@ -35,7 +35,7 @@ def load(where: str, overrides: Mapping[str, Any]) -> Config:
         overrides: {dotted key: new value}, see `override`.
 
     Raises:
-        UsageError: there is no such file, it holds no config, or an override does not fit it.
+        UsageError: the file does not exist or holds no config, or an override does not fit it.
     """
     name, _, argument = where.partition(':')
     if '://' in where:
@@ -48,10 +48,10 @@ def load(where: str, overrides: Mapping[str, Any]) -> Config:
 
 
 def _read(file: Path, argument: str) -> Config:
-    if str(ROOT) not in sys.path:  # a config imports the one that it changes from `configs`
+    if str(ROOT) not in sys.path:  # configs import each other
         sys.path.insert(0, str(ROOT))
     if not file.is_file():
-        raise UsageError(f'there is no config file {file}; those of this program are in configs/.')
+        raise UsageError(f'there is no config file {file}; the shipped ones are in configs/.')
     try:
         if file.suffix == '.json':
             config = read_json(file)
@@ -64,7 +64,7 @@ def _read(file: Path, argument: str) -> Config:
         return config
     except ValueError as error:  # a config's own: "scale 'huge' is not one of ..."
         raise UsageError(f'{file}: {error}.') from error
-    except Exception as error:  # whatever is wrong in a person's Python file
+    except Exception as error:  # anything may be wrong in a user's Python file
         what = f'{type(error).__name__}: {error}'
         raise UsageError(f'{file} gives no config ({what}).') from error
 
@@ -73,7 +73,7 @@ def _read(file: Path, argument: str) -> Config:
 
 
 def split(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Return a command line without its `--config.KEY=VALUE`, and these as {key: value}."""
+    """Separate a command line into other words and its `--config.KEY=VALUE`, as {key: value}."""
     others, overrides, left = [], {}, iter(words)
     for word in left:
         name, equals, value = word.partition('=')
@@ -94,15 +94,15 @@ KINDS = {
 
 
 def override(config: Config, key: str, value: Any) -> None:
-    """Set one key of a config to a value, or to what a text means for a key of that type.
+    """Set one key of a config.
 
     Args:
-        config: changed in place; values of a ConfigDict that depend on the key follow.
+        config: changed in place, with the values of a ConfigDict that depend on the key.
         key: dotted: 'optimizer.weights.rate'.
-        value: text as on the command line, or the value itself.
+        value: the value, or text as on the command line, which is parsed by the key's type.
 
     Raises:
-        UsageError: there is no such key, or the value is not of the key's type.
+        UsageError: the key does not exist, or the value is not of its type.
     """
     section, old, name = config, config, ''
     for name in key.split('.'):
@@ -123,12 +123,12 @@ def _is_section(value: Any) -> bool:
 
 
 def _parse(text: str, old: Any) -> Any:
-    """Return what `text` means for a key that holds `old`."""
+    """Return `text` as a value of the type of `old`."""
     if isinstance(old, bool):
         return {'true': True, '1': True, 'false': False, '0': False}[text.lower()]
     if isinstance(old, (int, float, str)):
         return type(old)(text)
-    if isinstance(old, (tuple, list)) and text.isidentifier():  # one word of a tuple of words
+    if isinstance(old, (tuple, list)) and text.isidentifier():  # a tuple of one name
         return (text,)
     value = ast.literal_eval(text)
     if _is_section(old):
@@ -137,7 +137,7 @@ def _parse(text: str, old: Any) -> Any:
 
 
 def _unknown(config: Config, key: str) -> UsageError:
-    """Return the error for a key that a config lacks: which config has it, or what is near."""
+    """Return the error for an unknown key, with a config that has it or with similar keys."""
     near = difflib.get_close_matches(key, list(_keys(config)), n=2, cutoff=0.75)
     files = sorted(CONFIGS.glob('[a-z]*.py'))
     having = next((file.name for file in files if _has(file, key)), None)
@@ -158,16 +158,16 @@ def _keys(tree: Config, prefix: str = '') -> Iterator[str]:
 
 
 def _has(file: Path, key: str) -> bool:
-    with contextlib.suppress(UsageError):  # a file that gives no config by itself
+    with contextlib.suppress(UsageError):  # a file that is no config
         return key in _keys(_read(file, ''))
     return False
 
 
-# ------------------------------------------------------------------------- what the data decides
+# ------------------------------------------------------------------------- values from the data
 
 
 def is_open(config: Config) -> bool:
-    """Return whether the config leaves something to the data, see `with_data`."""
+    """Return true if the config takes values from the data, see `with_data`."""
     net, splits = config['model'], config['data']
     last = net[net['layers'][-1]]
     return not last['features'] or not net['channels'] or 'auto' in dict(splits).values()
@@ -176,16 +176,17 @@ def is_open(config: Config) -> bool:
 def with_data(
     config: Config, classes: int, channels: int = 0, splits: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Return the config with the data's values in place of what it leaves open.
+    """Return the config with its open values taken from the data.
 
     Args:
-        config: `features` of the last layer and `channels` may be 0, and a split 'auto'.
-        classes: of the data.
-        channels: of its stored images.
-        splits: names of its splits.
+        config: open are `features` of the last layer and `channels` if they are 0, and a split
+            that is 'auto'.
+        classes: the number of classes in the data.
+        channels: of the stored images.
+        splits: the names of the data's splits.
 
     Raises:
-        UsageError: a split is 'auto', and there is nothing to take it from.
+        UsageError: a split is 'auto', and there is no split to take it from.
     """
     tree = plain(config)
     net = tree['model']
@@ -197,7 +198,7 @@ def with_data(
 
 
 def _splits(wanted: Mapping[str, Any], there: Sequence[str]) -> dict[str, str]:
-    """Return {key: split} for each 'auto': of that name, or else a tenth of the training split."""
+    """Return {key: split} for each 'auto': the split of that name, or a tenth of the training's."""
     names = dict(train=('train',), validation=('validation', 'val', 'valid'), test=('test',))
     auto = [key for key in names if wanted[key] == 'auto']
     found = {key: name for key in auto for name in names[key] if name in there}

@@ -1,25 +1,25 @@
-"""Configs: each a document that says what it is, how long it takes and what to expect."""
+"""Configs: each is a document of a recipe, its command, its time and the result to expect."""
 
 from typing import NamedTuple
 
 
 class Claim(NamedTuple):
-    """What was reported of one idea, beside the config that takes it away.
+    """A published result for one idea, in the config that removes the idea.
 
-    Errors are those without the idea minus those with it, in points: positive where it helped. None
-    where there are words only. Each is one run with one seed; ten views averaged.
+    Differences are the errors without the idea minus those with it, in points: positive where it
+    helped, None where no figure was published. Each is of one run and one seed, ten views averaged.
     """
 
-    row: str  # how a table calls the ablation
+    row: str  # the ablation's name in tables
     source: str  # a section of the paper, runs of the 2012 program, a tutorial
-    data: str  # what the errors were measured on
+    data: str  # the data set that the errors were measured on
     top1: float | None
     top5: float | None
-    words: str  # what is said, where it is more or less than the two figures
+    words: str  # a remark
 
 
-# The base and one change each, in the order of a table: first those with figures of 2012. The last
-# adds something.
+# The base with one change each, in the order of tables: first those with figures of 2012. The last
+# one adds a layer.
 ABLATIONS = (
     'ablation_depth',
     'ablation_one_tower',
@@ -41,8 +41,8 @@ ABLATIONS = (
     'alexnet_conv6',
 )
 
-# The AlexNets of the tutorials, and LeNet; each says in REPORTED what test accuracy it reached
-# there on Fashion-MNIST at full size, or None.
+# The AlexNets of tutorials, and LeNet. REPORTED in each is the test accuracy that its tutorial
+# reports on Fashion-MNIST at full size, or None.
 VARIANTS = (
     'variant_d2l',
     'variant_gluon',

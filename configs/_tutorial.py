@@ -1,4 +1,4 @@
-"""What the AlexNets of the tutorials have in common; each variant_*.py has the rest."""
+"""The parts that the AlexNets of tutorials share; each variant_*.py has the rest."""
 
 from ml_collections import ConfigDict
 
@@ -8,10 +8,10 @@ WIDTHS = dict(conv1=96, conv2=256, conv3=384, conv4=384, conv5=256, fc6=4096, fc
 
 
 def get_config(scale: str, name: str, full_px: int = 224) -> ConfigDict:
-    """One tower that reads all, no normalisation, inverted dropout; images as they are, whole.
+    """Return a net of one tower without normalisation, with inverted dropout and plain SGD.
 
-    Pixels are not shifted, mirrored or coloured; the training set is all of Fashion-MNIST's 60,000
-    at the scale fashion_mnist. Rates are constant, biases have the weights', nothing decays.
+    Images are not cropped, mirrored or coloured. At the scale fashion_mnist all 60,000 training
+    images are used. Rates are constant, the same for weights and biases, without weight decay.
     """
     config = alexnet.get_config(scale)
     config.name = name
@@ -19,8 +19,8 @@ def get_config(scale: str, name: str, full_px: int = 224) -> ConfigDict:
     config.model.input_px = px
     images(config.preprocess, px)
     if scale == 'fashion_mnist':
-        # As there: all images train, and the curve is the test set's. Nothing depends on it, as the
-        # rates are constant.
+        # As in the tutorials, all images are trained on, and the curve is of the test set. No
+        # decision depends on it, as the rates are constant.
         config.data.train, config.data.validation = 'train', 'test'
     config.optimizer.update(momentum=0.0, weight_decay=0.0)
     rates(config.optimizer, alexnet.schedule('constant', 0.01))
@@ -29,7 +29,7 @@ def get_config(scale: str, name: str, full_px: int = 224) -> ConfigDict:
 
 
 def images(preprocess, px: int) -> None:
-    """Whole images, divided by 255, and nothing else done to them."""
+    """Use uncropped images of `px`, divided by 255, without any augmentation."""
     preprocess.resize_px = preprocess.image_px = px
     preprocess.crop = preprocess.mirror = False
     preprocess.colour_noise, preprocess.noise_divisor = 0.0, 1.0
@@ -37,21 +37,21 @@ def images(preprocess, px: int) -> None:
 
 
 def rates(optimizer, schedule: dict) -> None:
-    """One schedule for weights and biases, and no layer frozen."""
+    """Use one schedule for weights and biases, and freeze no layer."""
     optimizer.weights.update(schedule)
     optimizer.biases.update(schedule)
     optimizer.late_freeze.layer = 'none'
 
 
 def table(model, divisor: int) -> None:
-    """96-256-384-384-256-4096-4096, widths divided; ReLU, then pooling or dropout; Xavier."""
+    """Set the widths, divided; ReLU before pooling and dropout; Xavier's initialisation."""
     model.towers = 1
     model.dropout.kind = 'inverted'
-    model.init_scaling = 'none'  # Xavier's scales by itself
+    model.init_scaling = 'none'  # Xavier's std depends on the fan-in anyway
     for name in model.layers:
         layer = model[name]
         layer.reads, layer.init, layer.bias = 'all', 'xavier', 0.0
-        layer.ops = tuple(word for word in layer.ops if word in ('relu', 'dropout'))
+        layer.ops = tuple(op for op in layer.ops if op in ('relu', 'dropout'))
         if name in WIDTHS:
             layer.features = WIDTHS[name] // divisor
     for name in ('conv1', 'conv2', 'conv5'):

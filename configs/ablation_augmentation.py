@@ -1,12 +1,12 @@
-"""Ablation: no crops and no mirrors: every image is its centre, as it stands, in every epoch.
+"""Ablation: no random crops and no mirrors: every epoch sees the centre of every image.
 
     python main.py --config=configs/ablation_augmentation.py
 
 The paper: "Without this scheme, our network suffers from substantial overfitting, which would have
-forced us to use much smaller networks" (4.1). No figure, no run found. The colour noise stays.
+forced us to use much smaller networks" (4.1). No figure, and no run found. The colour noise stays.
 
-At test nothing changes: one view is the centre, ten are still corners and mirror images, which such
-a net has never seen.
+The tests stay: one view is the centre, and the ten views include corners and mirror images, which
+this net has never seen in training.
 """
 
 from configs import Claim, alexnet
@@ -23,7 +23,7 @@ CLAIM = Claim(
 
 
 def get_config(scale: str = 'quickstart'):
-    """Base, its offsets fixed, its mirrors off."""
+    """Return the base without random crops and mirrors."""
     config = alexnet.get_config(scale)
     config.name = 'ablation_augmentation'
     config.preprocess.crop = config.preprocess.mirror = False

@@ -1,12 +1,12 @@
-"""Ablation: average pooling in the place of max-pooling.
+"""Ablation: average pooling instead of max-pooling.
 
     python main.py --config=configs/ablation_average_pool.py
 
-Not in the paper, which takes the maximum without a word (3.4, 3.5). Tutorials claim that it is the
-better of the two, without a figure.
+The paper takes the maximum without giving a reason (3.4, 3.5). Tutorials claim that the maximum is
+better, without a figure.
 
-In the order of the source, pooling stands before the ReLU in conv1 and conv5: there the maximum
-keeps what is positive, and the average mixes it with what is not.
+In conv1 and conv5, pooling comes before the ReLU (source). There the maximum keeps positive values,
+and the average mixes them with negative ones.
 """
 
 from configs import Claim, alexnet
@@ -22,7 +22,7 @@ CLAIM = Claim(
 
 
 def get_config(scale: str = 'quickstart'):
-    """Base, every pooling an average."""
+    """Return the base with average pooling everywhere."""
     config = alexnet.get_config(scale)
     config.name = 'ablation_average_pool'
     config.model.pool.kind = 'average'

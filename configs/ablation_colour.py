@@ -2,11 +2,11 @@
 
     python main.py --config=configs/ablation_colour.py
 
-The paper: it "reduces the top-1 error rate by over 1 %" (4.1); no top-5, no data set, no run found.
-With the noise goes the source's division by 1.1, which is there only while the noise is on.
+The paper: it "reduces the top-1 error rate by over 1 %" (4.1). It gives no top-5 error and no data
+set, and no run was found. The source's division by 1.1 is removed too: it belongs to the noise.
 
-Grey images have one principal component, the grey value itself: on Fashion-MNIST the noise is in
-brightness only, one number an image added to all of its pixels, and so is what is taken away here.
+Grey images have one principal component, the grey value. On Fashion-MNIST the noise is therefore
+one brightness offset an image, added to all of its pixels.
 """
 
 from configs import Claim, alexnet
@@ -22,7 +22,7 @@ CLAIM = Claim(
 
 
 def get_config(scale: str = 'quickstart'):
-    """Base, the noise's deviation 0, no division."""
+    """Return the base without colour noise and its division."""
     config = alexnet.get_config(scale)
     config.name = 'ablation_colour'
     config.preprocess.colour_noise, config.preprocess.noise_divisor = 0.0, 1.0

@@ -2,9 +2,9 @@
 
     python main.py --config=configs/ablation_crop_chunk.py
 
-The paper does not say so: it has "random 224 x 224 patches (and their horizontal reflections)"
-(4.1). The base gives every image its own, so here the *ablation* is what was run in 2012: four
-crops a batch instead of 128. The colour noise is each image's own in both.
+The paper does not mention it: it has "random 224 x 224 patches (and their horizontal reflections)"
+(4.1). The base draws a crop for every image, so here the *ablation* is what was run in 2012: four
+crops a batch instead of 128. Both draw the colour noise for every image.
 """
 
 from configs import Claim, alexnet
@@ -20,7 +20,7 @@ CLAIM = Claim(
 
 
 def get_config(scale: str = 'quickstart'):
-    """Base, crops and mirrors shared by 32."""
+    """Return the base with crops and mirrors shared by 32 images."""
     config = alexnet.get_config(scale)
     config.name = 'ablation_crop_chunk'
     config.preprocess.images_per_crop = 32

@@ -1,10 +1,10 @@
-"""Ablation: two towers that do not talk before fc8, a little wider (run 150).
+"""Ablation: two towers that do not communicate before fc8, a little wider (run 150).
 
     python main.py --config=configs/ablation_crosstalk.py
 
 Not in the paper. The source: run 150, 41.83 / 19.33 % against run 145's 40.66 / 18.21 % on
-ILSVRC-2012 val, ten views, one seed each. Its towers are wider, so that something makes up for the
-connections lost: 160 maps a tower in conv2 (128 in the base), 4096 units a tower in fc6 (2048);
+ILSVRC-2012 val, ten views, one seed each. Its towers are wider, to make up for the lost
+connections: 160 maps a tower in conv2 (128 in the base), 4096 units a tower in fc6 (2048);
 fc7 keeps 2048 a tower (layers-150.cfg, sections fc4096a/b and fc2048ba/bb). 60,714,408 parameters;
 at quickstart a quarter of these widths.
 
@@ -25,7 +25,7 @@ CLAIM = Claim(
 
 
 def get_config(scale: str = 'quickstart'):
-    """Base, every layer but the last reads its own tower, and the widths of run 150."""
+    """Return the base with the widths of run 150; layers before fc8 read their own tower."""
     config = alexnet.get_config(scale)
     config.name = 'ablation_crosstalk'
     model = config.model

@@ -1,17 +1,17 @@
-"""Ablation: one of the middle convolutions goes.
+"""Ablation: one of the middle convolutions is removed.
 
     python main.py --config=configs/ablation_depth.py                     # conv4, quickstart
     python main.py --config=configs/ablation_depth.py:quickstart,conv3    # or conv5
 
 The paper: "removing any of the middle layers results in a loss of about 2 % for the top-1
-performance of the network" (7). No run found; how the gap was closed is not said. Here nothing else
-is lost with the layer:
+performance of the network" (7). No run was found, and the paper does not explain how the gap was
+closed. Here nothing else is lost with the layer:
 
-| goes | what the rest takes over | parameters, full size |
+| removed | changes in the other layers | parameters, full size |
 |---|---|---|
-| conv3 | conv4 reads both towers in its place; the net without conv4, but for conv4's bias of 1 | 60,301,288 |
-| conv4 | nothing: conv5 reads conv3's maps of its tower | 60,301,288 |
-| conv5 | conv4 is pooled in its place; fc6 reads 384 maps for 256, so there are more parameters | 79,396,968 |
+| conv3 | conv4 reads both towers instead: the net without conv4, except for conv4's bias of 1 | 60,301,288 |
+| conv4 | none: conv5 reads conv3's maps of its tower | 60,301,288 |
+| conv5 | conv4 is pooled instead; fc6 reads 384 maps instead of 256, so there are more parameters | 79,396,968 |
 
 conv1 and conv2 are not in the middle: they bring the maps from 224 px down to 13.
 """  # noqa: E501 (a table)
@@ -30,18 +30,18 @@ CLAIM = Claim(
 
 
 def get_config(scale: str = 'quickstart,conv4'):
-    """Base without a layer; `scale` is one of alexnet.SCALES, a comma and one of MIDDLE."""
-    scale, _, gone = scale.partition(',')
-    gone = gone or 'conv4'
-    if gone not in MIDDLE:
-        raise ValueError(f"layer '{gone}' is not one of {', '.join(MIDDLE)}")
+    """Return the base without a layer; `scale`: one of alexnet.SCALES, a comma, one of MIDDLE."""
+    scale, _, removed = scale.partition(',')
+    removed = removed or 'conv4'
+    if removed not in MIDDLE:
+        raise ValueError(f"layer '{removed}' is not one of {', '.join(MIDDLE)}")
     config = alexnet.get_config(scale)
-    config.name = f'ablation_depth_{gone}'
+    config.name = f'ablation_depth_{removed}'
     model = config.model
-    model.layers = tuple(name for name in model.layers if name != gone)
-    if gone == 'conv3':
+    model.layers = tuple(name for name in model.layers if name != removed)
+    if removed == 'conv3':
         model.conv4.reads, model.conv4.reference_fan_in = 'all', model.conv3.reference_fan_in
-    if gone == 'conv5':
+    if removed == 'conv5':
         model.conv4.ops = model.conv5.ops
         model.fc6.reference_fan_in = 6 * 6 * 384
     return config

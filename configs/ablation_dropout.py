@@ -3,12 +3,12 @@
     python main.py --config=configs/ablation_dropout.py
 
 The paper: "Without dropout, our network exhibits substantial overfitting. Dropout roughly doubles
-the number of iterations required to converge" (4.2). No figure, no run found. With dropout goes the
-halving of fc6's and fc7's outputs at test.
+the number of iterations required to converge" (4.2). No figure, and no run found. The halving of
+fc6's and fc7's outputs at test is removed with the dropout.
 
-A run of few epochs hardly overfits, and sees the price of dropout rather than its worth. At
-quickstart it may see neither: with nothing dropped the logits are several times as large, its rates
-are too, and of some seeds the loss jumps and stays at ln(10).
+A run of few epochs hardly overfits, so it measures the cost of dropout rather than its benefit. At
+quickstart it may measure neither: without dropout the logits are several times larger, the base's
+rates are too high for them, and with some seeds the loss jumps to ln(10) and stays there.
 """
 
 from configs import Claim, alexnet
@@ -24,10 +24,10 @@ CLAIM = Claim(
 
 
 def get_config(scale: str = 'quickstart'):
-    """Base, 'dropout' taken out of every layer's list."""
+    """Return the base without 'dropout' in any layer."""
     config = alexnet.get_config(scale)
     config.name = 'ablation_dropout'
     for name in config.model.layers:
         layer = config.model[name]
-        layer.ops = tuple(word for word in layer.ops if word != 'dropout')
+        layer.ops = tuple(op for op in layer.ops if op != 'dropout')
     return config

@@ -3,11 +3,11 @@
     python main.py --config=configs/ablation_init.py
 
 The paper: "a zero-mean Gaussian distribution with standard deviation 0.01" (5). The source has 0.03
-in conv3 to conv5. Nobody has compared them: the claim is only that both are said to be the net of
-2012. With 0.01 the logits of an untrained net differ 14 times less between images.
+in conv3 to conv5. No comparison was published: paper and program are both described as the net of
+2012. With 0.01 the logits of an untrained net vary 14 times less across images.
 
-Narrowed nets keep init_scaling='fan_in': 0.01 is then scaled as 0.03 is in the base, so that the
-one change is the factor of 3 in three layers.
+Narrowed nets keep init_scaling='fan_in', which scales 0.01 as it scales the base's 0.03. The only
+change is the factor of 3 in three layers.
 """
 
 from configs import Claim, alexnet
@@ -23,7 +23,7 @@ CLAIM = Claim(
 
 
 def get_config(scale: str = 'quickstart'):
-    """Base, 0.01 for the 0.03 of conv3 to conv5."""
+    """Return the base with 0.01 instead of 0.03 in conv3 to conv5."""
     config = alexnet.get_config(scale)
     config.name = 'ablation_init'
     for name in config.model.layers:

@@ -4,11 +4,11 @@
 
 The paper: LRN "reduces our top-1 and top-5 error rates by 1.4 % and 1.2 %" (3.3). The source: run
 148, 42.03 / 19.36 % against run 145's 40.66 / 18.21 % on ILSVRC-2012 val, ten views, one seed each.
-The paper has CIFAR-10 too: a four-layer net at 13 % test error without and 11 % with it.
+On CIFAR-10 the paper reports a four-layer net at 13 % test error without and 11 % with it.
 
-Both runs were driven by hand, and their biases kept the rate of 0.02 to the end
-(layer-params-148.cfg, layer-params-145.cfg). Here rates follow the base's schedule, weights' and
-biases', so that normalisation is the only change.
+The rates of both runs were changed by hand, and their biases kept a rate of 0.02 to the end
+(layer-params-148.cfg, layer-params-145.cfg). Here all rates follow the base's schedules, so that
+normalisation is the only change.
 """
 
 from configs import Claim, alexnet
@@ -24,10 +24,10 @@ CLAIM = Claim(
 
 
 def get_config(scale: str = 'quickstart'):
-    """Base, and 'lrn' and 'spatial_norm' taken out of every layer's list."""
+    """Return the base without 'lrn' and 'spatial_norm' in any layer."""
     config = alexnet.get_config(scale)
     config.name = 'ablation_lrn'
     for name in config.model.layers:
         layer = config.model[name]
-        layer.ops = tuple(word for word in layer.ops if word not in ('lrn', 'spatial_norm'))
+        layer.ops = tuple(op for op in layer.ops if op not in ('lrn', 'spatial_norm'))
     return config

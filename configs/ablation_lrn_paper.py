@@ -2,13 +2,13 @@
 
     python main.py --config=configs/ablation_lrn_paper.py
 
-The paper: k = 2, n = 5, alpha = 10^-4, beta = 0.75, "determined using a validation set"; alpha
-times the sum (3.3). The source divides alpha by n, as Caffe and PyTorch do and TensorFlow does not:
-the printed formula normalises five times as strongly as the net that was measured.
+The paper: k = 2, n = 5, alpha = 10^-4, beta = 0.75, "determined using a validation set", where
+alpha multiplies the sum (3.3). The source divides alpha by n, as Caffe and PyTorch do and
+TensorFlow does not. The printed formula normalises five times as strongly as the net of 2012.
 
-Not compared in 2012. The nearest, on ILSVRC-2012 val, ten views, one seed each: run 135 is run 131
-with k = 2 for k = 1, which halves alpha / k: 41.07 / 18.42 % against 40.93 / 18.57 %. Their net is
-not run 145's in other ways (ablation_norm_order.py).
+The two were not compared in 2012. The nearest comparison, on ILSVRC-2012 val, ten views, one seed
+each: run 135 is run 131 with k = 2 instead of 1, which halves alpha / k: 41.07 / 18.42 % against
+40.93 / 18.57 %. Their net differs from run 145's in other ways too (ablation_norm_order.py).
 """
 
 from configs import Claim, alexnet
@@ -24,7 +24,7 @@ CLAIM = Claim(
 
 
 def get_config(scale: str = 'quickstart'):
-    """Base, alpha 1e-4."""
+    """Return the base with alpha 1e-4."""
     config = alexnet.get_config(scale)
     config.name = 'ablation_lrn_paper'
     config.model.lrn.alpha = 1e-4

@@ -3,14 +3,14 @@
     python main.py --config=configs/ablation_one_tower.py
 
 The paper: two towers reduce the errors "by 1.7 % and 1.2 %, respectively, as compared with a net
-with half as many kernels in each convolutional layer trained on one GPU" (3.2), whose last
-convolution and fully connected layers are not halved, as most parameters lie there (footnote 2).
+with half as many kernels in each convolutional layer trained on one GPU" (3.2). Its last
+convolution and fully connected layers are not halved: most parameters are there (footnote 2).
 The source: run 145-half, 39.17 / 18.23 % against run 145's 37.47 / 17.00 % on ILSVRC-2010 test, ten
 views, one seed each.
 
 48-128-192-192-256-4096-4096-1000, 59,798,312 parameters; at quickstart a quarter of the widths.
-This is width as much as towers: a layer of the base that reads its own tower reads as many maps as
-here.
+The ablation is of the width as much as of the towers: a layer of the base that reads its own tower
+reads as many maps as the same layer here.
 
 Run 145-half's biases ended at a rate of 0.002 in conv1 and conv2 and of 0.02 in the other layers,
 run 145's at 0.002 in every layer (layer-params-145-half.cfg, layer-params-145-2010.cfg). Here all
@@ -30,7 +30,7 @@ CLAIM = Claim(
 
 
 def get_config(scale: str = 'quickstart'):
-    """Base, one tower, conv1 to conv4 halved."""
+    """Return the base with one tower, conv1 to conv4 halved."""
     config = alexnet.get_config(scale)
     config.name = 'ablation_one_tower'
     model = config.model

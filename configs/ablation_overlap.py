@@ -6,14 +6,14 @@ The paper: overlapping "reduces the top-1 and top-5 error rates by 0.4 % and 0.3
 of 2 px, "which produces output of equivalent dimensions" (3.4). The source: run 147,
 41.06 / 18.51 % against run 145's 40.66 / 18.21 % on ILSVRC-2012 val, ten views, one seed each.
 
-Run 147 pads conv2 by 1 px instead of 2 and conv5 not at all. That keeps the dimensions where
-windows may hang over the edge, as they do in cuda-convnet: 55 px -> 28, conv2 26 -> 13, conv5 11 ->
-6; at quickstart 27 -> 14, 12 -> 6, 4 -> 2. So the net has the parameters of the base.
+Run 147 pads conv2 by 1 px instead of 2, and conv5 by 0. As pooling windows may hang over the edge
+(cuda-convnet), this keeps the dimensions: 55 px -> 28, conv2 26 -> 13, conv5 11 -> 6; at quickstart
+27 -> 14, 12 -> 6, 4 -> 2. The net has as many parameters as the base.
 
-Windows are not all that differed in 2012: run 147's biases ended at a rate of 0.002, run 145's kept
-0.02, and the notes of run 147 do not mention that the colour noise was turned off, as it was in run
-145 at epoch 67 (layer-params-147.cfg, layer-params-145.cfg). Here rates and noise follow the base's
-schedule, which divides the biases' rate once, as run 147 did.
+In 2012 the windows were not the only difference. Run 147's biases ended at a rate of 0.002, run
+145's at 0.02, and run 147's notes do not mention the end of the colour noise, which was at epoch 67
+in run 145 (layer-params-147.cfg, layer-params-145.cfg). Here rates and noise follow the base's
+schedules, which divide the biases' rate once, as run 147 did.
 """
 
 from configs import Claim, alexnet
@@ -29,7 +29,7 @@ CLAIM = Claim(
 
 
 def get_config(scale: str = 'quickstart'):
-    """Base, its windows 2 px wide, the paddings of run 147."""
+    """Return the base with pooling windows of 2 px and the paddings of run 147."""
     config = alexnet.get_config(scale)
     config.name = 'ablation_overlap'
     model = config.model

@@ -1,14 +1,15 @@
-"""Ablation: the logistic sigmoid in the place of ReLU.
+"""Ablation: the logistic sigmoid instead of ReLU.
 
     python main.py --config=configs/ablation_sigmoid.py
 
-Not in the paper, which has tanh (3.1); tutorials name ReLU against the sigmoid as what let AlexNet
-train. No figure.
+The paper compares ReLU with tanh (3.1). Tutorials name ReLU, compared with the sigmoid, as the
+reason why AlexNet trains, without a figure.
 
-As in ablation_tanh.py the biases of 1, which are ReLU's, go too; weights' init and rates stay. The
-start is dead, and the pre-flight check says so: a sigmoid's slope is 1/4 at best, eight layers in a
-row leave the logits 2e-6 apart (0.05 with ReLU), and the loss sits at ln(classes). The row of a
-table says that this recipe needs ReLU, not how well some other recipe could do with sigmoids.
+The biases of 1, which are meant for ReLU, become 0 as in ablation_tanh.py; init and rates stay. The
+initialisation collapses, and the pre-flight check warns: a sigmoid's slope is at most 1/4, so after
+eight layers the logits vary by 2e-6 across images (0.05 with ReLU), and the loss stays at
+ln(classes). The result shows that this recipe needs ReLU, not how well another recipe could do with
+sigmoids.
 """
 
 from configs import Claim, alexnet
@@ -24,7 +25,7 @@ CLAIM = Claim(
 
 
 def get_config(scale: str = 'quickstart'):
-    """Base, every 'relu' a 'sigmoid', and the ReLUs' biases of 1 gone."""
+    """Return the base with 'sigmoid' instead of 'relu', and biases of 0."""
     config = alexnet.get_config(scale)
     config.name = 'ablation_sigmoid'
     alexnet.activate(config.model, 'sigmoid')

@@ -1,8 +1,8 @@
-"""Ablation: no spatial norm behind conv2's LRN.
+"""Ablation: no spatial norm after conv2's LRN.
 
     python main.py --config=configs/ablation_spatial_norm.py
 
-The paper does not mention this layer, which is in the source alone. No run compares it by itself.
+Only the source has this layer; the paper does not mention it. No run isolates it.
 Run 167 has neither it nor conv2's LRN: 40.49 / 18.12 % against run 170's 40.53 / 18.05 % on
 ILSVRC-2012 val, ten views, one seed each. That comparison is confounded with the schedule: run
 167's weight rates fall 1000-fold over the run (`dexp[1000,4]`) and its noise ends at epoch 63, run
@@ -23,7 +23,7 @@ CLAIM = Claim(
 
 
 def get_config(scale: str = 'quickstart'):
-    """Base, 'spatial_norm' taken out of conv2's list."""
+    """Return the base without 'spatial_norm' in conv2."""
     config = alexnet.get_config(scale)
     config.name = 'ablation_spatial_norm'
     ops = config.model.conv2.ops

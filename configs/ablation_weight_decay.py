@@ -4,8 +4,7 @@
 
 The paper: "this small amount of weight decay was important for the model to learn. In other words,
 weight decay here is not merely a regularizer: it reduces the model's training error" (5). No
-figure, no run found. In a run of few epochs a decay of 0.0005 has taken next to nothing from a
-weight.
+figure, and no run found. In a run of few epochs, a decay of 0.0005 hardly changes a weight.
 """
 
 from configs import Claim, alexnet
@@ -21,7 +20,7 @@ CLAIM = Claim(
 
 
 def get_config(scale: str = 'quickstart'):
-    """Base, its weights do not decay."""
+    """Return the base without weight decay."""
     config = alexnet.get_config(scale)
     config.name = 'ablation_weight_decay'
     config.optimizer.weight_decay = 0.0

@@ -6,21 +6,21 @@
 
 | scale | data | net | expect: top-1 / top-5 error, centre crop; ten views |
 |---|---|---|---|
-| quickstart | Fashion-MNIST at 112 px | widths / 4 | the README's figure; minutes on a CPU |
-| fashion_mnist | Fashion-MNIST at 224 px | full | not run; to beat: 10.1 % (its benchmark page) |
+| quickstart | Fashion-MNIST at 112 px | widths / 4 | see README; minutes on a CPU |
+| fashion_mnist | Fashion-MNIST at 224 px | full | to beat: 10.1 % (its benchmark page) |
 | imagenet2012 | ILSVRC-2012 | full | run 170 on val: 42.34 / 19.58 %; 40.53 / 18.05 % |
 | imagenet2010 | ILSVRC-2010 | full | run 145 on test: 39.02 / 18.30 %; 37.47 / 17.00 % |
 | pictures | your own at 112 px | widths / 4 | openclipart-png: 44.50 / 19.65 %; 44.75 / 19.53 % |
 | pictures_full | your own at 224 px | full | not run |
 
 Your own pictures are prepared first, by `python -m alexnet_jax prepare folder --source=FOLDER
---name=NAME`. Classes, channels and splits are then taken from the data; a split that is not there
-is a tenth of the training split. The number of epochs is a guess: --config.epochs changes it.
-Debian's openclipart-png has 6,484 pictures to train on and 22 classes, the largest of them 27 % of
-the test split: one seed, twenty minutes on two busy cores.
+--name=NAME`. Classes, channels and splits are then taken from the data; a missing split becomes a
+tenth of the training split. The number of epochs is a guess: --config.epochs changes it. Debian's
+openclipart-png has 6,484 training pictures and 22 classes, the largest of which has 27 % of the
+test split: one seed, twenty minutes on two busy cores.
 
-Constants are cited where they stand: [p 3.3] is a section of Krizhevsky, Sutskever, Hinton (2012),
-[source] the released program, `layers/layer-params-*.cfg` and its authors' notes in them.
+Constants are cited beside their values: [p 3.3] is a section of Krizhevsky, Sutskever, Hinton
+(2012), [source] the released program: `layers/layer-params-*.cfg`, with its authors' notes.
 """
 
 from ml_collections import ConfigDict
@@ -46,22 +46,22 @@ def get_config(scale: str = 'quickstart') -> ConfigDict:
     config.preprocess = preprocess(config.get_ref('epochs'))
     config.optimizer = optimizer(config.get_ref('epochs'))
     config.loop = loop()
-    # -1: all devices that are left; placement: 'towers' or 'one_weird_trick' (parallel/mesh.py)
+    # data -1: all devices that are left. placement: 'towers' or 'one_weird_trick', see mesh.py.
     config.mesh = dict(data=-1, tower=1, placement='towers', cpu_devices=0)
-    # How long processes wait for those that have not come, and for those that fell silent.
+    # How long processes wait for others to join, and for others that send no heartbeat.
     config.processes = dict(join_timeout_secs=300.0, peer_timeout_secs=60.0)
     if scale == 'imagenet2010':
         by_hand(config)
     if scale in PICTURES:
-        config.model.channels = config.model.fc8.features = 0  # as the data has
+        config.model.channels = config.model.fc8.features = 0  # taken from the data
     if scale in ('quickstart', 'fashion_mnist'):
         config.model.channels = 1  # stored grey; 3 repeats the grey value
         config.model.fc8.features = 10
         config.model.init_scaling = 'fan_in'
-        # These images have no margin to lose: they get one, of 1 of their 28 px on each side, and
-        # crops shift them in it.
+        # These images have no margin to crop. They get a black one of 1 of their 28 px on each
+        # side, and crops shift them within it.
         config.preprocess.resize_px, config.preprocess.image_px = 224, 240
-        # A run of a few epochs has no time for run 170's 250-fold fall.
+        # A run of a few epochs is too short for run 170's 250-fold fall of the rate.
         config.optimizer.weights.factor = 20.0
     if scale == 'quickstart':
         quarter(config, resize_px=112, image_px=120)
@@ -72,30 +72,30 @@ def get_config(scale: str = 'quickstart') -> ConfigDict:
 
 
 def quarter(config: ConfigDict, resize_px: int, image_px: int) -> None:
-    """Make it a net of quarter widths that sees crops of 112 px, for minutes on a CPU."""
-    # Its operations are too small to share: as two devices, two cores are a quarter faster.
+    """Divide the widths by four and use crops of 112 px: minutes on a CPU."""
+    # Operations this small do not use two cores: with a device a core they are a quarter faster.
     config.mesh.cpu_devices = 2
     config.model.input_px = 112
     config.preprocess.update(resize_px=resize_px, image_px=image_px)
-    # Fewer inputs a unit and few epochs, so larger steps.
+    # Units have fewer inputs, and the run few epochs: larger rates.
     config.optimizer.weights.rate, config.optimizer.biases.rate = 0.02, 0.04
     config.model.init_scaling = 'fan_in'
     narrow(config.model, 4)
 
 
 def model() -> ConfigDict:
-    """The layer table of run 145: 96-256-384-384-256-4096-4096-1000, both towers together."""
+    """Return run 145's layer table: 96-256-384-384-256-4096-4096-1000, both towers together."""
     return ConfigDict(
         dict(
             layers=('conv1', 'conv2', 'conv3', 'conv4', 'conv5', 'fc6', 'fc7', 'fc8'),
             towers=2,  # [p 3.2]
             input_px=224,
             channels=3,
-            # 224 px give 55 positions when the last window hangs over by 3 px of zeros [source];
-            # the 227 of later copies is a workaround. LRN before the ReLU, in conv1 only: [source];
-            # [p 3.5] reads relu, lrn, pool.
+            # 224 px give 55 positions, as the last window hangs over by 3 px of zeros [source]; the
+            # 227 px of later copies are a workaround. LRN before the ReLU, in conv1 only [source];
+            # [p 3.5] has relu, lrn, pool.
             conv1=conv(96, 11, 4, ((0, 3), (0, 3)), 'all', 0.01, 0.0, 363, ('lrn', 'pool', 'relu')),
-            # The spatial norm is in the [source] alone.
+            # Only the [source] has the spatial norm.
             conv2=conv(
                 256, 5, 1, SAME_5, 'own', 0.01, 1.0, 1200, ('relu', 'lrn', 'spatial_norm', 'pool')
             ),
@@ -107,14 +107,14 @@ def model() -> ConfigDict:
             fc6=fc(4096, 'all', 0.01, 1.0, 9216, ('relu', 'dropout')),
             fc7=fc(4096, 'all', 0.01, 1.0, 4096, ('relu', 'dropout')),
             fc8=fc(1000, 'all', 0.01, 0.0, 4096, ()),
-            # alpha is divided by the window's size in the [source]; [p 3.3] has 1e-4.
+            # The [source] divides alpha by the window's size; [p 3.3] has 1e-4.
             lrn=dict(size=5, k=2.0, alpha=1e-4 / 5, beta=0.75),
-            lrn_reads='own',  # [source]; Caffe's and PyTorch's windows run across: 'all'
+            lrn_reads='own',  # [source]; 'all': windows cross towers, as in Caffe and PyTorch
             spatial_norm=dict(size=5, k=1.0, alpha=0.001 / 25, beta=0.75),  # [source]
-            # [p 3.4]; a window that hangs over the edge is left out: rounding 'down', or 'up' as in
-            # cuda-convnet and Caffe. At the sizes of 2012 none does.
+            # [p 3.4]. rounding: windows over the edge are left out ('down'), or kept ('up') as in
+            # cuda-convnet and Caffe. At the sizes of 2012 there are none.
             pool=dict(kind='max', window_px=3, stride_px=2, rounding='down'),
-            # 'mask': units are zeroed in training and all are halved at test [p 4.2; source].
+            # 'mask': zero units in training, halve all of them at test [p 4.2; source].
             dropout=dict(keep=0.5, kind='mask'),
             # 'fan_in': multiply each std by sqrt(reference_fan_in / fan_in), so that a narrowed net
             # passes on the signal as the full one does; 'none': use the stds as they are.
@@ -129,11 +129,11 @@ SAME_5 = ((2, 2), (2, 2))
 
 
 def conv(features, kernel_px, stride_px, padding_px, reads, init_std, bias, reference_fan_in, ops):
-    """A convolution's row; `init_std` of an untruncated Gaussian.
+    """Return a convolution's row; `init_std` is of an untruncated Gaussian.
 
-    `reference_fan_in`: inputs of a unit at full size, for which `init_std` is meant. A config that
-    changes what a layer reads at full size sets it, so that the narrowed net begins as the full one
-    does.
+    `reference_fan_in` is the number of a unit's inputs at full size, for which `init_std` is meant.
+    A config that changes a layer's inputs at full size sets it too, so that the narrowed net starts
+    with the same strength of the signal.
     """
     return dict(
         kind='conv',
@@ -151,7 +151,7 @@ def conv(features, kernel_px, stride_px, padding_px, reads, init_std, bias, refe
 
 
 def fc(features, reads, init_std, bias, reference_fan_in, ops):
-    """A fully connected layer's row."""
+    """Return a fully connected layer's row."""
     return dict(
         kind='fc',
         features=features,
@@ -170,35 +170,32 @@ def narrow(model: ConfigDict, divisor: int) -> None:
         model[name].features //= divisor
 
 
-def activate(model: ConfigDict, word: str) -> None:
-    """Another nonlinearity in the place of every ReLU, without the biases that only a ReLU wants.
-
-    "[...] providing the ReLUs with positive inputs" [p 5].
-    """
+def activate(model: ConfigDict, activation: str) -> None:
+    """Replace every ReLU, and the biases that provide "the ReLUs with positive inputs" [p 5]."""
     for name in model.layers:
         layer = model[name]
-        layer.ops = tuple(word if old == 'relu' else old for old in layer.ops)
+        layer.ops = tuple(activation if op == 'relu' else op for op in layer.ops)
         layer.bias = 0.0
 
 
 def data(scale: str) -> ConfigDict:
-    """Which data, and TFDS's expression for each split; test is touched only to report."""
-    # Decoded splits up to so many GiB are held in memory; larger ones are read by worker processes,
-    # -1: one a core.
+    """Return the data set and TFDS's expression for each split; test is used only to report."""
+    # Decoded splits of up to resident_gib are held in memory; larger ones are read by `workers`
+    # threads, -1: one a core.
     how = dict(data_dir='data', workers=-1, resident_gib=4.0)
     if scale in ('quickstart', 'fashion_mnist'):
         splits = dict(train='train[:55000]', validation='train[55000:]', test='test')
         return ConfigDict(dict(name='fashion_mnist', **how, **splits))
     if scale in PICTURES:
         return ConfigDict(dict(name='none', **how, train='auto', validation='auto', test='auto'))
-    # ILSVRC-2012's test labels are not public: its val plays both parts, as in 2012.
+    # ILSVRC-2012's test labels are not public: val serves for validation and test, as in 2012.
     last = 'validation' if scale == 'imagenet2012' else 'test'
     splits = dict(train='train', validation='validation', test=last)
     return ConfigDict(dict(name=scale, **how, **splits))
 
 
 def preprocess(epochs) -> ConfigDict:
-    """Crops, mirrors, mean image, colour noise [p 4.1]. No division by 255 or by a deviation."""
+    """Return crops, mirrors, mean image and colour noise [p 4.1]; pixels stay in 0-255 units."""
     return ConfigDict(
         dict(
             resize_px=256,
@@ -216,7 +213,7 @@ def preprocess(epochs) -> ConfigDict:
 
 
 def optimizer(epochs) -> ConfigDict:
-    """Run 170: momentum 0.9, decay 0.0005, batch 128 [p 5]; scripted rates [source]."""
+    """Return run 170's: momentum 0.9, decay 0.0005, batch 128 [p 5]; scripted rates [source]."""
     return ConfigDict(
         dict(
             momentum=0.9,
@@ -235,7 +232,7 @@ def optimizer(epochs) -> ConfigDict:
 
 
 def schedule(kind: str, rate: float, **values) -> dict:
-    """A rate's schedule; every kind's fields are there, so that an override can change the kind."""
+    """Return a schedule with the fields of every kind, so that an override can change the kind."""
     defaults = dict(
         kind=kind,
         rate=rate,
@@ -243,7 +240,7 @@ def schedule(kind: str, rate: float, **values) -> dict:
         at_epochs=(),
         factor=1.0,
         switches=0,
-        patience_epochs=3.0,  # the paper's was a person's eye
+        patience_epochs=3.0,  # in the paper a person decided
         max_drops=3,  # [p 5]
         floor=0.0,
     )
@@ -251,7 +248,7 @@ def schedule(kind: str, rate: float, **values) -> dict:
 
 
 def loop() -> ConfigDict:
-    """How a run goes about its work; only a plateau rule minds how often it evaluates."""
+    """Return the settings of logging, evaluation and checkpoints; see config.Loop."""
     return ConfigDict(
         dict(
             log_every_steps=50,
@@ -260,13 +257,13 @@ def loop() -> ConfigDict:
             eval_batch_size=500,
             prefetch_batches=2,
             tensorboard=True,
-            # Where compiled programs are kept for the next start: a folder, 'beside' the workdir
-            # (.jax_cache there), or 'none'.
+            # The folder of compiled programs for the next start: a path, 'beside' (.jax_cache
+            # beside the workdir), or 'none'.
             compilation_cache='beside',
-            # The least standard deviation of the logits across images at initialisation. Fashion-
-            # MNIST, quickstart: this recipe 5e-2, trains at once; the paper's init 3e-3, trains
-            # after some 80 steps; without init_scaling 2e-4 (this) and 7e-6 (the paper's), still at
-            # ln(10) after 430 (experiments/results/dead_starts).
+            # The least standard deviation of the logits across images at initialisation. At
+            # quickstart this recipe has 5e-2 and trains at once; the paper's init 3e-3, and trains
+            # after some 80 steps; without init_scaling 2e-4 (this) and 7e-6 (the paper's), and the
+            # loss is still ln(10) after 430 steps (experiments/results/dead_starts).
             min_logit_std=0.001,
             on_collapsed_init='warn',  # or 'error'
             # Training steps that are traced into <workdir>/profile (docs/performance.md); 0: none.
@@ -276,11 +273,11 @@ def loop() -> ConfigDict:
 
 
 def by_hand(config: ConfigDict) -> None:
-    """Run 145 on ILSVRC-2010, as its authors turned the knobs [source], stopped at epoch 93."""
+    """Use run 145's schedule on ILSVRC-2010, set by hand in 2012 and ended at epoch 93 [source]."""
     config.epochs = 93.0
     config.preprocess.noise_until_epoch = 68.0
     config.optimizer.weights.update(kind='steps', at_epochs=(23.0, 51.0, 78.0))
-    # Once only; the notes do not say when, run 170's half-way is taken.
+    # Once; the notes do not give the epoch, so it is half of the run as in run 170.
     config.optimizer.biases.update(kind='steps', at_epochs=(46.5,))
     late_freeze = dict(layer='conv1', slow_epoch=68.0, slow_multiplier=0.1, freeze_epoch=72.0)
     config.optimizer.late_freeze.update(late_freeze)

@@ -1,4 +1,4 @@
-"""AlexNet as the paper's text has it, where that differs from the program that ran.
+"""AlexNet as written in the paper, where that differs from the program that ran.
 
     python main.py --config=configs/alexnet_paper.py
 
@@ -7,22 +7,24 @@ norm, LRN's alpha not divided by the window (3.3), init 0.01 everywhere (5), col
 and no division by 1.1 with it (4.1), one rate for weights and biases, divided by ten three times on
 a plateau (5), conv1 never frozen, 90 epochs.
 
-One thing is not as written: the paper multiplies the noise by the eigenvalues of the pixels'
-covariance (4.1), and this config, like the program, by their square roots, the standard deviations.
+One detail is not as written: the paper multiplies the noise by the eigenvalues of the pixels'
+covariance (4.1); this config, like the program, multiplies by the standard deviations, which are
+their square roots.
 
-The init is what matters: 0.01 in conv3 to conv5 lets 14 times less of the signal through to the
-logits than the source's 0.03. Narrowed without regard to the fan-in, nothing is left of it:
+The init matters most: with 0.01 in conv3 to conv5 the signal at the logits is 14 times weaker than
+with the source's 0.03. If the net is narrowed without scaling the init, almost nothing is left:
 
     python main.py --config=configs/alexnet_paper.py --config.model.init_scaling=none
 
-is the dead start of so many copies, and the pre-flight check says so before the first epoch.
+This is the collapsed initialisation of many copies; the pre-flight check warns of it before the
+first epoch.
 """
 
 from configs import alexnet
 
 
 def get_config(scale: str = 'quickstart'):
-    """The recipe as written, at one of alexnet.SCALES."""
+    """Return the recipe as written, at one of alexnet.SCALES."""
     config = alexnet.get_config(scale)
     config.name = 'alexnet_paper'
     if scale.startswith('imagenet'):

@@ -4,29 +4,29 @@
     python main.py --config=configs/finetune.py --config.data.name=flowers \\
         --config.init_from=workdirs/alexnet-imagenet2012-0 --workdir=workdirs/flowers
 
-The net is the one that `init_from` (WORKDIR, or WORKDIR:step) was trained as, 2012's if nothing
-else is said; scale and config of another one follow the colon:
+The net must be the one that `init_from` (WORKDIR, or WORKDIR:step) was trained with. The default is
+the base at imagenet2012; another scale and another config follow the colon:
 
-    --config=configs/finetune.py:imagenet2012,variant_torchvision      # of `weights import` too
+    --config=configs/finetune.py:imagenet2012,variant_torchvision      # also after `weights import`
     --config=configs/finetune.py:quickstart
 
-Layers are carried over by name where the shapes agree, and the rest starts fresh; one line prints
-which. The last layer starts fresh too where the classes differ by name, as wide as the data has
-classes (`model.fc8.features=0`). To carry over fewer (the quotes are for the shell):
+Layers are carried over by name where the shapes agree, and the others start fresh; one line prints
+which. The last layer has as many units as the data has classes (`model.fc8.features=0`), and starts
+fresh unless the classes' names are the same. To carry over fewer (the quotes are for the shell):
 
     --config.init_layers="('conv1', 'conv2', 'conv3', 'conv4', 'conv5')"
 
-The mean image is the source's too, as its layers have learned to see images minus that one;
-init_statistics=data measures the new images. A started run needs its source no more. Pictures in
-train/ and val/ alone have no split to test on: --config.data.test=validation.
+The mean image is the source's too, because its layers were trained on images minus that one;
+init_statistics=data measures the new images. Once started, a run does not need its source. Pictures
+in train/ and val/ only have no test split: set --config.data.test=validation.
 
-Rates a layer: `--config.optimizer.multipliers.conv1=0.0` freezes conv1; 10.0 is the new last
-layer's, and for other fresh layers to be set.
+Rates by layer: `--config.optimizer.multipliers.conv1=0.0` freezes conv1. The new last layer has
+10.0; set the same for other fresh layers.
 
 The recipe is Caffe's for fine-tuning CaffeNet on Flickr Style (its examples/
-finetune_flickr_style): rates of a tenth of those from scratch, divided by ten after each fifth of
-the run, ten times as high in the new last layer. There it was 100,000 steps of 50 images; ten
-epochs are a guess. Expect: not run here on ImageNet's weights, which were not at hand.
+finetune_flickr_style): a tenth of the rates from scratch, divided by ten after each fifth of the
+run, ten times as high in the new last layer. It has 100,000 steps of 50 images; ten epochs are a
+guess. Expect: not run here with ImageNet's weights, which were not available.
 """
 
 import importlib
@@ -37,7 +37,7 @@ SCALES = alexnet.SCALES
 
 
 def get_config(scale: str = 'imagenet2012'):
-    """Fine-tune the net of a scale: 'SCALE', or 'SCALE,CONFIG' with a file's name in configs/."""
+    """Return the recipe for a net: 'SCALE', or 'SCALE,CONFIG' with the name of a file here."""
     scale, _, base = scale.partition(',')
     config = importlib.import_module(f'configs.{base or "alexnet"}').get_config(scale)
     config.name = 'finetune'

@@ -1,8 +1,8 @@
-"""Everything in seconds: the two-tower net at 1/8 width and 64 px, on 1,024 images.
+"""A run in seconds: the two-tower net at 1/8 width and 64 px, on 1,024 images.
 
     python main.py --config=configs/smoke.py
 
-Says whether the program runs from end to end on this machine; its accuracy means nothing.
+It checks that the program runs from start to end on this machine. Its accuracy means nothing.
 """
 
 from configs import alexnet
@@ -11,7 +11,7 @@ SCALES = ('quickstart',)
 
 
 def get_config(scale: str = 'quickstart'):
-    """The base recipe, shrunk; only the scale 'quickstart' makes sense."""
+    """Return the base recipe, shrunk, at the scale 'quickstart'."""
     config = alexnet.get_config(scale)
     config.name = 'smoke'
     config.batch_size = 64

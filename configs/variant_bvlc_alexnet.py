@@ -1,19 +1,19 @@
-"""Caffe's bvlc_alexnet: the replication of 2012 that most of the literature calls AlexNet.
+"""Caffe's bvlc_alexnet, the replication that most of the literature calls AlexNet.
 
     python main.py --config=configs/variant_bvlc_alexnet.py:imagenet2012
     python -m alexnet_jax weights import bvlc_alexnet bvlc_alexnet.npz --workdir=W
 
 The weights: http://dl.caffe.berkeleyvision.org/bvlc_alexnet.caffemodel, 244 MB, sha1
-9116a64c0fbe4459d18f4bb6b56d647b63920377, for unrestricted use; how to make an .npz of them, says
-`python -m alexnet_jax weights --help`. Expect of them on ILSVRC-2012 val, centre crop, as Caffe's
-model zoo states it: 57.1 % top-1 and 80.2 % top-5 accuracy, of images warped to 256 x 256 (not run
-here: neither file nor data were at hand).
+9116a64c0fbe4459d18f4bb6b56d647b63920377, for unrestricted use. `python -m alexnet_jax weights
+--help` explains how to convert them to .npz. Expect on ILSVRC-2012 val, centre crop, according to
+Caffe's model zoo: 57.1 % top-1 and 80.2 % top-5 accuracy, of images warped to 256 x 256 (not run
+here: neither the file nor the data were available).
 
-What differs from configs/alexnet.py, and what Caffe's train_val.prototxt has: ReLU, LRN, pool in
-conv1 and conv2, no spatial norm; LRN with k = 1, its window crossing from one group into the
-other; 227 px; bias 0.1; std 0.005 in fc6 and fc7; inverted dropout; no colour noise; rates divided
-by ten every 100,000 of 450,000 steps of 256 images. Its channels are BGR, its mean image's too: an
-import turns both round. Caffe's pooling rounds up, which at these sizes changes nothing.
+Differs from configs/alexnet.py, according to Caffe's train_val.prototxt, in: ReLU, LRN, pool in
+conv1 and conv2, no spatial norm; LRN with k = 1, whose windows cross from one group into the other;
+227 px; bias 0.1; std 0.005 in fc6 and fc7; inverted dropout; no colour noise; rates divided by ten
+every 100,000 of 450,000 steps of 256 images. The channels of the weights and of the mean image are
+BGR; an import reverses them. Caffe's pooling rounds up, which changes nothing at these sizes.
 
 k = 1 was tried in 2012: run 135 is run 131 with k = 2, 41.07 / 18.42 % against 40.93 / 18.57 % on
 ILSVRC-2012 val, ten views, one seed each (layer-params-131.cfg, layer-params-135.cfg).
@@ -25,7 +25,7 @@ STEP, STEPS = 100_000, 450_000  # of the solver
 
 
 def get_config(scale: str = 'quickstart'):
-    """Caffe's net, preprocessing and solver, at one of alexnet.SCALES."""
+    """Return Caffe's net, preprocessing and solver, at one of alexnet.SCALES."""
     config = alexnet.get_config(scale)
     config.name = 'variant_bvlc_alexnet'
     if scale.startswith('imagenet'):

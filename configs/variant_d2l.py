@@ -1,9 +1,9 @@
 """d2l's AlexNet (Dive into Deep Learning, in PyTorch): one tower of 2012's widths on grey images.
 
     python main.py --config=configs/variant_d2l.py                  # a quarter of the widths
-    python main.py --config=configs/variant_d2l.py:fashion_mnist    # as there
+    python main.py --config=configs/variant_d2l.py:fashion_mnist    # as in d2l
 
-Reported there, on Fashion-MNIST at 224 px after 10 epochs: train loss 0.328, train accuracy 0.879,
+Reported, on Fashion-MNIST at 224 px after 10 epochs: train loss 0.328, train accuracy 0.879,
 test accuracy 0.885. 46,764,746 parameters.
 
 Differs from 2012 in: one tower, no LRN, ReLU before every pooling, conv1 padded by 1 px on each
@@ -19,7 +19,7 @@ REPORTED_BY_EPOCH = {10: 0.885}
 
 
 def get_config(scale: str = 'quickstart'):
-    """d2l's net and training, at one of alexnet.SCALES."""
+    """Return d2l's net and training, at one of alexnet.SCALES."""
     config = _tutorial.get_config(scale, 'variant_d2l')
     config.epochs = 10.0
     config.model.conv1.padding_px = ((1, 1), (1, 1))

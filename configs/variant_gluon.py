@@ -1,16 +1,16 @@
 """The AlexNet of the MXNet Gluon tutorial: d2l's with conv1 unpadded.
 
     python main.py --config=configs/variant_gluon.py                  # a quarter of the widths
-    python main.py --config=configs/variant_gluon.py:fashion_mnist    # as there
+    python main.py --config=configs/variant_gluon.py:fashion_mnist    # as in the tutorial
 
-Reported there, on Fashion-MNIST at 224 px: after 5 epochs loss 0.433, train accuracy 0.842, test
+Reported, on Fashion-MNIST at 224 px: after 5 epochs loss 0.433, train accuracy 0.842, test
 accuracy 0.866; test after epochs 1 to 5: 0.756, 0.804, 0.835, 0.854, 0.866. 46,764,746 parameters.
 
-The program there says `num_epoch = 10`, and its printed log ends after 5. Here 10 are run, at every
-scale; at fashion_mnist the test accuracy after every epoch, the fifth included, is in metrics.jsonl
-(kind 'validation': at that scale this split is the test set, as there).
+The tutorial's program has `num_epoch = 10`, and its printed log ends after 5. Here every scale runs
+10. At fashion_mnist the test accuracy after every epoch is in metrics.jsonl (kind 'validation': at
+that scale the validation split is the test set, as in the tutorial).
 
-Differs from 2012 in what variant_d2l.py names, but for conv1's padding, which is none (54 px too).
+Differs from 2012 as variant_d2l.py does, except that conv1 has no padding (54 px too).
 """
 
 from configs import _tutorial
@@ -20,7 +20,7 @@ REPORTED_BY_EPOCH = {1: 0.756, 2: 0.804, 3: 0.835, 4: 0.854, 5: 0.866}
 
 
 def get_config(scale: str = 'quickstart'):
-    """Gluon's net and training, at one of alexnet.SCALES."""
+    """Return Gluon's net and training, at one of alexnet.SCALES."""
     config = _tutorial.get_config(scale, 'variant_gluon')
     config.epochs = 10.0
     config.model.conv1.padding_px = ((0, 0), (0, 0))

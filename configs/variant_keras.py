@@ -3,16 +3,15 @@
     python main.py --config=configs/variant_keras.py
     python main.py --config=configs/variant_keras.py:imagenet2012 --mode=describe
 
-Reported there: nothing. 62,378,344 parameters with 1000 classes, 58,691,044 with the 100 of the
-text.
+Reported: nothing. 62,378,344 parameters with 1000 classes, 58,691,044 with the text's 100.
 
 Differs from 2012 in: one tower, no LRN, ReLU before every pooling, 227 px unpadded (the text prints
-277, where 227 is meant: its fc6 would read 7 x 7 maps), inverted dropout, biases of 0, plain SGD at
+277 and means 227: with 277, fc6 would read 7 x 7 maps), inverted dropout, biases of 0, plain SGD at
 Keras' default of 0.01. The five convolutions start uniform in +-0.05 (`kernel_initializer=
 'uniform'`), the three dense layers with Keras' default, Glorot's uniform.
 
-Not said there, and chosen here: pixels in 0-1; batches, epochs and splits of the base; as many
-classes as the data has. A narrowed net scales +-0.05 with the fan-in.
+Not given in the text, and chosen here: pixels in 0-1; batches, epochs and splits of the base; as
+many classes as the data has. A narrowed net scales +-0.05 with the fan-in.
 """
 
 import math
@@ -24,7 +23,7 @@ LIMIT = 0.05
 
 
 def get_config(scale: str = 'quickstart'):
-    """Keras' net, at one of alexnet.SCALES."""
+    """Return Keras' net, at one of alexnet.SCALES."""
     config = _tutorial.get_config(scale, 'variant_keras', full_px=227)
     config.data.update(alexnet.data(scale))
     model = config.model

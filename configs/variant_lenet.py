@@ -1,18 +1,18 @@
-"""LeNet as the tutorials' yardstick for AlexNet: ReLU or sigmoid, maxima, 28 px.
+"""LeNet, which tutorials compare AlexNet with: ReLU or sigmoid, max-pooling, 28 px.
 
     python main.py --config=configs/variant_lenet.py
     python main.py --config=configs/variant_lenet.py:sigmoid                  # at quickstart
     python main.py --config=configs/variant_lenet.py:fashion_mnist,sigmoid
 
-Reported there: "about the same" as AlexNet after five epochs. 170,988 parameters.
+Reported: "about the same" as AlexNet after five epochs. 170,988 parameters.
 
 conv(20, 5) and conv(50, 3), unpadded, each with ReLU and max-pooling 2/2; fc 128 with ReLU; fc 10.
-The training is Gluon's (variant_gluon.py), and so are Xavier's init and pixels in 0-1, of which the
-text says nothing. Quickstart and fashion_mnist are the same net; the latter trains on all 60,000
+The training is Gluon's (variant_gluon.py), and so are Xavier's init and pixels in 0-1, which the
+text does not give. Quickstart and fashion_mnist have the same net; the latter trains on all 60,000
 images.
 
-With 'sigmoid' every ReLU is a logistic sigmoid, as in the LeNet that two tutorials set beside
-AlexNet. At this rate, 0.01 without momentum, it hardly leaves ln(10) = 2.303 in five epochs
+With 'sigmoid' every ReLU is a logistic sigmoid, as in the LeNet that two tutorials compare AlexNet
+with. At this rate, 0.01 without momentum, the loss hardly leaves ln(10) = 2.303 in five epochs
 (quickstart, seed 0: validation loss 2.297).
 """
 
@@ -24,7 +24,7 @@ ACTIVATIONS = ('relu', 'sigmoid')
 
 
 def get_config(scale: str = 'quickstart,relu'):
-    """Build LeNet; `scale` is one of SCALES, one of ACTIVATIONS, or both with a comma between."""
+    """Return LeNet; `scale` is one of SCALES, one of ACTIVATIONS, or both with a comma between."""
     scale, _, activation = scale.partition(',')
     if scale in ACTIVATIONS and not activation:
         scale, activation = 'quickstart', scale

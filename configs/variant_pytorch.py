@@ -3,15 +3,15 @@
     python main.py --config=configs/variant_pytorch.py
     python main.py --config=configs/variant_pytorch.py:imagenet2012 --mode=describe
 
-Reported there: nothing, and no training given. 28,868,968 parameters with 1000 classes and colours.
+Reported: nothing, and no training is given. 28,868,968 parameters with 1000 classes and colours.
 
 Differs from 2012 in: one tower, no LRN, ReLU before every pooling, conv1 padded by 2 px on each
-side, fc6 and fc7 of 2048, inverted dropout of 0.2 in front of fc6 and fc7, PyTorch's default init
-(weights uniform in +-1 / sqrt(fan-in); its biases likewise, here 0). The text's table shows the two
-towers' geometry with padding [1, 2]; its program is this one.
+side, fc6 and fc7 of 2048, inverted dropout of 0.2 before fc6 and fc7, PyTorch's default init
+(weights uniform in +-1 / sqrt(fan-in); its biases likewise, here 0). The text's table has the two
+towers' geometry with padding [1, 2]; this net is that of its program.
 
-Chosen here, where nothing is said: pixels of 2012 (0-255 less the mean image: in 0-1 this init is a
-dead start), whole images, SGD at 0.01 with momentum 0.9, no decay, epochs and splits of the base.
+Not given in the text, and chosen here: pixels of 2012 (0-255 minus the mean image; in 0-1 this init
+collapses), uncropped images, SGD at 0.01 with momentum 0.9, no decay, the base's epochs and splits.
 """
 
 from configs import _tutorial, alexnet
@@ -20,7 +20,7 @@ REPORTED = None
 
 
 def get_config(scale: str = 'quickstart'):
-    """The PyTorch tutorial's net, at one of alexnet.SCALES."""
+    """Return the PyTorch tutorial's net, at one of alexnet.SCALES."""
     config = _tutorial.get_config(scale, 'variant_pytorch')
     config.data.update(alexnet.data(scale))
     config.preprocess.mean, config.preprocess.scale = 'image', 1.0

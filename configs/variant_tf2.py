@@ -5,18 +5,19 @@
     python -m alexnet_jax prepare mnist --source=FOLDER   # the digits' four idx files
     python main.py --config=configs/variant_tf2.py --config.data.name=mnist
 
-Reported there: nothing (it trains on MNIST's digits, enlarged to 224 px, and counts top-1 and top-5
-errors; Fashion-MNIST stands in for them unless `data.name` is mnist). 62,378,344 parameters with
-1000 classes and colours.
+Reported: nothing (it trains on MNIST's digits, enlarged to 224 px, and measures top-1 and top-5
+errors; here on Fashion-MNIST unless `data.name` is mnist). 62,378,344 parameters with 1000 classes
+and colours.
 
-Has of the paper: Gaussians of 0.01, biases of 1 in conv2 to conv5, fc6 and fc7 (so in conv3 too,
-which begins with 0 in 2012), momentum 0.9, rate 0.01 divided by ten on a plateau of the validation
-error, not below a floor, 90 epochs of batches of 128. Has not: weight decay ("the framework has
-none"), LRN, towers, crops, mirrors, colours. Dropout is inverted, ReLU before every pooling.
+As in the paper: Gaussians of 0.01, biases of 1 in conv2 to conv5, fc6 and fc7 (so in conv3 too,
+which starts with 0 in 2012), momentum 0.9, rate 0.01 divided by ten on a plateau of the validation
+error, not below a floor, 90 epochs of batches of 128. Without: weight decay ("the framework has
+none"), LRN, towers, crops, mirrors, colours. Dropout is inverted; ReLU comes before every pooling.
 
-Not said there, and chosen here: pixels of 2012 (0-255 less the mean image; in 0-1 the logits differ
-by 1e-3 between images, on the brink of a dead start), conv1's padding of 2012, patience of 3
-epochs, a floor of 1e-5; 4 epochs at quickstart. A narrowed net scales 0.01 with the fan-in.
+Not given in the text, and chosen here: pixels of 2012 (0-255 minus the mean image; in 0-1 the
+logits vary by 1e-3 across images, close to a collapsed initialisation), conv1's padding of 2012,
+patience of 3 epochs, a floor of 1e-5; 4 epochs at quickstart. A narrowed net scales 0.01 with the
+fan-in.
 """
 
 from configs import _tutorial, alexnet
@@ -25,10 +26,10 @@ REPORTED = None
 
 
 def get_config(scale: str = 'quickstart'):
-    """TensorFlow 2's net and training, at one of alexnet.SCALES."""
+    """Return TensorFlow 2's net and training, at one of alexnet.SCALES."""
     config = _tutorial.get_config(scale, 'variant_tf2')
     config.epochs = 4.0 if scale == 'quickstart' else 90.0
-    config.data.update(alexnet.data(scale))  # a plateau wants images that are not trained on
+    config.data.update(alexnet.data(scale))  # a plateau needs images that are not trained on
     config.preprocess.mean, config.preprocess.scale = 'image', 1.0
     config.optimizer.momentum = 0.9
     _tutorial.rates(config.optimizer, alexnet.schedule('plateau', 0.01, floor=1e-5))

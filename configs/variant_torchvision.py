@@ -3,19 +3,19 @@
     python main.py --config=configs/variant_torchvision.py:imagenet2012
     python -m alexnet_jax weights import torchvision alexnet-owt-7be5be79.pth --workdir=W
 
-The weights: alexnet-owt-7be5be79.pth, 244 MB, 61,100,840 parameters; where it lies, says
-`torchvision.models.AlexNet_Weights.IMAGENET1K_V1.url`. Expect of them on ILSVRC-2012 val, centre
-crop, as torchvision states it: 56.522 % top-1 and 79.066 % top-5 accuracy (not run here: neither
-file nor data were at hand).
+The weights: alexnet-owt-7be5be79.pth, 244 MB, 61,100,840 parameters, from
+`torchvision.models.AlexNet_Weights.IMAGENET1K_V1.url`. Expect on ILSVRC-2012 val, centre crop,
+according to torchvision: 56.522 % top-1 and 79.066 % top-5 accuracy (not run here: neither the file
+nor the data were available).
 
-The net is torchvision's own: widths 64-192-384-256-256, padding 2 in conv1, no LRN, inverted
-dropout in front of fc6 and fc7 (behind conv5's pooling and behind fc6's ReLU), pixels divided by
-255, minus a mean and divided by a deviation a channel. That deviation is 0.229, 0.224, 0.225;
-here it is 0.226 for all, and imported weights have the rest multiplied into conv1.
+The net: widths 64-192-384-256-256, padding 2 in conv1, no LRN, inverted dropout before fc6 and fc7
+(after conv5's pooling and after fc6's ReLU), pixels divided by 255, minus a mean and divided by a
+deviation of each channel. These deviations are 0.229, 0.224, 0.225; here all are 0.226, and an
+import multiplies conv1's weights by the rest.
 
 The training is that of torchvision's reference script (SGD, 0.01 divided by ten after 30 and 60
-of 90 epochs, decay 1e-4, batch 256), with two differences: its crops change size and proportions
-(RandomResizedCrop) and these do not, and its biases decay and start at random.
+of 90 epochs, decay 1e-4, batch 256), with two differences: its crops vary in size and proportions
+(RandomResizedCrop), and its biases decay and start at random.
 """
 
 from configs import alexnet
@@ -24,7 +24,7 @@ WIDTHS = dict(conv1=64, conv2=192, conv3=384, conv4=256, conv5=256, fc6=4096, fc
 
 
 def get_config(scale: str = 'quickstart'):
-    """Torchvision's net and preprocessing, at one of alexnet.SCALES."""
+    """Return torchvision's net and preprocessing, at one of alexnet.SCALES."""
     config = alexnet.get_config(scale)
     config.name = 'variant_torchvision'
     config.batch_size = 256 if scale.startswith('imagenet') else 128

@@ -6,7 +6,7 @@ The page to read first: the forward pass and the initialisation, and nothing els
 the same net from a table of layers (configs/alexnet.py), on one device or with a tower a device;
 tests/test_plain.py holds the two equal. Sections are those of the paper; "source" is the program.
 
-Two towers stand beside each other in the channels: the first half of every layer's maps is tower a,
+The two towers are side by side in the channels: the first half of every layer's maps is tower a,
 the second half tower b. A convolution that reads its own tower is a grouped convolution.
 """
 

@@ -1,4 +1,4 @@
-"""Augmentation against plain NumPy in float64, image by image; its draws against what 2012 says."""
+"""Augmentation against plain NumPy in float64, image by image; draws against the 2012 text."""
 
 import math
 
@@ -234,7 +234,7 @@ def test_noise_is_one_colour_an_image_along_the_components():
 
 
 def test_noise_on_grey_images_is_in_brightness():
-    """One component, the grey value: each image is lifted as a whole, margin and all."""
+    """One component, the grey value: all of an image is lifted, its margin too."""
     plain = recipe(**SMALL | {'mean': 'none', 'noise_divisor': 1.0, 'channels': 1})
     statistics = Statistics(jnp.zeros((16, 16, 1)), jnp.full((1, 1), 90.0))
     images = images_of(2, 16, 1)
@@ -293,7 +293,7 @@ def bilinear(image, side):
 
 
 def resized(images, side):
-    """What `apply` makes of stored images when nothing else is to be done."""
+    """Return stored images after `apply` with resizing only."""
     count, _, _, channels = images.shape
     plain = recipe(resize_px=side, image_px=side, input_px=side, channels=channels, mean='none')
     draws = augment.fixed(count, channels, plain)

@@ -189,7 +189,7 @@ RUNS_2012['150'] = (41.83, 19.33)
 RUNS_2010 = {'145': (37.47, 17.00), '145-half': (39.17, 18.23)}
 
 
-def test_every_ablation_and_variant_is_listed_and_says_what_was_reported():
+def test_every_ablation_and_variant_is_listed_with_its_report():
     ablations = {name for name in NAMES if name.startswith('ablation_')}
     assert set(configs.ABLATIONS) == {*ablations, 'alexnet_conv6'}
     assert set(configs.VARIANTS) <= set(NAMES)
@@ -303,7 +303,7 @@ def test_any_middle_layer_can_go(gone, count):
     assert stages[4].input[:2] == (6, 6)
 
 
-def test_what_has_no_middle_layer_or_no_scale_is_said():
+def test_unknown_layers_scales_and_activations_are_refused():
     with pytest.raises(ValueError, match="layer 'conv1' is not one of conv3, conv4, conv5"):
         ablation_depth.get_config('quickstart,conv1')
     with pytest.raises(ValueError, match="'conv3' is not one of quickstart"):
@@ -390,7 +390,7 @@ def test_layers_of_the_one_tower_net_read_what_a_tower_reads():
 @pytest.mark.parametrize('scale', ['quickstart', 'fashion_mnist'])
 @pytest.mark.parametrize('name', [*configs.ABLATIONS, 'alexnet_paper', 'variant_tf2'])
 def test_a_narrowed_net_begins_as_strongly_as_the_full_one(name, scale):
-    """Of every ablation too: fan-in times variance of each layer is what it is at full size."""
+    """Fan-in times variance of each layer equals that at full size, in every ablation too."""
     module = module_of(name)
     narrow, full = (geometry(net_of(module.get_config(s))) for s in (scale, 'imagenet2012'))
     for stage, wide in zip(narrow, full, strict=True):
@@ -409,7 +409,7 @@ def test_a_narrowed_net_without_a_layer_begins_as_the_full_one(gone):
         assert stage.fan_in * stage.layer.init_std**2 == pytest.approx(strength)
 
 
-def test_keras_uniform_weights_lie_within_a_twentieth():
+def test_keras_uniform_weights_are_within_a_twentieth():
     """The convolutions alone: its dense layers have Keras' default, Glorot's uniform."""
     layers = net_of(variant_keras.get_config('imagenet2012')).layers
     for layer in layers[:5]:
@@ -423,8 +423,8 @@ def test_tf2_falls_to_its_floor_and_not_below():
 
 
 @pytest.mark.parametrize('name', ['variant_d2l', 'variant_gluon', 'variant_lenet'])
-def test_tutorials_train_on_whole_images_by_plain_descent(name):
-    """As there: 60,000 images at full size, batches of 128, 0.01, pixels / 255, nothing else."""
+def test_tutorials_train_on_uncropped_images_by_plain_descent(name):
+    """All have 60,000 images at full size, batches of 128, 0.01, pixels / 255, nothing else."""
     settings = configuration.unpack(module_of(name).get_config('fashion_mnist'))
     recipe, update = settings.preprocess, settings.optimizer
     assert (settings.batch_size, settings.data.train) == (128, 'train')
@@ -466,7 +466,7 @@ def test_run_145_is_scheduled_by_hand():
     assert config.optimizer.weights.at_epochs == (23, 51, 78)
 
 
-def test_as_written_differs_from_as_run_only_where_it_is_said():
+def test_as_written_differs_from_as_run_only_where_documented():
     run = json.loads(configuration.as_json(alexnet.get_config('imagenet2012')))
     written = json.loads(configuration.as_json(alexnet_paper.get_config('imagenet2012')))
     assert set(configuration.differences(run, written)) == {
@@ -512,6 +512,8 @@ WRONG = {
     'batch_size': ('64', 'batch_size must be of type int'),
     'loop.log_every_steps': (2**31, 'must be below 2147483648'),
     'data.data_dir': ('gs://bucket/data', 'data.data_dir: gs://bucket/data is not a local path'),
+    'data.data_dir[1]': ('', 'data.data_dir: a path is empty'),
+    'optimizer.multipliers': ({'conv1': -1.0}, 'multipliers.conv1 must be at least 0'),
     'init_from': ('s3://bucket/run:best', 'init_from: s3://bucket/run:best is not a local path'),
     'loop.compilation_cache': ('gs://b/c', 'loop.compilation_cache: gs://b/c is not a local path'),
     'seed': (-1, 'seed must be at least 0'),
@@ -531,7 +533,7 @@ WRONG = {
     'model.conv4.padding_px': (((1, 1),), 'must hold 2 values'),
     'model.fc6.ops': (('pool',), "'pool' needs maps"),
     'model.fc7.ops': (('dropout', 'dropout'), 'twice'),
-    'model.fc7.init': ('None', "'None'; to say that there is none, write 'none'"),
+    'model.fc7.init': ('None', "'None'; write 'none' for none"),
     'model.conv1.stride_px': (0, 'must be at least 1'),
     'model.lrn.size': (4, 'must be odd'),
     'model.pool.kind': ('median', 'not one of max, average'),
@@ -561,7 +563,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize('key', sorted(WRONG))
-def test_what_is_wrong_is_said_in_one_sentence(key):
+def test_what_is_wrong_is_refused_in_one_sentence(key):
     value, words = WRONG[key]
     tree = json.loads(configuration.as_json(smoke.get_config()))
     *path, last = key.partition('[')[0].split('.')

@@ -58,7 +58,7 @@ def cut(net: Net, *names: str) -> Net:
 
 
 def activations(net: Net, params, images, masks=None) -> dict[str, np.ndarray]:
-    """What every step of the net computes, by name."""
+    """Return the result of every operation of the net, by name."""
     seen = _activations(net, params, images, masks)['intermediates']
     return {name: np.asarray(value) for name, (value,) in seen.items()}
 
@@ -162,7 +162,7 @@ def torchvision():
     ('net', 'parameters'), [(one_tower, 59_798_312), (torchvision, 61_100_840)]
 )
 def test_other_tables(net, parameters):
-    """Both counts stand in alexnet_2012.md; the module runs the table as the geometry says."""
+    """Compare with the counts in alexnet_2012.md; the module has the geometry's shapes."""
     net = net()
     assert sum(stage.parameters for stage in geometry(net)) == parameters
 
@@ -224,7 +224,7 @@ def test_kernels_are_gaussians_of_the_tables_deviation(initial):
 
 
 def test_gaussians_are_not_truncated(initial):
-    """0.27 % of a Gaussian lies beyond three deviations, and 63 in a million beyond four."""
+    """0.27 % of a Gaussian is beyond three deviations, and 63 in a million beyond four."""
     net, params, *_ = initial
     values = np.concatenate(
         [(params[layer.name]['kernel'] / layer.init_std).reshape(-1) for layer in net.layers]
@@ -286,7 +286,7 @@ def test_uniform_initialisers(init, limit):
 
 
 def differs_in(before, after):
-    """Whether tower a's half of the channels has changed, and tower b's."""
+    """Return a flag for each tower: has its half of the channels changed?"""
     return tuple(
         bool(np.any(old != new))
         for old, new in zip(np.split(before, 2, axis=-1), np.split(after, 2, axis=-1), strict=True)
@@ -294,7 +294,7 @@ def differs_in(before, after):
 
 
 def without_cross_talk() -> Net:
-    """As run 150: every layer but the last reads its own tower."""
+    """Return run 150's net: every layer but the last reads its own tower."""
     net = small_net()
     for name in ('conv3', 'fc6', 'fc7'):
         net = change(net, name, reads='own')
@@ -457,7 +457,7 @@ def test_pooling_of_either_kind(kind, function):
     ('window', 'stride', 'side', 'wide'),
     [(2, 2, 55, 28), (2, 2, 26, 13), (2, 2, 11, 6), (3, 2, 55, 27), (3, 2, 8, 4), (3, 3, 7, 3)],
 )
-def test_windows_that_hang_over_the_edge_see_what_lies_inside(window, stride, side, wide):
+def test_windows_that_hang_over_the_edge_see_what_is_inside(window, stride, side, wide):
     """Rounding up, as in cuda-convnet: the maximum, and its gradient, of what is not padding."""
     pool = model.Pool(kind='max', window_px=window, stride_px=stride, rounding='up')
     net = dataclasses.replace(change(tiny(pool=pool), 'conv', ops=('pool',)), input_px=side)
@@ -608,15 +608,15 @@ def test_lrn_across_towers_on_two_devices():
 
 
 @pytest.mark.parametrize(
-    ('shape', 'batch_size', 'says'),
+    ('shape', 'batch_size', 'words'),
     [
         ((3, 1), 6, 'data 3 x tower 1 does not divide the 8 device(s) here'),
         ((16, 1), 16, 'data 16 x tower 1 does not divide'),
         ((4, 2), 6, 'batch_size 6 does not divide over 4 devices'),
     ],
 )
-def test_meshes_that_do_not_fit(shape, batch_size, says):
-    with pytest.raises(UsageError, match=re.escape(says)):
+def test_meshes_that_do_not_fit(shape, batch_size, words):
+    with pytest.raises(UsageError, match=re.escape(words)):
         mesh.make_layout(MeshShape(*shape), batch_size)
 
 
@@ -697,7 +697,7 @@ def moved_behind_fc6() -> Net:
 
 
 @pytest.mark.parametrize(
-    ('net', 'says'),
+    ('net', 'words'),
     [
         (
             lambda: change(small_net(), 'conv1', kernel_px=68),
@@ -726,15 +726,15 @@ def moved_behind_fc6() -> Net:
         ),
     ],
 )
-def test_impossible_nets_are_refused_in_one_sentence(net, says):
-    with pytest.raises(UsageError, match=re.escape(says)) as caught:
+def test_impossible_nets_are_refused_in_one_sentence(net, words):
+    with pytest.raises(UsageError, match=re.escape(words)) as caught:
         geometry(net())
     sentence = str(caught.value)
     assert '\n' not in sentence
     assert sentence.endswith('.')
 
 
-def test_a_word_that_nobody_knows_is_refused():
+def test_an_unknown_op_is_refused():
     net = change(tiny(), 'conv', ops=('swish',))
-    with pytest.raises(UsageError, match=r"conv: 'swish' is not one of relu, tanh"):
+    with pytest.raises(ValueError, match=r"conv: 'swish' is not one of relu, tanh"):
         activations(net, cases.case(net, 1).params, np.zeros((1, 8, 8, 3), np.float32))

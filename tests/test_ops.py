@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from alexnet_jax.errors import UsageError
 from alexnet_jax.model import ops
 
 
@@ -137,7 +136,7 @@ CONVOLUTIONS = {
 
 
 @pytest.mark.parametrize('case', CONVOLUTIONS)
-def test_conv_is_the_sum_it_says(case):
+def test_conv_is_the_sum_of_its_definition(case):
     x_shape, kernel_shape, stride, padding, groups = CONVOLUTIONS[case]
     x, kernel = normal(*x_shape), normal(*kernel_shape, seed=1)
     keys: dict[str, Any] = {'stride': stride, 'padding': padding, 'groups': groups}
@@ -172,16 +171,16 @@ def test_conv_without_its_input_gradient_computes_none():
 
 @pytest.mark.parametrize(('kernel', 'groups'), [((3, 3, 4, 4), 1), ((3, 3, 3, 5), 2)])
 def test_conv_refuses_channels_that_do_not_fit(kernel, groups):
-    with pytest.raises(UsageError, match='groups'):
+    with pytest.raises(ValueError, match='groups'):
         ops.conv(jnp.ones((1, 5, 5, 6)), jnp.ones(kernel), groups=groups)
 
 
 def test_windows_larger_than_the_image_are_refused():
     x = jnp.ones((1, 4, 9, 2))
-    with pytest.raises(UsageError, match='5 x 5 does not fit into 4 x 9'):
+    with pytest.raises(ValueError, match='5 x 5 does not fit into 4 x 9'):
         ops.conv(x, jnp.ones((5, 5, 2, 2)))
     for pool in (ops.max_pool, ops.avg_pool):
-        with pytest.raises(UsageError, match='5 x 5 does not fit into 4 x 9'):
+        with pytest.raises(ValueError, match='5 x 5 does not fit into 4 x 9'):
             pool(x, window=5, stride=2)
 
 
@@ -243,7 +242,7 @@ def test_lrn_windows_do_not_cross_towers():
 
 
 def test_lrn_refuses_channels_that_do_not_divide():
-    with pytest.raises(UsageError, match='3 channels do not divide into 2 groups'):
+    with pytest.raises(ValueError, match='3 channels do not divide into 2 groups'):
         ops.lrn(jnp.ones((1, 2, 2, 3)), groups=2)
 
 
@@ -331,7 +330,7 @@ def test_bfloat16(name):
 
 @pytest.mark.parametrize('name', ['lrn', 'spatial_norm'])
 def test_norms_of_bfloat16_sum_in_float32(name):
-    # 256 + 1 is 256 in bf16: a window of one large and four small values tells the two apart.
+    # 256 + 1 is 256 in bf16: a window of one large and four small values separates the two.
     x = np.ones((1, 5, 5, 10))
     x[:, 2, 2, ::5] = 16
     function = {'lrn': ops.lrn, 'spatial_norm': ops.spatial_norm}[name]
@@ -388,12 +387,12 @@ def test_inside_shard_map(name):
     x = jnp.asarray(normal(4, 7, 9, 6), jnp.float32)
     function = OPERATIONS[name]
     kernel = [KERNEL] if 'conv' in name else []
-    data, whole = PartitionSpec('data'), PartitionSpec()
+    data, replicated = PartitionSpec('data'), PartitionSpec()
 
     sharded = jax.shard_map(
         function,
         mesh=mesh(),
-        in_specs=(data, *[whole] * len(kernel)),
+        in_specs=(data, *[replicated] * len(kernel)),
         out_specs=data,
         check_vma=True,
     )
@@ -408,7 +407,7 @@ def test_inside_shard_map(name):
 @needs_two
 @pytest.mark.parametrize('name', OPERATIONS)
 def test_gradient_taken_inside_shard_map(name):
-    """As a train step does it: value and gradient inside, the batch's gradient left sharded."""
+    """Value and gradient inside, as in a train step; the batch's gradient stays sharded."""
     x = jnp.asarray(normal(4, 7, 9, 6), jnp.float32)
     function = loss_gradient(OPERATIONS[name])
     data = PartitionSpec('data')

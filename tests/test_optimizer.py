@@ -182,7 +182,7 @@ def kinds_of(tree):
 
 
 def test_drops_of_the_plateau_rule_reach_the_update():
-    """The rates are divided where `drops` says so, and nowhere else."""
+    """Rates are divided by the number of drops, and by nothing else."""
     weights, biases = schedule('plateau', 0.01), schedule('plateau', 0.02)
     drops = np.repeat([0, 1, 2], 10)
     gradients = [tree_of(seed) for seed in range(1, STEPS + 1)]
@@ -194,7 +194,7 @@ def test_drops_of_the_plateau_rule_reach_the_update():
         assert_close(last[layer][kind], expected)
 
 
-def test_sharded_update_equals_the_whole_one():
+def test_sharded_update_equals_the_unsharded_one():
     """On a (2, 2) mesh each device updates its share: same bits, and the state stays split."""
     net = cases.net_of(smoke.get_config())
     params = cases.case(net, 2).params
@@ -211,10 +211,10 @@ def test_sharded_update_equals_the_whole_one():
             params = optax.apply_updates(params, updates)
         return params, state
 
-    whole = jax.jit(two_steps)(params, gradients)
+    unsharded = jax.jit(two_steps)(params, gradients)
     placed = jax.device_put((params, gradients), (split, split))
     sharded = jax.jit(two_steps, out_shardings=(split, state_split))(*placed)
-    jax.tree.map(np.testing.assert_array_equal, whole, sharded)
+    jax.tree.map(np.testing.assert_array_equal, unsharded, sharded)
     velocity = sharded[1][-1].velocity['conv2']['kernel']
     assert velocity.addressable_shards[0].data.shape[-1] == velocity.shape[-1] // 2
 
@@ -269,7 +269,7 @@ def test_steps_of_run_145():
     assert [at(rate, step) for step in moments] == pytest.approx(values)
 
 
-def test_epochs_are_not_whole_numbers_of_steps():
+def test_epochs_need_not_be_full_numbers_of_steps():
     """A change at epoch 2 of 4.5 steps each comes with step 9, one at epoch 1 with step 5."""
     rate = rate_of(
         schedule('steps', 1.0, at_epochs=(1.0, 2.0)), total_steps=14, steps_per_epoch=4.5

@@ -6,7 +6,6 @@ import io
 import json
 import os
 import re
-import runpy
 import shutil
 import signal
 import subprocess
@@ -368,46 +367,3 @@ def test_killed_at_its_work_it_leaves_the_old_report(workdir, tmp_path, reposito
     process.stderr.close()
     assert output.read_text() == 'the old one'
     assert [path.name for path in tmp_path.iterdir()] == ['r.html']
-
-
-# -------------------------------------------------------------------------------------- the tour
-
-
-@pytest.fixture(scope='module')
-def tour(repository):
-    return runpy.run_path(str(repository / 'examples' / 'tour.py'))['main']
-
-
-def test_the_tour(tour, workdir, tmp_path, capsys):
-    output = tmp_path / 'tour'
-    assert tour([f'--workdir={workdir}', f'--output={output}']) == 0
-    said = capsys.readouterr().out
-    with np.load(workdir / 'predictions_test.npz') as file:
-        top = file['centre'][:8].max(axis=1)
-    images = sorted((output / 'images').iterdir())
-    for path, probability in zip(images, top, strict=True):
-        found = re.search(rf'{path.name}: [^,]* ([\d.]+)%,', said)
-        assert float(found[1]) == pytest.approx(100 * probability, abs=0.06)  # one digit is shown
-    assert len(re.findall(r'^test\[.*\]\[\d\] \(', said, re.MULTILINE)) == 10
-    assert 'no towers: the net saw grey images' in said
-    assert 'differ by' in said
-    made = {path.name for path in output.iterdir()}
-    drawn = {f'{n}.{form}' for n in figures.FIGURES for form in ('png', 'svg') if n != 'towers'}
-    assert made == drawn | {
-        'images',
-        'features.npy',
-        'features.json',
-        'report.html',
-        'net.stablehlo',
-    }
-    Document((output / 'report.html').read_text())
-
-
-def test_a_tour_of_nothing(tour, tmp_path, capsys):
-    output = tmp_path / 'tour'
-    assert tour([f'--workdir={tmp_path}', f'--output={output}']) == 1
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f'tour: {tmp_path} holds no checkpoint; train first')
-    (tmp_path / 'file').touch()
-    assert tour([f'--workdir={tmp_path}', f'--output={tmp_path}/file']) == 1
-    assert 'choose another --output' in capsys.readouterr().err

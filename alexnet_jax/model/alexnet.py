@@ -1,12 +1,13 @@
-"""The net: a table of layers, the geometry that follows from it, and the Linen module that runs it.
+"""The net: a table of layers, its geometry, and the Linen module that runs it.
 
-A net is data. Every layer is one linear operation and the ordered list of what follows it, so the
-2012 program, the paper's text and every AlexNet of the tutorials are tables, not classes.
+A net is data. Every layer is one linear operation and an ordered list of the operations that follow
+it, so the 2012 program, the paper's text and every AlexNet of the tutorials are tables.
 """
 
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
+from typing import Literal, get_args
 
 import flax.linen as nn
 import jax
@@ -24,29 +25,30 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     'tanh': jnp.tanh,
     'sigmoid': jax.nn.sigmoid,
 }
-OPS = (*ACTIVATIONS, 'lrn', 'spatial_norm', 'pool', 'dropout')
+Op = Literal['relu', 'tanh', 'sigmoid', 'lrn', 'spatial_norm', 'pool', 'dropout']
+OPS: tuple[str, ...] = get_args(Op)
 
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
     """One row of the table.
 
-    `reads` is 'all' (both towers' maps: the towers talk here) or 'own' (its own tower's maps only:
-    a grouped operation). The first layer reads the image, which both towers see; the last layer
-    always reads all and has no towers.
+    `reads` is 'all' (the maps of all towers, which communicate here) or 'own' (those of its own
+    tower only: a grouped operation). The first layer reads the image, which all towers see. The
+    last layer always reads all and has no towers.
     """
 
     name: str
-    kind: str  # 'conv' or 'fc'
+    kind: Literal['conv', 'fc']
     features: int  # output channels or units, all towers together
     kernel_px: int
     stride_px: int
     padding_px: tuple[tuple[int, int], tuple[int, int]]  # (top, bottom), (left, right)
-    reads: str
-    init: str  # a key of INITIALIZERS
+    reads: Literal['own', 'all']
+    init: Literal['gaussian', 'uniform', 'xavier', 'fan_in_uniform']  # see INITIALIZERS
     init_std: float
     bias: float  # initial value of every bias
-    ops: tuple[str, ...]  # of OPS, in order
+    ops: tuple[Op, ...]  # in order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Norm:
 
     size: int
     k: float
-    alpha: float  # multiplies the sum as it stands: 1e-4 in the paper, 1e-4 / 5 in the source
+    alpha: float  # multiplies the sum, not the mean: 1e-4 in the paper, 1e-4 / 5 in the source
     beta: float
 
 
@@ -63,35 +65,36 @@ class Norm:
 class Pool:
     """Max or average over a window; overlapping when stride < window (paper, section 3.4).
 
-    `rounding`: windows that hang over the right or bottom edge are left out ('down'), or are there
-    and see what lies inside ('up', maxima only), as in cuda-convnet and Caffe.
+    `rounding` of the output size: windows that hang over the right or bottom edge are left out
+    ('down'), or take the maximum of their part inside ('up', maxima only), as in cuda-convnet and
+    Caffe.
     """
 
-    kind: str  # 'max' or 'average'
+    kind: Literal['max', 'average']
     window_px: int
     stride_px: int
-    rounding: str = 'down'
+    rounding: Literal['down', 'up'] = 'down'
 
     def overhang_px(self, side: int) -> int:
-        """By how much the last window hangs over the edge of a map of `side` px."""
+        """Return how far the last window hangs over the edge of a map of `side` px."""
         return (self.window_px - side) % self.stride_px if self.rounding == 'up' else 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Dropout:
-    """Paper, section 4.2.
+    """Dropout (paper, section 4.2).
 
     `mask`: zero units in training, multiply all of them by `keep` at test, as in 2012.
-    `inverted`: zero units and multiply the rest by 1 / `keep` in training, as libraries do now.
+    `inverted`: zero units and divide the others by `keep` in training, as libraries do now.
     """
 
     keep: float
-    kind: str  # 'mask' or 'inverted'
+    kind: Literal['mask', 'inverted']
 
 
 @dataclasses.dataclass(frozen=True)
 class Net:
-    """A whole net. `input_px` and `channels` are those of the crop that the first layer sees."""
+    """A complete net. `input_px` and `channels` are those of the crops that it sees."""
 
     layers: tuple[Layer, ...]
     towers: int
@@ -101,18 +104,20 @@ class Net:
     spatial_norm: Norm
     pool: Pool
     dropout: Dropout
-    compute_dtype: str
-    lrn_reads: str = 'own'  # its window stops at the tower's border, as in 2012; 'all': Caffe's
+    compute_dtype: Literal['float32', 'bfloat16']
+    lrn_reads: Literal['own', 'all'] = (
+        'own'  # LRN's window ends at the tower's border, as in 2012; 'all': Caffe's
+    )
 
     @property
     def classes(self) -> int:
-        """Units of the last layer."""
+        """Return the number of classes, the units of the last layer."""
         return self.layers[-1].features
 
 
 def activation_names(layer: Layer) -> tuple[str, ...]:
-    """The names of what a layer does, in order: 'conv1_linear', 'conv1_lrn', 'conv1_pool', ..."""
-    return tuple(f'{layer.name}_{word}' for word in ('linear', *layer.ops))
+    """Return the names of a layer's activations, in order: 'conv1_linear', 'conv1_lrn', ..."""
+    return tuple(f'{layer.name}_{op}' for op in ('linear', *layer.ops))
 
 
 # ------------------------------------------------------------------------------------- geometry
@@ -120,49 +125,49 @@ def activation_names(layer: Layer) -> tuple[str, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """What a layer does to one image: shapes are [H, W, C] of a convolution, [units] of an fc."""
+    """A layer with its shapes for one image: [H, W, C] of a convolution, [units] of an fc."""
 
     layer: Layer
     input: Shape
     output: Shape  # of the linear operation; the 2012 papers count its size as neurons
-    after: tuple[Shape, ...]  # after each word of `layer.ops`
+    after: tuple[Shape, ...]  # after each of `layer.ops`
     kernel: Shape  # of the parameter, in the canonical tree
-    groups: int
+    groups: int  # the number of towers if the layer reads its own only, else 1
 
     @property
     def fan_in(self) -> int:
-        """Inputs of one unit."""
+        """Return the number of inputs of one unit."""
         return math.prod(self.kernel[:-1])
 
     @property
     def parameters(self) -> int:
-        """Weights and biases."""
+        """Return the number of weights and biases."""
         return math.prod(self.kernel) + self.kernel[-1]
 
     @property
     def multiply_adds(self) -> int:
-        """For one image, forward, biases not counted."""
+        """Return the multiply-adds of a forward pass of one image, biases not counted."""
         return self.fan_in * math.prod(self.output)
 
     @property
     def result(self) -> Shape:
-        """What the next layer reads."""
+        """Return the shape that the next layer reads."""
         return self.after[-1] if self.after else self.output
 
 
 def geometry(net: Net) -> tuple[Stage, ...]:
-    """The shapes of every layer, in order.
+    """Return every layer with its shapes, in order.
 
     Raises:
-        UsageError: a layer does not fit its input (too big a kernel or window, channels that the
+        UsageError: a layer does not fit its input (too large a kernel or window, channels that the
             towers do not divide, a convolution after a fully connected layer, ...).
     """
     stages: list[Stage] = []
     shape: Shape = (net.input_px, net.input_px, net.channels)
-    for layer in net.layers:
-        first, last = layer is net.layers[0], layer is net.layers[-1]
-        groups = net.towers if layer.reads == 'own' and not (first or last) else 1
-        if shape[-1] % groups or (not last and layer.features % net.towers):
+    end = len(net.layers) - 1
+    for number, layer in enumerate(net.layers):
+        groups = net.towers if layer.reads == 'own' and 0 < number < end else 1
+        if shape[-1] % groups or (number < end and layer.features % net.towers):
             raise UsageError(
                 f'{layer.name}: {net.towers} towers do not divide {shape[-1]} inputs and '
                 f'{layer.features} features; choose multiples of {net.towers}.'
@@ -172,8 +177,8 @@ def geometry(net: Net) -> tuple[Stage, ...]:
         else:
             output, kernel = (layer.features,), (math.prod(shape) // groups, layer.features)
         after: list[Shape] = []
-        for word in layer.ops:
-            after.append(_after(word, after[-1] if after else output, layer, net.pool))
+        for op in layer.ops:
+            after.append(_after(op, after[-1] if after else output, layer, net.pool))
         stages.append(Stage(layer, shape, output, tuple(after), kernel, groups))
         shape = stages[-1].result
     return tuple(stages)
@@ -181,23 +186,23 @@ def geometry(net: Net) -> tuple[Stage, ...]:
 
 def _conv_shape(layer: Layer, shape: Shape, groups: int) -> tuple[Shape, Shape]:
     if len(shape) != 3:
-        raise UsageError(f'{layer.name} is a convolution behind a fully connected layer: move it.')
+        raise UsageError(f'{layer.name} is a convolution after a fully connected layer: move it.')
     sides = []
     for side, (before, behind) in zip(shape[:2], layer.padding_px, strict=True):
         if side + before + behind < layer.kernel_px:
             raise UsageError(
                 f'{layer.name}: a kernel of {layer.kernel_px} px does not fit its input of {side} '
-                f'px with padding {before} + {behind}; enlarge the input or take layers away.'
+                f'px with padding {before} + {behind}; enlarge the input or remove layers.'
             )
         sides.append((side + before + behind - layer.kernel_px) // layer.stride_px + 1)
     kernel = (layer.kernel_px, layer.kernel_px, shape[2] // groups, layer.features)
     return (sides[0], sides[1], layer.features), kernel
 
 
-def _after(word: str, shape: Shape, layer: Layer, pool: Pool) -> Shape:
-    if word in ('lrn', 'spatial_norm', 'pool') and len(shape) != 3:
-        raise UsageError(f"{layer.name}: '{word}' needs maps, and this layer has none: remove it.")
-    if word != 'pool':
+def _after(op: str, shape: Shape, layer: Layer, pool: Pool) -> Shape:
+    if op in ('lrn', 'spatial_norm', 'pool') and len(shape) != 3:
+        raise UsageError(f"{layer.name}: '{op}' needs maps, and this layer has none: remove it.")
+    if op != 'pool':
         return shape
     if min(shape[:2]) < pool.window_px:
         raise UsageError(
@@ -217,7 +222,7 @@ def _gaussian(layer: Layer) -> nn.initializers.Initializer:
 
 
 def _uniform(layer: Layer) -> nn.initializers.Initializer:
-    """Uniform with standard deviation `init_std`: the limits are sqrt(3) times that."""
+    """Return a uniform initialiser of deviation `init_std`: its limits are sqrt(3) times that."""
     limit = layer.init_std * math.sqrt(3)
     return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -limit, limit)
 
@@ -227,7 +232,7 @@ def _xavier(layer: Layer) -> nn.initializers.Initializer:
 
 
 def _fan_in_uniform(layer: Layer) -> nn.initializers.Initializer:
-    """PyTorch's default for convolutions and linear layers: limits +-1 / sqrt(fan-in)."""
+    """Return PyTorch's default for convolutions and linear layers: limits +-1 / sqrt(fan-in)."""
     return nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
 
 
@@ -245,8 +250,8 @@ INITIALIZERS: dict[str, Callable[[Layer], nn.initializers.Initializer]] = {
 class Linear(nn.Module):
     """A layer's linear operation, with its parameters `kernel` and `bias`.
 
-    Where units are split over devices the parameters are this device's share of the canonical
-    ones: the output axis is split, or, in the last layer, the input axis.
+    Where units are sharded over devices, the parameters are this device's shard of the canonical
+    ones, along the output axis or, in the last layer, along the input axis.
     """
 
     layer: Layer
@@ -255,9 +260,9 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, total: Callable[[Array], Array] | None = None) -> Array:
-        """`x` [B, H, W, C] -> [B, H', W', features], or [B, inputs] -> [B, features].
+        """Map `x` [B, H, W, C] to [B, H', W', features], or [B, inputs] to [B, features].
 
-        `total` adds up what devices make of their shares of the input axis.
+        `total` sums the partial results of devices that hold shards of the input axis.
         """
         layer = self.layer
         features = layer.features // self.shards
@@ -285,7 +290,7 @@ class Linear(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class AxisShard:
-    """Inside `jax.shard_map`: the mesh axis over whose devices a layer's units are split."""
+    """The mesh axis, inside `jax.shard_map`, over whose devices a layer's units are sharded."""
 
     axis: str | None = None
     shards: int = 1
@@ -293,10 +298,10 @@ class AxisShard:
 
 @dataclasses.dataclass(frozen=True)
 class TensorParallel:
-    """How convolutions and fully connected layers are spread; by default one device holds all.
+    """The sharding of convolutions and of fully connected layers; by default one device holds all.
 
-    gather_batch: fully connected layers see the images of all devices along their axis (Krizhevsky
-        2014, "One weird trick"), and not just those of this device.
+    gather_batch: fully connected layers see the images of all devices along their axis, not only
+        those of this device (Krizhevsky 2014, "One weird trick").
     """
 
     conv: AxisShard = AxisShard()
@@ -304,16 +309,16 @@ class TensorParallel:
     gather_batch: bool = False
 
     def of(self, layer: Layer) -> AxisShard:
-        """A layer's own."""
+        """Return the sharding of a layer's units."""
         return self.conv if layer.kind == 'conv' else self.fc
 
 
 class AlexNet(nn.Module):
-    """The interpreter of a layer table.
+    """The layer table as a network.
 
-    Called as it stands it computes the whole net on one device. Inside `jax.shard_map`, with a
-    `spread`, the same code computes this device's units and communicates only where a layer reads
-    units that lie elsewhere.
+    By default one device computes all of it. Inside `jax.shard_map`, with `tensor_parallel`,
+    the same code computes this device's units and communicates only where a layer reads units of
+    other devices.
     """
 
     net: Net
@@ -321,83 +326,96 @@ class AlexNet(nn.Module):
 
     @nn.compact
     def __call__(self, images: Array, masks: Mapping[str, Array] | None = None) -> Array:
-        """Float `images` [B, H, W, C] -> logits [B, classes], float32 of compute_dtype's precision.
+        """Map float `images` [B, H, W, C] to float32 logits [B, classes].
+
+        Every layer's output, and the result of each of its `ops`, is sown into the collection
+        'intermediates' under its name in `activation_names`.
 
         Args:
-            images: crops, mean subtracted, in 0-255 units (0 to 1: collapsed initialisation).
-            masks: in training, for every layer with 'dropout' behind it, which units are kept:
-                bool [B, units] (this device's), see `draw_masks`. None means test time, when all
-                units count and are multiplied by the share that training keeps.
-
-        Every layer's output, and what each of its `ops` makes of it, is sown into the collection
-        'intermediates', under the names of `steps`.
+            images: crops minus the mean, in 0-255 units (0 to 1: collapsed initialisation). They
+                are computed with in `compute_dtype`.
+            masks: in training, which units each dropout keeps on this device: bool [B, units] by
+                layer name, see `draw_masks`. None: test time.
         """
-        net = self.net
-        x = images.astype(net.compute_dtype)
-        lies = AxisShard()  # how the channels of x are split; the image is seen whole everywhere
-        for layer in net.layers:
-            first, last = layer is net.layers[0], layer is net.layers[-1]
-            own = layer.reads == 'own' and net.towers > 1 and not (first or last)
-            split = self.tensor_parallel.of(layer)
-            sums = last and x.ndim == 2 and lies.shards > 1
+        parallel = self.tensor_parallel
+        *hidden, head = geometry(self.net)
+        x = images.astype(self.net.compute_dtype)
+        shard = AxisShard()  # how the channels of x are sharded; images are replicated
+        for stage in hidden:
+            layer, own = stage.layer, parallel.of(stage.layer)
             with jax.named_scope(layer.name):
-                if not (own or sums):
-                    x = _gather(x, lies, axis=-1)
-                towers = net.towers // split.shards if own else 1
+                if stage.groups == 1:  # reads the units of all devices
+                    x = _gather(x, shard, axis=-1)
+                groups = max(1, stage.groups // own.shards)
                 if layer.kind == 'fc' and x.ndim == 4:
-                    x = _flatten(x, towers)
-                    if self.tensor_parallel.gather_batch and not last:
-                        x = _gather(x, self.tensor_parallel.fc, axis=0)
-                linear = Linear(layer, towers, shards=1 if last else split.shards, name=layer.name)
-                x = linear(x, self._sum if sums else None)
-                if last and lies.shards > 1 and not sums:  # the same on each device: make it known
-                    x = jax.lax.pmean(x, lies.axis)
-                self.sow('intermediates', f'{layer.name}_linear', x)
-                for word in layer.ops:
-                    x = self._follow(word, x, layer, masks)
-                    self.sow('intermediates', f'{layer.name}_{word}', x)
-            lies = split
+                    x = _flatten(x, groups)
+                    if parallel.gather_batch:
+                        x = _gather(x, parallel.fc, axis=0)
+                x = Linear(layer, groups, own.shards, name=layer.name)(x)
+                x = self._apply_ops(layer, x, masks)
+            shard = own
+        with jax.named_scope(head.layer.name):
+            x = self._classify(head.layer, x, shard)
+            x = self._apply_ops(head.layer, x, masks)
         return x.astype(jnp.float32)
 
+    def _classify(self, layer: Layer, x: Array, shard: AxisShard) -> Array:
+        """Apply the last layer, whose kernel is split along its inputs: the devices add up."""
+        linear = Linear(layer, groups=1, name=layer.name)
+        if x.ndim == 2 and shard.shards > 1:
+            return linear(x, self._sum)
+        x = _gather(x, shard, axis=-1)
+        if layer.kind == 'fc' and x.ndim == 4:
+            x = _flatten(x, towers=1)
+        x = linear(x)
+        # All devices have the same logits; pmean makes this known to shard_map.
+        return jax.lax.pmean(x, shard.axis) if shard.shards > 1 else x
+
     def _sum(self, x: Array) -> Array:
-        """Partial logits of each device's units -> the logits of this device's images."""
+        """Add the devices' partial logits; returns those of this device's images."""
         axis = self.tensor_parallel.fc.axis
         if self.tensor_parallel.gather_batch:
             return jax.lax.psum_scatter(x, axis, scatter_dimension=0, tiled=True)
         return jax.lax.psum(x, axis)
 
-    def _follow(
-        self, word: str, x: Array, layer: Layer, masks: Mapping[str, Array] | None
-    ) -> Array:
+    def _apply_ops(self, layer: Layer, x: Array, masks: Mapping[str, Array] | None) -> Array:
+        self.sow('intermediates', f'{layer.name}_linear', x)
+        for op in layer.ops:
+            x = self.apply_op(op, x, layer, masks)
+            self.sow('intermediates', f'{layer.name}_{op}', x)
+        return x
+
+    def apply_op(self, op: str, x: Array, layer: Layer, masks: Mapping[str, Array] | None) -> Array:
+        """Apply one of OPS to a layer's output, [B, H, W, C] or [B, units]."""
         net = self.net
-        if word in ACTIVATIONS:
-            return ACTIVATIONS[word](x)
-        if word == 'lrn':
+        if op in ACTIVATIONS:
+            return ACTIVATIONS[op](x)
+        if op == 'lrn':
             return self._lrn(x)
-        if word == 'spatial_norm':
+        if op == 'spatial_norm':
             return ops.spatial_norm(x, **dataclasses.asdict(net.spatial_norm))
-        if word == 'pool':
+        if op == 'pool':
             pool = ops.max_pool if net.pool.kind == 'max' else ops.avg_pool
-            x = _hang_over(x, net.pool)
+            x = _pad_overhang(x, net.pool)
             return pool(x, window=net.pool.window_px, stride=net.pool.stride_px)
-        if word == 'dropout':
+        if op == 'dropout':
             return drop(x, None if masks is None else masks[layer.name], net.dropout)
-        raise UsageError(f"{layer.name}: '{word}' is not one of {', '.join(OPS)}.")
+        raise ValueError(f"{layer.name}: '{op}' is not one of {', '.join(OPS)}.")
 
     def _lrn(self, x: Array) -> Array:
-        net, split = self.net, self.tensor_parallel.conv
-        how = dataclasses.asdict(net.lrn)
+        net, shard = self.net, self.tensor_parallel.conv
+        norm = dataclasses.asdict(net.lrn)
         if net.lrn_reads == 'own':
-            return ops.lrn(x, groups=net.towers // split.shards, **how)
-        normed = ops.lrn(_gather(x, split, axis=-1), **how)
-        if split.shards == 1:
+            return ops.lrn(x, groups=net.towers // shard.shards, **norm)
+        normed = ops.lrn(_gather(x, shard, axis=-1), **norm)
+        if shard.shards == 1:
             return normed
-        first = jax.lax.axis_index(split.axis) * x.shape[-1]
+        first = jax.lax.axis_index(shard.axis) * x.shape[-1]
         return jax.lax.dynamic_slice_in_dim(normed, first, x.shape[-1], axis=-1)
 
 
 def drop(x: Array, mask: Array | None, dropout: Dropout) -> Array:
-    """Dropout with a mask drawn elsewhere: `x` and bool `mask` [B, ...]; mask None is test time."""
+    """Apply dropout to `x` [B, ...] with a bool `mask` [B, ...]; None: test time."""
     if mask is None:
         return x * dropout.keep if dropout.kind == 'mask' else x
     kept = jnp.where(mask, x, 0)
@@ -405,9 +423,9 @@ def drop(x: Array, mask: Array | None, dropout: Dropout) -> Array:
 
 
 def draw_masks(key: Array, net: Net, batch_size: int) -> dict[str, Array]:
-    """Which units each dropout keeps: bool [B, ...] by layer name, in the global view.
+    """Draw which units each dropout keeps: bool [B, ...] by layer name, in the global view.
 
-    Drawn outside `shard_map`, so that the bits are the same on every mesh.
+    Masks are drawn outside `shard_map`, so that they are the same on every mesh.
     """
     masks = {}
     for number, stage in enumerate(geometry(net)):
@@ -421,29 +439,30 @@ def draw_masks(key: Array, net: Net, batch_size: int) -> dict[str, Array]:
 
 
 def init(key: Array, net: Net) -> dict[str, dict[str, Array]]:
-    """The canonical parameter tree, float32: {layer: {'kernel': ..., 'bias': ...}}.
+    """Return the canonical parameter tree, float32: {layer: {'kernel': ..., 'bias': ...}}.
 
-    Convolution kernels are [kh, kw, inputs of one group, features], fully connected ones
-    [inputs, features]; channels run tower by tower, so the tree knows nothing of meshes.
+    Kernels of convolutions are [kh, kw, inputs of one group, features], those of fully connected
+    layers [inputs, features]. Channels are ordered tower by tower. The tree is the same on every
+    mesh.
     """
     images = jnp.zeros((1, net.input_px, net.input_px, net.channels))
     return jax.jit(AlexNet(net).init)(key, images)['params']  # eagerly it takes seconds
 
 
 def mean_loss(logits: Array, labels: Array) -> Array:
-    """Mean softmax cross-entropy in nats; `logits` [B, classes], `labels` int [B]."""
+    """Return the mean softmax cross-entropy in nats of `logits` [B, classes], `labels` int [B]."""
     return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
 
 
-def _gather(x: Array, split: AxisShard, axis: int) -> Array:
-    """The shares of all devices of `split`, one behind the other along an axis of `x`."""
-    if split.shards == 1:
+def _gather(x: Array, shard: AxisShard, axis: int) -> Array:
+    """Concatenate the shards of all devices along an axis of `x`."""
+    if shard.shards == 1:
         return x
-    return jax.lax.all_gather(x, split.axis, axis=axis % x.ndim, tiled=True)
+    return jax.lax.all_gather(x, shard.axis, axis=axis % x.ndim, tiled=True)
 
 
-def _hang_over(x: Array, pool: Pool) -> Array:
-    """Maps with a border that is no maximum, where windows hang over the edge."""
+def _pad_overhang(x: Array, pool: Pool) -> Array:
+    """Pad maps by -inf where pooling windows hang over the edge."""
     bottom, right = (pool.overhang_px(side) for side in x.shape[1:3])
     if not (bottom or right):
         return x
@@ -452,7 +471,7 @@ def _hang_over(x: Array, pool: Pool) -> Array:
 
 
 def _flatten(x: Array, towers: int) -> Array:
-    """[B, H, W, C] -> [B, H * W * C]; with several `towers`, each tower's maps lie together."""
+    """Flatten [B, H, W, C] to [B, H * W * C], each tower's maps together."""
     batch, height, width, channels = x.shape
     if towers > 1:
         x = x.reshape(batch, height * width, towers, channels // towers).swapaxes(1, 2)

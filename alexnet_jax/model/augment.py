@@ -1,12 +1,12 @@
-"""What happens to an image between the disk and the first layer, all of it on the device.
+"""Preprocessing and augmentation of images, on the device.
 
 `draw` makes the random choices of a batch in the global view, so that they are the same on every
-mesh; `apply` carries them out. One view, ten views and training crops differ in the choices only.
-Images are uint8 [B, H, W, C] in 0-255 units; nothing divides them by 255 or a deviation.
+mesh; `apply` applies them. Training crops, the centre view and the ten views differ only in these
+choices. Images are uint8 [B, H, W, C] in 0-255 units, and stay in these units in the 2012 recipe.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,29 +16,29 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class Preprocess:
-    """The recipe (paper, section 4.1; the source where it says more)."""
+    """The preprocessing recipe (paper, section 4.1, with details from the source)."""
 
-    resize_px: int  # side to which images are brought: 256 in 2012
-    image_px: int  # side of the square that crops are taken from, black around a smaller image: 256
+    resize_px: int  # side that images are resized to: 256 in 2012
+    image_px: int  # side of the square that crops are taken from, with a black margin: 256 in 2012
     input_px: int  # side of a crop: 224 in 2012
-    channels: int  # that the net reads: 3, or 1; grey images are repeated
+    channels: int  # of the net's input: 3, or 1; grey images are repeated
     crop: bool  # random offsets in training; else the centre
     mirror: bool  # mirrored with probability 1/2 in training
     images_per_crop: (
         int  # that share one offset and mirror, in a row: 32 in the source, 1 in the paper
     )
-    mean: str  # 'image': minus the mean image's centre crop; 'channel': minus its average; 'none'
+    mean: Literal['image', 'channel', 'none']  # what is subtracted, see `_mean`
     colour_noise: float  # deviation of the factor on each principal component: 0.1; 0 is off
-    noise_until_epoch: float  # from here on there is no colour noise: 68 of 95 in the source
-    noise_divisor: float  # (image - mean + noise) / this, while the noise is on: 1.1 in the source
+    noise_until_epoch: float  # colour noise ends here: 68 of 95 in the source
+    noise_divisor: float  # divides (image - mean + noise) while the noise is on: 1.1 in the source
     scale: float  # multiplies the result; 1 in 2012, 1 / 255 in some tutorials
 
 
 class Statistics(NamedTuple):
-    """Of the training split, at the stored resolution; float32.
+    """Pixel statistics of the training split, at the stored resolution; float32.
 
     mean_image: [H, W, C].
-    colour_basis: [C, C], column i the i-th principal component times the deviation along it.
+    colour_basis: [C, C]; column i is the i-th principal component times the deviation along it.
     """
 
     mean_image: Array
@@ -59,7 +59,7 @@ class Draws(NamedTuple):
 
 
 def draw(key: Array, batch_size: int, channels: int, recipe: Preprocess) -> Draws:
-    """Training's choices: offsets uniform in 0..image_px - input_px, both ends included."""
+    """Draw a training batch's choices; offsets are uniform in 0..image_px - input_px, inclusive."""
     offset_key, mirror_key, noise_key = jax.random.split(key, 3)
     centre = fixed(batch_size, channels, recipe)
     shared = -(-batch_size // recipe.images_per_crop)
@@ -77,9 +77,9 @@ def draw(key: Array, batch_size: int, channels: int, recipe: Preprocess) -> Draw
 
 
 def fixed(batch_size: int, channels: int, recipe: Preprocess, view: Array | int = 0) -> Draws:
-    """One of the ten test views: 0 the centre, 1-4 the corners, 5-9 their mirror images.
+    """Return the choices of a test view: 0 is the centre, 1-4 the corners, 5-9 their mirror images.
 
-    Paper, section 4.1. The ten views are taken from the centre `image_px` square.
+    The ten views (paper, section 4.1) are taken from the central `image_px` square.
     """
     end = recipe.image_px - recipe.input_px
     corners = jnp.array([(end // 2, end // 2), (0, 0), (0, end), (end, 0), (end, end)], jnp.int32)
@@ -98,15 +98,15 @@ def apply(
     recipe: Preprocess,
     noise_on: Array | bool = False,
 ) -> Array:
-    """uint8 `images` [B, H, W, C] -> what conv1 sees, float32 [B, input_px, input_px, channels].
+    """Map uint8 `images` [B, H, W, C] to conv1's input, float32 [B, input_px, input_px, channels].
 
     Args:
-        images: stored at any resolution; brought to `resize_px` by bilinear interpolation, and with
-            a black margin to `image_px`.
-        draws: of the same batch.
-        statistics: of the training split.
-        recipe: what to do.
-        noise_on: whether the colour noise, and with it the division, is on at this step.
+        images: of any resolution; they are resized to `resize_px` by bilinear interpolation, and
+            padded to `image_px` by a black margin.
+        draws: the random choices of this batch.
+        statistics: the mean image and the colours of the training split.
+        recipe: the preprocessing.
+        noise_on: true while the colour noise, and with it the division, is on.
     """
     px = recipe.input_px
     pixels = crop(_square(images.astype(jnp.float32), recipe), draws, px)
@@ -120,7 +120,7 @@ def apply(
 
 
 def crop(images: Array, draws: Draws, px: int) -> Array:
-    """Cut [B, px, px, C] at each image's own offset, mirrored where the draw says so."""
+    """Cut [B, px, px, C] at each image's own offset, mirrored where it is drawn."""
 
     def one(image: Array, offset: Array, mirror: Array) -> Array:
         start = (offset[0], offset[1], jnp.zeros_like(offset[0]))
@@ -131,7 +131,11 @@ def crop(images: Array, draws: Draws, px: int) -> Array:
 
 
 def _mean(statistics: Statistics, recipe: Preprocess) -> Array:
-    """The mean image's centre crop, wherever the crop lies (source); [px, px, C] or [1, 1, C]."""
+    """Return what is subtracted: [px, px, C] or [1, 1, C].
+
+    'image': the mean image's central crop, whatever the offset of a crop (source). 'channel': the
+    mean image's average. 'none': zeros.
+    """
     if recipe.mean == 'none':
         return jnp.zeros((1, 1, 1))
     if recipe.mean == 'channel':
@@ -142,7 +146,7 @@ def _mean(statistics: Statistics, recipe: Preprocess) -> Array:
 
 
 def _square(images: Array, recipe: Preprocess) -> Array:
-    """Float [B, H, W, C] -> [B, image_px, image_px, C], resized (two small products) and framed."""
+    """Resize and pad float [B, H, W, C] to [B, image_px, image_px, C]."""
     batch, *sides, channels = images.shape
     px = recipe.resize_px
     if tuple(sides) != (px, px):

@@ -1,7 +1,7 @@
 """The array operations of AlexNet on `[B, H, W, C]`: pure functions, fast on a CPU too.
 
-XLA's own gradients of normalisation and max-pooling are several times slower than its forward
-passes on a CPU, so their vector-Jacobian products are written out here: of these only reverse-mode
+On a CPU, XLA's own gradients of normalisation and max-pooling are several times slower than its
+forward passes. Their vector-Jacobian products are therefore written out here, and only reverse-mode
 differentiation is defined.
 """
 
@@ -14,8 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-
-from alexnet_jax.errors import UsageError
 
 _DIMENSIONS = ('NHWC', 'HWIO', 'NHWC')
 _NO_PAD = (0, 0, 0)  # before, behind, between, as `lax.pad` has them
@@ -66,7 +64,7 @@ def _kept(x):
 
 
 def conv(x, kernel, *, stride: int = 1, padding=((0, 0), (0, 0)), groups: int = 1):
-    """Convolves images with kernels (cross-correlation, as every deep-learning library does).
+    """Convolve images with kernels (cross-correlation, as in every deep-learning library).
 
     Args:
       x: images, `[B, H, W, Cin]`.
@@ -80,11 +78,11 @@ def conv(x, kernel, *, stride: int = 1, padding=((0, 0), (0, 0)), groups: int = 
       `[B, (H + top + bottom - kh) // stride + 1, (W + left + right - kw) // stride + 1, Cout]`.
 
     Raises:
-      UsageError: channels do not divide into the groups, or the kernel is larger than the image.
+      ValueError: channels do not divide into the groups, or the kernel is larger than the image.
     """
     (kh, kw, fan_in, features), channels = kernel.shape, x.shape[-1]
     if fan_in * groups != channels or features % groups:
-        raise UsageError(
+        raise ValueError(
             f'a convolution of {channels} channels to {features} in {groups} groups cannot use '
             f'kernels {kernel.shape}: give channels and features that the groups divide'
         )
@@ -112,7 +110,7 @@ def _xla_conv(x, kernel, stride, padding, groups=1):
 
 
 def lrn(x, *, groups: int = 1, size=5, k=2.0, alpha=1e-4 / 5, beta=0.75):
-    """Local response normalisation over channels (paper, section 3.3).
+    """Apply local response normalisation over channels (paper, section 3.3).
 
     y = x / (k + alpha * sum of the squares of the `size` nearest channels) ** beta, the window
     clipped at the ends and never crossing from one group (tower) into the next.
@@ -130,19 +128,19 @@ def lrn(x, *, groups: int = 1, size=5, k=2.0, alpha=1e-4 / 5, beta=0.75):
       `[B, H, W, C]`, of x's type.
 
     Raises:
-      UsageError: the groups do not divide the channels.
+      ValueError: the groups do not divide the channels.
     """
     if x.shape[-1] % groups:
-        raise UsageError(f'{x.shape[-1]} channels do not divide into {groups} groups for LRN')
+        raise ValueError(f'{x.shape[-1]} channels do not divide into {groups} groups for LRN')
     towers = jnp.split(_kept(x), groups, -1)
     towers = [_normalise(tower, _channel_sum, size, k, alpha, beta) for tower in towers]
     return jnp.concatenate(towers, -1)
 
 
 def spatial_norm(x, *, size=5, k=1.0, alpha=0.001 / 25, beta=0.75):
-    """Normalisation over a `size` x `size` window within each map, clipped at the borders.
+    """Normalise over a `size` x `size` window within each map, clipped at the borders.
 
-    The same form as `lrn`; only the 2012 program has it, after conv2's LRN.
+    The formula is that of `lrn`. Only the 2012 program has it, after conv2's LRN.
 
     Args:
       x: `[B, H, W, C]`; sums are taken in float32 whatever its type.
@@ -183,17 +181,17 @@ _normalise.defvjp(_normalise_forward, _normalise_backward)
 
 
 def _channel_sum(x, before, size):
-    """Sums over the `size` channels that start `before` channels earlier."""
+    """Return sums over the `size` channels that start `before` channels earlier."""
     return _axis_sum(x, 3, before, size)
 
 
 def _pixel_sum(x, before, size):
-    """Sums over `size` x `size` pixels that start `before` rows and columns earlier."""
+    """Return sums over `size` x `size` pixels that start `before` rows and columns earlier."""
     return _axis_sum(_axis_sum(x, 1, before, size), 2, before, size)
 
 
 def _axis_sum(x, axis, before, size):
-    """Sums over the `size` elements along `axis` that start `before` elements earlier."""
+    """Return sums over the `size` elements along `axis` that start `before` elements earlier."""
     pads = [(before, size - 1 - before) if a == axis else (0, 0) for a in range(x.ndim)]
     padded, length = _kept(jnp.pad(x, pads)), x.shape[axis]
     parts = [lax.slice_in_dim(padded, i, i + length, axis=axis) for i in range(size)]
@@ -201,9 +199,9 @@ def _axis_sum(x, axis, before, size):
 
 
 def _power(scale, beta):
-    """`scale ** -beta`; for 3/4 by two roots, which vectorise where pow does not.
+    """Return `scale ** -beta`; for 3/4 by two roots, which vectorise where pow does not.
 
-    Each root is read once: what is read twice XLA keeps in memory, in a pass of its own.
+    Each root is used once: XLA writes a value that is used twice to memory, in a separate pass.
     """
     if beta == 0.75:
         return lax.rsqrt(scale * jnp.sqrt(scale))
@@ -214,7 +212,7 @@ def _power(scale, beta):
 
 
 def max_pool(x, *, window=3, stride=2):
-    """Maximum over `window` x `window` pixels every `stride` pixels, whole windows only.
+    """Take the maximum of `window` x `window` pixels every `stride` pixels, inside the image.
 
     The gradient goes to the first maximum of each window in row-major order.
 
@@ -227,7 +225,7 @@ def max_pool(x, *, window=3, stride=2):
       `[B, (H - window) // stride + 1, (W - window) // stride + 1, C]`.
 
     Raises:
-      UsageError: the window is larger than the image.
+      ValueError: the window is larger than the image.
     """
     _check_window('pooling window', (window, window), x)
     if _on_cpu():
@@ -238,7 +236,7 @@ def max_pool(x, *, window=3, stride=2):
 
 
 def avg_pool(x, *, window=3, stride=2):
-    """Mean over `window` x `window` pixels every `stride` pixels, whole windows only.
+    """Take the mean of `window` x `window` pixels every `stride` pixels, inside the image.
 
     Args, returns and errors as for `max_pool`.
     """
@@ -249,7 +247,7 @@ def avg_pool(x, *, window=3, stride=2):
 
 
 def _taps(x, window, stride):
-    """The window's pixels as strided views of x, each `[B, H', W', C]`, in row-major order."""
+    """Return the window's pixels as strided views of x, `[B, H', W', C]`, in row-major order."""
     tall, broad = ((n - window) // stride * stride + 1 for n in x.shape[1:3])
     return [
         x[:, i : i + tall : stride, j : j + broad : stride]
@@ -276,7 +274,7 @@ def _max_pool_backward(window, stride, sides, chosen, dy):
     zero = jnp.zeros((), dy.dtype)
 
     def spread(number):
-        """The gradients of the windows that chose this tap, at its pixels of the image."""
+        """Place the gradients of the windows that chose this tap at its pixels of the image."""
         edges = [
             (start, side - start - stride * (steps - 1) - 1, stride - 1)
             for start, side, steps in zip(divmod(number, window), sides, dy.shape[1:3], strict=True)
@@ -290,9 +288,9 @@ _max_pool.defvjp(_max_pool_forward, _max_pool_backward)
 
 
 def _check_window(what, sides, x, padding=((0, 0), (0, 0))):
-    room = [n + sum(pad) for n, pad in zip(x.shape[1:3], padding, strict=True)]
-    if sides[0] > room[0] or sides[1] > room[1]:
-        raise UsageError(
-            f'a {what} of {sides[0]} x {sides[1]} does not fit into {room[0]} x {room[1]} pixels: '
+    padded = [n + sum(pad) for n, pad in zip(x.shape[1:3], padding, strict=True)]
+    if sides[0] > padded[0] or sides[1] > padded[1]:
+        raise ValueError(
+            f'a {what} of {sides[0]} x {sides[1]} does not fit into {padded[0]} x {padded[1]} px: '
             'use a larger image, more padding or a smaller window'
         )

@@ -5,38 +5,38 @@ The update (paper, section 5; the source agrees), for a weight w with gradient g
     v <- momentum * v - weight_decay * rate * w - rate * g
     w <- w + v
 
-The rate stands *inside* the velocity, where `optax.sgd` has it outside: after a change of rate the
-two differ for some dozens of steps. Biases do not decay and have a rate of their own.
+The rate is *inside* the velocity; in `optax.sgd` it is outside. After a change of rate the two
+differ for some dozens of steps. Biases have no weight decay, and a rate of their own.
 """
 
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 Array = jax.Array
-Rate = Callable[[Array, Array | int], Any]  # (step, drops of the plateau rule so far) -> rate
+Rate = Callable[[Array, Array | int], Any]  # (step, number of plateau drops so far) -> rate
 
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """A rate over a run; the fields that `kind` does not name are not used.
+    """A rate as a function of the step; each kind uses only the fields named here.
 
     constant: `rate`.
     steps: `rate` divided by `divisor` at each epoch of `at_epochs`.
-    dexp: rate / factor ** (i / switches), i counting the `switches` evenly spaced moments passed:
-        with 250 and 3, the weights of run 170, switching at 25, 50 and 75 % of the run.
+    dexp: `rate` / `factor` ** (i / `switches`) after i of `switches` evenly spaced steps. With 250
+        and 3, these are the weights of run 170, which switch at 25, 50 and 75 % of the run.
     plateau: `rate` divided by `divisor` whenever the validation error has not fallen for
-        `patience_epochs`, at most `max_drops` times and never below `floor` (paper, section 5:
-        by ten, three times; there it was done by hand). Of two plateaus the weights' patience and
-        number count for both.
+        `patience_epochs`, at most `max_drops` times and never below `floor` (paper, section 5: by
+        ten, three times, by hand). If both schedules are plateaus, the biases' drops follow the
+        weights'.
     """
 
-    kind: str
+    kind: Literal['constant', 'steps', 'dexp', 'plateau']
     rate: float
     divisor: float
     at_epochs: tuple[float, ...]
@@ -49,15 +49,12 @@ class Schedule:
 
 @dataclasses.dataclass(frozen=True)
 class LateFreeze:
-    """One layer slowed, then frozen, late in the run (source: conv1 in runs 145 and 170)."""
+    """A layer that is slowed, then frozen, late in the run (source: conv1, runs 145 and 170)."""
 
     layer: str  # 'none': no layer
-    slow_epoch: float  # from here the rate of its weights, not its biases, is multiplied by ...
+    slow_epoch: float  # from here on `slow_multiplier` applies to its weights, not to its biases
     slow_multiplier: float
-    freeze_epoch: float  # from here it is not updated, and its velocity is kept
-
-
-SCHEDULES = ('constant', 'steps', 'dexp', 'plateau')
+    freeze_epoch: float  # from here on it is not updated, and its velocity is kept
 
 
 def rate_of(schedule: Schedule, *, total_steps: int, steps_per_epoch: float) -> Rate:
@@ -81,17 +78,18 @@ def rate_of(schedule: Schedule, *, total_steps: int, steps_per_epoch: float) -> 
 
 
 def _piecewise(values: Sequence[float], starts: Sequence[int]) -> optax.Schedule:
-    """Return `values` one after the other; `starts` are the steps of all but the first.
+    """Return a schedule of constant `values`; all but the first begin at the steps `starts`.
 
-    `optax.piecewise_constant_schedule` multiplies factors, which rounds once more at each.
+    `optax.piecewise_constant_schedule` multiplies factors in float32: from the first change on, its
+    rates of run 170 differ from these in the last bit.
     """
     return optax.join_schedules([optax.constant_schedule(value) for value in values], starts)
 
 
 def plateau_drops(errors: Sequence[float], schedule: Schedule, epochs_per_error: float) -> int:
-    """Return how often the rate has been divided after these validation errors, oldest first.
+    """Return the number of divisions of the rate after these validation errors, oldest first.
 
-    A function of the history alone, so that a resumed run cannot disagree with an undisturbed one.
+    It depends on the history only, so that a resumed run has the rates of an undisturbed one.
     """
     if schedule.kind != 'plateau':
         return 0
@@ -105,7 +103,7 @@ def plateau_drops(errors: Sequence[float], schedule: Schedule, epochs_per_error:
 
 
 class VelocityState(NamedTuple):
-    """The steps taken so far, and the velocity: a tree like the parameters."""
+    """The number of steps taken, and the velocity, a tree like the parameters."""
 
     step: Array
     velocity: optax.Updates
@@ -114,15 +112,15 @@ class VelocityState(NamedTuple):
 def velocity_2012(
     rates: Callable[[tuple[str, str]], Rate], momentum: float
 ) -> optax.GradientTransformationExtraArgs:
-    """Add each update, times minus its parameter's rate, to a velocity that decays by `momentum`.
+    """Subtract rate * update from a velocity that decays by `momentum`, and apply the velocity.
 
-    A parameter whose rate is 0 is not updated at all, and its velocity stays as it is: freezing a
-    layer stops it at once (source: `Weights::update` in weights.cu).
+    A parameter with rate 0 is not updated, and its velocity is kept: freezing stops a layer at once
+    (source: `Weights::update` in weights.cu).
 
     Args:
-        rates: gives for a parameter (layer, 'kernel' or 'bias') its rate as a function of
-            (step, drops). `num_lr_drops` comes as an extra argument of `update`, 0 if absent.
-        momentum: share of the velocity that is left after a step.
+        rates: maps a parameter's name (layer, 'kernel' or 'bias') to its rate, a function of
+            (step, drops). `num_lr_drops` is an extra argument of `update`, 0 by default.
+        momentum: the factor of the velocity in a step.
     """
 
     def update(updates, state, params=None, *, num_lr_drops=0, **unused):
@@ -149,14 +147,14 @@ def velocity_2012(
 
 
 def decays(params: optax.Params) -> optax.Params:
-    """Return true where weight decay applies: on weights, fc8's included; on no bias (source)."""
+    """Return the mask of weight decay: all weights, fc8's too, and no bias (source)."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == 'kernel', params)
 
 
 def sgd_2012(
     rates: Callable[[tuple[str, str]], Rate], *, momentum: float, weight_decay: float
 ) -> optax.GradientTransformationExtraArgs:
-    """Return the update of this file's head, as a chain: weight decay, then rate and velocity."""
+    """Return the update in this module's docstring: weight decay, then rate and velocity."""
     return optax.chain(
         optax.add_decayed_weights(weight_decay, mask=decays),
         velocity_2012(rates, momentum),
@@ -172,10 +170,10 @@ def parameter_rates(
     total_steps: int,
     steps_per_epoch: float,
 ) -> Callable[[tuple[str, str]], Rate]:
-    """Return what gives each parameter, named (layer, 'kernel' or 'bias'), its rate.
+    """Return a map from a parameter's name (layer, 'kernel' or 'bias') to its rate.
 
-    A layer's rate is that of its kind times its factor: its multiplier, which with 0 freezes the
-    layer (fine-tuning), and from the epochs of `late_freeze` on what that says.
+    The rate is that of its kind times a piecewise constant factor of its layer: the layer's
+    multiplier (0 freezes it, for fine-tuning), slowed and then 0 from the epochs of `late_freeze`.
     """
     durations = {'total_steps': total_steps, 'steps_per_epoch': steps_per_epoch}
     by_kind = {'kernel': rate_of(weights, **durations), 'bias': rate_of(biases, **durations)}
@@ -188,11 +186,10 @@ def parameter_rates(
     def rates(path: tuple[str, str]) -> Rate:
         layer, kind = path
         own = multiplier.get(layer, 1.0)
-        slowed = own * (
-            late_freeze.slow_multiplier if kind == 'kernel' else 1.0
-        )  # source: `epsW` alone
-        is_late = layer == late_freeze.layer
-        factor = _piecewise([own, slowed, 0.0], starts) if is_late else _piecewise([own], [])
+        values = [own]
+        if layer == late_freeze.layer:  # slows the weights only (source: `epsW`)
+            values += [own * late_freeze.slow_multiplier if kind == 'kernel' else own, 0.0]
+        factor = _piecewise(values, starts[: len(values) - 1])
         return lambda step, drops: by_kind[kind](step, drops) * factor(step)
 
     return rates

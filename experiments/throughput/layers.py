@@ -143,7 +143,7 @@ def _op(layer: Layer, op: str, before: Shape, after: Shape, case: Case) -> Itera
         masks = {layer.name: x > 0}
 
         def run(x):
-            return module.apply({}, op, x, layer, masks, method='_follow')
+            return module.apply({}, op, x, layer, masks, method='apply_op')
 
         return _forward(run, x) if direction == 'forward' else _backward(run, x)
 
