@@ -10,6 +10,7 @@ backgrounds. Each command prints its measurements and writes them to experiments
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from alexnet_jax import command
@@ -41,5 +42,10 @@ def act(flags: argparse.Namespace) -> None:
     flags.act(flags)
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    return command.run('data_bench', _parser, act, argv)
+
+
 if __name__ == '__main__':
-    sys.exit(command.run('data_bench', _parser, act, None))
+    sys.exit(main())
