@@ -344,6 +344,8 @@ def _cells(row: Row) -> list[str]:
 def _difference(row: Row, measure: str) -> str:
     own = row.found[measure]
     word = row.finding(measure)
+    if row.dead == row.asked > 0:  # constant predictions: an interval would have no meaning
+        return word
     if own.low is None or own.high is None:
         return f'{100 * own.mean:+.2f}, {word}'
     mark = ' †' if row.images_only else ''
