@@ -9,6 +9,7 @@ Fashion-MNIST at 224 px, so they are in that scale's table only.
 """
 
 import importlib
+import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -72,9 +73,27 @@ def by_epoch(runs: Sequence[ArchivedRun]) -> list[str]:
                 '|---' * (len(here) + 1) + '|',
                 f'| here, {run.environment["device"]}, {minutes:.1f} min | {" | ".join(here)} |',
                 f'| reported there | {" | ".join(there)} |',
+                f'| training loss, here | {" | ".join(_training(run, ends))} |',
+                '',
+                _reported_training(run.row),
                 '',
             ]
     return rows
+
+
+def _training(run: ArchivedRun, ends: Sequence[float]) -> list[str]:
+    """Return the mean training loss of each epoch, of the windows of steps that end in it."""
+    windows = [record for record in run.records if record['kind'] == 'train']
+    cells = []
+    for start, end in itertools.pairwise((0.0, *ends)):
+        losses = [record['loss'] for record in windows if start + 0.01 < record['epoch'] <= end]
+        cells.append(f'{np.mean(losses):.3f}' if losses else '-')
+    return cells
+
+
+def _reported_training(name: str) -> str:
+    loss, accuracy, epoch = _module(name).REPORTED_TRAINING
+    return f'Reported there in epoch {epoch}: training loss {loss}, training accuracy {accuracy}.'
 
 
 def _module(name: str) -> Any:
