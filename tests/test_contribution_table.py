@@ -375,11 +375,14 @@ def test_epochs_of_60000_images_match_the_reported_ones():
     )
     steps = [math.ceil(468.75 * epoch) for epoch in range(1, 11)]
     run.records = [
-        {'kind': 'validation', 'epoch': step / 468.75, 'top1_error': 0.2} for step in steps
+        {'kind': 'train', 'epoch': 0.5, 'loss': 1.5},
+        {'kind': 'train', 'epoch': 1.0, 'loss': 2.5},
+        *({'kind': 'validation', 'epoch': step / 468.75, 'top1_error': 0.2} for step in steps),
     ]
-    head, _, _, reported, _ = variants.by_epoch([run])
+    head, _, _, reported, training, *_ = variants.by_epoch([run])
     assert head.endswith('after epoch | 1 | 2 | 3 | 4 | 5 | 6 | 7 | 8 | 9 | 10 |')
     assert reported.startswith('| reported there | 0.756 | 0.804 | 0.835 | 0.854 | 0.866 | - |')
+    assert training.startswith('| training loss, here | 2.000 | - |')
 
 
 def _missed(workdir: Path) -> np.ndarray:
