@@ -1,4 +1,4 @@
-"""python -m alexnet_jax COMMAND ...: all commands but training and its evaluation, see main.py."""
+"""Run `python -m alexnet_jax COMMAND ...`; main.py trains, evaluates and describes."""
 
 import argparse
 import importlib
@@ -11,9 +11,12 @@ from alexnet_jax import command
 COMMANDS = {  # name: (module, what it does)
     'prepare': ('data.prepare.command', 'prepare a data set: Fashion-MNIST, ImageNet, your images'),
     'predict': ('inference.predict', 'classify image files'),
-    'features': ('inference.features', "write a layer's activations, or find the nearest images"),
-    'figures': ('analysis.figures', 'draw the figures of the paper, learning curves, confusion'),
-    'report': ('analysis.report', 'write a run as one HTML page'),
+    'features': ('inference.features', "write a layer's activations, or find nearest images"),
+    'figures': (
+        'analysis.figures',
+        "draw the paper's figures, learning curves, the confusion matrix",
+    ),
+    'report': ('analysis.report', "write a run's results as one HTML page"),
     'weights': ('interop.weights', 'import or export weights; export StableHLO or ONNX'),
 }
 
@@ -21,8 +24,8 @@ COMMANDS = {  # name: (module, what it does)
 def _parser() -> argparse.ArgumentParser:
     parser = command.Parser(
         prog='python -m alexnet_jax',
-        description='Use the 2012 AlexNet. Train, evaluate and describe nets with main.py.',
-        epilog='python -m alexnet_jax COMMAND --help describes a command.',
+        description='Prepare data for AlexNet and use trained nets. To train, see main.py --help.',
+        epilog='For the options of a command: python -m alexnet_jax COMMAND --help',
     )
     parser.add_argument('--version', action='version', version=alexnet_jax.__version__)
     names = parser.add_subparsers(dest='command', metavar='COMMAND', required=True)
@@ -32,7 +35,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command that the first word names; import its module only then."""
+    """Import and run the command that the first word names; return the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     if words and words[0] in COMMANDS:
         module, _ = COMMANDS[words[0]]

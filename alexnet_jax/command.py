@@ -1,4 +1,4 @@
-"""Parts that all commands share: paths, the argument parser, one sentence and an exit code."""
+"""Parts that all commands share: paths, the argument parser, error messages, exit codes."""
 
 import argparse
 import importlib
@@ -17,10 +17,10 @@ from alexnet_jax.errors import AlexNetError, RunError, UsageError
 
 
 def expand(path: str) -> str:
-    """Return a local path that a person typed, without spaces around it and with `~` expanded.
+    """Return a local path from the command line, without outer spaces and with `~` expanded.
 
     Raises:
-        UsageError: it is empty, has a scheme such as gs://, or there is no such home directory.
+        UsageError: it is empty, has a scheme such as gs://, or the home directory is unknown.
     """
     path = path.strip()
     if not path:
@@ -34,13 +34,33 @@ def expand(path: str) -> str:
 
 
 def path(text: str) -> Path:
-    """Return `expand(text)` as a Path: the `type=` of every argument that names a file."""
+    """Return `expand(text)` as a Path; the `type=` of arguments that name a file."""
     return Path(expand(text))
 
 
+def ending(*endings: str) -> Callable[[str], Path]:
+    """Return the `type=` of an argument that names a file with one of these endings."""
+
+    def parse(text: str) -> Path:
+        file = path(text)
+        if file.suffix not in endings:
+            raise argparse.ArgumentTypeError(f'{file} must end in {", ".join(endings)}')
+        return file
+
+    return parse
+
+
 def paths(text: str) -> list[Path]:
-    """Return several paths with commas between."""
+    """Return the paths in a list separated by commas."""
     return [path(word) for word in text.split(',')]
+
+
+def positive(text: str) -> int:
+    """Return a whole number of at least 1; the `type=` of counts."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f'{number} must be at least 1')
+    return number
 
 
 class Parser(argparse.ArgumentParser):
@@ -51,21 +71,29 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f'{message} (see {self.prog} --help).')
 
     def add_workdir(self, **options: Any) -> None:
-        """Add --workdir; `options` are those of `add_argument` that differ."""
-        self._add('--workdir', options, type=path, required=True, help='the folder of a run')
+        """Add --workdir; `options` of `add_argument` replace the usual ones."""
+        usual: dict[str, Any] = dict(type=path, required=True, help="a run's folder")
+        self.add_argument('--workdir', metavar='DIR', **usual | options)
 
-    def add_step(self, **options: Any) -> None:
-        """Add --step, the checkpoint of a run."""
-        what = 'the checkpoint: latest, best or a number'
-        self._add('--step', options, default='latest', help=what)
+    def add_step(self) -> None:
+        """Add --step, a checkpoint of the run."""
+        what = 'the checkpoint: latest (the default), best, or a number'
+        self.add_argument('--step', default='latest', help=what)
 
     def add_data_dir(self, **options: Any) -> None:
         """Add --data_dir, the folder of all data sets."""
-        what = 'the folder of all data sets, if moved since the run'
-        self._add('--data_dir', options, type=expand, help=what)
+        what = 'the folder of all data sets, if it has moved since the run'
+        usual: dict[str, Any] = dict(type=expand, help=what)
+        self.add_argument('--data_dir', metavar='DIR', **usual | options)
 
-    def _add(self, flag: str, options: dict[str, Any], **defaults: Any) -> None:
-        self.add_argument(flag, **defaults | options)
+    def add_among(self, more: str = '') -> None:
+        """Add --among, the images in which neighbours are searched."""
+        what = f'where to search for neighbours: train (the default), or another split{more}'
+        self.add_argument('--among', type=expand, default='train', metavar='SPLIT', help=what)
+
+    def add_output(self, *endings: str, help: str) -> None:
+        """Add --output, a path with one of the endings."""
+        self.add_argument('--output', type=ending(*endings), metavar='FILE', help=help)
 
 
 def run(
@@ -74,16 +102,25 @@ def run(
     act: Callable[[Any], int | None],
     argv: Sequence[str] | None,
 ) -> int:
-    """Run a command and return its exit code: 0 done, 1 not done or not all of it, 2 misused."""
-    escape_unencodable()
+    """Run a command and return its exit code: 0 success, 1 failure of all or a part, 2 misuse.
+
+    Args:
+        name: the command's, for error messages.
+        parser: returns the parser of `argv`.
+        act: takes the parsed arguments; returns a number of failures, or None.
+        argv: the command line; `sys.argv` if None.
+    """
+    for stream in (sys.stdout, sys.stderr):  # names come from users' files
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors='backslashreplace')
     try:
         try:
-            with warnings.catch_warnings():  # Pillow's, of odd files that it reads nevertheless
+            with warnings.catch_warnings():  # Pillow's, about unusual files that it can read
                 warnings.filterwarnings('ignore', module=r'PIL\.')
                 return 1 if act(parser().parse_args(argv)) else 0
         finally:
-            sys.stdout.flush()  # here, where a reader that has gone can be handled
-    except BrokenPipeError:  # the reader of stdout has seen enough
+            sys.stdout.flush()  # here, to catch BrokenPipeError
+    except BrokenPipeError:  # the reader of stdout has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except (Exception, KeyboardInterrupt) as error:
@@ -91,9 +128,9 @@ def run(
 
 
 def report(error: BaseException, name: str) -> int:
-    """Print an error that a person can act on as one sentence, and return its exit code.
+    """Print an error that the user can act on as one sentence, and return its exit code.
 
-    Any other error is raised again: a fault of this program, whose traceback is wanted.
+    Any other error is a fault of this program, and is raised again.
     """
     if isinstance(error, KeyboardInterrupt):
         return 128 + signal.SIGINT
@@ -105,16 +142,16 @@ def report(error: BaseException, name: str) -> int:
 
 
 def actionable(error: BaseException) -> AlexNetError | None:
-    """Return the error as one sentence that a person can act on, or None."""
+    """Return the error as one sentence that the user can act on, or None."""
     if isinstance(error, AlexNetError):
         return error
     if isinstance(error, OSError):
-        where = f' ({error.filename})' if error.filename else ''
-        return RunError(f'{error.strerror or error}{where}; see to it, and run it again.')
-    if 'RESOURCE_EXHAUSTED' in str(error):  # of JAX, whose class has had several names
+        file = f'{error.filename}: ' if error.filename else ''
+        return RunError(f'{file}{error.strerror or error}; correct this and run the command again.')
+    if 'RESOURCE_EXHAUSTED' in str(error):  # JAX's class for it has had several names
         return RunError(
             'the device has not enough memory for this: set batch_size or loop.eval_batch_size '
-            'smaller; --mode=describe says what fits.'
+            'smaller; --mode=describe estimates what fits.'
         )
     wanted = os.environ.get('JAX_PLATFORMS')
     frames = traceback.walk_tb(error.__traceback__)
@@ -126,20 +163,13 @@ def actionable(error: BaseException) -> AlexNetError | None:
     return None
 
 
-def escape_unencodable() -> None:
-    """Make stdout and stderr escape what their encoding lacks: names come from users' files."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors='backslashreplace')
-
-
 def log(line: str) -> None:
-    """Print a line to stderr, as stdout is for the one result."""
+    """Print a line to stderr; stdout is for the result."""
     print(line, file=sys.stderr, flush=True)
 
 
 def library(name: str, extra: str) -> Any:
-    """Import a library of one of the extras, when it is wanted.
+    """Import a module of a library that one of the extras installs.
 
     Raises:
         RunError: it is not installed.

@@ -41,6 +41,8 @@ def load(where: str, overrides: Mapping[str, Any]) -> Config:
     if '://' in where:
         name = where  # `command.path` refuses it
     file = command.path(name)
+    if not file.exists() and (ROOT / name).is_file():  # one of configs/, from any folder
+        file = ROOT / name
     config = _read(file, argument)
     for key, value in overrides.items():
         override(config, key, value)
@@ -50,6 +52,8 @@ def load(where: str, overrides: Mapping[str, Any]) -> Config:
 def _read(file: Path, argument: str) -> Config:
     if str(ROOT) not in sys.path:  # configs import each other
         sys.path.insert(0, str(ROOT))
+    if (file / 'config.json').is_file():
+        raise UsageError(f"{file} is a run's folder; choose --config={file / 'config.json'}.")
     if not file.is_file():
         raise UsageError(f'there is no config file {file}; the shipped ones are in configs/.')
     try:

@@ -1,10 +1,9 @@
-"""Write a file completely or not at all; read an .npz file from anywhere."""
+"""Write files atomically; read .npz files safely."""
 
 import contextlib
 import errno
 import os
 import tempfile
-import zipfile
 from collections.abc import Generator, Sequence
 from pathlib import Path
 
@@ -15,21 +14,21 @@ from alexnet_jax.errors import RunError
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path) -> Generator[Path]:
-    """A scratch file beside `path`, which takes its place when the block has ended well.
+    """Give a scratch file beside `path`, which replaces `path` when the block ends well.
 
-    Whatever ends the block otherwise, nothing is left, and what lay at `path` lies there still.
+    If the block fails, the scratch file is removed and the old file is unchanged.
 
     Raises:
-        OSError: it cannot be written; the caller knows which flag to name.
+        OSError: the file cannot be written.
     """
     path = Path(path)
-    # Hidden, so that no glob takes it for the real one after a power cut; not `.tmp` alone, as two
-    # processes may write the same file.
+    # A hidden file, which no glob finds after a power cut. The name is unique, since two processes
+    # may write the same file.
     handle, scratch = tempfile.mkstemp(prefix=f'.{path.name}.', suffix='.tmp', dir=path.parent)
     os.close(handle)
     try:
         yield Path(scratch)
-        os.chmod(scratch, 0o666 & ~_umask())  # mkstemp's 0600 would hide it from others
+        os.chmod(scratch, 0o666 & ~_umask())  # others could not read mkstemp's 0600
         os.replace(scratch, path)
     finally:
         with contextlib.suppress(FileNotFoundError):
@@ -42,39 +41,48 @@ def _umask() -> int:
     return mask
 
 
-def check_writable(path: str | Path, flag: str = '--output') -> None:
-    """Check that a file can be written at `path`, before the work whose result it will hold.
+@contextlib.contextmanager
+def output(path: Path) -> Generator[Path]:
+    """Write a file that the user named atomically, as `atomic_write` does.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    try:
+        with atomic_write(path) as scratch:
+            yield scratch
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else error  # pyarrow's messages are long
+        raise RunError(
+            f'{path} cannot be written ({reason}); choose another output file.'
+        ) from error
+
+
+def check_writable(path: Path) -> None:
+    """Check that a file can be written at `path`, before work that may take minutes.
 
     Raises:
         RunError: its folder does not exist or cannot be written to, or `path` is a folder.
     """
-    path = Path(path)
     try:
         tempfile.TemporaryFile(dir=path.parent).close()
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        reason = os.strerror(errno.EISDIR) if path.is_dir() else ''
     except OSError as error:
-        raise RunError(
-            f'{path} cannot be written ({error.strerror}); choose another {flag}.'
-        ) from error
+        reason = error.strerror
+    if reason:
+        raise RunError(f'{path} cannot be written ({reason}); choose another output file.')
 
 
 def read_npz(path: Path, names: Sequence[str], advice: str) -> dict[str, np.ndarray]:
-    """Return the named arrays of an .npz file, which may come from anywhere: nothing is unpickled.
+    """Return the named arrays of an .npz file of any origin; nothing is unpickled.
 
     Raises:
         RunError: the file does not exist, is damaged or lacks an array; ends with `advice`.
     """
     try:
-        with path.open('rb') as file:
-            if not zipfile.is_zipfile(file):
-                raise ValueError('it is no .npz file, or cut off')
-            file.seek(0)
-            with np.load(file, allow_pickle=False) as arrays:
-                return {name: arrays[name] for name in names}
+        with path.open('rb') as file, np.load(file, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in names}
     except FileNotFoundError:
-        raise RunError(f'{path.parent} holds no {path.name}: {advice}.') from None
-    except OSError as error:
-        raise RunError(f'{path} cannot be read ({error.strerror or error}): {advice}.') from error
-    except Exception as error:  # zipfile and NumPy raise whatever damaged bytes lead them to
-        raise RunError(f'{path} is damaged ({error}): {advice}.') from error
+        raise RunError(f'{path.parent} has no {path.name}: {advice}.') from None
+    except Exception as error:  # damage raises various exceptions of zipfile and NumPy
+        raise RunError(f'{path} is damaged or not readable ({error}): {advice}.') from error

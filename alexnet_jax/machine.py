@@ -1,4 +1,4 @@
-"""The cores that this process may use. Imports neither JAX nor NumPy."""
+"""Count the cores of this machine. Imports neither JAX nor NumPy."""
 
 import contextlib
 import os
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def cores() -> int:
-    """Return how many this process may use: what Slurm, taskset or a container's limit leave."""
+    """Return the number of cores that Slurm, taskset and the container leave to this process."""
     found = os.cpu_count() or 1
     if hasattr(os, 'sched_getaffinity'):
         found = len(os.sched_getaffinity(0))

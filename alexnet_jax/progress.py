@@ -1,4 +1,4 @@
-"""The progress of long work: a bar on a terminal, plain lines elsewhere."""
+"""Show the progress of long work: a bar on a terminal, plain lines elsewhere."""
 
 from collections.abc import Callable
 
@@ -9,14 +9,14 @@ from alexnet_jax import command
 
 
 class ProgressBar:
-    """A bar on stderr with a text and the time left; on anything but a terminal, plain lines.
+    """A bar on stderr with a text and the time left; plain lines if stderr is no terminal.
 
     Args:
-        total: of the work.
-        done: at the beginning.
+        total: amount of work.
+        done: amount at the start.
         report: prints a plain line.
         console: stderr by default.
-        shown: false for plain lines on a terminal too, as in all processes but the first.
+        shown: False for plain lines on a terminal too, as in all processes but the first.
     """
 
     def __init__(
@@ -36,23 +36,23 @@ class ProgressBar:
         self._bar.start()
 
     def to(self, done: int, text: str | None = None) -> None:
-        """Move the bar; `text` stands beside it from now on."""
+        """Move the bar, and replace the text beside it."""
         self._bar.update(self._task, completed=done, description=text)
 
     def line(self, text: str) -> None:
-        """Print a line that stays, above the bar if there is one."""
+        """Print a permanent line, above the bar if there is one."""
         if self.plain:
             self._report(text)
         else:
             self._bar.console.print(text, highlight=False, markup=False)
 
     def close(self) -> None:
-        """Leave the terminal as it was."""
+        """Remove the bar."""
         self._bar.stop()
 
 
 def duration(secs: float) -> str:
-    """Return a time as people write it: '1:15', '2:00:05'."""
+    """Format a duration: '1:15', '2:00:05'."""
     minutes, seconds = divmod(round(max(secs, 0)), 60)
     hours, minutes = divmod(minutes, 60)
     return f'{hours}:{minutes:02d}:{seconds:02d}' if hours else f'{minutes}:{seconds:02d}'

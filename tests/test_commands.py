@@ -1,4 +1,4 @@
-"""python -m alexnet_jax COMMAND, and rules that import-linter cannot check."""
+"""Test python -m alexnet_jax COMMAND, and rules that import-linter cannot check."""
 
 import subprocess
 import sys
@@ -21,24 +21,24 @@ def test_help_names_every_command(capsys):
 
 
 @pytest.mark.parametrize('name', commands.COMMANDS)
-def test_each_command_describes_itself_under_its_own_name(name, capsys):
+def test_each_command_has_help(name, capsys):
     with pytest.raises(SystemExit, match='0'):
         commands.main([name, '--help'])
     assert capsys.readouterr().out.startswith(f'usage: python -m alexnet_jax {name} ')
 
 
 @pytest.mark.parametrize(
-    ('words', 'said'),
+    ('words', 'expected_text'),
     [
         (['predikt'], "argument COMMAND: invalid choice: 'predikt'"),
         ([], 'the following arguments are required: COMMAND'),
         (['predict'], 'the following arguments are required: IMAGE, --workdir'),
     ],
 )
-def test_a_wrong_command_line_is_one_sentence(words, said, capsys):
+def test_usage_errors(words, expected_text, capsys):
     assert commands.main(words) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert said in line
+    assert expected_text in line
     assert 'python -m alexnet_jax' in line
 
 

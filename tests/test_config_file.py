@@ -257,3 +257,9 @@ def test_archived_runs_have_todays_keys_and_values(folder):
     changed = config_file.differences(archived, config_file.plain(config))
     assert {key.split('.')[0] for key in changed} <= {'data', 'loop', 'mesh', 'processes', 'seed'}
     assert configuration.unpack(archived).net == configuration.unpack(config).net
+
+
+def test_a_runs_folder_leads_to_its_config(tmp_path):
+    (tmp_path / 'config.json').write_text('{}')
+    with pytest.raises(UsageError, match=f'choose --config={tmp_path}/config.json'):
+        config_file.load(str(tmp_path), {})

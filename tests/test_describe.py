@@ -1,4 +1,4 @@
-"""The page of `--mode=describe` against shared knowledge of the 2012 net (its paper and source)."""
+"""Test the page of `--mode=describe` against the 2012 paper and source."""
 
 import math
 import re
@@ -19,25 +19,25 @@ from configs import ablation_lrn, alexnet, smoke
 
 @pytest.fixture(autouse=True)
 def devices():
-    """Those of the tests, there before `describe` could provide others."""
+    """Initialise the devices of the tests before `describe` creates others."""
     return jax.devices()
 
 
 def on(data: int, tower: int, config=None, placement: str = 'towers'):
-    """The config, the smallest one by default, on a mesh."""
+    """Return a config, the smallest one by default, on a mesh."""
     config = config or smoke.get_config()
     config.mesh.update(data=data, tower=tower, placement=placement)
     return config
 
 
 def cells(page: str) -> dict[str, list[str]]:
-    """The table's rows by layer."""
+    """Return the table's rows by layer."""
     lines = [line for line in page.splitlines() if line[:4] in ('conv', 'fc6 ', 'fc7 ', 'fc8 ')]
     return {line.split()[0]: [c.strip() for c in line.split('  ') if c.strip()] for line in lines}
 
 
 def described(config) -> str:
-    """The page, as far as nothing has to be compiled for it."""
+    """Return the part of the page that needs no compilation."""
     return describe.page(configuration.unpack(config))
 
 
@@ -67,7 +67,7 @@ def test_one_tower():
 
 
 def test_every_scale_and_ablation_needs_no_data(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # where there is no data
+    monkeypatch.chdir(tmp_path)  # a folder without data
     for scale in alexnet.SCALES:
         rows = cells(described(ablation_lrn.get_config(scale)))
         assert 'lrn' not in ''.join(row[-1] for row in rows.values())
@@ -108,8 +108,8 @@ def test_memory_of_the_compiled_step_is_linear_in_the_batch():
     peak = describe.compiled_peak(settings, layout)
     found = describe.compiled_bytes(settings, layout, 1024)
     assert peak.at(1024) == pytest.approx(found, rel=0.02)  # see Peak; found: 0.7 %
-    # What must be there: parameters, velocity, stored images; and at most every result twice, and
-    # the images thrice in float32.
+    # At least parameters, velocity and stored images; at most every result twice and the images
+    # three times in float32.
     held = describe.memory_bytes(settings, geometry(settings.net))
     stored = settings.preprocess.resize_px**2
     assert found > held['parameters'] + held['velocity'] + 1024 * stored
@@ -117,7 +117,7 @@ def test_memory_of_the_compiled_step_is_linear_in_the_batch():
     assert stored < peak.per_image < 2 * activations + 3 * 4 * stored
 
 
-def test_the_page_says_what_fits():
+def test_the_largest_batch_for_each_memory_size():
     page = describe.run(on(1, 1))
     found = re.search(r'largest batch, .*: 16 GB: ([\d,]+), 24 GB: ([\d,]+), 80 GB: ([\d,]+)', page)
     assert found
@@ -129,7 +129,7 @@ def test_the_page_says_what_fits():
 
 
 def rows_behind(page: str, title: str) -> dict[tuple[str, ...], list[str]]:
-    """The rows of the table behind a title, by layer and, where there is one, pass."""
+    """Return the rows of the table after a title, by layer and, if there is one, pass."""
     table = page.partition(title)[2].split('\n\n')[1].splitlines()[2:]
     rows = [line.split() for line in table]
     return {tuple(row[:2] if row[1].isalpha() else row[:1]): row for row in rows}
@@ -163,11 +163,11 @@ def test_plain_data_parallelism_splits_no_layer():
     page = describe.run(config)
     assert 'unsplit' not in page
     assert ('conv3', 'forward') not in rows_behind(page, 'communication of a step')
-    assert 'a CPU widens bfloat16 to send it' in page
+    assert 'CPUs send bfloat16 as float32' in page
 
 
-def test_a_laptop_describes_the_mesh_that_it_has_not():
-    """In a process of its own, where one CPU device is all there is."""
+def test_a_mesh_is_described_without_its_devices():
+    """A new process has one CPU device."""
     flags = ('--config.mesh.data=4', '--config.mesh.placement=one_weird_trick', '--mode=describe')
     done = subprocess.run(
         [sys.executable, 'main.py', '--config=configs/smoke.py', *flags],
@@ -180,14 +180,14 @@ def test_a_laptop_describes_the_mesh_that_it_has_not():
 
 
 @pytest.mark.parametrize(
-    ('data', 'tower', 'says'),
+    ('data', 'tower', 'expected_text'),
     [
         (1024, 1, 'choose at most 512 devices'),
         (3, 1, 'a mesh of data 3 x tower 1 does not divide'),
         (1, 3, 'mesh.tower is 3, and the net has 2 tower'),
     ],
 )
-def test_a_mesh_that_does_not_fit_is_one_sentence(data, tower, says):
-    with pytest.raises(UsageError, match=says) as caught:
+def test_an_impossible_mesh(data, tower, expected_text):
+    with pytest.raises(UsageError, match=expected_text) as caught:
         describe.run(on(data, tower))
     assert '\n' not in str(caught.value)

@@ -1,4 +1,4 @@
-"""Scores against slow, plain counting; predictions counted once, whatever the batch."""
+"""Test scores against a plain loop, and predictions of every image at any batch size."""
 
 import math
 import shutil
@@ -51,7 +51,7 @@ def test_a_probability_of_zero_is_a_finite_loss():
     assert found['nll'] == pytest.approx(-math.log(np.finfo(np.float32).tiny))
 
 
-def test_what_is_no_number_is_wrong():
+def test_nan_counts_as_an_error():
     found = evaluate.scores(np.full((2, 10), np.nan, np.float32), np.array([0, 9]))
     assert found['top1_error'] == found['top5_error'] == 1.0
 
@@ -79,7 +79,7 @@ def test_every_image_is_counted_once(net, batch_size, mesh):
     layout = meshes.make_layout(MeshShape(*mesh), 64)
     predict = evaluate.make_predict(settings, layout)
     how = {'layout': layout, 'batch_size': batch_size}
-    one = evaluate.probabilities(predict, params, statistics, dataset, **how)
+    one = evaluate.probabilities(predict, params, statistics, dataset, **how)['centre']
     assert one.shape == (150, 10)
     np.testing.assert_allclose(one.sum(axis=1), 1, rtol=1e-5)
     whole = meshes.make_layout(MeshShape(1, 1), 64)
@@ -90,7 +90,7 @@ def test_every_image_is_counted_once(net, batch_size, mesh):
         dataset,
         layout=whole,
         batch_size=150,
-    )
+    )['centre']
     np.testing.assert_allclose(one, reference, rtol=1e-5)
 
 
@@ -108,17 +108,15 @@ def test_ten_views_average_probabilities(net):
     layout = meshes.make_layout(MeshShape(1, 1), 64)
     predict = evaluate.make_predict(settings, layout)
     how = {'layout': layout, 'batch_size': 150}
-    ten = evaluate.probabilities(predict, params, statistics, dataset, views=range(10), **how)
-    each = [
-        evaluate.probabilities(predict, params, statistics, dataset, views=(view,), **how)
-        for view in range(10)
-    ]
-    np.testing.assert_allclose(ten, np.mean(each, axis=0), rtol=1e-5)
+    views = {'ten': range(10)} | {str(view): (view,) for view in range(10)}
+    found = evaluate.probabilities(predict, params, statistics, dataset, views, **how)
+    each = [found[str(view)] for view in range(10)]
+    np.testing.assert_allclose(found['ten'], np.mean(each, axis=0), rtol=1e-5)
     assert np.max(np.abs(each[0] - each[5])) > 1e-4  # the mirror image is another view
 
 
-def test_a_workdir_that_may_be_read_but_not_written(smoke_run, tmp_path, read_only, capsys):
-    """The scores are there; that the predictions could not be kept is a warning."""
+def test_predictions_are_optional_in_a_read_only_workdir(smoke_run, tmp_path, read_only, capsys):
+    """The scores are printed; predictions that cannot be saved are a warning."""
     copy = shutil.copytree(smoke_run, tmp_path / 'copy')
     (copy / 'predictions_test.npz').unlink()
     read_only(copy)
@@ -136,7 +134,7 @@ def test_a_full_disk_keeps_the_old_predictions(net, small_disk, capsys):
     (small_disk / 'filler').write_bytes(bytes(shutil.disk_usage(small_disk).free - 8192))
     arrays = {name: np.zeros((5000, 10), np.float32) for name in ('centre', 'ten_views')}
     evaluate.keep_predictions(small_disk, 'test', arrays | {'label': np.zeros(5000, np.int32)})
-    assert 'the predictions are not kept' in capsys.readouterr().err
+    assert 'the predictions are not saved' in capsys.readouterr().err
     assert path.read_bytes() == b'the old ones'
     assert sorted(p.name for p in small_disk.iterdir()) == ['filler', path.name]
 
@@ -152,7 +150,7 @@ def test_a_full_disk_keeps_the_old_predictions(net, small_disk, capsys):
         (report.main, [], 'report.html'),
     ],
 )
-def test_an_output_is_known_to_be_writable_before_the_work(
+def test_the_output_is_checked_before_the_work(
     smoke_run, tmp_path, read_only, capsys, monkeypatch, act, words, file
 ):
     copy = shutil.copytree(smoke_run, tmp_path / 'copy')
@@ -164,8 +162,8 @@ def test_an_output_is_known_to_be_writable_before_the_work(
     assert f'{copy}/{file} cannot be written (Read-only file system' in line
 
 
-def test_damaged_predictions_are_one_sentence(smoke_run, tmp_path):
-    """Two hundred kinds of damage: never a traceback; and never other numbers."""
+def test_damaged_predictions_are_detected(smoke_run, tmp_path):
+    """Each of 200 random damages gives an error message or the same numbers."""
     path = tmp_path / 'predictions_test.npz'
     body = (smoke_run / path.name).read_bytes()
     whole = evaluate.load_predictions(smoke_run)

@@ -1,4 +1,4 @@
-"""Activations on disk, and retrieval: exactly what NumPy finds in float64, ties and all."""
+"""Test activations on disk, and retrieval against NumPy in float64, including ties."""
 
 import json
 
@@ -33,7 +33,7 @@ def images(data_dir):
 # ------------------------------------------------------------------------------- activations
 
 
-def test_every_step_of_the_net_has_the_shape_that_is_said(trained, images):
+def test_every_activation_has_the_stated_shape(trained, images):
     known = features.shapes(trained.settings.net)
     assert list(known)[:4] == ['conv1_linear', 'conv1_lrn', 'conv1_pool', 'conv1_relu']
     for layer in ('conv1_linear', 'conv2_spatial_norm', 'fc6_relu'):
@@ -42,7 +42,7 @@ def test_every_step_of_the_net_has_the_shape_that_is_said(trained, images):
         assert found.dtype == np.float32
 
 
-def test_the_last_layer_is_what_the_evaluation_saw(trained, images, workdir):
+def test_the_last_layer_gives_the_evaluated_probabilities(trained, images, workdir):
     logits = features.make_extract(trained, 'fc8_linear')(images)
     with np.load(workdir / 'predictions_test.npz') as file:
         np.testing.assert_allclose(jax.nn.softmax(logits), file['centre'], rtol=1e-5)
@@ -59,14 +59,14 @@ def test_dropout_halves_at_test_time(trained, images):
 def test_one_image_alone_has_the_same_features(trained, images):
     extract = features.make_extract(trained, 'fc7_relu')
     whole = extract(images)
-    assert len(np.unique(whole.round(3), axis=0)) == TEST  # images do differ
+    assert len(np.unique(whole.round(3), axis=0)) == TEST  # the images differ
     for i in (0, 17, TEST - 1):
         np.testing.assert_array_equal(extract(images[i : i + 1])[0], whole[i])
     assert extract(images[:0]).shape == (0, whole.shape[1])
 
 
-def test_a_layer_that_is_not_there(trained):
-    with pytest.raises(UsageError, match=r"no 'fc9_relu' in this net; there are conv1_linear, .*"):
+def test_an_unknown_layer(trained):
+    with pytest.raises(UsageError, match=r"this net has no 'fc9_relu'; it has conv1_linear, .*"):
         features.make_extract(trained, 'fc9_relu')
 
 
@@ -74,9 +74,9 @@ def test_a_layer_that_is_not_there(trained):
 
 
 @pytest.mark.parametrize('layer', ['fc7_relu', 'conv2_pool'])
-def test_npy_and_parquet_hold_the_same(trained, images, tmp_path, layer):
+def test_npy_and_parquet_have_the_same_content(trained, images, tmp_path, layer):
     of = features.of_split(trained, layer, 'test')
-    for ending in features.ENDINGS:
+    for ending in features.WRITERS:
         features.write(of, tmp_path / f'f{ending}', block=16)
     expected = features.make_extract(trained, layer)(images)
     np.testing.assert_array_equal(np.load(tmp_path / 'f.npy', allow_pickle=False), expected)
@@ -128,14 +128,14 @@ def test_features_of_files(trained, images, tmp_path):
 
 def test_a_full_disk_leaves_nothing(trained, small_disk):
     of = features.of_split(trained, 'conv1_linear', 'test[:400]')
-    assert 4 * np.prod(of.rows.shape) > 1.3 * 3 * 2**20  # too much, even when it is compressed
-    for ending in features.ENDINGS:
+    assert 4 * np.prod(of.rows.shape) > 1.3 * 3 * 2**20  # too much, even compressed
+    for ending in features.WRITERS:
         with pytest.raises(RunError, match=r'cannot be written \(No space left on device\)'):
             features.write(of, small_disk / f'f{ending}', block=16)
         assert list(small_disk.iterdir()) == []
 
 
-def test_what_is_no_file_of_features(trained, tmp_path):
+def test_damaged_feature_files(trained, tmp_path):
     features.write(features.of_split(trained, 'fc7_relu', 'test'), tmp_path / 'f.npy', block=40)
     body, rest = (tmp_path / 'f.npy').read_bytes(), (tmp_path / 'f.json').read_text()
     bad = {
@@ -155,16 +155,13 @@ def test_what_is_no_file_of_features(trained, tmp_path):
     for name, file in (('missing', 'missing.npy'), ('alone', 'alone.json')):
         with pytest.raises(RunError, match=rf'{file} cannot be read \(No such file'):
             features.read(tmp_path / f'{name}.npy')
-    for ending in ('csv', 'npz'):
-        with pytest.raises(UsageError, match=r'must end in \.npy or \.parquet'):
-            features.write(features.read(tmp_path / 'f.npy'), tmp_path / f'f.{ending}', block=8)
 
 
 # -------------------------------------------------------------------------------- retrieval
 
 
 def slow(queries, rows, k):
-    """Every distance, in float64; sorted, by index among equals."""
+    """Return the k smallest distances in float64, by index among equals."""
     difference = rows[None].astype(np.float64) - queries[:, None].astype(np.float64)
     squared = np.sum(difference**2, axis=-1)
     index = np.argsort(squared, axis=1, kind='stable')[:, :k]
@@ -179,7 +176,7 @@ def assert_exact(queries, rows, k, block):
 
 
 @pytest.mark.parametrize(('k', 'block'), [(1, 1), (6, 7), (6, 100), (60, 7), (60, 1000), (6, None)])
-def test_nearest_is_numpys_answer(k, block):
+def test_nearest_equals_numpy(k, block):
     rng = np.random.default_rng(k)
     rows = np.maximum(rng.standard_normal((400, 33)), 0).astype(np.float32)
     queries = np.maximum(rng.standard_normal((5, 33)), 0).astype(np.float32)
@@ -187,7 +184,7 @@ def test_nearest_is_numpys_answer(k, block):
 
 
 def hard(name):
-    """Sets on which |q|^2 - 2 q.f + |f|^2 in float32 ranks wrongly: (queries, rows)."""
+    """Return (queries, rows) that |q|^2 - 2 q.f + |f|^2 in float32 ranks wrongly."""
     rng = np.random.default_rng(0)
     noise = rng.standard_normal((300, 64)).astype(np.float32)
     if name == 'far from the origin':  # |f| is 8,000, distances 0.01: cancellation to the last bit
@@ -206,7 +203,7 @@ def hard(name):
     elif name == 'one is huge':
         rows = noise.copy()
         rows[7] *= 1e15
-    else:  # whole numbers: many at the very same distance
+    else:  # integers: many at equal distances
         rows = rng.integers(0, 2, (300, 64)).astype(np.float32)
     return rows[:3].copy(), rows.astype(np.float32)
 
@@ -219,15 +216,15 @@ def hard(name):
     ],
 )  # fmt: skip
 @pytest.mark.parametrize('block', [50, 300])
-def test_nearest_where_rounding_would_mislead(name, block):
+def test_nearest_where_float32_ranks_wrongly(name, block):
     queries, rows = hard(name)
     found = features.nearest(queries, rows, 6, block)
     assert np.all(found.distance[:, 0] == 0)  # each query is among the rows
     assert_exact(queries, rows, 6, block)
 
 
-def test_float32_alone_would_have_been_wrong():
-    """That the test above tests something: the plain formula picks others."""
+def test_float32_alone_ranks_wrongly():
+    """The plain formula finds other neighbours, so the test above is not vacuous."""
     queries, rows = hard('far from the origin')
     plain = (queries**2).sum(1)[:, None] - 2 * queries @ rows.T + (rows**2).sum(1)[None]
     assert np.any(np.argsort(plain, axis=1, kind='stable')[:, :6] != slow(queries, rows, 6)[0])
@@ -243,10 +240,8 @@ def test_nearest_of_maps_from_a_memory_map(tmp_path):
     np.testing.assert_array_equal(found.distance, distance)
 
 
-def test_what_nearest_refuses():
+def test_invalid_arguments_of_nearest():
     rows = np.ones((10, 4), np.float32)
-    with pytest.raises(UsageError, match='5 features, the others 4'):
-        features.nearest(np.ones((2, 5)), rows, 3)
     for k in (0, 11):
         with pytest.raises(UsageError, match=r'1\.\.10'):
             features.nearest(rows, rows, k)
@@ -263,22 +258,22 @@ def test_what_nearest_refuses():
 # ------------------------------------------------------------------------------ the command
 
 
-def ring(capsys, *words):
+def run_command(capsys, *words):
     code = features.main(list(words))
     out, err = capsys.readouterr()
     return code, out, err
 
 
 def test_nearest_from_the_command_line(workdir, images, tmp_path, capsys):
-    """Among features written before, and among those computed on the way: the same answer."""
+    """Features from a file and features computed now give the same neighbours."""
     file = tmp_path / 'train.npy'
     for i in range(2):
         Image.fromarray(images[i, ..., 0]).save(tmp_path / f'{i}.png')
     where = f'--workdir={workdir}'
-    assert ring(capsys, where, '--split=train', f'--output={file}')[:2] == (0, f'{file}\n')
+    assert run_command(capsys, where, '--split=train', f'--output={file}')[:2] == (0, f'{file}\n')
     ask = (where, '--nearest=3', '--json')
-    _, by_split, _ = ring(capsys, *ask, '--split=test[:2]', f'--among={file}')
-    _, by_files, _ = ring(capsys, *ask, f'{tmp_path}/?.png', '--among=train')
+    _, by_split, _ = run_command(capsys, *ask, '--split=test[:2]', f'--among={file}')
+    _, by_files, _ = run_command(capsys, *ask, f'{tmp_path}/?.png', '--among=train')
     by_split, by_files = ([json.loads(x) for x in out.splitlines()] for out in (by_split, by_files))
     known = features.read(file)
     extract = features.make_extract(evaluate.restore(workdir), 'fc7_relu')
@@ -297,7 +292,7 @@ def test_nearest_from_the_command_line(workdir, images, tmp_path, capsys):
 
 
 def test_a_table_of_neighbours(workdir, capsys):
-    code, out, _ = ring(
+    code, out, _ = run_command(
         capsys, f'--workdir={workdir}', '--nearest=2', '--split=train[:2]', '--layer=fc6_relu'
     )
     lines = out.splitlines()
@@ -311,31 +306,33 @@ def test_a_table_of_neighbours(workdir, capsys):
 def test_features_of_another_net_are_refused(workdir, tmp_path, capsys):
     file = tmp_path / 'f.npy'
     where = f'--workdir={workdir}'
-    ring(capsys, where, '--split=train[:32]', '--layer=fc6_relu', f'--output={file}')
-    code, out, err = ring(capsys, where, '--split=test[:1]', '--nearest=1', f'--among={file}')
+    run_command(capsys, where, '--split=train[:32]', '--layer=fc6_relu', f'--output={file}')
+    code, out, err = run_command(
+        capsys, where, '--split=test[:1]', '--nearest=1', f'--among={file}'
+    )
     assert (code, out) == (2, '')
-    assert 'holds fc6_relu of smoke' in err
+    assert 'contains fc6_relu of smoke' in err
 
 
 @pytest.mark.parametrize(
-    ('words', 'code', 'said'),
+    ('words', 'code', 'expected_text'),
     [
-        (('--nearest=3',), 2, 'either IMAGE files or a --split'),
-        (('a.png', '--split=test', '--nearest=3'), 2, 'either IMAGE files or a --split'),
-        (('--split=test',), 2, '--output=FILE, to write features, or --nearest=K'),
-        (('--split=test', '--output=a.npy', '--nearest=3'), 2, 'or --nearest=K'),
-        (('--split=test', '--output=a.csv'), 2, 'must end in .npy or .parquet'),
+        (('--nearest=3',), 2, 'one of the arguments IMAGE --split is required'),
+        (('a.png', '--split=test', '--nearest=3'), 2, 'not allowed with argument'),
+        (('--split=test',), 2, 'one of the arguments --output --nearest is required'),
+        (('--split=test', '--output=a.npy', '--nearest=3'), 2, 'not allowed with argument'),
+        (('--split=test', '--output=a.csv'), 2, 'must end in .npy, .parquet'),
         (('--split=test', '--output=a.npy', '--layer=fc7'), 2, 'fc7_linear, fc7_relu'),
         (('--split=tset', '--output=a.npy'), 2, "Unknown split 'tset'"),
         (('--split=test[:1]', '--nearest=257'), 2, '1..256'),
         (('--split=test[:1]', '--output={t}/no/a.npy'), 1, 'No such file or directory'),
         (('--split=test[:1]', '--nearest=1', '--among={t}/a.npy'), 1, 'a.npy cannot be read'),
-        (('nothing.png', '--nearest=3'), 1, 'no image among the files'),
+        (('nothing.png', '--nearest=3'), 1, 'none of the files is an image'),
     ],
 )  # fmt: skip
-def test_one_sentence(workdir, tmp_path, capsys, words, code, said):
+def test_error_messages(workdir, tmp_path, capsys, words, code, expected_text):
     words = [word.replace('{t}', str(tmp_path)) for word in words]
-    found, out, err = ring(capsys, f'--workdir={workdir}', *words)
+    found, out, err = run_command(capsys, f'--workdir={workdir}', *words)
     assert found == code, err
     assert out == ''
-    assert said in err.splitlines()[-1]
+    assert expected_text in err.splitlines()[-1]

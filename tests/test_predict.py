@@ -1,4 +1,4 @@
-"""Image files through a trained net: the evaluation's very bits; all kinds of files; bad ones."""
+"""Test classification of image files: the evaluation's bits, all kinds of files, damaged ones."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def images(data_dir):
 
 @pytest.fixture(scope='module')
 def folder(images, tmp_path_factory):
-    """The test images as files: 00.png, 01.png, ..."""
+    """Return a folder of the test images: 00.png, 01.png, ..."""
     path = tmp_path_factory.mktemp('test images')
     for i, image in enumerate(images):
         Image.fromarray(image[..., 0]).save(path / f'{i:02d}.png')
@@ -51,7 +51,7 @@ def classify(trained):
 
 
 @pytest.fixture(scope='module')
-def ring(repository, cache_dir):
+def run_command(repository, cache_dir):
     def call(*words):
         environment = os.environ | {
             'JAX_COMPILATION_CACHE_DIR': str(cache_dir),
@@ -77,7 +77,7 @@ def ring(repository, cache_dir):
 def test_files_get_the_evaluations_probabilities(trained, expected, folder, views):
     classify = predict.load(trained, views=views)
     faults = []
-    paths = list(predict.find([str(folder)]))
+    paths = predict.find([str(folder)])
     (block,) = predict.read_ahead(paths, classify.trained.stored, 100, faults)
     assert block[0] == sorted(folder.iterdir())
     assert not faults
@@ -96,7 +96,7 @@ def test_any_number_of_images_compiled_once(classify, expected, images):
         assert found.shape == (count, 10)
         assert found.dtype == np.float32
         np.testing.assert_array_equal(found, expected['centre'][:count])
-    assert classify._predict._cache_size() == 1
+    assert classify.trained._predict._cache_size() == 1
 
 
 def test_another_batch_size_differs_by_rounding_only(trained, expected, images):
@@ -104,7 +104,7 @@ def test_another_batch_size_differs_by_rounding_only(trained, expected, images):
     np.testing.assert_allclose(found, expected['centre'], rtol=1e-5)
 
 
-def test_a_step_and_the_best(trained, images):
+def test_steps_by_number_and_best(trained, images):
     steps = checkpoint.Checkpoints(trained / 'checkpoints').steps()
     last = predict.load(trained, step=steps[-1])
     assert last.trained.step == steps[-1]
@@ -118,10 +118,10 @@ def test_a_step_and_the_best(trained, images):
     [
         ({'data': 2, 'tower': 2}, 4),
         ({'data': 4, 'tower': 1, 'placement': 'one_weird_trick'}, 4),
-        ({'data': 32, 'tower': 2}, 1),  # which are not here: then one device does it
+        ({'data': 32, 'tower': 2}, 1),  # not available: one device is used
     ],
 )
-def test_a_net_lies_as_in_training_where_it_can(trained, expected, images, tmp_path, mesh, devices):
+def test_the_training_mesh_is_used_if_possible(trained, expected, images, tmp_path, mesh, devices):
     saved = checkpoint.read(trained / 'checkpoints')
     saved.extra['config']['mesh'] |= mesh
     with checkpoint.Checkpoints(tmp_path / 'checkpoints') as checkpoints:
@@ -134,7 +134,7 @@ def test_a_net_lies_as_in_training_where_it_can(trained, expected, images, tmp_p
     np.testing.assert_allclose(jax.nn.softmax(extract(images)), expected['centre'], rtol=1e-5)
 
 
-def test_arrays_of_another_size_go_the_way_of_files(classify, tmp_path):
+def test_arrays_of_another_size_are_resized_like_files(classify, tmp_path):
     rng = np.random.default_rng(0)
     for channels in (1, 3, 4):
         batch = rng.integers(0, 256, (2, 40, 60, channels), np.uint8)
@@ -160,9 +160,7 @@ def test_arrays_that_are_no_images(classify, wrong):
 def test_what_load_refuses(trained, tmp_path):
     with pytest.raises(UsageError, match='not one of centre, ten_views'):
         predict.load(trained, views='eleven')
-    with pytest.raises(UsageError, match='at least 1'):
-        predict.load(trained, batch_size=0)
-    with pytest.raises(RunError, match='holds no checkpoint'):
+    with pytest.raises(RunError, match='has no checkpoint'):
         predict.load(tmp_path / 'nothing')
     assert not (tmp_path / 'nothing').exists()
 
@@ -171,7 +169,7 @@ def test_what_load_refuses(trained, tmp_path):
 
 
 def photo(side=96, seed=0):
-    """Smooth colours without symmetry, uint8 [side, side, 3]."""
+    """Return smooth colours without symmetry, uint8 [side, side, 3]."""
     rng = np.random.default_rng(seed)
     small = Image.fromarray(rng.integers(0, 256, (4, 4, 3), np.uint8))
     return np.asarray(small.resize((side, side), Image.Resampling.BICUBIC))
@@ -181,7 +179,7 @@ def stored(path, shape=RGB):
     return predict.read(path, shape).astype(int)
 
 
-def test_the_stored_size_comes_through_unchanged(tmp_path):
+def test_images_of_the_stored_size_are_unchanged(tmp_path):
     rng = np.random.default_rng(0)
     for shape in (GREY, RGB):
         image = rng.integers(0, 256, shape, np.uint8)
@@ -204,7 +202,7 @@ def test_the_shorter_side_is_resized_and_the_centre_kept(tmp_path, width, height
 
 
 def test_resizing_is_antialiased(tmp_path):
-    """A board of single black and white pixels is grey from afar; picking pixels gives stripes."""
+    """A checkerboard of pixels becomes grey; sampling without antialiasing gives stripes."""
     board = (np.indices((320, 320)).sum(axis=0) % 2 * 255).astype(np.uint8)
     Image.fromarray(board).save(tmp_path / 'a.png')
     inner = stored(tmp_path / 'a.png')[2:-2, 2:-2]
@@ -217,8 +215,8 @@ def test_a_small_image_is_enlarged(tmp_path):
 
 
 @pytest.mark.parametrize('orientation', range(1, 9))
-def test_exif_turns_upright(tmp_path, orientation):
-    """What a camera writes: the sensor's rows and columns, and how it was held."""
+def test_exif_orientation_is_applied(tmp_path, orientation):
+    """A camera stores the sensor's rows and columns, and its orientation."""
     upright = photo(32)
     undo = {
         1: lambda a: a,
@@ -240,7 +238,7 @@ def test_exif_turns_upright(tmp_path, orientation):
         assert np.max(np.abs(stored(tmp_path / name) - upright)) <= off, name
 
 
-def test_alpha_is_laid_on_black(tmp_path):
+def test_alpha_is_composited_on_black(tmp_path):
     image = np.dstack([photo(32), np.zeros((32, 32), np.uint8)])
     image[:16, :, 3] = 255
     image[16:24, :, 3] = 128
@@ -297,13 +295,13 @@ def test_cmyk_as_printers_write_it(tmp_path):
 
 
 @pytest.mark.parametrize('name', ['a.gif', 'a.webp', 'a.png', 'a.tif'])
-def test_of_several_frames_the_first(tmp_path, name):
+def test_the_first_of_several_frames_is_read(tmp_path, name):
     first, *others = (Image.new('RGB', (40, 40), colour) for colour in ('red', 'lime', 'blue'))
     first.save(tmp_path / name, save_all=True, append_images=others, lossless=True)
     assert stored(tmp_path / name).reshape(-1, 3).tolist() == [[255, 0, 0]] * 32 * 32
 
 
-def test_what_is_no_image(tmp_path):
+def test_files_that_are_no_image(tmp_path):
     Image.fromarray(photo()).save(tmp_path / 'whole.png')
     body = (tmp_path / 'whole.png').read_bytes()
     (tmp_path / 'cut.png').write_bytes(body[: len(body) // 2])
@@ -315,17 +313,17 @@ def test_what_is_no_image(tmp_path):
     Image.fromarray(np.ones((9, 9), np.float32)).save(tmp_path / 'float.tif')
     Image.fromarray(np.full((9, 9), 70_000, np.int32)).save(tmp_path / 'long.tif')
     (tmp_path / 'folder').mkdir()
-    said = {
+    expected_text = {
         'cut.png': 'cannot be read as an image',
         'flipped.png': 'cannot be read as an image',
         'text.jpg': 'is no image',
         'empty.png': 'is no image',
         'float.tif': 'floating-point',
         'long.tif': 'more than 16 bits',
-        'folder': 'holds no file',
+        'folder': 'Is a directory',
         'missing.png': 'No such file',
     }
-    for name, words in said.items():
+    for name, words in expected_text.items():
         with pytest.raises(RunError, match=words) as caught:
             predict.read(tmp_path / name, RGB)
         assert name in str(caught.value)
@@ -353,7 +351,7 @@ def test_folders_globs_and_files(tmp_path):
         return [path.relative_to(tmp_path).as_posix() for path in paths]
 
     assert found('') == ['a.png', 'b.png', 'odd[1].png', 'sub/c.png']
-    assert found('b.png', 'a.png', 'b.png') == ['b.png', 'a.png', 'b.png']
+    assert found('b.png', 'a.png', 'b.png', '?.png') == ['b.png', 'a.png']  # each once
     assert found('?.png') == ['a.png', 'b.png']
     assert found('**/c.png') == ['sub/c.png']
     assert found('s*') == ['sub/c.png']
@@ -361,11 +359,11 @@ def test_folders_globs_and_files(tmp_path):
     assert found('x*', 'y.png', 'none') == ['x*', 'y.png', 'none']
 
 
-def test_json_lines_and_bad_files_among_good_ones(ring, trained, expected, folder, tmp_path):
+def test_json_lines_and_bad_files_among_good_ones(run_command, trained, expected, folder, tmp_path):
     odd = os.fsdecode(os.fsencode(tmp_path) + b'/caf\xe9.png')
     shutil.copy(folder / '03.png', odd)
     (tmp_path / 'text.png').write_text('no image')
-    done = ring(
+    done = run_command(
         '--json', f'--workdir={trained}', tmp_path / 'text.png', f'{folder}/0[12].png', odd,
         tmp_path / 'missing.png',
     )  # fmt: skip
@@ -399,24 +397,27 @@ def test_a_table_over_ten_views(trained, expected, folder, capsys):
 
 
 @pytest.mark.parametrize(
-    ('words', 'code', 'said'),
+    ('words', 'code', 'expected_text'),
     [
         (('--workdir={w}',), 2, 'required: IMAGE'),
         (('a.png',), 2, 'required: --workdir'),
         (('a.png', '--workdir={w}', '--views=3'), 2, 'choose from'),
-        (('a.png', '--workdir={w}', '--top=0'), 2, 'at least 1'),
+        (('a.png', '--workdir={w}', '--top=0'), 2, '0 must be at least 1'),
+        (('a.png', '--workdir={w}', '--batch_size=x'), 2, "invalid positive value: 'x'"),
         (('a.png', '--workdir={w}', '--step=soon'), 2, 'choose latest, best or one of'),
-        (('a.png', '--workdir={w}/nothing'), 1, 'holds no checkpoint'),
+        (('a.png', '--workdir={w}/nothing'), 1, 'has no checkpoint'),
         (('nothing.png', '--workdir={w}'), 1, 'No such file'),
     ],
 )
-def test_one_sentence(trained, capsys, words, code, said):
+def test_error_messages(trained, capsys, words, code, expected_text):
     assert predict.main([word.replace('{w}', str(trained)) for word in words]) == code
-    assert said in capsys.readouterr().err.splitlines()[-1]
+    out, err = capsys.readouterr()
+    assert out == ''  # not even a table's header
+    assert expected_text in err.splitlines()[-1]
 
 
-def test_a_reader_that_goes_away(repository, trained, folder):
-    """`... | head -1`: no traceback, and the exit code of a broken pipe."""
+def test_a_closed_pipe(repository, trained, folder):
+    """`... | true` ends without a traceback, with the exit code of a broken pipe."""
     line = f"{sys.executable} -m alexnet_jax predict --json --workdir='{trained}' '{folder}'"
     done = subprocess.run(
         ['bash', '-c', f'{line} | true; exit ${{PIPESTATUS[0]}}'],

@@ -1,4 +1,4 @@
-"""Progress as a person sees it, on a terminal and in a log."""
+"""Test the output of progress on a terminal and in a log."""
 
 from rich.console import Console
 

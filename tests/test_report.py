@@ -1,4 +1,4 @@
-"""The report holds what the run found, in one well-formed file that asks for nothing else."""
+"""Test the report: its content, well-formed HTML, one file."""
 
 import base64
 import dataclasses
@@ -35,12 +35,12 @@ def workdir(smoke_run):
 
 @pytest.fixture
 def copy(workdir, tmp_path):
-    """The run again, to be damaged."""
+    """Return a copy of the run."""
     return shutil.copytree(workdir, tmp_path / 'copy')
 
 
 class Document(HTMLParser):
-    """A page as its tags and its text; every tag is closed by its own end."""
+    """A page's tags and text; checks that every tag is closed."""
 
     def __init__(self, text):
         super().__init__()
@@ -87,10 +87,10 @@ def document(html):
     return Document(html)
 
 
-# ---------------------------------------------------------------------------------- one whole file
+# -------------------------------------------------------------------------------- one complete file
 
 
-def test_it_asks_for_no_other_file(html, document):
+def test_it_links_to_no_other_file(html, document):
     for link in document.values('src', 'href', 'xlink:href', 'srcset', 'data', 'poster', 'action'):
         assert link.startswith(('data:image/png;base64,', '#')), link
     for address in re.findall(r'url\(\s*[\'"]?(.)', html):
@@ -103,7 +103,7 @@ def test_it_asks_for_no_other_file(html, document):
     assert policy.startswith("default-src 'none'; img-src data:;")
 
 
-def test_ids_are_one_each_and_lead_somewhere(html, document):
+def test_ids_are_unique_and_references_resolve(html, document):
     ids = document.values('id')
     assert len(ids) > 50  # five drawings
     assert len(set(ids)) == len(ids)
@@ -112,33 +112,33 @@ def test_ids_are_one_each_and_lead_somewhere(html, document):
     assert set(wanted) <= set(ids)
 
 
-def test_every_picture_has_words_and_its_own_file(document):
+def test_every_picture_has_a_text_alternative(document):
     drawings = [own for tag, own in document.tags if tag == 'svg']
     assert len(drawings) == 5
     assert all(own['aria-label'] and own['viewbox'] for own in drawings)
-    assert not any('width' in own for own in drawings)  # they fill what there is
+    assert not any('width' in own for own in drawings)  # they fill the available width
     images = [own for tag, own in document.tags if tag == 'img']
     assert images
     assert all(own['alt'] for own in images)
 
 
-def test_drawings_take_the_pages_ink(html):
+def test_drawings_use_the_text_colour_of_the_page(html):
     assert html.count('currentColor') > 20
     assert figures.INK not in html[html.index('<body') :]
     assert '(prefers-color-scheme: dark)' in html
     assert 'color-scheme: light dark' in html
 
 
-def test_it_reads_on_a_phone(document):
+def test_it_has_a_viewport_for_phones(document):
     assert ('meta', {'name': 'viewport', 'content': 'width=device-width, initial-scale=1'}) in (
         document.tags
     )
 
 
-# -------------------------------------------------------------------------------- what it says
+# ---------------------------------------------------------------------------------------- content
 
 
-def test_it_holds_the_figures_of_the_metrics(workdir, document):
+def test_it_shows_the_metrics(workdir, document):
     found = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
     (test,) = [record for record in found if record['kind'] == 'test']
     for view, name in (('centre', 'one view'), ('ten_views', 'ten views')):
@@ -157,7 +157,7 @@ def test_it_holds_the_figures_of_the_metrics(workdir, document):
     assert f'Errors on {TEST} test images; from predictions_test.npz.' in document.text
 
 
-def test_it_holds_config_and_environment(workdir, document):
+def test_it_shows_config_and_environment(workdir, document):
     for name in ('config.json', 'environment.json'):
         for key, value in report.flat(json.loads((workdir / name).read_text())):
             shown = f'{value:.6g}' if isinstance(value, float) else str(value)
@@ -169,7 +169,7 @@ def test_what_does_not_apply_is_left_out(document):
     """The net saw grey images, of which colour saturation is not defined."""
     assert not [own for tag, own in document.tags if own.get('class') == 'missing']
     assert 'saturation' not in document.text
-    assert 'How colourful' not in document.text
+    assert 'Colour saturation' not in document.text
 
 
 def test_a_net_that_saw_colour_has_its_towers(run_in_colour):
@@ -181,20 +181,20 @@ def test_a_net_that_saw_colour_has_its_towers(run_in_colour):
 
 @pytest.fixture
 def run_in_colour(copy):
-    """The smoke run, as if it had been trained on colour images."""
+    """Return the smoke run, changed to one on colour images."""
     run = Run(copy)
     params = run.trained.params
     kernel = np.random.default_rng(0).normal(size=(11, 11, 3, 12)).astype(np.float32)
     run.__dict__['trained'] = dataclasses.replace(
         run.trained, stored=(28, 28, 3), params=params | {'conv1': {'kernel': kernel}}
     )
-    (copy / 'predictions_test.npz').unlink()  # of another net
+    (copy / 'predictions_test.npz').unlink()  # of the original net
     return run
 
 
-def test_mistakes_counted_slowly():
+def test_mistakes_equal_a_plain_loop():
     rng = np.random.default_rng(0)
-    probability = rng.integers(1, 5, (100, 4)) / 10  # many equals
+    probability = rng.integers(1, 5, (100, 4)) / 10  # many ties
     label = rng.integers(0, 4, 100)
     wrong = []
     for row, (own, right) in enumerate(zip(probability.tolist(), label.tolist(), strict=True)):
@@ -203,7 +203,7 @@ def test_mistakes_counted_slowly():
     for count in (0, 7, 200):
         found = report.mistakes(probability, label, count)
         expected = [(row, right, taken, -p) for p, row, right, taken in sorted(wrong)[:count]]
-        assert [dataclasses.astuple(one) for one in found] == expected
+        assert found == expected
     assert report.mistakes(np.eye(3), np.arange(3), 5) == []
 
 
@@ -222,7 +222,7 @@ def test_the_mistakes_are_shown_with_their_images(workdir, document, data_dir):
         assert caption in document.text
 
 
-def test_the_most_frequent_confusions_counted_slowly(workdir, document):
+def test_the_most_frequent_confusions_equal_a_plain_loop(workdir, document):
     with np.load(workdir / 'predictions_test.npz') as file:
         taken, label = file['centre'].argmax(axis=1).tolist(), file['label'].tolist()
     pairs = [pair for pair in zip(label, taken, strict=True) if pair[0] != pair[1]]
@@ -233,7 +233,7 @@ def test_the_most_frequent_confusions_counted_slowly(workdir, document):
         assert row in document.text
 
 
-def test_predictions_made_again_are_told_from_the_runs_end(copy):
+def test_newer_predictions_are_distinguished_from_the_runs_end(copy):
     run = Run(copy)
     arrays = run.predictions
     recorded = run.records[-1]['centre']['top1_error']
@@ -246,8 +246,8 @@ def test_predictions_made_again_are_told_from_the_runs_end(copy):
     assert f'with {100 * recorded:.2f} % in one view' in text
 
 
-def test_names_are_shown_as_they_are(workdir, tmp_path):
-    """A class, a folder and a value of the config that would like to be HTML."""
+def test_html_in_names_is_escaped(workdir, tmp_path):
+    """A class name, a folder and a config value contain HTML."""
     folder = tmp_path / EVIL.replace('/', '∕')
     shutil.copytree(workdir, folder)
     config = json.loads((folder / 'config.json').read_text()) | {'name': EVIL}
@@ -256,7 +256,7 @@ def test_names_are_shown_as_they_are(workdir, tmp_path):
     names = (EVIL, *run.trained.class_names[1:])
     for what in ('test', 'trained'):
         evil = dataclasses.replace(getattr(run, what), class_names=names)
-        run.__dict__[what] = evil  # where a cached property keeps its value
+        run.__dict__[what] = evil  # a cached property stores its value there
     html = report.page(run)
     document = Document(html)
     assert '<script' not in html
@@ -265,63 +265,63 @@ def test_names_are_shown_as_they_are(workdir, tmp_path):
     assert str(folder) in document.text
 
 
-# ------------------------------------------------------------------------------------ half a run
+# ---------------------------------------------------------------------------------- incomplete runs
 
 
-def test_without_predictions_the_rest_is_there(copy):
+def test_a_report_without_predictions(copy):
     (copy / 'predictions_test.npz').unlink()
     document = Document(report.page(Run(copy)))
-    wanted = f'{copy} holds no predictions_test.npz: make it with python main.py --mode=evaluate'
+    wanted = f'{copy} has no predictions_test.npz: make it with python main.py --mode=evaluate'
     assert document.text.count(wanted) == 4  # examples, neighbours, confusion, mistakes
     assert [tag for tag, _ in document.tags].count('svg') == 2  # curves and filters
-    assert 'from metrics.jsonl' in document.text  # the run's end has the errors
+    assert 'from metrics.jsonl' in document.text  # the final record has the errors
 
 
-def test_killed_in_training_it_has_what_there_was(copy):
-    """No predictions, no end, and a line that breaks off."""
+def test_a_report_of_an_interrupted_run(copy):
+    """There are no predictions and no final record, and the last line is incomplete."""
     (copy / 'predictions_test.npz').unlink()
     lines = (copy / 'metrics.jsonl').read_text().splitlines()
     (copy / 'metrics.jsonl').write_text('\n'.join(lines[:3]) + '\n' + lines[3][:50])
     (copy / 'environment.json').unlink()
     document = Document(report.page(Run(copy)))
     assert [tag for tag, _ in document.tags].count('svg') == 2
-    assert f'{copy} holds no environment.json' in document.text
+    assert f'{copy} has no environment.json' in document.text
     assert 'test error' not in document.text
 
 
-def test_a_config_alone_is_a_report_of_sentences(workdir, tmp_path):
+def test_a_report_of_a_config_alone(workdir, tmp_path):
     shutil.copy(workdir / 'config.json', tmp_path)
     document = Document(report.page(Run(tmp_path)))
-    assert 'holds no record of training in a metrics.jsonl: train first.' in document.text
-    assert f'{tmp_path} holds no checkpoint; train first' in document.text
+    assert 'metrics.jsonl has no training record; train first.' in document.text
+    assert f'{tmp_path} has no checkpoint; train first' in document.text
     assert 'optimizer.weights.rate 0.02' in document.text
 
 
-# ------------------------------------------------------------------------------------ ends badly
+# ----------------------------------------------------------------------------------------- failures
 
 
-def complaint(capsys, *words):
-    """Run the command to its end; (exit code, what it says, in one line)."""
+def run_and_fail(capsys, *words):
+    """Run a command that fails; return the exit code and its one line on stderr."""
     code = report.main([str(word) for word in words])
-    said = capsys.readouterr()
-    assert said.out == ''
-    (line,) = said.err.splitlines()
+    expected_text = capsys.readouterr()
+    assert expected_text.out == ''
+    (line,) = expected_text.err.splitlines()
     return code, line
 
 
 def test_no_run(tmp_path, capsys):
     for folder in (tmp_path, tmp_path / 'nowhere'):
         output = tmp_path / 'r.html'
-        code, line = complaint(capsys, f'--workdir={folder}', f'--output={output}')
+        code, line = run_and_fail(capsys, f'--workdir={folder}', f'--output={output}')
         assert code == 1
-        assert f'{folder} holds no config.json, so it is no run' in line
+        assert f'{folder} has no config.json, so it is no run' in line
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_config_that_is_none(tmp_path, capsys):
+def test_a_damaged_config(tmp_path, capsys):
     for text in ('{', '{}', '[1]'):
         (tmp_path / 'config.json').write_text(text)
-        assert complaint(capsys, f'--workdir={tmp_path}')[0] in (1, 2)
+        assert run_and_fail(capsys, f'--workdir={tmp_path}')[0] in (1, 2)
     assert [path.name for path in tmp_path.iterdir()] == ['config.json']
 
 
@@ -329,7 +329,7 @@ def test_without_matplotlib(workdir, tmp_path, capsys, monkeypatch):
     for name in list(sys.modules):
         if name.split('.')[0] == 'matplotlib':
             monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
-    code, line = complaint(capsys, f'--workdir={workdir}', f'--output={tmp_path}/r.html')
+    code, line = run_and_fail(capsys, f'--workdir={workdir}', f'--output={tmp_path}/r.html')
     assert code == 1
     assert line == "report: matplotlib is not installed: pip install 'alexnet_jax[figures]'."
     assert list(tmp_path.iterdir()) == []
@@ -339,7 +339,8 @@ def test_an_output_that_cannot_be_written(workdir, tmp_path, capsys, small_disk)
     words = f'--workdir={workdir}', '--among=train[:8]'
     output = tmp_path / 'nowhere' / 'r.html'
     assert (
-        'cannot be written (No such file or' in complaint(capsys, *words, f'--output={output}')[1]
+        'cannot be written (No such file or'
+        in run_and_fail(capsys, *words, f'--output={output}')[1]
     )
     old = small_disk / 'r.html'
     old.write_bytes(b'the old one')
@@ -350,7 +351,7 @@ def test_an_output_that_cannot_be_written(workdir, tmp_path, capsys, small_disk)
     assert sorted(path.name for path in small_disk.iterdir()) == ['filler', 'r.html']
 
 
-def test_killed_at_its_work_it_leaves_the_old_report(workdir, tmp_path, repository, cache_dir):
+def test_a_killed_report_leaves_the_old_one(workdir, tmp_path, repository, cache_dir):
     output = tmp_path / 'r.html'
     output.write_text('the old one')
     words = [sys.executable, '-m', 'alexnet_jax', 'report', f'--workdir={workdir}']
@@ -361,7 +362,7 @@ def test_killed_at_its_work_it_leaves_the_old_report(workdir, tmp_path, reposito
         stderr=subprocess.PIPE,
         text=True,
     )
-    assert 'fc7_relu of 256 images' in process.stderr.readline()  # in the middle of a figure
+    assert 'fc7_relu of 256 images' in process.stderr.readline()  # while a figure is computed
     process.send_signal(signal.SIGKILL)
     process.wait()
     process.stderr.close()

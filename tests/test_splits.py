@@ -142,10 +142,12 @@ def found_images(found):
     return found.rows.images(slice(None))
 
 
-def test_figures_of_permuted_data_want_predictions_of_it(copy, permuted, capsys):
-    words = ['fig4_left', f'--workdir={copy}', f'--data_dir={permuted}', f'--output={copy}/f.png']
+@pytest.mark.parametrize('name', ['fig4_left', 'confusion'])
+def test_figures_of_permuted_data_want_predictions_of_it(copy, permuted, capsys, name):
+    words = [name, f'--workdir={copy}', f'--data_dir={permuted}', f'--output={copy}/f.png']
     assert figures.main(words) == 1
-    assert 'of other images than its test split' in capsys.readouterr().err
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f'is of other images than the test split in {permuted}: make it again with' in line
     evaluate.run([copy], data_dir=str(permuted))
     assert figures.main(words) == 0
 

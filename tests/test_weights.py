@@ -1,8 +1,7 @@
-"""Foreign weights give the foreign nets' logits, our files run without us, bad files do no harm.
+"""Test imported nets' logits, exports that run alone, and the refusal of damaged weight files.
 
-The nets of torchvision and Caffe are written out here a second time, in NumPy and channels first,
-from their definitions; the full-sized ones in PyTorch, where it is installed (`make test-torch`).
-PyTorch's own files need it too.
+The nets of torchvision and Caffe are implemented here again from their definitions, in NumPy with
+channels first. The full-sized ones, and PyTorch's own files, need PyTorch (`make test-torch`).
 """
 
 import argparse
@@ -21,6 +20,7 @@ import numpy as np
 import pytest
 
 from alexnet_jax import config as configuration
+from alexnet_jax import config_file as loader
 from alexnet_jax.errors import RunError, UsageError
 from alexnet_jax.interop import export, weight_files, weights
 from alexnet_jax.model import alexnet as model
@@ -45,11 +45,11 @@ CONFIGS = {
     'bvlc_alexnet': variant_bvlc_alexnet,
     'caffenet': variant_caffenet,
 }
-# What is asked for, of the largest logit. Found: 1.2e-6 of it, and 5e-6 of exported probabilities.
+# Relative to the largest logit. Measured: 1.2e-6, and 5e-6 for exported probabilities.
 TOLERANCE = 1e-4
 
 
-# --------------------------------------------------------------------------- the nets, again
+# ----------------------------------------------------------------------------------- reference nets
 
 
 def conv(x, weight, bias, stride, pad, groups=1):
@@ -128,11 +128,11 @@ THEIRS = {
 }
 
 
-# ------------------------------------------------------------------------------ small ones
+# --------------------------------------------------------------------------------------- small nets
 
 
 def small(origin):
-    """The origin's net at a quarter of the widths, three channels, images with a margin of 4."""
+    """Return the origin's net at a quarter of the widths, with three channels and a margin of 4."""
     config = CONFIGS[origin].get_config('quickstart')
     config.model.channels = 3
     config.preprocess.resize_px = config.preprocess.image_px
@@ -140,7 +140,7 @@ def small(origin):
 
 
 def foreign(origin, config, seed=0):
-    """Random weights by the origin's names, in its layout, that keep the signal's strength.
+    """Return random weights by the origin's names, in its layout, that preserve signal variance.
 
     Caffe's conv1 reads pixels in 0-255 units, so its LRN meets values that it changes.
     """
@@ -187,8 +187,8 @@ def test_logits_are_the_origins(origin):
     np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
 
 
-def test_caffes_norm_crosses_the_groups(monkeypatch):
-    """Were its windows cut between the groups, as ours are between towers, it would show."""
+def test_caffes_normalisation_crosses_the_groups(monkeypatch):
+    """Windows that end at a group's border, as ours do at a tower's, give other logits."""
     arrays, images = foreign('bvlc_alexnet', small('bvlc_alexnet')), pictures(99)
     right, whole = caffe_logits(arrays, images, False), caffe_lrn
     halves = lambda x: np.concatenate([whole(half) for half in np.split(x, 2, 1)], 1)  # noqa: E731
@@ -198,7 +198,7 @@ def test_caffes_norm_crosses_the_groups(monkeypatch):
 
 
 def test_caffes_mean_image(tmp_path):
-    """A mean image as Caffe's examples have it: BGR, channels first."""
+    """The mean image has the layout of Caffe's examples: BGR, channels first."""
     config = small('bvlc_alexnet')
     settings = configuration.unpack(config)
     px = settings.preprocess.image_px
@@ -218,7 +218,7 @@ def test_caffes_mean_image(tmp_path):
     np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
 
 
-# ------------------------------------------------------------------------------- full-sized, torch
+# ---------------------------------------------------------------------------------- full-sized nets
 
 
 @pytest.fixture(scope='module')
@@ -227,7 +227,7 @@ def torch():
 
 
 def torchvision_net(torch, arrays):
-    """torchvision's alexnet, of any widths: the same modules under the same names."""
+    """Return torchvision's alexnet of any widths, with the same module names."""
     nn = torch.nn
 
     def conv(name, stride=1, padding=1):
@@ -254,7 +254,7 @@ def torchvision_net(torch, arrays):
 
 
 def full(origin, arrays, images):
-    """Our logits of the full-sized net."""
+    """Return our logits of the full-sized net, and its parameters."""
     settings = configuration.unpack(CONFIGS[origin].get_config('imagenet2012'))
     params = weights.canonical(arrays, weights.ORIGINS[origin], settings)
     statistics = weights.statistics_of(weights.ORIGINS[origin], settings.preprocess)
@@ -262,7 +262,7 @@ def full(origin, arrays, images):
 
 
 def test_torchvision_in_full(torch, tmp_path):
-    """From the file of a state dict, with torchvision's transforms in float."""
+    """The weights come from a state dict's file; torchvision's transforms are applied in float."""
     net = torchvision_net(
         torch, foreign('torchvision', variant_torchvision.get_config('imagenet2012'))
     )
@@ -308,11 +308,11 @@ def test_caffe_in_full(torch, origin):
     np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
 
 
-# ----------------------------------------------------------------------------------- the files
+# ------------------------------------------------------------------------------------- weight files
 
 
 def write(path, arrays):
-    """A weight file of the format that its name says."""
+    """Write a weight file in the format of its suffix."""
     if path.suffix == '.npz':
         np.savez(path, **arrays)
     elif path.suffix == '.safetensors':
@@ -321,7 +321,7 @@ def write(path, arrays):
 
 
 def net_file(folder, origin):
-    """A config file of the origin's small net, for the command line."""
+    """Write a config file of the origin's small net."""
     path = folder / 'net.py'
     path.write_text(
         'from tests import test_weights\n'
@@ -331,7 +331,7 @@ def net_file(folder, origin):
 
 
 @pytest.mark.parametrize('name', ['a.npz', 'a.safetensors', 'no_suffix_that_is_known.npz'])
-def test_a_file_gives_back_what_is_in_it(tmp_path, name):
+def test_reading_returns_what_was_written(tmp_path, name):
     arrays = foreign('caffenet', small('caffenet'))
     file = write(tmp_path / name, arrays).rename(tmp_path / name.removesuffix('.npz'))
     same(weight_files.read(file), arrays)
@@ -350,7 +350,7 @@ def test_axes_of_length_one(of_kernels, of_biases):
         return array.reshape({1: of_biases, 2: of_kernels, 4: ()}[array.ndim] + array.shape)
 
     found = {key: longer(array) for key, array in arrays.items()}
-    if of_biases == (1,):  # those of convolutions have it behind
+    if of_biases == (1,):  # convolutions have the axis last
         found['conv1/1'] = found['conv1/1'].T
     origin = weights.ORIGINS['caffenet']
     found, expected = (weights.canonical(a, origin, settings) for a in (found, arrays))
@@ -393,13 +393,13 @@ def renamed(change):
         renamed(lambda key: f'my_features.net.{key}'),
     ],
 )
-def test_wrappers_are_taken_off(tmp_path, arrays):
+def test_wrappers_are_removed(tmp_path, arrays):
     file = write(tmp_path / 'a.npz', arrays)
     same_net(weight_files.read(file), WRAPPED)
 
 
 def same_net(arrays, expected):
-    """Both give the same parameters of the small net of torchvision."""
+    """Assert that both give the same parameters of torchvision's small net."""
     settings = configuration.unpack(small('torchvision'))
     found, wanted = (
         weights.canonical(a, weights.ORIGINS['torchvision'], settings) for a in (arrays, expected)
@@ -418,7 +418,7 @@ def test_two_nets_in_a_file(tmp_path, capsys):
 
 
 def imagenet_example(torch, net):
-    """What pytorch/examples/imagenet/main.py saves of an AlexNet as model_best.pth.tar."""
+    """Return the model_best.pth.tar of pytorch/examples/imagenet/main.py."""
     net.features = torch.nn.DataParallel(net.features)
     optimizer, scheduler = trained(torch, net)
     return {
@@ -432,7 +432,7 @@ def imagenet_example(torch, net):
 
 
 def torchvision_reference(torch, net):
-    """What torchvision's references/classification/train.py saves as checkpoint.pth."""
+    """Return the checkpoint.pth of torchvision's references/classification/train.py."""
     optimizer, scheduler = trained(torch, net)
     return {
         'model': torch.nn.DataParallel(net).module.state_dict(),
@@ -445,7 +445,7 @@ def torchvision_reference(torch, net):
 
 
 def lightning(torch, net):
-    """What PyTorch Lightning saves of a module with self.model, and NumPy's numbers with it."""
+    """Return PyTorch Lightning's checkpoint of a module with self.model and NumPy scalars."""
     return {
         'pytorch-lightning_version': '2.5.0',
         'state_dict': {f'model.{key}': value for key, value in net.state_dict().items()},
@@ -456,7 +456,7 @@ def lightning(torch, net):
 
 
 def trained(torch, net):
-    """An optimizer with momentum, after a step, and its schedule."""
+    """Return an optimizer with momentum after a step, and its schedule."""
     optimizer = torch.optim.SGD(net.parameters(), 0.0, momentum=0.9)
     for value in net.parameters():
         value.grad = torch.ones_like(value)
@@ -465,7 +465,7 @@ def trained(torch, net):
 
 
 def views(torch, net):
-    """Tensors of one storage that are not contiguous."""
+    """Return non-contiguous tensors of one storage."""
     storage = torch.cat([value.flatten() for value in net.state_dict().values()])
     parts = storage.split([value.numel() for value in net.state_dict().values()])
     found = {
@@ -499,7 +499,7 @@ SAVED = {
 @pytest.mark.parametrize('kind', SAVED)
 @pytest.mark.parametrize('zipped', [True, False])
 def test_what_training_programs_save(torch, tmp_path, kind, zipped):
-    """Today's zip archives, and the format before PyTorch 1.6."""
+    """Files are zip archives, or of the format before PyTorch 1.6."""
     tree = SAVED[kind](torch, torchvision_net(torch, WRAPPED))
     file = tmp_path / 'model_best.pth.tar'
     torch.save(tree, file, _use_new_zipfile_serialization=zipped)
@@ -517,7 +517,7 @@ def test_half_precision(torch, tmp_path, dtype):
     )
 
 
-def test_pytorch_is_asked_for_in_one_sentence(tmp_path, monkeypatch, capsys):
+def test_pytorch_is_not_installed(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, 'torch', None)
     with zipfile.ZipFile(tmp_path / 'a.pth', 'w') as archive:
         archive.writestr('a/data.pkl', b'')
@@ -526,7 +526,7 @@ def test_pytorch_is_asked_for_in_one_sentence(tmp_path, monkeypatch, capsys):
 
 
 class Trap:
-    """Calls a function when it is unpickled by somebody careless."""
+    """An object that calls a function when it is unpickled."""
 
     def __init__(self, function, *words):
         self.call = function, words
@@ -547,7 +547,7 @@ def test_a_pickle_with_code_in_it_is_not_run(torch, tmp_path, capsys, zipped):
     refused(['import', 'torchvision', 'bad.pth'], 1, 'objects (eval)', tmp_path, capsys)
     tree['trap'] = Trap(subprocess.check_call, ['touch', str(sprung)])
     torch.save(tree, file, _use_new_zipfile_serialization=zipped)
-    same_net(weight_files.read(file), WRAPPED)  # the weights are read, the call is not made
+    same_net(weight_files.read(file), WRAPPED)  # the weights are read without the call
     assert not sprung.exists()
 
 
@@ -558,12 +558,12 @@ def whole_net(torch):
 @pytest.mark.parametrize(
     ('make', 'zipped', 'code', 'sentence'),
     [
-        (whole_net, True, 2, 'has no features.0.weight, which this net has; it has no arrays'),
+        (whole_net, True, 2, 'features.0.weight of this net is missing; the file has no arrays'),
         (whole_net, False, 1, 'save model.state_dict() alone'),
-        (lambda torch: {'a': collections.UserDict()}, True, 2, 'it has no arrays'),
+        (lambda torch: {'a': collections.UserDict()}, True, 2, 'the file has no arrays'),
         (lambda torch: {'a': Trap(os.mknod, '/dev/null')}, True, 1, 'objects (posix.mknod)'),
-        (lambda torch: torch.ones(3), True, 2, 'which this net has; it has'),
-        (lambda torch: [torch.ones(3)], True, 2, 'it has no arrays'),
+        (lambda torch: torch.ones(3), True, 2, 'is missing; the file has'),
+        (lambda torch: [torch.ones(3)], True, 2, 'the file has no arrays'),
         (lambda torch: {'features.0.weight': torch.ones(2).to_sparse()}, True, 1, 'Sparse'),
     ],
 )
@@ -582,7 +582,7 @@ def test_a_truncated_pth(torch, tmp_path, capsys, part, zipped):
     refused(['import', 'torchvision', 'a.pth'], 1, 'damaged', tmp_path, capsys)
 
 
-# ----------------------------------------------------------------------------- the whole way
+# --------------------------------------------------------------------------------------- end to end
 
 SMALL = """
 from configs import variant_torchvision
@@ -596,7 +596,7 @@ def get_config(scale='quickstart'):
 
 @pytest.fixture(scope='module')
 def config_file(tmp_path_factory, data_dir):
-    """A config of torchvision's net that fits the real data at hand."""
+    """Return a config of torchvision's net for the test data."""
     path = tmp_path_factory.mktemp('config') / 'small.py'
     data_dir = f'    config.data.data_dir = {str(data_dir)!r}\n'
     path.write_text(SMALL.replace('    return', f'{data_dir}    return'))
@@ -605,9 +605,9 @@ def config_file(tmp_path_factory, data_dir):
 
 @pytest.fixture(scope='module')
 def imported(tmp_path_factory, config_file):
-    """(workdir, the weights that it was made of): made by the command."""
+    """Import weights by the command; return the workdir and the weights."""
     folder = tmp_path_factory.mktemp('imported')
-    config = weights.read_config(str(config_file))
+    config = loader.load(str(config_file), {})
     arrays = foreign('torchvision', config)
     file = write(folder / 'theirs.safetensors', arrays)
     words = ['import', 'torchvision', file, '--workdir', folder / 'w', '--config', config_file]
@@ -617,7 +617,7 @@ def imported(tmp_path_factory, config_file):
 
 @pytest.fixture(scope='module')
 def evaluated(imported, repository, cache_dir):
-    """(images, probabilities) by main.py --mode=evaluate of the first test images."""
+    """Return the probabilities of the first test images by main.py --mode=evaluate."""
     workdir, _ = imported
     command = [sys.executable, 'main.py', '--mode=evaluate', f'--workdir={workdir}']
     environment = os.environ | {'JAX_COMPILATION_CACHE_DIR': str(cache_dir)}
@@ -643,7 +643,7 @@ def test_images(data_dir):
 
 
 def test_an_imported_net_is_evaluated_by_the_main_program(imported, evaluated, test_images):
-    """Its probabilities are those of torchvision's net on the same pixels, 28 px made 112."""
+    """Its probabilities are those of torchvision's net on the same pixels, resized to 112."""
     _, arrays = imported
     large = jax.image.resize(np.float32(test_images), (48, 112, 112, 1), 'bilinear')
     logits = torchvision_logits(arrays, np.repeat(np.asarray(large), 3, axis=-1))
@@ -665,7 +665,7 @@ def test_what_an_import_leaves(imported):
 
 
 def test_an_imported_net_can_be_trained(smoke_run, data_dir, tmp_path):
-    """Its checkpoint has no history, which a run's own checkpoints have."""
+    """An imported checkpoint has no history, unlike a run's."""
     workdir, file = tmp_path / 'w', tmp_path / 'net.safetensors'
     weights.export_checkpoint(file, smoke_run)
     weights.import_own(file, workdir)
@@ -714,26 +714,28 @@ numpy.save('found.npy', numpy.concatenate(parts))
     ('name', 'needs', 'script'),
     [('net.stablehlo', 'jax', RUN_STABLEHLO), ('net.onnx', 'onnxruntime', RUN_ONNX)],
 )
-def test_an_exported_net_runs_without_us(
+def test_an_exported_net_runs_without_this_package(
     imported, evaluated, test_images, tmp_path, name, needs, script
 ):
-    """In a process that cannot import this code, with that format's own runtime."""
+    """The process cannot import this package; it uses the format's own runtime."""
     pytest.importorskip(needs)
     workdir, _ = imported
     assert weights.main(['export', str(tmp_path / name), f'--workdir={workdir}']) == 0
     shape = (48, 112, 112, 1)
     large = np.asarray(jax.image.resize(np.float32(test_images), shape, 'bilinear'))
-    stored = np.repeat(np.round(large).astype(np.uint8), 3, axis=-1)  # as an ImageNet is stored
+    stored = np.repeat(
+        np.round(large).astype(np.uint8), 3, axis=-1
+    )  # in the form of a stored ImageNet
     np.save(tmp_path / 'images.npy', stored)
     subprocess.run([sys.executable, '-c', script], cwd=tmp_path, check=True)
     found = np.load(tmp_path / 'found.npy')
     logits = torchvision_logits(imported[1], stored)
     np.testing.assert_allclose(found, jax.nn.softmax(logits), rtol=0, atol=TOLERANCE)
-    # Rounded pixels are not quite those of the evaluation.
+    # Rounded pixels differ slightly from the evaluation's.
     np.testing.assert_allclose(found, evaluated, rtol=0, atol=0.02)
 
 
-def test_our_own_file_comes_back_bit_for_bit(imported, tmp_path):
+def test_our_own_file_round_trips_bitwise(imported, tmp_path):
     workdir, _ = imported
     file = tmp_path / 'ours.safetensors'
     assert weights.main(['export', str(file), f'--workdir={workdir}', '--step=0']) == 0
@@ -761,7 +763,7 @@ def average_tanh_sigmoid(scale):
     ],
 )
 def test_both_exports_of_every_kind_of_net(get_config, gain):
-    """Towers, spatial norm, halved units, grey images: from 28 px, as the data is stored."""
+    """The nets have towers, spatial norm, halved units; images are grey and of 28 px."""
     onnxruntime = pytest.importorskip('onnxruntime')
     settings = configuration.unpack(get_config('quickstart'))
     params = jax.tree.map(lambda x: gain * x, model.init(jax.random.key(0), settings.net))
@@ -777,8 +779,8 @@ def test_both_exports_of_every_kind_of_net(get_config, gain):
     np.testing.assert_allclose(again, expected, rtol=0, atol=1e-6)
 
 
-def test_a_full_disk_leaves_no_half_of_a_file(imported, small_disk):
-    """3 MB, and a file of 6."""
+def test_a_full_disk_leaves_no_partial_file(imported, small_disk):
+    """The disk has 3 MB, the file 6."""
     workdir, _ = imported
     assert weights.main(['export', str(small_disk / 'x.safetensors'), f'--workdir={workdir}']) == 1
     assert list(small_disk.iterdir()) == []
@@ -789,20 +791,21 @@ def test_a_full_disk_leaves_no_half_of_a_file(imported, small_disk):
 INSTALLED = """
 import importlib, pathlib, pkgutil, sys
 import alexnet_jax
+from alexnet_jax import config_file
 from alexnet_jax.interop import weights
 assert alexnet_jax.__path__ == [str(pathlib.Path('site/alexnet_jax').absolute())]
 for module in pkgutil.walk_packages(alexnet_jax.__path__, 'alexnet_jax.'):
     if module.name != 'alexnet_jax.__main__':
         importlib.import_module(module.name)
 for origin in weights.ORIGINS.values():
-    assert weights.read_config(origin.config).scale == 'imagenet2012'
+    assert config_file.load(origin.config, {}).scale == 'imagenet2012'
 words = ['import', 'torchvision', 'a.npz', '--workdir=w', '--config=small.py']
 sys.exit(weights.main(words) or weights.main(['export', 'b.safetensors', '--workdir=w']))
 """
 
 
 def test_an_installed_package_imports_and_exports_anywhere(tmp_path, repository):
-    """From `pip install .`, in a folder with a package `configs` of its own."""
+    """The package is installed, and the folder has another package named `configs`."""
     for name in ('alexnet_jax', 'configs'):
         shutil.copytree(repository / name, tmp_path / 'source' / name)
     for name in ('pyproject.toml', 'README.md', 'LICENSE'):
@@ -836,12 +839,14 @@ def test_an_object_in_an_npz_is_not_run(tmp_path, capsys):
     arrays = foreign('caffenet', small('caffenet'))
     trap = np.array([Trap(os.mknod, str(tmp_path / 'sprung'))], object)
     np.savez(tmp_path / 'bad.npz', **(arrays | {'conv3/0': trap}))
-    refused(['import', 'caffenet', 'bad.npz'], 1, 'contains Python objects', tmp_path, capsys)
+    refused(
+        ['import', 'caffenet', 'bad.npz'], 1, 'Object arrays cannot be loaded', tmp_path, capsys
+    )
     assert not (tmp_path / 'sprung').exists()
 
 
 def refused(words, code, sentence, folder, capsys):
-    """The command ends with `code` and one line that holds `sentence`; nothing is written."""
+    """Assert that the command ends with `code` and one line with `sentence`, and writes nothing."""
     config = net_file(folder, words[1])
     before = contents(folder)
     words = [*words[:2], str(folder / words[2]), *words[3:]]
@@ -896,12 +901,12 @@ def change_extra(arrays):
 @pytest.mark.parametrize(
     ('change', 'sentence'),
     [
-        (change_shape, 'conv3/0 is [96, 64, 2, 3], and this net wants [96, 64, 3, 3]'),
+        (change_shape, 'conv3/0 is [96, 64, 2, 3], and [96, 64, 3, 3] in this net'),
         (change_integer, 'conv3/0 is of type int32, not floating-point'),
         (change_nan, 'conv3/0 contains NaN or infinity'),
         (change_overflow, 'conv3/0 contains NaN or infinity (in float32)'),
-        (change_missing, 'has no conv3/0, which this net has; it has conv1/0, conv1/1, conv2/0'),
-        (change_extra, 'has conv9/0, which this net has not'),
+        (change_missing, 'conv3/0 of this net is missing; the file has conv1/0, conv1/1, conv2/0'),
+        (change_extra, 'this net has no conv9/0; choose the config'),
     ],
 )
 def test_another_nets_tree(tmp_path, capsys, change, sentence):
@@ -913,28 +918,38 @@ def test_another_nets_tree(tmp_path, capsys, change, sentence):
 
 def test_another_frameworks_tree(tmp_path, capsys):
     write(tmp_path / 'a.npz', foreign('caffenet', small('caffenet')))
-    sentence = 'has no features.0.weight, which this net has; it has conv1/0, conv1/1, conv2/0, ...'
+    sentence = (
+        'features.0.weight of this net is missing; the file has conv1/0, conv1/1, conv2/0, ...'
+    )
     refused(['import', 'torchvision', 'a.npz'], 2, sentence, tmp_path, capsys)
 
 
 @pytest.mark.parametrize(
     ('words', 'code', 'sentence'),
     [
-        (['import', 'caffenet', 'a.npz', '--workdir=w'], 1, 'a.npz is not there'),
+        (['import', 'caffenet', 'a.npz', '--workdir=w'], 1, 'a.npz: No such file or directory'),
         (['import', 'overfeat', 'a.npz', '--workdir=w'], 2, "invalid choice: 'overfeat'"),
-        (['import', 'own', 'a.npz', '--workdir=w'], 2, 'our own weights come as .safetensors'),
+        (['import', 'own', 'a.npz', '--workdir=w'], 2, 'our own weights are .safetensors files'),
         (
             ['import', 'own', 'a.safetensors', '--workdir=w', '--mean=m.npy'],
             2,
             'contain config, mean and names',
         ),
-        (['import', 'caffenet', 'a.npz', '--workdir=w', '--config=no.py'], 2, 'there is no no.py'),
-        (['export', 'a.tflite', '--workdir=w'], 2, 'the name must end in .safetensors'),
+        (
+            ['import', 'caffenet', 'a.npz', '--workdir=w', '--config=no.py'],
+            2,
+            'there is no config file no.py',
+        ),
+        (
+            ['export', 'a.tflite', '--workdir=w'],
+            2,
+            'a.tflite must end in .safetensors, .stablehlo, .onnx',
+        ),
         (['export', 'a.onnx', '--workdir=w'], 1, 'no checkpoint'),
         (['export', 'a.onnx'], 2, '--workdir'),
     ],
 )
-def test_other_nonsense(tmp_path, monkeypatch, capsys, words, code, sentence):
+def test_usage_errors(tmp_path, monkeypatch, capsys, words, code, sentence):
     monkeypatch.chdir(tmp_path)
     assert weights.main(words) == code
     lines = capsys.readouterr().err.strip().splitlines()
@@ -943,10 +958,10 @@ def test_other_nonsense(tmp_path, monkeypatch, capsys, words, code, sentence):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_safetensors_file_of_somebody_else(tmp_path, capsys):
+def test_a_foreign_safetensors_file_as_own(tmp_path, capsys):
     file = write(tmp_path / 'a.safetensors', {'x': np.zeros(3, np.float32)})
     assert weights.main(['import', 'own', str(file), '--workdir', str(tmp_path / 'w')]) == 2
-    assert '`export` did not write it' in capsys.readouterr().err
+    assert '`weights export` did not write it' in capsys.readouterr().err
     assert not (tmp_path / 'w').exists()
 
 
@@ -959,21 +974,21 @@ def test_a_safetensors_file_of_somebody_else(tmp_path, capsys):
         ('--class_names', 'names.txt', b'one\ntwo', '2 class names were given for 10 classes'),
     ],
 )
-def test_bad_companions(tmp_path, capsys, flag, name, body, sentence):
+def test_damaged_companion_files(tmp_path, capsys, flag, name, body, sentence):
     write(tmp_path / 'a.npz', foreign('caffenet', small('caffenet')))
     file = tmp_path / name
     np.save(file, body) if isinstance(body, np.ndarray) else file.write_bytes(body)
     refused(['import', 'caffenet', 'a.npz', flag, str(file)], 2, sentence, tmp_path, capsys)
 
 
-def test_what_is_missing_is_said(monkeypatch, tmp_path):
+def test_a_missing_library(monkeypatch, tmp_path):
     write(tmp_path / 'a.safetensors', {'x': np.zeros(3, np.float32)})
     monkeypatch.setitem(sys.modules, 'safetensors', None)
     with pytest.raises(RunError, match=r'pip install .alexnet_jax\[weights\]'):
         weight_files.read(tmp_path / 'a.safetensors')
 
 
-def test_a_net_that_onnx_cannot_hold():
+def test_a_net_that_onnx_cannot_express():
     made = alexnet.get_config('quickstart')
     made.model.fc7.reads = 'own'
     settings = configuration.unpack(made)

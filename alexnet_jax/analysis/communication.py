@@ -1,8 +1,7 @@
-"""Who sends what to whom in a training step, and what a device holds: read off the compiled step.
+"""Read the communication and memory of a training step from its compiled program.
 
-Nothing is run and no data is needed: the step is compiled for shapes alone, and XLA's own text of
-it is read. What the compiler added, merged or took away is therefore seen, and what was meant but
-not done is not.
+The step is compiled for shapes alone, without data, and XLA's text of the result is parsed. It
+shows what the compiler added, merged or removed, and so tests the claims about the two towers.
 """
 
 import contextlib
@@ -10,7 +9,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,48 +20,55 @@ from jax.sharding import PartitionSpec as P
 from alexnet_jax.config import Settings
 from alexnet_jax.errors import RunError
 from alexnet_jax.model import alexnet
-from alexnet_jax.model.alexnet import AlexNet
 from alexnet_jax.model.augment import Statistics
 from alexnet_jax.parallel.mesh import Layout
 from alexnet_jax.training.step import init_state, jit_train_step, make_optimizer
 
-IMAGES = 1_281_167  # ILSVRC-2012's; only the schedules' constants depend on it
-BOOKKEEPING = 'bookkeeping'  # scalars: loss, error count, the check that all is finite
-UNKNOWN = 'unknown'  # an array that belongs to no layer: nobody meant to send it
-GRADIENT_SCOPE = 'data_parallel'  # the name that parallel/mesh.py gives to the sums of gradients
+IMAGES = 1_281_167  # ILSVRC-2012; only constants of the schedules depend on it
+BOOKKEEPING = 'bookkeeping'  # scalars: loss, error count, the check for finite values
+UNKNOWN = 'unknown'  # an array that belongs to no layer: communication by mistake
+GRADIENT_SCOPE = 'data_parallel'  # the name scope of gradient sums in parallel/mesh.py
 KINDS = ('all-gather', 'reduce-scatter', 'all-reduce', 'all-to-all', 'collective-permute')
-# LLVM's optimisations off: half the time, and XLA's program, all that is read, stays as it is.
+# Without LLVM's optimisations the compilation takes half the time. XLA's program is the same.
 QUICK_COMPILE = {'xla_backend_optimization_level': '0'}
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One array that devices exchange in a step; XLA may move several in one instruction.
+    """One array that devices exchange in a step. XLA may send several in one instruction.
 
-    array_bytes: the whole array: what a gather makes, and what a reduction is given on each device.
-    sent_bytes: what each device sends in a ring of `devices`: the part (n - 1) / n of the array for
-        a gather and for a reduce-scatter, twice that for an all-reduce, which is one of each.
+    Attributes:
+        layer: a name of the layer table, BOOKKEEPING or UNKNOWN.
+        phase: 'forward', 'backward', 'gradient' (of a parameter), or '' for BOOKKEEPING.
+        kind: one of KINDS.
+        axis: 'data', 'tower', 'data+tower', or 'other' if the groups follow no mesh axis.
+        devices: number of devices in each group.
+        array_bytes: the full array: a gather's result, a reduction's operand on each device.
+        sent_bytes: bytes that each device sends in a ring: (n - 1) / n of the array for a gather
+            and for a reduce-scatter, twice that for an all-reduce.
+        instruction: XLA's name; arrays with the same name are one message.
     """
 
-    layer: str  # of the layer table, or BOOKKEEPING, or UNKNOWN
-    phase: str  # 'forward', 'backward', 'gradient' (of a parameter), or '' for BOOKKEEPING
-    kind: str  # of KINDS
-    axis: str  # 'data', 'tower', 'data+tower'; 'other' where the groups follow no axis
-    devices: int  # in each group
+    layer: str
+    phase: str
+    kind: str
+    axis: str
+    devices: int
     array_bytes: int
     sent_bytes: int
-    instruction: str  # XLA's name: arrays of one name travel together
-    source: str  # where the program asks for it, as JAX names it
+    instruction: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
     """Bytes on one device in a training step.
 
-    parameters, velocity, activations: by layer. Activations are every operation's result, as the
-        net inside `jax.shard_map` has it; what the compiler fuses away is counted.
-    arguments, outputs, temporaries: the compiler's own figures. Arguments are the state, the batch
-        and the statistics; outputs, the next state, take their place.
+    Attributes:
+        parameters, velocity: by layer.
+        activations: by layer, the result of every operation inside `jax.shard_map`, including
+            those that the compiler fuses away.
+        arguments, outputs, temporaries: the compiler's figures. Arguments are state, batch and
+            statistics. Outputs, the next state, reuse their memory.
     """
 
     parameters: dict[str, int]
@@ -75,10 +81,7 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """All that is read off a compiled step; memory, operations and bytes are one device's.
-
-    flops, bytes_accessed: XLA's count of its own program. A CPU's program is not an accelerator's.
-    """
+    """A compiled step; memory, `flops` and `bytes_accessed` are one device's, by XLA's count."""
 
     collectives: tuple[Collective, ...]
     memory: Memory
@@ -87,10 +90,10 @@ class Reading:
 
 
 def read_step(settings: Settings, layout: Layout) -> Reading:
-    """Compile the training step for this layout and read it; some seconds."""
+    """Compile the training step for this layout and read it; takes some seconds."""
     compiled = compile_step(settings, layout)
     layers = [layer.name for layer in settings.net.layers]
-    cost: Any = compiled.cost_analysis()  # a dict, whatever the stubs say
+    cost: Any = compiled.cost_analysis()  # a dict; the stubs are wrong
     return Reading(
         collectives=collectives(compiled.as_text() or '', layout.mesh, layers),
         memory=_memory(settings, layout, compiled),
@@ -99,29 +102,38 @@ def read_step(settings: Settings, layout: Layout) -> Reading:
     )
 
 
-# ------------------------------------------------------------------------------ the compiled step
-
-
 def compile_step(settings: Settings, layout: Layout, images: int = IMAGES) -> jax.stages.Compiled:
-    """The training step as the trainer compiles it, for shapes alone; to be read, not run.
+    """Compile the training step as the trainer does, from shapes alone.
 
     Args:
-        settings: of the run.
+        settings: the run's.
         layout: from `mesh.make_layout`.
-        images: in the training set.
+        images: number of training images.
     """
     optimizer = make_optimizer(settings, images)
     step, shardings = jit_train_step(settings, layout, optimizer, images, **QUICK_COMPILE)
-    shapes = jax.eval_shape(lambda: init_state(settings, optimizer))
-    state = jax.tree.map(_abstract, shapes, shardings)
-    batch, statistics = _abstract_inputs(settings, layout)
-    with _names_kept():
-        return step.lower(state, batch, statistics).compile()
+    state = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        jax.eval_shape(lambda: init_state(settings, optimizer)),
+        shardings,
+    )
+    px, channels, size = settings.preprocess.resize_px, settings.net.channels, settings.batch_size
+    split, replicated = layout.batch_sharding, layout.replicated
+    batch = {
+        'image': jax.ShapeDtypeStruct((size, px, px, channels), jnp.uint8, sharding=split),
+        'label': jax.ShapeDtypeStruct((size,), jnp.int32, sharding=split),
+    }
+    statistics: Any = (
+        jax.ShapeDtypeStruct((px, px, channels), jnp.float32, sharding=replicated),
+        jax.ShapeDtypeStruct((channels, channels), jnp.float32, sharding=replicated),
+    )
+    with _names_in_cache_key():
+        return step.lower(state, batch, Statistics(*statistics)).compile()
 
 
 @contextlib.contextmanager
-def _names_kept() -> Generator[None]:
-    """A program from the compilation cache may carry the names of a like one: look at them too."""
+def _names_in_cache_key() -> Generator[None]:
+    """Prevent that the compilation cache returns an equal program with other layer names."""
     key = 'jax_compilation_cache_include_metadata_in_key'
     before = jax.config.values[key]
     jax.config.update(key, True)
@@ -131,24 +143,7 @@ def _names_kept() -> Generator[None]:
         jax.config.update(key, before)
 
 
-def _abstract(leaf: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def _abstract_inputs(settings: Settings, layout: Layout) -> tuple[dict[str, Any], Statistics]:
-    """A batch of stored images and the statistics of such images, without their values."""
-    px, channels, size = settings.preprocess.resize_px, settings.net.channels, settings.batch_size
-    split, whole = layout.batch_sharding, layout.replicated
-    batch = {
-        'image': jax.ShapeDtypeStruct((size, px, px, channels), jnp.uint8, sharding=split),
-        'label': jax.ShapeDtypeStruct((size,), jnp.int32, sharding=split),
-    }
-    mean_image: Any = jax.ShapeDtypeStruct((px, px, channels), jnp.float32, sharding=whole)
-    basis: Any = jax.ShapeDtypeStruct((channels, channels), jnp.float32, sharding=whole)
-    return batch, Statistics(mean_image, basis)
-
-
-# ------------------------------------------------------------------------------- XLA's own words
+# ------------------------------------------------------------------------------------- XLA's text
 
 INSTRUCTION = re.compile(
     r'^\s*(?:ROOT )?%?(?P<name>[\w.-]+) = (?P<type>\(.*?\)|\S+) (?P<op>[a-z][\w-]*)\((?P<rest>.*)$'
@@ -156,52 +151,46 @@ INSTRUCTION = re.compile(
 ARRAY = re.compile(r'\b(pred|bf16|[sufc]\d+\w*)\[([\d,]*)\]')
 
 
-@dataclasses.dataclass(frozen=True)
-class _Instruction:
+class _Instruction(NamedTuple):
     name: str
     type: str
     op: str
-    operands: tuple[str, ...]
+    operands: list[str]
     attributes: str
-
-    @property
-    def source(self) -> str:
-        found = re.search(r'op_name="([^"]*)"', self.attributes)
-        return found[1] if found else ''
+    source: str  # the path of name scopes in the program, as JAX writes it
 
 
 def collectives(text: str, mesh: Mesh, layers: Sequence[str]) -> tuple[Collective, ...]:
-    """Every array that devices exchange, in the order of the program.
-
-    An exchange inside a loop counts once; a training step has none.
+    """Return every array that devices exchange, in the order of the program.
 
     Args:
         text: `compiled.as_text()`.
-        mesh: that it was compiled for.
+        mesh: the mesh of the compiled program.
         layers: names of the layers.
 
     Raises:
-        RunError: XLA writes who talks to whom in a way that is not known here.
+        RunError: XLA writes groups of devices in an unknown form.
     """
     program = {one.name: one for one in _instructions(text)}
     rows = []
     for instruction in program.values():
         kind = instruction.op.removesuffix('-start')
         if kind in KINDS:
-            groups = _groups(instruction.attributes, kind, mesh.size)
-            axis, devices = _axis(groups, kind, mesh), max(map(len, groups))
-            if devices > 1:  # a group of one talks to nobody
+            axis, devices = _axis(instruction.attributes, kind, mesh)
+            if devices > 1:
                 rows += _arrays(instruction, kind, axis, devices, program, layers)
     return tuple(rows)
 
 
 def _instructions(text: str) -> Iterator[_Instruction]:
     for line in text.splitlines():
-        found = INSTRUCTION.match(re.sub(r'/\*.*?\*/', '', line))
-        if found:
+        if found := INSTRUCTION.match(re.sub(r'/\*.*?\*/', '', line)):
             operands, _, attributes = found['rest'].partition('), ')
-            names = tuple(re.findall(r'%([\w.-]+)', operands))
-            yield _Instruction(found['name'], found['type'], found['op'], names, attributes)
+            source = re.search(r'op_name="([^"]*)"', attributes)
+            names = re.findall(r'%([\w.-]+)', operands)
+            yield _Instruction(
+                *found.group('name', 'type', 'op'), names, attributes, source[1] if source else ''
+            )
 
 
 def _arrays(
@@ -212,76 +201,57 @@ def _arrays(
     program: Mapping[str, _Instruction],
     layers: Sequence[str],
 ) -> Iterator[Collective]:
-    """A row for each operand: XLA merges reductions that it can make together."""
-    if not instruction.operands:
-        raise _unreadable(instruction.attributes)
+    """Yield a row for each operand: XLA merges collectives."""
     for operand, source in zip(instruction.operands, _sources(instruction), strict=True):
-        type_ = program[operand].type
-        whole = _bytes(type_) * (devices if kind == 'all-gather' else 1)
-        scalar = not any(shape for _, shape in ARRAY.findall(type_))
-        layer = _layer(source, layers) or (
-            BOOKKEEPING if scalar else _layer_behind(operand, program, layers)
-        )
-        source = source or instruction.source
+        shapes = ARRAY.findall(program[operand].type)
+        size = sum(_bytes(*one) for one in shapes) * (devices if kind == 'all-gather' else 1)
+        scalar = not any(sides for _, sides in shapes)
+        made_in = BOOKKEEPING if scalar else _layer_that_made(operand, program, layers)
+        layer = _layer(source, layers) or made_in
+        share = 1 if kind == 'collective-permute' else (devices - 1) / devices
         yield Collective(
             layer=layer,
-            phase='' if layer == BOOKKEEPING else _phase(source),
+            phase='' if layer == BOOKKEEPING else _phase(source or instruction.source),
             kind=kind,
             axis=axis,
             devices=devices,
-            array_bytes=whole,
-            sent_bytes=_sent(kind, whole, devices),
+            array_bytes=size,
+            sent_bytes=round(size * share * (2 if kind == 'all-reduce' else 1)),
             instruction=instruction.name,
-            source=source,
         )
 
 
-def _sent(kind: str, whole: int, devices: int) -> int:
-    if kind == 'collective-permute':
-        return whole
-    passes = 2 if kind == 'all-reduce' else 1
-    return passes * (devices - 1) * whole // devices
-
-
-def _bytes(type_: str) -> int:
-    """Of an array or a tuple of arrays, as XLA writes its type: 'f32[64,10]{1,0}'."""
-    return sum(
-        _itemsize(name) * math.prod(int(side) for side in shape.split(',') if side)
-        for name, shape in ARRAY.findall(type_)
-    )
-
-
-def _itemsize(name: str) -> int:
-    return 1 if name == 'pred' else _numbers(name)[0] // 8
+def _bytes(dtype: str, sides: str) -> int:
+    """Return the bytes of an array that XLA writes as 'f32[64,10]'."""
+    itemsize = 1 if dtype == 'pred' else _numbers(dtype)[0] // 8
+    return itemsize * math.prod(_numbers(sides))
 
 
 def _sources(instruction: _Instruction) -> Sequence[str]:
-    """Where each operand comes from: merged instructions have merged names, 'jit(f)/(a:b:c)'."""
+    """Return the source of each operand: merged instructions have 'jit(f)/(a:b:c)' or one name."""
     source, count = instruction.source, len(instruction.operands)
     merged = re.fullmatch(r'.*?/\((.*)\)', source)
     names = merged[1].split(':') if merged else [source]
-    if len(names) == count:
-        return names
-    return [source if count == 1 else ''] * count  # one name for all does not say whose each is
+    return names if len(names) == count else [''] * count
 
 
 def _layer(source: str, layers: Sequence[str]) -> str | None:
-    """The one layer that is named in it; none where several are, or none."""
+    """Return the one layer that a source names; None if it names none or several."""
     found = {word for word in re.split(r'[/():]', source) if word in layers}
     return found.pop() if len(found) == 1 else None
 
 
-def _layer_behind(name: str, program: Mapping[str, _Instruction], layers: Sequence[str]) -> str:
-    """The layer that an array was made in, where the exchange itself does not say."""
+def _layer_that_made(name: str, program: Mapping[str, _Instruction], layers: Sequence[str]) -> str:
+    """Return the layer that computed an array, looking through copies, which have no source."""
     seen, queue = {name}, [name]
-    while queue:
-        instruction = program[queue.pop(0)]
-        layer = _layer(instruction.source, layers)
-        if layer:
+    for name in queue:
+        instruction = program[name]
+        if layer := _layer(instruction.source, layers):
             return layer
-        if not instruction.source:  # copies and the like: look behind them
+        if not instruction.source:
             new = [one for one in instruction.operands if one in program and one not in seen]
-            seen, queue = seen | set(new), queue + new
+            seen.update(new)
+            queue += new
     return UNKNOWN
 
 
@@ -293,29 +263,41 @@ def _phase(source: str) -> str:
 
 # ------------------------------------------------------------------------------ groups of devices
 
-Groups = Sequence[Sequence[int]]
+
+def _axis(attributes: str, kind: str, mesh: Mesh) -> tuple[str, int]:
+    """Return the mesh axes along which the devices of a group differ, and the size of a group."""
+    if kind == 'collective-permute':  # pairs; a training step has none
+        return 'other', mesh.size
+    groups = _groups(attributes, mesh.size)
+    positions = np.array(np.unravel_index(groups, tuple(mesh.shape.values())))
+    differ = [
+        axis for axis, own in zip(mesh.shape, positions, strict=True) if np.any(own != own[:, :1])
+    ]
+    along_axes = groups.shape[1] == math.prod(mesh.shape[axis] for axis in differ)
+    return '+'.join(differ) if along_axes else 'other', groups.shape[1]
 
 
-def _groups(attributes: str, kind: str, size: int) -> Groups:
-    """Which devices talk to which, as lists of places in the mesh."""
-    if kind == 'collective-permute':
-        return _pairs(attributes)
-    if found := re.search(r'replica_groups=\{((?:\{[\d,]*\},?)*)\}', attributes):
-        groups = [[int(i) for i in one.split(',')] for one in re.findall(r'\{([\d,]+)\}', found[1])]
-        return groups or [range(size)]  # none named: all together
-    if found := re.search(r'replica_groups=\[([\d,]+)\]<=(\S+?)(?:, |$)', attributes):
-        return _iota(found[2]).reshape(_numbers(found[1])).tolist()
-    if found := re.search(
-        r'replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?\))\))? \{([^}]*)\}', attributes
-    ):
-        return _mesh_groups(*found.groups())
-    raise _unreadable(attributes)
+def _groups(attributes: str, devices: int) -> np.ndarray:
+    """Return the groups of devices as positions in the mesh, int [groups, devices of each].
 
-
-def _unreadable(attributes: str) -> RunError:
-    return RunError(
-        f'XLA writes who talks to whom in a way that is not known here ({attributes[:60]}...); '
-        f'try the versions in constraints.txt.'
+    XLA has three forms: {{0,1},{2,3}}, where {} is all devices; [2,2]<=[4], an iota, reshaped; and
+    mesh['a'=2,'b'=2] {'b'}, the named axes of an iota.
+    """
+    form = attributes.partition('replica_groups=')[2]
+    if found := re.match(r'\{((?:\{[\d,]+\},?)*)\}', form):
+        groups = [_numbers(group) for group in found[1].split('}') if group]
+        return np.array(groups or [range(devices)])
+    if found := re.match(r'\[([\d,]+)\]<=(\S+?)(?:, |$)', form):
+        return _iota(found[2]).reshape(_numbers(found[1]))
+    if found := re.match(r'mesh\[([^\]]*)\](?:, device_ids=\((.*?\))\))? \{([^}]*)\}', form):
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
+        axes = [list(sizes).index(name) for name in re.findall(r"'(\w+)'", found[3])]
+        grid = _iota(found[2] or f'[{math.prod(sizes.values())}]').reshape(*sizes.values())
+        grid = np.moveaxis(grid, axes, range(-len(axes), 0))
+        return grid.reshape(-1, math.prod(grid.shape[grid.ndim - len(axes) :]))
+    raise RunError(
+        f'XLA writes groups of devices in an unknown form ({form[:60]}...); use the versions in '
+        f'constraints.txt.'
     )
 
 
@@ -324,48 +306,14 @@ def _numbers(text: str) -> list[int]:
 
 
 def _iota(text: str) -> np.ndarray:
-    """'[8]' counts to eight; '[4,2]T(1,0)' counts in four rows of two and transposes them."""
+    """Return the devices that XLA writes as '[8]', or as '[4,2]T(1,0)', transposed."""
     shape, _, order = text.partition('T')
     numbers = np.arange(math.prod(_numbers(shape))).reshape(_numbers(shape))
     return numbers.transpose(_numbers(order)) if order else numbers
 
 
-def _mesh_groups(axes: str, devices: str | None, along: str) -> Groups:
-    """Axes "'a'=4,'b'=2" of devices '[2,4]T(1,0)', or of all in order, grouped along "'a'"."""
-    sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", axes)}
-    names = re.findall(r"'(\w+)'", along)
-    ids = _iota(devices) if devices else np.arange(math.prod(sizes.values()))
-    grid = ids.reshape(list(sizes.values()))
-    last = [list(sizes).index(name) for name in names]
-    grid = np.moveaxis(grid, last, range(-len(last), 0))
-    return grid.reshape(-1, math.prod(sizes[name] for name in names)).tolist()
-
-
-def _pairs(attributes: str) -> Groups:
-    """A permutation's (source, target) pairs, those that stay where they are left out."""
-    found = re.search(r'source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}', attributes)
-    pairs = [_numbers(pair) for pair in re.findall(r'\{[\d,]+\}', found[1])] if found else []
-    return [pair for pair in pairs if pair[0] != pair[1]] or [[0]]
-
-
-def _axis(groups: Groups, kind: str, mesh: Mesh) -> str:
-    """The mesh axes along which the devices of a group differ."""
-    shape = tuple(mesh.shape.values())
-    differ = set()
-    for group in groups:
-        places = np.array(np.unravel_index(list(group), shape))
-        differ |= {name for name, row in zip(mesh.shape, places, strict=True) if len({*row}) > 1}
-    full = math.prod(mesh.shape[name] for name in differ)
-    if kind != 'collective-permute' and any(len(group) != full for group in groups):
-        return 'other'
-    return '+'.join(name for name in mesh.shape if name in differ)
-
-
-# ----------------------------------------------------------------------------------- sums of rows
-
-
 def by_layer(rows: Iterable[Collective]) -> list[Collective]:
-    """Rows of one layer, phase, kind and axis as one: a layer's weights and biases, say."""
+    """Add up the rows of one layer, phase, kind and axis: a layer's weights and biases."""
     groups: dict[tuple, list[Collective]] = {}
     for row in rows:
         key = (row.layer, row.phase, row.kind, row.axis, row.devices)
@@ -380,22 +328,17 @@ def by_layer(rows: Iterable[Collective]) -> list[Collective]:
     ]
 
 
-def sent_bytes(rows: Iterable[Collective]) -> int:
-    """What each device sends in a step."""
-    return sum(row.sent_bytes for row in rows)
-
-
-# ----------------------------------------------------------------------------- what a device holds
+# ------------------------------------------------------------------------------- memory of a device
 
 
 def _memory(settings: Settings, layout: Layout, compiled: jax.stages.Compiled) -> Memory:
     optimizer = make_optimizer(settings, IMAGES)
     shapes = jax.eval_shape(lambda: init_state(settings, optimizer))
-    held = layout.state_shardings(shapes, settings.net)
-    stats: Any = compiled.memory_analysis()  # not None where there is a compiled program
+    shardings = layout.state_shardings(shapes, settings.net)
+    stats: Any = compiled.memory_analysis()  # not None for a compiled program
     return Memory(
-        parameters=_by_layer(shapes.params, held.params),
-        velocity=_by_layer(shapes.opt_state, held.opt_state),
+        parameters=_by_layer(shapes.params, shardings.params),
+        velocity=_by_layer(shapes.opt_state, shardings.opt_state),
         activations=activations(settings, layout),
         arguments=stats.argument_size_in_bytes,
         outputs=stats.output_size_in_bytes,
@@ -404,7 +347,7 @@ def _memory(settings: Settings, layout: Layout, compiled: jax.stages.Compiled) -
 
 
 def _by_layer(shapes: Any, shardings: Any) -> dict[str, int]:
-    """Bytes on one device of the leaves that lie under a layer's name."""
+    """Return the bytes on one device of the leaves under each layer's name."""
     totals: dict[str, int] = {}
     leaves, _ = jax.tree_util.tree_flatten_with_path(shapes)
     for (path, leaf), sharding in zip(leaves, jax.tree.leaves(shardings), strict=True):
@@ -416,33 +359,26 @@ def _by_layer(shapes: Any, shardings: Any) -> dict[str, int]:
 
 
 def activations(settings: Settings, layout: Layout) -> dict[str, int]:
-    """Bytes by layer of what one device computes in a forward pass, traced and not run."""
+    """Return the bytes by layer of one device's results in a forward pass, which is only traced."""
     net, size = settings.net, settings.batch_size
-    seen: dict[str, int] = {}
+    totals = dict.fromkeys((layer.name for layer in net.layers), 0)
     layer_of = {
         name: layer.name for layer in net.layers for name in alexnet.activation_names(layer)
     }
 
     def local(params, images, masks):
-        logits, sown = AlexNet(net, layout.tensor_parallel).apply(
-            {'params': params}, images, masks, mutable=['intermediates']
-        )
-        for name, (value,) in sown['intermediates'].items():
-            layer = layer_of[name]
-            seen[layer] = seen.get(layer, 0) + value.dtype.itemsize * value.size
-        return logits
+        found = alexnet.activations(net, params, images, masks, layout.tensor_parallel)
+        for name, value in found.items():
+            totals[layer_of[name]] += value.dtype.itemsize * value.size
+        return found[alexnet.activation_names(net.layers[-1])[-1]]
 
     def run(key, images):
         params, masks = alexnet.init(key, net), alexnet.draw_masks(key, net, size)
-        specs = (
-            layout.parameter_specs(net),
-            P('data'),
-            layout.mask_specs(masks),
-        )
+        specs = layout.parameter_specs(net), P('data'), layout.mask_specs(masks)
         return jax.shard_map(local, mesh=layout.mesh, in_specs=specs, out_specs=P('data'))(
             params, images, masks
         )
 
     shape = (size, net.input_px, net.input_px, net.channels)
     jax.eval_shape(run, jax.random.key(0), jax.ShapeDtypeStruct(shape, jnp.float32))
-    return seen
+    return totals

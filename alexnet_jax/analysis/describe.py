@@ -1,4 +1,4 @@
-"""What a config describes, on one page: shapes, parameters, operations, memory, communication."""
+"""Describe a config on one page: shapes, parameters, operations, memory, communication."""
 
 import contextlib
 import dataclasses
@@ -26,36 +26,35 @@ COLUMNS = (
 )  # fmt: skip
 FLOAT32_BYTES = 4
 MOST_VIRTUAL_DEVICES = 512
-DEVICE_GB = (16, 24, 80)  # of memory, as they are sold; 10^9 bytes, the cautious reading
-COMPILED_BATCHES = (512, 2048)  # images a device; with few, the update needs more than the net
+DEVICE_GB = (16, 24, 80)  # common sizes of device memory, in 10^9 bytes
+COMPILED_BATCHES = (512, 2048)  # images a device; with fewer, the update needs more than the net
 
 
 def run(config: Config) -> str:
-    """The page for a config.
+    """Return the page of a config.
 
-    A mesh of several devices need not be there: `mesh.data=4 mesh.tower=2` is described on virtual
-    CPU devices, where nothing has asked for the real ones yet; `mesh.data=-1` means the real ones.
-    What only the compiler knows (memory, messages) takes some seconds.
+    The devices of the mesh need not exist: `mesh.data=4 mesh.tower=2` is compiled for virtual CPU
+    devices, and `mesh.data=-1` for the real ones. Compilation takes some seconds.
 
     Raises:
         UsageError: the config is impossible.
     """
     settings = configuration.unpack(config)
-    names = settings.data
-    if not settings.net.classes and names.name != 'none':
-        config = config_file.with_data(config, *datasets.facts(names.name, names.data_dir))
+    data = settings.data
+    if not settings.net.classes and data.name != 'none':
+        config = config_file.with_data(config, *datasets.facts(data.name, data.data_dir))
         settings = configuration.unpack(config)
     if not settings.net.classes:
         raise UsageError(
-            'the last layer is as wide as the data has classes; set its features to describe the '
-            'net, as in --config.model.fc8.features=10.'
+            'the width of the last layer depends on the data, which this config does not name; set '
+            'it, as in --config.model.fc8.features=10.'
         )
     _provide_devices(settings.mesh)
     return '\n\n'.join([page(settings), _compiled_memory(settings), *_on_mesh(settings)])
 
 
 def page(settings: Settings) -> str:
-    """What follows from the config alone: nothing is compiled."""
+    """Return the part of the page that follows from the config alone, without compilation."""
     net, stages = settings.net, geometry(settings.net)
     parts = [
         f'{settings.name}, scale {settings.scale}: {net.towers} tower(s), crops of '
@@ -69,7 +68,7 @@ def page(settings: Settings) -> str:
 
 
 def totals(stages: Sequence[Stage]) -> dict[str, int]:
-    """Parameters; neurons (units before pooling, as the paper counts); multiply-adds a view."""
+    """Count parameters, neurons (units before pooling, as in the paper), multiply-adds a view."""
     return {
         'parameters': sum(stage.parameters for stage in stages),
         'neurons': sum(math.prod(stage.output) for stage in stages),
@@ -78,10 +77,10 @@ def totals(stages: Sequence[Stage]) -> dict[str, int]:
 
 
 def memory_bytes(settings: Settings, stages: Sequence[Stage]) -> dict[str, int]:
-    """What a training step holds, all devices together; an estimate from the shapes alone.
+    """Estimate the memory of a training step, of all devices together, from the shapes alone.
 
-    Activations are every operation's result, kept for the backward pass; what the compiler fuses
-    away is counted, what it adds for scratch is not.
+    Activations are the results of all operations, including those that the compiler fuses away,
+    without its scratch space.
     """
     parameters = FLOAT32_BYTES * totals(stages)['parameters']
     units = sum(math.prod(shape) for stage in stages for shape in (stage.output, *stage.after))
@@ -95,7 +94,7 @@ def memory_bytes(settings: Settings, stages: Sequence[Stage]) -> dict[str, int]:
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """Columns, each as wide as its widest cell."""
+    """Format rows of cells in columns, the first row as the header."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
         '  '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -125,16 +124,16 @@ def _row(stage: Stage, net: Net) -> tuple[str, ...]:
         f'{layer.bias:g}',
         f'{stage.parameters:,}',
         f'{stage.multiply_adds:,}',
-        _then(stage),
+        _ops(stage),
     )
 
 
-def _then(stage: Stage) -> str:
-    words, shape = [], stage.output
-    for word, after in zip(stage.layer.ops, stage.after, strict=True):
-        words.append(word if after == shape else f'{word} -> {_shape(after)}')
+def _ops(stage: Stage) -> str:
+    ops, shape = [], stage.output
+    for op, after in zip(stage.layer.ops, stage.after, strict=True):
+        ops.append(op if after == shape else f'{op} -> {_shape(after)}')
         shape = after
-    return ', '.join(words)
+    return ', '.join(ops)
 
 
 def _shape(shape: Sequence[int]) -> str:
@@ -156,7 +155,7 @@ def _recipe(settings: Settings) -> str:
         f'{name}: size {norm.size}, k {norm.k:g}, alpha {norm.alpha:g}, beta {norm.beta:g}'
         for name, norm in (('lrn', net.lrn), ('spatial_norm', net.spatial_norm))
     )
-    edge = ', windows over the edge too' if net.pool.rounding == 'up' else ''
+    edge = ', with partial windows at the edge' if net.pool.rounding == 'up' else ''
     return '\n'.join(
         [
             f'{norms}; lrn reads {net.lrn_reads}',
@@ -171,24 +170,24 @@ def _recipe(settings: Settings) -> str:
 
 
 def _memory(settings: Settings, stages: Sequence[Stage]) -> str:
-    held = memory_bytes(settings, stages)
-    parts = ', '.join(f'{name} {_mib(size)}' for name, size in held.items())
-    total = _mib(sum(held.values()))
-    return f'memory of a training step at batch {settings.batch_size}: {parts}; {total} in all'
+    sizes = memory_bytes(settings, stages)
+    parts = ', '.join(f'{name} {_mib(size)}' for name, size in sizes.items())
+    total = _mib(sum(sizes.values()))
+    return f'memory of a training step at batch {settings.batch_size}: {parts}; total {total}'
 
 
 def _mib(size: int) -> str:
     return f'{size / 2**20:,.1f} MiB'
 
 
-# ------------------------------------------------------------------------- as the compiler has it
+# ------------------------------------------------------------------------------ compiled memory
 
 
 @dataclasses.dataclass(frozen=True)
 class Peak:
-    """What one device holds at most in a training step on so many images, and what one more adds.
+    """The memory of one device in a training step as a line: `bytes` at `images`, plus `per_image`.
 
-    Not quite a line: with the shapes changes what fits between what in the scratch space, some 2 %.
+    The compiler's scratch space makes the line inexact by about 2 %.
     """
 
     images: int
@@ -196,23 +195,23 @@ class Peak:
     per_image: int
 
     def at(self, images: int) -> int:
-        """Bytes."""
+        """Return the bytes at a number of images a device."""
         return self.bytes + (images - self.images) * self.per_image
 
     def largest_batch(self, capacity: int) -> int:
-        """Images of one device that fit into so many bytes with nothing else; 0: not even one."""
+        """Return the largest number of images that fits into `capacity` bytes of one device."""
         return max(0, self.images + (capacity - self.bytes) // self.per_image)
 
 
 def compiled_peak(settings: Settings, layout: Layout) -> Peak:
-    """From the training step, compiled at two batch sizes."""
+    """Return the memory of the training step, compiled at two batch sizes."""
     few, many = COMPILED_BATCHES
     small, large = (compiled_bytes(settings, layout, images) for images in (few, many))
     return Peak(images=few, bytes=small, per_image=(large - small) // (many - few))
 
 
 def compiled_bytes(settings: Settings, layout: Layout, images: int) -> int:
-    """What one device holds at most with so many images: state, batch and scratch space."""
+    """Return one device's bytes at a number of images a device: state, batch, scratch space."""
     settings = dataclasses.replace(settings, batch_size=images * layout.replicas)
     found: Any = communication.compile_step(settings, layout).memory_analysis()
     kept = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
@@ -223,11 +222,10 @@ def _compiled_memory(settings: Settings) -> str:
     layout = mesh.make_layout(settings.mesh, settings.batch_size)
     peak, replicas = compiled_peak(settings, layout), layout.replicas
     fits = ', '.join(f'{gb} GB: {peak.largest_batch(gb * 10**9) * replicas:,}' for gb in DEVICE_GB)
-    device = jax.default_backend()
     where = 'the device' if layout.mesh.size == 1 else f'each of {layout.mesh.size} devices'
     return (
-        f'by the compiler for this {device}, {where}: {_mib(peak.bytes)} with {peak.images} '
-        f'images, {_mib(peak.per_image)} with each more; '
+        f'compiled for {jax.default_backend()}, {where}: {_mib(peak.bytes)} at {peak.images} '
+        f'images, {_mib(peak.per_image)} for each more; '
         f'largest batch, nothing else in memory: {fits}'
     )
 
@@ -236,73 +234,59 @@ def _compiled_memory(settings: Settings) -> str:
 
 
 def _on_mesh(settings: Settings) -> list[str]:
-    """Who sends what to whom, and what a device holds, read from the compiled step."""
-    one = ['one device: nothing is communicated']
-    if settings.mesh.data == settings.mesh.tower == 1:
-        return one
+    """Describe the communication and memory of the compiled step on several devices."""
     layout = mesh.make_layout(settings.mesh, settings.batch_size)
     if layout.mesh.size == 1:
-        return one
+        return ['one device: nothing is communicated']
     found = communication.read_step(settings, layout)
     where = f'{layout}, placement {settings.mesh.placement}'
-    memory, beside = f'memory of a device on {where}, MiB', None
+    memory, unsplit = f'memory of a device on {where}, MiB', None
     if any(split.shards > 1 for split in (layout.tensor_parallel.conv, layout.tensor_parallel.fc)):
-        unsplit = mesh.make_layout(MeshShape(layout.replicas, tower=1), settings.batch_size)
-        beside = communication.read_step(settings, unsplit).memory
-        memory += f'; unsplit: on {unsplit}, placement towers'
+        other = mesh.make_layout(MeshShape(layout.replicas, tower=1), settings.batch_size)
+        unsplit = communication.read_step(settings, other).memory
+        memory += f'; unsplit: on {other}, placement towers'
     sent = _communication(found.collectives)
     if settings.net.compute_dtype == 'bfloat16' and jax.default_backend() == 'cpu':
-        sent += '\na CPU widens bfloat16 to send it: elsewhere forward and backward are half'
+        sent += '\nCPUs send bfloat16 as float32: elsewhere forward and backward are half'
     return [
         f'communication of a step on {where}\n\n{sent}',
-        f'{memory}\n\n{_held(found.memory, beside)}',
+        f'{memory}\n\n{_device_memory(found.memory, unsplit)}',
     ]
 
 
 def _provide_devices(shape: MeshShape) -> None:
-    """Virtual CPU devices for a mesh of stated size, unless this process has its devices already.
-
-    Raises:
-        UsageError: so many that this machine would choke.
-    """
+    """Create virtual CPU devices for a mesh of stated size, unless JAX has its devices already."""
     wanted = shape.data * shape.tower
     if wanted > MOST_VIRTUAL_DEVICES:
         raise UsageError(
-            f'a mesh of data {shape.data} x tower {shape.tower} is too big to be described: '
+            f'a mesh of data {shape.data} x tower {shape.tower} is too large to be described: '
             f'choose at most {MOST_VIRTUAL_DEVICES} devices.'
         )
     if wanted > 1:
-        with contextlib.suppress(RuntimeError):  # says that they are there already
+        with contextlib.suppress(RuntimeError):  # JAX has its devices already
             jax.config.update('jax_num_cpu_devices', wanted)
             jax.config.update('jax_platforms', 'cpu')
 
 
 def _communication(collectives: Sequence[Collective]) -> str:
-    """A row a layer, and in which direction; the sums of gradients, weights and biases together."""
+    """Tabulate messages by layer and pass; gradients of weights and biases are added up."""
     head = ('layer', 'pass', 'kind', 'axis', 'devices', 'array, bytes', 'sent by a device, bytes')
     rows = [
-        (
-            row.layer,
-            row.phase,
-            row.kind,
-            row.axis,
-            str(row.devices),
-            f'{row.array_bytes:,}',
-            f'{row.sent_bytes:,}',
-        )
-        for row in communication.by_layer(collectives)
-    ]
-    sent = communication.sent_bytes(collectives)
-    messages = len({row.instruction for row in collectives})
+        (one.layer, one.phase, one.kind, one.axis, str(one.devices), f'{one.array_bytes:,}',
+         f'{one.sent_bytes:,}')
+        for one in communication.by_layer(collectives)
+    ]  # fmt: skip
+    sent = sum(one.sent_bytes for one in collectives)
+    messages = len({one.instruction for one in collectives})
     return (
-        f'{table([head, *rows])}\n\n{_mib(sent)} sent by each device in a step, if in rings; the '
-        f'compiler has merged {len(collectives)} arrays into {messages} messages'
+        f'{table([head, *rows])}\n\n{_mib(sent)} sent per device and step, assuming ring '
+        f'collectives; the compiler merges {len(collectives)} arrays into {messages} messages'
     )
 
 
-def _held(memory: Memory, beside: Memory | None) -> str:
-    """A row a layer, and the compiler's own figures; `beside`: with no layer split."""
-    memories = [memory] if beside is None else [memory, beside]
+def _device_memory(memory: Memory, unsplit: Memory | None) -> str:
+    """Tabulate memory by layer, beside that of a mesh which splits no layer."""
+    memories = [memory] if unsplit is None else [memory, unsplit]
     kinds = ('parameters', 'velocity', 'activations')
     columns = [getattr(one, kind) for kind in kinds for one in memories]
     heads = [head for kind in kinds for head in (kind, 'unsplit')[: len(memories)]]
@@ -312,5 +296,5 @@ def _held(memory: Memory, beside: Memory | None) -> str:
         f'{kind} {" / ".join(_mib(getattr(one, kind)) for one in memories)}'
         for kind in ('arguments', 'outputs', 'temporaries')
     )
-    whose = 'by the compiler' if beside is None else 'by the compiler, here / unsplit'
+    whose = 'by the compiler' if unsplit is None else 'by the compiler, here / unsplit'
     return f'{table([("layer", *heads), *rows, total])}\n\n{whose}: {figures}'

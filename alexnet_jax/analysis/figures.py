@@ -1,25 +1,23 @@
-"""Draw the paper's figures and a few more from a workdir: one command each, PNG or SVG.
+"""Draw the paper's figures and others from a workdir, as PNG or SVG.
 
     python -m alexnet_jax figures fig3 --workdir=W --output=fig3.svg
 
-| name | shows | reads |
-|---|---|---|
-| fig1 | training error against epochs of several runs, `--workdir=A,B` (figure 1) | metrics |
-| fig3 | the first layer's filters, tower by tower (paper, figure 3) | checkpoint |
-| fig4_left | test images with their five most probable classes (figure 4) | predictions, data |
-| fig4_right | test images and the training images nearest to them (figure 4) | checkpoint, data |
-| confusion | which class is taken for which | predictions, checkpoint |
-| curves | loss and errors against epochs | metrics |
-| towers | how colourful each tower's filters are (section 6.1), see `specialisation` | checkpoint |
+    fig1        training error against epochs of several runs, --workdir=A,B (paper, figure 1)
+    fig3        the first layer's filters, tower by tower (paper, figure 3)
+    fig4_left   test images with their five most probable classes (paper, figure 4)
+    fig4_right  test images and the training images nearest to them (paper, figure 4)
+    confusion   the share of each class that is taken for each class
+    curves      loss and errors against epochs
+    towers      the colour saturation of each tower's filters (paper, section 6.1)
 
-matplotlib is imported when a figure is drawn: `pip install 'alexnet_jax[figures]'`. The functions
-that draw take arrays and return a matplotlib Figure; `Run` reads the arrays from a workdir.
+Figures need matplotlib: pip install 'alexnet_jax[figures]'.
 """
 
 import argparse
 import dataclasses
 import functools
 import io
+import itertools
 import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -35,6 +33,7 @@ from alexnet_jax.data.datasets import Dataset
 from alexnet_jax.errors import RunError, UsageError
 from alexnet_jax.inference import evaluate, features, predict
 from alexnet_jax.inference.evaluate import Trained
+from alexnet_jax.model import alexnet
 from alexnet_jax.model.alexnet import Net
 from alexnet_jax.training import metrics
 from alexnet_jax.training.checkpoint import Step
@@ -50,12 +49,14 @@ Record = Mapping[str, Any]
 class Run:
     """A workdir, of which each property reads one part at its first use.
 
-    Every property raises RunError where what it reads is missing or damaged.
+    Each property raises RunError if what it reads is missing or damaged.
 
-    step: of its checkpoints: a number, 'latest' or 'best'.
-    data_dir: the folder of all data sets; the config's if empty.
-    among: the split that neighbours are searched in.
-    rows: of the test images to show; () for some at even distances.
+    Attributes:
+        workdir: the run's folder.
+        step: a checkpoint: a number, 'latest' or 'best'.
+        data_dir: the folder of all data sets; the config's if empty.
+        among: the split in which neighbours are searched.
+        rows: the test images to show; () for some at even distances.
     """
 
     workdir: Path
@@ -65,29 +66,26 @@ class Run:
     rows: tuple[int, ...] = ()
 
     @functools.cached_property
-    def settings(self) -> Settings:
-        """Return its config.json, validated."""
-        return configuration.unpack(self.config)
-
-    @functools.cached_property
     def config(self) -> dict[str, Any]:
         """Return its config.json."""
         return config_file.translated(self.json('config.json'))
+
+    @functools.cached_property
+    def settings(self) -> Settings:
+        """Return its config.json, validated."""
+        return configuration.unpack(self.config)
 
     def json(self, name: str) -> dict[str, Any]:
         """Return one of its JSON files."""
         path = self.workdir / name
         try:
-            found = json.loads(path.read_text())
+            return dict(json.loads(path.read_text()))
         except (FileNotFoundError, NotADirectoryError):
             raise RunError(
-                f'{self.workdir} holds no {name}, so it is no run; name the --workdir of one.'
+                f'{self.workdir} has no {name}, so it is no run; name the --workdir of one.'
             ) from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TypeError) as error:
             raise RunError(f'{path} cannot be read ({error}); copy it from a backup.') from error
-        if not isinstance(found, dict):
-            raise RunError(f'{path} holds no JSON object; copy it from a backup.')
-        return found
 
     @functools.cached_property
     def records(self) -> list[dict[str, Any]]:
@@ -99,22 +97,25 @@ class Run:
             path = self.workdir / 'metrics.jsonl'
             raise RunError(f'{path} cannot be read ({error}); copy it from a backup.') from error
         if not trained:
-            raise RunError(
-                f'{self.workdir} holds no record of training in a metrics.jsonl: train first.'
-            )
+            raise RunError(f'{self.workdir}/metrics.jsonl has no training record; train first.')
         return found
 
     @functools.cached_property
     def predictions(self) -> dict[str, np.ndarray]:
         """Return its predictions_test.npz; see `evaluate.load_predictions`."""
-        arrays = evaluate.load_predictions(self.workdir)
-        classes = self.settings.net.classes
-        if any(arrays[view].shape != (len(arrays['label']), classes) for view in evaluate.VIEWS):
-            raise RunError(
-                f'{self.workdir}/predictions_test.npz is not of {classes} classes, as this net is: '
-                f'make it with python main.py --mode=evaluate --workdir={self.workdir}.'
-            )
-        return arrays
+        found, classes = evaluate.load_predictions(self.workdir), self.settings.net.classes
+        if any(found[view].shape != (len(found['label']), classes) for view in evaluate.VIEWS):
+            raise self._outdated(f'does not have {classes} classes, as this net has')
+        if self.data_dir and not np.array_equal(found['label'], self._test.labels):
+            raise self._outdated(f'is of other images than the test split in {self.data_dir}')
+        return found
+
+    def _outdated(self, reason: str) -> RunError:
+        where = f'--workdir={self.workdir}' + (f' --data_dir={self.data_dir}' * bool(self.data_dir))
+        return RunError(
+            f'{self.workdir}/predictions_test.npz {reason}: make it again with '
+            f'python main.py --mode=evaluate {where}.'
+        )
 
     @functools.cached_property
     def trained(self) -> Trained:
@@ -122,23 +123,22 @@ class Run:
         return evaluate.restore(self.workdir, self.step)
 
     @functools.cached_property
+    def _test(self) -> Dataset:
+        return evaluate.open_split(self.trained, 'test', self.data_dir)
+
+    @functools.cached_property
     def test(self) -> Dataset:
-        """Return the test split: the images that `predictions` are about."""
-        predictions = self.predictions
-        dataset = evaluate.open_split(self.trained, 'test', self.data_dir)
-        if not np.array_equal(dataset.labels, predictions['label']):
-            raise RunError(
-                f"{self.workdir}'s predictions_test.npz is of other images than its test split is "
-                f'now: make it anew with python main.py --mode=evaluate --workdir={self.workdir}.'
-            )
-        return dataset
+        """Return the test split, whose images `predictions` are of."""
+        if not np.array_equal(self.predictions['label'], self._test.labels):
+            raise self._outdated('is of other images than the test split is now')
+        return self._test
 
     @property
     def kernels(self) -> np.ndarray:
         """Return the first layer's filters: float32 [kh, kw, C, features], tower by tower."""
         layer = self.trained.settings.net.layers[0]
         if layer.kind != 'conv':
-            raise UsageError(f'{layer.name} is no convolution, so it has no filters to be drawn.')
+            raise UsageError(f'{layer.name} is no convolution, so it has no filters to draw.')
         return np.asarray(self.trained.params[layer.name]['kernel'])
 
     def choose(self, count: int) -> list[int]:
@@ -146,17 +146,17 @@ class Run:
         images = len(self.test)
         for row in self.rows:
             if not 0 <= row < images:
-                raise UsageError(f'--rows: there is no {row} among {images} images, 0 the first.')
+                raise UsageError(f'--rows: there is no {row}; images are numbered 0..{images - 1}.')
         even = np.linspace(0, images - 1, min(count, images)).round().astype(int).tolist()
         return list(self.rows) or even
 
 
 # -------------------------------------------------------------------------------------- the style
 
-INK = '#1b1c1d'  # a report replaces it by the page's own colour
-# Each has a contrast of 3:1 or more on white and on black; colour is never the only mark.
-BLUE, ORANGE, GREEN, VIOLET, RED = '#2f7de1', '#d95926', '#199e70', '#8a6fe8', '#d6456b'
-WIDTH = 4.8  # inches: the letters can be read on a phone
+INK = '#1b1c1d'  # a report replaces it by the page's text colour
+# Each has a contrast of 3:1 or more on white and on black. Colour is never the only mark.
+BLUE, ORANGE, GREEN, VIOLET, RED = COLOURS = '#2f7de1', '#d95926', '#199e70', '#8a6fe8', '#d6456b'
+WIDTH = 4.8  # inches: legible on a phone
 DPI = 200
 STYLE: dict[str, Any] = {
     'figure.facecolor': 'white',
@@ -170,7 +170,7 @@ STYLE: dict[str, Any] = {
     'grid.alpha': 0.15,
     'lines.linewidth': 1.6,
     'svg.fonttype': 'none',  # letters stay text
-    'svg.hashsalt': 'alexnet_jax',  # the same figure is the same file
+    'svg.hashsalt': 'alexnet_jax',  # the same figure gives the same file
     'text.parse_math': False,  # a class may be called $x$
     'text.color': INK,
     'axes.edgecolor': INK,
@@ -182,7 +182,7 @@ STYLE: dict[str, Any] = {
 
 
 def _styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
-    """Make a function draw in STYLE, whatever the machine's matplotlibrc says."""
+    """Make a function draw in STYLE, independent of the machine's matplotlibrc."""
 
     @functools.wraps(draw)
     def inner(*args: Any, **kwargs: Any) -> Figure:
@@ -225,9 +225,9 @@ def _stacked(name: str, letters: int) -> str:
 class Specialisation(NamedTuple):
     """Colour saturation of the towers' filters; see `specialisation`."""
 
-    towers: tuple[float, ...]  # the mean saturation of each tower's filters
-    gap: float  # of the most and the least colourful tower
-    chance: float  # the share of random divisions of the filters with as large a gap
+    towers: tuple[float, ...]  # mean saturation of each tower's filters
+    gap: float  # between the most and the least colourful tower
+    chance: float  # share of random divisions of the filters that have as large a gap
 
     def __str__(self) -> str:
         each = ', '.join(f'{mean:.3f}' for mean in self.towers)
@@ -241,17 +241,17 @@ def saturation(kernels: np.ndarray) -> np.ndarray:
     """Return the share of each filter's energy that is colour: float64 [features], in 0..1.
 
     saturation = sum of (w - mean of w over channels)^2 / sum of w^2, both over all positions and
-    channels. A filter with equal weights for red, green and blue has 0, one without response to
-    grey 1, one of independent Gaussian weights 2/3 on average, and one of zeros 0.
+    channels. It is 0 for equal weights of red, green and blue, 1 for a filter without response to
+    grey, 2/3 on average for independent Gaussian weights, and 0 for a filter of zeros.
 
     Args:
         kernels: [kh, kw, C, features], C = 3.
 
     Raises:
-        UsageError: the net sees no colour.
+        UsageError: the net takes grey images.
     """
     if kernels.shape[2] != 3:
-        raise UsageError('the net sees grey images, of which colour saturation is not defined.')
+        raise UsageError('the net saw grey images, of which colour saturation is not defined.')
     kernels = kernels.astype(np.float64)
     colour = kernels - kernels.mean(axis=2, keepdims=True)
     energy = np.sum(kernels**2, axis=(0, 1, 2))
@@ -261,17 +261,17 @@ def saturation(kernels: np.ndarray) -> np.ndarray:
 def specialisation(kernels: np.ndarray, towers: int, divisions: int = 9_999) -> Specialisation:
     """Score whether one tower is colour-blind and another colour-specific (paper, section 6.1).
 
-    The score is the gap between the towers' mean saturations; the authors saw the two kinds in
-    every run. A permutation test says how often chance gives as large a gap: the same filters
-    divided into towers at random (seed 0; the division found counts as one more).
+    The score is the gap between the towers' mean saturations. The authors saw the two kinds in
+    every run. A permutation test estimates how often chance gives as large a gap: the filters are
+    divided into towers at random (seed 0); the division found counts as one more.
 
     Args:
-        kernels: of the first layer, [kh, kw, 3, features], tower by tower.
+        kernels: the first layer's, [kh, kw, 3, features], tower by tower.
         towers: their number.
         divisions: random ones to try.
 
     Raises:
-        UsageError: there is only one tower, or the net sees no colour.
+        UsageError: there is only one tower, or the net takes grey images.
     """
     if towers < 2:
         raise UsageError('the net has one tower, so there is none to compare it with.')
@@ -279,17 +279,17 @@ def specialisation(kernels: np.ndarray, towers: int, divisions: int = 9_999) -> 
 
     def gaps(values: np.ndarray) -> np.ndarray:
         means = values.reshape(*values.shape[:-1], towers, -1).mean(axis=-1)
-        return means.max(axis=-1) - means.min(axis=-1)
+        return np.ptp(means, axis=-1)
 
     shuffled = np.random.default_rng(0).permuted(np.tile(values, (divisions, 1)), axis=1)
     gap = float(gaps(values))
-    as_large = 1 + int(np.sum(gaps(shuffled) >= gap - 1e-12))  # sums in another order round so
+    as_large = 1 + int(np.sum(gaps(shuffled) >= gap - 1e-12))  # the order of a sum rounds so much
     means = tuple(values.reshape(towers, -1).mean(axis=1).tolist())
     return Specialisation(means, gap, as_large / (divisions + 1))
 
 
 def sees_colour(run: Run) -> bool:
-    """Return whether a run's images have colour; repeated for three channels, grey has none."""
+    """Return whether a run's images have colour; grey repeated for three channels has none."""
     return run.trained.stored[2] == 3
 
 
@@ -312,24 +312,20 @@ def _letter(tower: int) -> str:
 def fig3(kernels: np.ndarray, towers: int) -> Figure:
     """Draw the filters [kh, kw, C, features], tower by tower (paper, figure 3).
 
-    Each filter is scaled by itself: grey is 0, its largest weight (by size) is white or black, or
-    full red, green or blue. If C is neither 1 nor 3, the channels' mean is drawn.
+    Each filter is scaled by its largest absolute weight; grey is 0. If C is neither 1 nor 3, the
+    mean over channels is drawn.
     """
     if kernels.shape[2] not in (1, 3):
         kernels = kernels.mean(axis=2, keepdims=True)
     each = np.split(np.moveaxis(kernels, -1, 0), towers)
     columns = min(len(each[0]), 12 if len(each[0]) > 24 else 6)
     tiles = [_tile(own, columns) for own in each]
-    height = sum(WIDTH * tile.shape[0] / tile.shape[1] + 0.3 for tile in tiles)
-    figure = _blank(height)
-    for tower, (axes, tile) in enumerate(zip(_column(figure, towers), tiles, strict=True)):
+    figure = _blank(sum(WIDTH * tile.shape[0] / tile.shape[1] + 0.3 for tile in tiles))
+    column = figure.subplots(towers, 1, squeeze=False)[:, 0]
+    for tower, (axes, tile) in enumerate(zip(column, tiles, strict=True)):
         _show(axes, tile)
         axes.set_title(_letter(tower) if towers > 1 else 'filters', loc='left')
     return figure
-
-
-def _column(figure: Figure, count: int) -> list[Any]:
-    return list(figure.subplots(count, 1, squeeze=False)[:, 0])
 
 
 def _tile(filters: np.ndarray, columns: int) -> np.ndarray:
@@ -348,11 +344,11 @@ def _tile(filters: np.ndarray, columns: int) -> np.ndarray:
 
 @_styled
 def towers_figure(kernels: np.ndarray, towers: int) -> Figure:
-    """Draw every filter's colour saturation, least first, by tower, and the towers' means."""
+    """Draw the sorted colour saturations of each tower's filters, and the towers' means."""
     score, values = specialisation(kernels, towers), saturation(kernels).reshape(towers, -1)
     figure = _blank(2.8)
     axes = figure.subplots()
-    for tower, (own, colour) in enumerate(zip(values, _cycle(), strict=False)):
+    for tower, (own, colour) in enumerate(zip(values, itertools.cycle(COLOURS))):
         mark, rank = 'osD^v'[tower % 5], np.linspace(0, 1, values.shape[1])
         name = f'{_letter(tower)}, mean {score.towers[tower]:.2f}'
         axes.plot(rank, np.sort(own), mark, color=colour, markersize=4, label=name)
@@ -366,11 +362,6 @@ def towers_figure(kernels: np.ndarray, towers: int) -> Figure:
 
 
 # -------------------------------------------------------------------------------------- learning
-
-
-def _cycle(count: int = 60) -> list[str]:
-    colours = (BLUE, ORANGE, GREEN, VIOLET, RED)
-    return [colours[i % len(colours)] for i in range(count)]
 
 
 def _series(found: Sequence[Record], kind: str, key: str) -> tuple[list[float], list[float]]:
@@ -387,10 +378,11 @@ def fig1(runs: Mapping[str, Sequence[Record]]) -> Figure:
     figure = _blank(3.2)
     axes = figure.subplots()
     dashes = ('-', '--', '-.', ':')
-    for number, ((name, found), colour) in enumerate(zip(runs.items(), _cycle(), strict=False)):
+    for number, (name, found) in enumerate(runs.items()):
         epochs, errors = _series(found, 'train', 'top1_error')
         percent = [100 * error for error in errors]
-        style = {'color': colour, 'linestyle': dashes[number % 4], 'label': _short(name, 40)}
+        colour, dash = COLOURS[number % 5], dashes[number % 4]
+        style = {'color': colour, 'linestyle': dash, 'label': _short(name, 40)}
         axes.plot(epochs, percent, marker='o' if len(epochs) == 1 else '', **style)
     axes.axhline(25, color=INK, linewidth=0.8, linestyle=(0, (4, 4)), alpha=0.6)
     axes.set(xlabel='epochs', ylabel='training error, %', xlim=(0, None), ylim=(0, None))
@@ -403,8 +395,8 @@ def fig1(runs: Mapping[str, Sequence[Record]]) -> Figure:
 def curves(found: Sequence[Record]) -> Figure:
     """Draw loss (nats an image) and errors (%) of training and validation against epochs.
 
-    Those of training are means over the batches since the last record, with dropout and on
-    augmented images, so they may be higher than those of validation.
+    Training values are means over the batches since the last record, with dropout and on augmented
+    images, so they may be higher than validation values.
     """
     figure = _blank(5.0)
     loss, errors = figure.subplots(2, 1, sharex=True)
@@ -436,14 +428,14 @@ def curves(found: Sequence[Record]) -> Figure:
 def confusion(probability: np.ndarray, label: np.ndarray, names: Sequence[str]) -> Figure:
     """Draw the share of the images of each class (row) that is taken for each class (column).
 
-    The blue's strength is the share's square root, as errors are few. Up to 12 classes have their
-    shares written in %, where not 0. More than 100 classes are drawn in groups of neighbours,
-    where a share is the group's mean. A class without images has an empty row.
+    The opacity is the square root of the share, since errors are few. With up to 12 classes, shares
+    other than 0 are written in %. More than 100 classes are drawn in groups of neighbours, whose
+    shares are means. A class without images has an empty row.
 
     Args:
         probability: [N, classes]; an image is taken for the most probable class.
         label: int [N].
-        names: of the classes.
+        names: the class names.
     """
     share = confusion_matrix(probability, label)
     count, grouped = len(share), _grouped(share, -(-len(share) // 100))
@@ -468,9 +460,9 @@ def confusion(probability: np.ndarray, label: np.ndarray, names: Sequence[str]) 
 
 
 def confusion_matrix(probability: np.ndarray, label: np.ndarray) -> np.ndarray:
-    """Return float64 [classes, classes]: rows by label, columns by prediction, each row sums to 1.
+    """Return float64 [classes, classes]: rows by label, columns by prediction.
 
-    The row of a class without images is 0.
+    Each row sums to 1; the row of a class without images is 0.
     """
     classes = probability.shape[1]
     matrix = np.zeros((classes, classes))
@@ -480,7 +472,7 @@ def confusion_matrix(probability: np.ndarray, label: np.ndarray) -> np.ndarray:
 
 
 def _grouped(share: np.ndarray, size: int) -> np.ndarray:
-    """Return the confusion matrix of groups of `size` classes: the mean over a group's rows."""
+    """Return the confusion matrix of groups of `size` classes, with means over a group's rows."""
     starts = np.arange(0, len(share), size)
     inside = np.add.reduceat(np.add.reduceat(share, starts, axis=0), starts, axis=1)
     return inside / np.diff([*starts, len(share)])[:, None]
@@ -492,33 +484,33 @@ def fig4_left(
 ) -> Figure:
     """Draw images with their five most probable classes (paper, figure 4, left).
 
-    The right class is written above the image. If it is among the five, its bar is orange and its
+    The correct class is written above the image. If it is among the five, its bar is orange and its
     name bold.
 
     Args:
         images: uint8 [B, H, W, C].
         probability: [B, classes].
         label: int [B].
-        names: of the classes.
+        names: the class names.
     """
     rows = -(-len(images) // 2)
     figure = _blank(1.15 * rows)
     grid = figure.subplots(rows, 4, squeeze=False, width_ratios=[1, 1.6, 1, 1.6])
     for number in range(2 * rows):
         picture, bars = grid[number // 2, 2 * (number % 2) :][:2]
-        if number == len(images):  # the last place of an odd number
+        if number == len(images):  # the last place if their number is odd
             picture.set_axis_off()
             bars.set_axis_off()
             break
         _show(picture, images[number])
-        picture.set_anchor('NW')  # so that a long title passes over the bars, and not through them
+        picture.set_anchor('NW')  # a long title then passes over the bars, not through them
         picture.set_title(_short(names[label[number]]), fontsize=8, loc='left', weight='bold')
         _bars(bars, probability[number], int(label[number]), names)
     return figure
 
 
 def _bars(axes: Any, probability: np.ndarray, label: int, names: Sequence[str]) -> None:
-    """Draw the five most probable of [classes], the first on top, each name on its bar."""
+    """Draw the five most probable of [classes], the most probable at the top, named on the bars."""
     ranked = predict.top(probability, 5)
     colours = [ORANGE if own == label else BLUE for own in ranked]
     axes.barh(range(len(ranked)), probability[ranked], color=colours, alpha=0.5, height=0.86)
@@ -538,17 +530,17 @@ def fig4_right(
     label: np.ndarray,
     names: Sequence[str],
 ) -> Figure:
-    """Draw images, each followed by those nearest to it (paper, figure 4, right).
+    """Draw images, each followed by its nearest neighbours (paper, figure 4, right).
 
-    The queries' classes are written at the left. A neighbour of another class has that class's name
-    below it, and an orange frame.
+    The queries' classes are written at the left. A neighbour of another class has an orange frame
+    and the name of its class below.
 
     Args:
         queries: uint8 [Q, H, W, C].
         neighbours: uint8 [Q, k, H, W, C], nearest first.
         query_label: int [Q].
         label: int [Q, k], of the neighbours.
-        names: of the classes.
+        names: the class names.
     """
     count, k = label.shape
     ratios = [1, 0.15] + [1] * k
@@ -573,17 +565,9 @@ def fig4_right(
 # ----------------------------------------------------------------------------- figures of a run
 
 
-def _fig3_of(run: Run) -> Figure:
-    return fig3(run.kernels, run.trained.settings.net.towers)
-
-
 def _towers_of(run: Run) -> Figure:
     print(of_run(run))
     return towers_figure(run.kernels, run.trained.settings.net.towers)
-
-
-def _curves_of(run: Run) -> Figure:
-    return curves(run.records)
 
 
 def _confusion_of(run: Run) -> Figure:
@@ -598,15 +582,13 @@ def _fig4_left_of(run: Run) -> Figure:
 
 
 def _fig4_right_of(run: Run, k: int = 6) -> Figure:
-    trained, test = run.trained, run.test
-    chosen = run.choose(5)
-    among = evaluate.open_split(trained, run.among, run.data_dir)
+    trained, test, chosen = run.trained, run.test, run.choose(5)
     layer = last_hidden(trained.settings.net)
+    among = evaluate.open_split(trained, run.among, run.data_dir)
     log(f'{run.workdir}: {layer} of {len(among)} images of {among.split}')
-    extract = features.make_extract(trained, layer)
-    shape = (len(among), *features.shapes(trained.settings.net)[layer])
-    rows = features.Computed(lambda rows: among.images[rows], extract, shape)
-    found = features.nearest(extract(test.images[chosen]), rows, min(k, len(among))).index
+    queries = features.make_extract(trained, layer)(test.images[chosen])
+    rows = features.of_dataset(trained, layer, among).rows
+    found = features.nearest(queries, rows, min(k, len(among))).index
     neighbours = among.images[found.reshape(-1)].reshape(*found.shape, *among.images.shape[1:])
     labels = among.labels[found]
     return fig4_right(
@@ -617,15 +599,15 @@ def _fig4_right_of(run: Run, k: int = 6) -> Figure:
 def last_hidden(net: Net) -> str:
     """Return the activation that figure 4 of the paper compares: 'fc7_relu', before dropout."""
     layer = net.layers[-2]
-    return f'{layer.name}_{([word for word in layer.ops if word != "dropout"] or ["linear"])[-1]}'
+    return [name for name in alexnet.activation_names(layer) if name != f'{layer.name}_dropout'][-1]
 
 
 FIGURES: dict[str, Callable[[Run], Figure]] = {
-    'fig3': _fig3_of,
+    'fig3': lambda run: fig3(run.kernels, run.trained.settings.net.towers),
     'fig4_left': _fig4_left_of,
     'fig4_right': _fig4_right_of,
     'confusion': _confusion_of,
-    'curves': _curves_of,
+    'curves': lambda run: curves(run.records),
     'towers': _towers_of,
 }
 
@@ -639,9 +621,10 @@ def make(name: str, runs: Sequence[Run]) -> Figure:
     """
     command.library('matplotlib', 'figures')  # before a minute of computing
     if name != 'fig1':
-        if len(runs) > 1:
-            raise UsageError(f'{name} is drawn of one --workdir, and fig1 alone of several.')
-        return FIGURES[name](runs[0])
+        run, *others = runs
+        if others:
+            raise UsageError(f'{name} takes one --workdir; only fig1 takes several.')
+        return FIGURES[name](run)
     if len(runs) < 2:
         raise UsageError('fig1 compares runs: name two or more, --workdir=A,B.')
     names = [run.settings.name for run in runs]
@@ -656,14 +639,14 @@ def make(name: str, runs: Sequence[Run]) -> Figure:
 def render(figure: Figure, form: str, *, transparent: bool = False) -> bytes:
     """Return a figure as a 'png' or 'svg' file; the same figure gives the same bytes."""
     body = io.BytesIO()
-    nothing = dict.fromkeys(('Date', 'Creator', 'Format', 'Type'))
-    how = {'metadata': nothing} if form == 'svg' else {'metadata': {'Software': None}}
+    omitted = ('Date', 'Creator', 'Format', 'Type') if form == 'svg' else ('Software',)
+    how = {'metadata': dict.fromkeys(omitted), 'transparent': transparent}
     with (
         command.library('matplotlib.style', 'figures').context([STYLE], after_reset=True),
         warnings.catch_warnings(),
     ):
-        warnings.filterwarnings('ignore', 'Glyph')  # its font lacks a letter of a class's name
-        figure.savefig(body, format=form, dpi=DPI, transparent=transparent, **how)
+        warnings.filterwarnings('ignore', 'Glyph')  # the font lacks a letter of a class name
+        figure.savefig(body, format=form, dpi=DPI, **how)
     return body.getvalue()
 
 
@@ -673,62 +656,52 @@ def write(path: Path, body: bytes) -> None:
     Raises:
         RunError: it cannot be written.
     """
-    try:
-        with files.atomic_write(path) as scratch:
-            scratch.write_bytes(body)
-    except OSError as error:
-        raise RunError(
-            f'{path} cannot be written ({error.strerror}); choose another --output.'
-        ) from error
+    with files.output(path) as scratch:
+        scratch.write_bytes(body)
 
 
 # ---------------------------------------------------------------------------------- the command
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> None:
     """Draw and write a figure, and print its path.
 
     Raises:
         UsageError: the figure does not apply to this run.
         RunError: what it needs is missing, or it cannot be written.
     """
-    if args.output is not None and args.output.suffix not in ('.png', '.svg'):
-        raise UsageError(f'--output={args.output} must end in .png or .svg.')
     runs = [
         Run(workdir, args.step, args.data_dir or '', args.among, args.rows)
         for workdir in args.workdir
     ]
     output = args.output or runs[0].workdir / f'{args.figure}.png'
-    if runs[0].workdir.is_dir():
+    if runs[0].workdir.is_dir():  # otherwise `make` reports that there is no run
         files.check_writable(output)
-    figure = make(args.figure, runs)
-    write(output, render(figure, output.suffix[1:]))
+    write(output, render(make(args.figure, runs), output.suffix[1:]))
     print(output)
-    return 0
 
 
 def numbers(text: str) -> tuple[int, ...]:
     """Parse '3,14' as (3, 14), for argparse."""
-    try:
-        return tuple(int(word) for word in text.split(','))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"'{text}' should be numbers, as in 0,7,19") from None
+    return tuple(int(number) for number in text.split(','))
 
 
 def _parser() -> command.Parser:
     parser = command.Parser(
         prog='python -m alexnet_jax figures',
-        description='Draw one of the figures of the paper, or of a few more, from a workdir.',
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add('figure', metavar='NAME', choices=('fig1', *FIGURES), help=', '.join(('fig1', *FIGURES)))
-    parser.add_workdir(type=command.paths, help='the folder of a run; of several for fig1: A,B')
-    add('--output', type=command.path, metavar='FILE', help='.png or .svg; W/NAME.png if not given')
+    add('figure', metavar='NAME', choices=('fig1', *FIGURES), help='one of the names above')
+    parser.add_workdir(type=command.paths, help="a run's folder; for fig1 several, as A,B")
+    parser.add_output('.png', '.svg', help='.png or .svg (default: NAME.png in the workdir)')
     parser.add_step()
     parser.add_data_dir()
-    add('--among', default='train', help="where fig4_right looks: a split, or TFDS's expression")
-    add('--rows', type=numbers, default=(), help='of the test images that fig4 shows, as in 0,7')
+    parser.add_among()
+    rows = 'numbers of the test images that fig4 shows, as in 0,7'
+    add('--rows', type=numbers, default=(), metavar='I,J', help=rows)
     return parser
 
 

@@ -2,15 +2,14 @@
 
     python -m alexnet_jax report --workdir=W --output=report.html
 
-report.html.jinja holds the page and its words; the functions here find what it shows. The page
-follows the reader's choice of light or dark, and reads on a phone. A section whose data is missing
-(predictions, metrics, data) is one sentence; a section that does not apply to a run is left out.
+report.html.jinja contains the page and its text; the functions here compute what it shows. The
+page follows the reader's choice of light or dark, and fits a phone. A section whose data is missing
+(predictions, metrics, data) is one sentence. A section that does not apply to a run is left out.
 """
 
 import argparse
 import base64
 import contextlib
-import dataclasses
 import io
 import re
 import statistics
@@ -29,7 +28,7 @@ from alexnet_jax.inference import evaluate, predict
 from alexnet_jax.model import alexnet
 from alexnet_jax.training.metrics import log
 
-MISTAKES, CONFUSIONS = 12, 10  # shown at most
+MISTAKES, CONFUSIONS = 12, 10  # largest numbers shown
 VIEW_NAMES = {'centre': 'one view', 'ten_views': 'ten views'}
 
 # --------------------------------------------------------------------------------------- rendering
@@ -39,7 +38,7 @@ def page(run: Run) -> str:
     """Return the HTML of a run's report.
 
     Raises:
-        RunError: the folder holds no run, or matplotlib or Jinja2 is not installed.
+        RunError: the folder has no run, or matplotlib or Jinja2 is not installed.
     """
     settings = run.settings
     command.library('matplotlib', 'figures')
@@ -57,14 +56,14 @@ def page(run: Run) -> str:
 
 
 def _text(value: Any) -> Any:
-    """Return a value as text, whatever bytes a name is made of; Jinja2 escapes it."""
+    """Return a value as printable text; Jinja2 escapes it."""
     if hasattr(value, '__html__'):
         return value
     return f'{value:.6g}' if isinstance(value, float) else predict.shown(str(value))
 
 
 def _part(run: Run, find: Callable[[Run], Any]) -> Any:
-    """Return what a section shows, or the sentence that says why it cannot."""
+    """Return the content of a section, or the sentence that says what is missing."""
     try:
         return find(run)
     except AlexNetError as error:
@@ -72,22 +71,22 @@ def _part(run: Run, find: Callable[[Run], Any]) -> Any:
 
 
 def drawing(figure: figures.Figure, name: str) -> str:
-    """Return the inside of an <svg> tag that draws `figure` in the page's own ink.
+    """Return the inside of an <svg> tag that draws `figure` in the page's text colour.
 
     Args:
         figure: matplotlib's.
-        name: prefix of the figure's ids, which no other figure of the page has.
+        name: a prefix that makes the figure's ids unique on the page.
     """
     text = figures.render(figure, 'svg', transparent=True).decode()
     opening, inside = text[text.index('<svg') :].split('>', 1)
     box = re.search(r'viewBox="[^"]*"', opening)
-    inside = re.sub(r'<style type="text/css">.*?</style>', '', inside)  # it would style the page
+    inside = re.sub(r'<style type="text/css">.*?</style>', '', inside)  # would apply to the page
     inside = re.sub(r'(\bid="|href="#|url\(#)', rf'\g<1>{name}-', inside)
     return f'{box[0] if box else ""}>{inside.replace(INK, "currentColor")}'
 
 
 def picture(image: np.ndarray) -> str:
-    """Return an image, uint8 [H, W, C], as the address of a PNG."""
+    """Return an image, uint8 [H, W, C], as the data URL of a PNG."""
     body = io.BytesIO()
     Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(body, 'PNG')
     return f'data:image/png;base64,{base64.b64encode(body.getvalue()).decode()}'
@@ -101,26 +100,21 @@ def percent(share: float) -> str:
 # ---------------------------------------------------------------------------------------- results
 
 
-class Results(NamedTuple):
-    """Errors on the test images, and their source."""
+def results(run: Run) -> tuple[Mapping[str, Any], str]:
+    """Return the test errors, as `evaluate.summary` does, and the file that they come from.
 
-    scores: Mapping[str, Any]  # as evaluate.summary makes them
-    source: str
-
-
-def results(run: Run) -> Results:
-    """Return the errors of the saved predictions, or else of the record of the run's end.
+    They come from the saved predictions, or else from the record of the run's end.
 
     Raises:
         RunError: there is neither.
     """
     try:
-        scores = evaluate.summary(run.predictions, run.trained.class_names)
-        return Results(scores, 'predictions_test.npz')
-    except RunError as missing:
+        summary = evaluate.summary(run.predictions, run.trained.class_names)
+        return summary, 'predictions_test.npz'
+    except RunError:
         if (recorded := _recorded(run)) is None:
-            raise missing
-        return Results(recorded, 'metrics.jsonl')
+            raise
+        return recorded, 'metrics.jsonl'
 
 
 def _recorded(run: Run) -> Mapping[str, Any] | None:
@@ -134,25 +128,22 @@ def _records(run: Run) -> Sequence[Mapping[str, Any]]:
         return ()
 
 
-@dataclasses.dataclass(frozen=True)
-class Mistake:
+class Mistake(NamedTuple):
     """A test image with a wrong prediction."""
 
     row: int  # of the test images
     label: int
     taken_for: int
-    probability: float  # of that
+    probability: float  # of the wrong class
 
 
 def mistakes(probability: np.ndarray, label: np.ndarray, count: int) -> list[Mistake]:
     """Return the `count` most confident wrong predictions of [N, classes] for labels [N]."""
-    taken_for = probability.argmax(axis=1)
-    confidence = np.where(taken_for == label, -1.0, probability.max(axis=1))
-    order = np.argsort(-confidence, kind='stable')[: min(count, int(np.sum(taken_for != label)))]
-    return [
-        Mistake(int(row), int(label[row]), int(taken_for[row]), float(confidence[row]))
-        for row in order
-    ]
+    taken_for, confidence = probability.argmax(axis=1), probability.max(axis=1)
+    wrong = np.flatnonzero(taken_for != label)
+    rows = wrong[np.argsort(-confidence[wrong], kind='stable')][:count]
+    columns = (rows, label[rows], taken_for[rows], confidence[rows])
+    return [Mistake(*values) for values in zip(*(own.tolist() for own in columns), strict=True)]
 
 
 # --------------------------------------------------------------------------------------- sections
@@ -163,8 +154,8 @@ def _tiles(run: Run) -> dict[str, str]:
         'parameters': f'{sum(s.parameters for s in alexnet.geometry(run.settings.net)):,}',
         'epochs': f'{run.settings.epochs:g}',
     }
-    with contextlib.suppress(AlexNetError):  # the section of errors says what is missing
-        scores = results(run).scores
+    with contextlib.suppress(AlexNetError):  # the section on errors says what is missing
+        scores, _ = results(run)
         tiles['test images'] = f'{scores["images"]:,}'
         for view, name in VIEW_NAMES.items():
             tiles[f'test error, {name}'] = percent(scores[view]['top1_error'])
@@ -210,10 +201,6 @@ def _filters(run: Run) -> dict[str, Any] | None:
     return found
 
 
-def _examples(run: Run) -> dict[str, Any]:
-    return {'svg': drawing(figures.FIGURES['fig4_left'](run), 'fig4l')}
-
-
 def _neighbours(run: Run) -> dict[str, Any]:
     svg = drawing(figures.FIGURES['fig4_right'](run), 'fig4r')
     return {'svg': svg, 'among': run.among, 'layer': figures.last_hidden(run.settings.net)}
@@ -233,7 +220,7 @@ def _confusion(run: Run) -> dict[str, Any]:
 
 
 def _classes(run: Run) -> dict[str, Any]:
-    accuracy = results(run).scores['class_accuracy']
+    accuracy = results(run)[0]['class_accuracy']
     worst = sorted(accuracy.items(), key=lambda item: item[1])
     return {'rows': [(name, percent(1 - share)) for name, share in worst]}
 
@@ -278,7 +265,7 @@ PARTS: dict[str, Callable[[Run], Any]] = {
     'errors': _errors,
     'curves': _curves,
     'filters': _filters,
-    'examples': _examples,
+    'examples': lambda run: {'svg': drawing(figures.FIGURES['fig4_left'](run), 'fig4l')},
     'neighbours': _neighbours,
     'confusion': _confusion,
     'classes': _classes,
@@ -295,37 +282,34 @@ def write(run: Run, output: Path) -> None:
     """Write a run's report atomically.
 
     Raises:
-        RunError: the folder holds no run, the file cannot be written, or a library is missing.
+        RunError: the folder has no run, the file cannot be written, or a library is missing.
     """
     if run.workdir.is_dir():  # otherwise `page` reports that there is no run
         files.check_writable(output)
     figures.write(output, page(run).encode())
 
 
-def _act(args: argparse.Namespace) -> int:
+def _act(args: argparse.Namespace) -> None:
     output = args.output or args.workdir / 'report.html'
-    run = Run(args.workdir, args.step, args.data_dir or '', args.among)
-    write(run, output)
+    write(Run(args.workdir, args.step, args.data_dir or '', args.among), output)
     log(f'{args.workdir}: {output.stat().st_size:,} bytes')
     print(output)
-    return 0
 
 
 def _parser() -> command.Parser:
     parser = command.Parser(
         prog='python -m alexnet_jax report',
-        description="A run's errors, figures and mistakes on one page that needs no network.",
+        description="Write a run's errors, figures and mistakes as one HTML page without links.",
         allow_abbrev=False,
     )
-    add = parser.add_argument
     parser.add_workdir()
-    add('--output', type=command.path, metavar='FILE', help='W/report.html if not given')
+    parser.add_output('.html', help='.html (default: report.html in the workdir)')
     parser.add_step()
     parser.add_data_dir()
-    add('--among', default='train', help="where neighbours are looked for: a split, or TFDS's")
+    parser.add_among()
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write what the command line asks for; return the exit code."""
+    """Write the report that the command line asks for; return the exit code."""
     return command.run('report', _parser, _act, argv)

@@ -4,6 +4,7 @@ Errors are fractions in [0, 1]. Every image is counted once.
 """
 
 import dataclasses
+import functools
 import json
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +29,8 @@ from alexnet_jax.training import workdir as workdirs
 from alexnet_jax.training.checkpoint import Checkpoints, Step
 from alexnet_jax.training.metrics import log
 
-VIEWS = {'centre': (0,), 'ten_views': tuple(range(10))}  # by the name used in results
+VIEWS = {'centre': (0,), 'ten_views': tuple(range(10))}  # by the names used in results
+CENTRE = {'centre': (0,)}
 EMPTY: Mapping[str, Any] = types.MappingProxyType({})
 Predict = Callable[[Any, Statistics, jax.Array, int], jax.Array]
 
@@ -48,6 +50,24 @@ class Trained:
     params: Any  # on the layout's devices
     statistics: Statistics
     stored: tuple[int, int, int]  # the data set's images: (height, width, channels)
+
+    @functools.cached_property
+    def _predict(self) -> Predict:
+        return make_predict(self.settings, self.layout)
+
+    def probabilities(
+        self, dataset: Dataset, views: Mapping[str, Sequence[int]], batch_size: int = 0
+    ) -> dict[str, np.ndarray]:
+        """Return `probabilities` of a data set, by default in the evaluation's batches."""
+        return probabilities(
+            self._predict,
+            self.params,
+            self.statistics,
+            dataset,
+            views,
+            layout=self.layout,
+            batch_size=batch_size or self.settings.loop.eval_batch_size,
+        )
 
 
 def restore(
@@ -69,27 +89,27 @@ def restore(
     workdir = Path(workdir)
     checkpoints = Checkpoints(workdir / 'checkpoints')
     if not checkpoints.steps():
-        raise RunError(f'{workdir} holds no checkpoint; train first with --workdir={workdir}.')
+        raise RunError(f'{workdir} has no checkpoint; train first with --workdir={workdir}.')
     step = int(step) if isinstance(step, str) and step.isdigit() else step
-    settings = configuration.unpack(_with(overrides, checkpoints.extra(step)['config']))
+    settings = configuration.unpack(_override(checkpoints.extra(step)['config'], overrides))
     cpu.set_up_cpu(settings.mesh.cpu_devices)  # before reading asks JAX for its devices
     restored = checkpoints.restore(None, step)
-    layout, shardings = _placement(settings)
+    layout = _layout(settings)
+    shardings = layout.parameter_shardings(settings.net)
+    state, statistics = restored.state['state'], restored.state['statistics']
     return Trained(
         workdir=workdir,
         step=restored.step,
         settings=settings,
         class_names=tuple(restored.extra['class_names']),
         layout=layout,
-        params=mesh.put_global(restored.state['state']['params'], shardings),
-        statistics=Statistics(**mesh.put_global(restored.state['statistics'], layout.replicated)),
-        stored=tuple(
-            restored.extra.get('stored', restored.state['statistics']['mean_image'].shape)
-        ),
+        params=mesh.put_global(state['params'], shardings),
+        statistics=Statistics(**mesh.put_global(statistics, layout.replicated)),
+        stored=tuple(restored.extra.get('stored', statistics['mean_image'].shape)),
     )
 
 
-def _with(overrides: Mapping[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+def _override(config: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in overrides.items():
         new = config_file.plain(config)
         config_file.override(new, key, value)
@@ -101,6 +121,16 @@ def _with(overrides: Mapping[str, Any], config: dict[str, Any]) -> dict[str, Any
             )
         config = new
     return config
+
+
+def _layout(settings: Settings) -> Layout:
+    """Return the training's layout, or one device if this machine has too few for it."""
+    try:
+        return mesh.make_layout(settings.mesh, settings.batch_size)
+    except UsageError:
+        if jax.process_count() > 1:
+            raise
+        return mesh.make_layout(MeshShape(data=1, tower=1), 1)
 
 
 def open_split(trained: Trained, split: str, data_dir: str = '') -> Dataset:
@@ -120,23 +150,10 @@ def open_split(trained: Trained, split: str, data_dir: str = '') -> Dataset:
     channels, expected = dataset.images.shape[-1], trained.settings.net.channels
     if channels not in (1, expected):
         raise UsageError(
-            f'{dataset.name} has images of {channels} channels, and the net in {trained.workdir} '
+            f'{dataset.name} has images of {channels} channels, but the net in {trained.workdir} '
             f'takes {expected}; choose the data of its training.'
         )
     return splits.match(dataset, trained.class_names, config, trained.workdir, data_dir)
-
-
-def _placement(settings: Settings) -> tuple[Layout, Any]:
-    def place(shape: MeshShape, batch_size: int) -> tuple[Layout, Any]:
-        layout = mesh.make_layout(shape, batch_size)
-        return layout, layout.parameter_shardings(settings.net)
-
-    try:
-        return place(settings.mesh, settings.batch_size)
-    except UsageError:  # it was trained on a larger machine
-        if jax.process_count() > 1:
-            raise
-        return place(MeshShape(data=1, tower=1), 1)
 
 
 # ---------------------------------------------------------------------------------------- scoring
@@ -145,7 +162,7 @@ def _placement(settings: Settings) -> tuple[Layout, Any]:
 def make_predict(settings: Settings, layout: Layout) -> Predict:
     """Compile (params, statistics, images [B, H, W, C], view 0..9) -> probabilities [B, classes].
 
-    Images are split over 'data'; every device, and so every process, gets all probabilities.
+    Images are split over 'data'. Every device, and so every process, gets all probabilities.
     """
     forward = layout.forward(settings.net)
 
@@ -167,50 +184,35 @@ def probabilities(
     params: Any,
     statistics: Statistics,
     dataset: Dataset,
-    *,
-    layout: Layout,
-    batch_size: int,
-    views: Sequence[int] = (0,),
-) -> np.ndarray:
-    """Return the class probabilities of every image, averaged over `views`: float32 [N, classes].
-
-    The average is over softmax probabilities, not logits (paper, section 4.1). Of several
-    processes each reads its own share of the images, and all get the whole result.
-    """
-    how = {'layout': layout, 'batch_size': batch_size}
-    return all_probabilities(predict, params, statistics, dataset, {'': views}, **how)['']
-
-
-def all_probabilities(
-    predict: Predict,
-    params: Any,
-    statistics: Statistics,
-    dataset: Dataset,
-    wanted: Mapping[str, Sequence[int]],
+    views: Mapping[str, Sequence[int]] = CENTRE,
     *,
     layout: Layout,
     batch_size: int,
 ) -> dict[str, np.ndarray]:
-    """Return `probabilities` for several choices of views, by name, reading each image once.
+    """Return the class probabilities of every image, float32 [N, classes], by the names in `views`.
+
+    Each is an average over several views, of softmax probabilities and not of logits (paper,
+    section 4.1). Each image is read once. Each of several processes reads its own share of the
+    images, and gets the complete result.
 
     Raises:
         RunError: a probability is not finite.
     """
     batch_size = -(-batch_size // layout.replicas) * layout.replicas
     rows = layout.local_batch_slice(batch_size)
-    numbers = sorted({view for views in wanted.values() for view in views})
+    numbers = sorted({view for several in views.values() for view in several})
     found: dict[str, np.ndarray] = {}
     start = 0
     for batch in batches.eval_batches(dataset, batch_size, rows):
         images = layout.put_batch({'image': batch['image']}, batch_size)['image']
-        seen = {view: predict(params, statistics, images, view) for view in numbers}
-        for name, views in wanted.items():
-            mean = np.asarray(sum(seen[view] for view in views) / len(views))
+        by_view = {view: predict(params, statistics, images, view) for view in numbers}
+        for name, several in views.items():
+            mean = np.asarray(sum(by_view[view] for view in several) / len(several))
             if name not in found:
                 found[name] = np.empty((len(dataset), mean.shape[1]), mean.dtype)
-            rows_here = found[name][start : start + batch_size]
-            rows_here[:] = mean[: len(rows_here)]  # the rest is padding
-            if not np.isfinite(rows_here).all():
+            part = found[name][start : start + batch_size]
+            part[:] = mean[: len(part)]  # without the padding of the last batch
+            if not np.isfinite(part).all():
                 raise RunError(
                     'the probabilities are not finite, the net has diverged: lower '
                     'optimizer.weights.rate, or evaluate an earlier --step.'
@@ -223,8 +225,8 @@ def ranks(probability: np.ndarray, label: np.ndarray) -> np.ndarray:
     """Count the classes ranked before the label's: int64 [N]; see `scores`."""
     own = probability[np.arange(len(label)), label][:, None]
     later = np.arange(probability.shape[1])[None, :] >= label[:, None]
-    behind = (probability < own) | ((probability == own) & later)  # itself too; never with a NaN
-    return probability.shape[1] - np.sum(behind, axis=1)
+    after = (probability < own) | ((probability == own) & later)  # the label too; false for NaN
+    return probability.shape[1] - np.sum(after, axis=1)
 
 
 def scores(probability: np.ndarray, label: np.ndarray) -> dict[str, float]:
@@ -234,9 +236,9 @@ def scores(probability: np.ndarray, label: np.ndarray) -> dict[str, float]:
         probability: [N, classes].
         label: int [N].
 
-    A label is among the top k when fewer than k classes are more probable; equally probable ones
-    are ranked by their number, so that a constant prediction is right once in `classes` times. A
-    probability that underflows to zero counts as the smallest normal float32.
+    A label is among the top k if fewer than k classes are more probable. Equally probable classes
+    are ranked by number, so that a constant prediction is right once in `classes` times. A
+    probability of zero counts as the smallest normal float32.
     """
     rank, own = ranks(probability, label), probability[np.arange(len(label)), label]
     likelihood = np.maximum(own, np.finfo(np.float32).tiny).astype(np.float64)
@@ -257,22 +259,13 @@ def class_accuracy(probability: np.ndarray, label: np.ndarray, names: Sequence[s
     }
 
 
-def report(
-    predict: Predict, params: Any, statistics: Statistics, dataset: Dataset, **how: Any
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Score one view and ten views of every image.
-
-    Returns:
-        Scores for JSON, and the predictions: arrays 'centre' and 'ten_views' (float32 [N, classes])
-        and 'label' (int32 [N]), 400 MB for ImageNet's 50,000 images and 1,000 classes.
-    """
-    arrays = all_probabilities(predict, params, statistics, dataset, VIEWS, **how)
-    arrays['label'] = dataset.labels
-    return summary(arrays, dataset.class_names), arrays
-
-
 def summary(arrays: Mapping[str, np.ndarray], class_names: Sequence[str]) -> dict[str, Any]:
-    """Return the scores of predictions, for JSON."""
+    """Return the scores of predictions, for JSON.
+
+    Args:
+        arrays: 'label', int [N], and each of VIEWS, float32 [N, classes].
+        class_names: by label.
+    """
     label = arrays['label']
     result: dict[str, Any] = {'images': len(label)}
     for name in VIEWS:
@@ -297,15 +290,12 @@ def save_predictions(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def keep_predictions(workdir: Path, split: str, arrays: Mapping[str, np.ndarray]) -> None:
-    """Save predictions in a workdir, or print a warning where it cannot be written to.
-
-    The scores took minutes, and do not depend on this file.
-    """
+    """Save predictions in a workdir; if that fails, print a warning, as the scores exist."""
     path = predictions_path(workdir, split)
     try:
         save_predictions(path, arrays)
     except OSError as error:
-        log(f'warning: {path} cannot be written ({error.strerror}): the predictions are not kept')
+        log(f'warning: {path} cannot be written ({error.strerror}): the predictions are not saved')
 
 
 def load_predictions(workdir: Path) -> dict[str, np.ndarray]:
@@ -332,14 +322,14 @@ def run(
     """Evaluate a checkpoint, or the ensemble of several, on every image of a split.
 
     Args:
-        workdirs: of the runs; the probabilities of several are averaged, class by class.
-        step: 'latest', 'best' (lowest validation error) or the number of a step.
+        workdirs: the runs; probabilities of several are averaged, class by class.
+        step: see `restore`.
         split: 'train', 'validation' or 'test' of the run's config, or an expression of TFDS.
         data_dir: the folder of all data sets; the config's if empty.
         overrides: see `restore`.
 
     Returns:
-        The scores, as `report`, with the step of each workdir.
+        The scores, as `summary`, and the step of each workdir.
 
     Raises:
         UsageError: a step or split does not exist, or nets and data do not fit together.
@@ -362,7 +352,7 @@ def run(
             raise UsageError(f'{workdir} has other classes than {workdirs[0]}; leave it out.')
         if not np.array_equal(label, arrays['label']):
             raise UsageError(f'{workdir} was evaluated on other images than {workdirs[0]}.')
-        for name in VIEWS:  # two nets' probabilities are in memory, however many there are
+        for name in VIEWS:  # a running sum, so that only two nets' probabilities are in memory
             totals[name] += arrays[name]
     result = {'workdirs': [str(w) for w in workdirs], 'steps': steps, 'split': split}
     if members:
@@ -375,19 +365,12 @@ def predictions(trained: Trained, split: str, data_dir: str) -> dict[str, np.nda
     """Predict every image of a split, and save the predictions in the workdir if possible."""
     dataset = open_split(trained, split, data_dir)
     if np.any(dataset.labels < 0):
-        raise UsageError(f'{dataset.split} holds images without a label; choose another --split.')
+        raise UsageError(f'{dataset.split} has images without a label; choose another --split.')
     log(
         f'{trained.workdir}: step {trained.step}, {len(dataset)} images of {dataset.split}, on '
         f'{trained.layout}'
     )
-    _, arrays = report(
-        make_predict(trained.settings, trained.layout),
-        trained.params,
-        trained.statistics,
-        dataset,
-        layout=trained.layout,
-        batch_size=trained.settings.loop.eval_batch_size,
-    )
+    arrays = trained.probabilities(dataset, VIEWS) | {'label': dataset.labels}
     if distributed.is_first():
         keep_predictions(trained.workdir, split, arrays)
     return arrays
@@ -396,7 +379,7 @@ def predictions(trained: Trained, split: str, data_dir: str) -> dict[str, np.nda
 def reordered(
     arrays: dict[str, np.ndarray], names: Sequence[str], wanted: Sequence[str]
 ) -> dict[str, np.ndarray]:
-    """Number the classes of predictions as in `wanted`, if that is another order of `names`."""
+    """Return predictions with the classes numbered as in `wanted`, another order of `names`."""
     if names == wanted or sorted(names) != sorted(wanted):
         return arrays
     own = {name: label for label, name in enumerate(names)}

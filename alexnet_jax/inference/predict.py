@@ -2,9 +2,9 @@
 
     python -m alexnet_jax predict --workdir=W IMAGE...
 
-An image file is converted to the form in which the data set is stored (`images.decode`). From
-there on it is treated as an evaluated image is, with the same code, statistics and batches, so the
-probabilities are the same bits. In Python:
+An image file is converted to the form in which the data set is stored (`images.decode`). The rest
+is the evaluation's code, with its statistics and batches, so the probabilities have the same bits.
+In Python:
 
     classify = predict.load(workdir)
     probability = classify(images)  # uint8 [B, H, W, C] -> float32 [B, classes]
@@ -13,7 +13,6 @@ probabilities are the same bits. In Python:
 
 import argparse
 import dataclasses
-import functools
 import glob
 import json
 from collections.abc import Iterator, Sequence
@@ -32,45 +31,43 @@ from alexnet_jax.inference.evaluate import Trained
 from alexnet_jax.training.checkpoint import Step
 from alexnet_jax.training.metrics import log
 
-MOST_BYTES = 2**28  # of one image file: ImageNet's largest has a twentieth of it
-
 # ---------------------------------------------------------------------------------------- images
 
 
-def find(words: Sequence[str]) -> Iterator[Path]:
-    """Yield the files named: files, folders (all files in them, sorted), globs.
+def find(words: Sequence[str]) -> list[Path]:
+    """Return the files that words name: files, folders (all files in them, sorted), globs.
 
-    Names in a folder that begin with a dot are left out. A path that does not exist is yielded
-    too, so that reading it reports it.
+    Each file is returned once. Names in a folder that begin with a dot are left out. A path that
+    does not exist is returned too, so that reading it reports it.
     """
+    found: dict[Path, None] = {}
     for word in words:
-        found = [Path(word)]
-        if glob.has_magic(word) and not found[0].exists():
-            found = sorted(map(Path, glob.glob(word, recursive=True))) or found
-        for path in found:
-            yield from (_inside(path) or [path]) if path.is_dir() else [path]
+        paths = [Path(word)]
+        if glob.has_magic(word) and not paths[0].exists():
+            paths = sorted(map(Path, glob.glob(word, recursive=True))) or paths
+        for path in paths:
+            found |= dict.fromkeys(_files_in(path) or [path])
+    return list(found)
 
 
-def _inside(folder: Path) -> list[Path]:
-    def shown(path: Path) -> bool:
-        return not any(part.startswith('.') for part in path.relative_to(folder).parts)
-
-    return sorted(path for path in folder.rglob('*') if shown(path) and path.is_file())
+def _files_in(folder: Path) -> list[Path]:
+    return sorted(
+        path
+        for path in folder.rglob('*')
+        if path.is_file()
+        and not any(part.startswith('.') for part in path.relative_to(folder).parts)
+    )
 
 
 def read(path: Path, shape: tuple[int, int, int]) -> np.ndarray:
-    """Read an image file as the data set would hold it: uint8, of `shape` (H, W, C).
+    """Read an image file in the stored form of the data set: uint8, of `shape` (H, W, C).
 
-    The first frame of an animation is taken, or the first of several pages.
+    Of an animation or a file with several pages, the first is read.
 
     Raises:
         RunError: it does not exist, or is no image.
     """
     try:
-        if path.is_dir():
-            raise RunError(f'{shown(path)} holds no file.')
-        if path.stat().st_size > MOST_BYTES:
-            raise RunError(f'{shown(path)} is too large to be a picture.')
         return image_io.decode(path.read_bytes(), shape)
     except image_io.BadImage as error:
         raise RunError(f'{shown(path)} {error}.') from None
@@ -108,7 +105,7 @@ def read_ahead(
 
 
 def shown(path: Path | str) -> str:
-    """Return a name for the terminal, whatever bytes or control characters it is made of."""
+    """Return a name in printable characters, whatever bytes it consists of."""
     text = str(path).encode('utf-8', 'backslashreplace').decode()
     return text if text.isprintable() else ascii(text)[1:-1]
 
@@ -129,10 +126,6 @@ class Classifier:
         """Return the class names by label."""
         return self.trained.class_names
 
-    @functools.cached_property
-    def _predict(self) -> evaluate.Predict:
-        return evaluate.make_predict(self.trained.settings, self.trained.layout)
-
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """Return class probabilities, float32 [B, classes], of uint8 [B, H, W, C], any B.
 
@@ -140,23 +133,18 @@ class Classifier:
         or 4 (RGB and alpha).
 
         Raises:
-            UsageError: not uint8, or of another shape.
+            UsageError: the images are not uint8, or of another shape.
         """
         images = self._stored(np.asarray(images))
         if not len(images):
             return np.zeros((0, len(self.class_names)), np.float32)
-        labels = np.zeros(len(images), np.int32)  # not known, and not used
-        return evaluate.probabilities(
-            self._predict,
-            self.trained.params,
-            self.trained.statistics,
-            Dataset('images', 'all', images, labels, self.class_names),
-            layout=self.trained.layout,
-            batch_size=self.batch_size,
-            views=evaluate.VIEWS[self.views],
-        )
+        unused_labels = np.zeros(len(images), np.int32)
+        dataset = Dataset('images', 'all', images, unused_labels, self.class_names)
+        views = {'': evaluate.VIEWS[self.views]}
+        return self.trained.probabilities(dataset, views, self.batch_size)['']
 
     def _stored(self, images: np.ndarray) -> np.ndarray:
+        """Return images in the stored form of the data set."""
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3, 4):
             raise UsageError(
                 f'images must be uint8 [B, H, W, C] with 1, 3 or 4 channels, and are '
@@ -177,26 +165,24 @@ def load(
     step: Step = 'latest',
     *,
     views: str = 'centre',
-    batch_size: int | None = None,
+    batch_size: int = 0,
 ) -> Classifier:
     """Return a function from uint8 images [B, H, W, C] to probabilities, compiled once.
 
     Args:
         workdir: the run's folder.
-        step: of its checkpoints: a number, 'latest' or 'best'.
+        step: a checkpoint: a number, 'latest' or 'best'.
         views: 'centre', or 'ten_views' for the average over the paper's ten.
-        batch_size: images computed at once; fewer are padded. The default is the evaluation's,
-            which gives the bits of predictions_<split>.npz. Others differ by rounding; a small one
-            is quicker for single images on a CPU.
+        batch_size: images computed at once; fewer are padded. 0, the default, is the evaluation's,
+            which gives the bits of predictions_<split>.npz; others differ by rounding. On a CPU, a
+            small one is faster for single images.
 
     Raises:
-        UsageError: the step, views or batch size do not exist.
+        UsageError: the step or views do not exist.
         RunError: there is no checkpoint, or it is damaged.
     """
     if views not in evaluate.VIEWS:
         raise UsageError(f"views '{views}' is not one of {', '.join(evaluate.VIEWS)}.")
-    if batch_size is not None and batch_size < 1:
-        raise UsageError(f'batch_size must be at least 1, and is {batch_size}.')
     trained = evaluate.restore(workdir, step)
     return Classifier(trained, views, batch_size or trained.settings.loop.eval_batch_size)
 
@@ -209,54 +195,39 @@ def top(probability: np.ndarray, count: int) -> list[int]:
 # ---------------------------------------------------------------------------------- the command
 
 
-def run(
-    words: Sequence[str],
-    workdir: Path,
-    *,
-    step: Step = 'latest',
-    views: str = 'centre',
-    count: int = 5,
-    as_json: bool = False,
-    batch_size: int | None = None,
-) -> int:
-    """Print the `count` most probable classes of every image.
-
-    Returns:
-        The number of files that were no image; each is named on stderr.
+def run(args: argparse.Namespace) -> int:
+    """Print the most probable classes of every image; return the number of files that were none.
 
     Raises:
         UsageError, RunError: as `load`.
     """
-    if count < 1:
-        raise UsageError(f'--top must be at least 1, and is {count}.')
-    classify = load(workdir, step, views=views, batch_size=batch_size)
-    paths, faults = list(find(words)), list[str]()
-    log(f'{workdir}: step {classify.trained.step}, {len(paths)} file(s)')
+    views = 'ten_views' if args.views == 10 else 'centre'
+    classify = load(args.workdir, args.step, views=views, batch_size=args.batch_size)
+    paths, faults = find(args.images), list[str]()
+    log(f'{args.workdir}: step {classify.trained.step}, {len(paths)} file(s)')
     width = max(len(shown(path)) for path in paths)
-    if not as_json:
-        print(f'{"image":<{width}}  probability  class')
-        print('-' * (width + 30))
-    blocks = read_ahead(paths, classify.trained.stored, classify.batch_size, faults)
-    for names, images in blocks:
+    header = '' if args.json else f'{"image":<{width}}  probability  class\n{"-" * (width + 30)}\n'
+    for names, images in read_ahead(paths, classify.trained.stored, classify.batch_size, faults):
+        print(end=header)
+        header = ''
         for path, probability in zip(names, classify(images), strict=True):
-            ranked = [(label, float(probability[label])) for label in top(probability, count)]
-            if as_json:
-                print(_json_line(path, ranked, classify.class_names), flush=True)
-            else:
-                print(_rows(path, ranked, classify.class_names, width), flush=True)
+            labels = top(probability, args.top)
+            if args.json:
+                print(_as_json(path, labels, probability, classify.class_names), flush=True)
+                continue
+            for rank, label in enumerate(labels):
+                cell, name = '' if rank else shown(path), shown(classify.class_names[label])
+                print(f'{cell:<{width}}  {probability[label]:>11.2%}  {name}', flush=True)
     return len(faults)
 
 
-def _rows(path: Path, ranked: Sequence[tuple[int, float]], names: Sequence[str], width: int) -> str:
-    cells = [shown(path)] + [''] * (len(ranked) - 1)
-    return '\n'.join(
-        f'{name:<{width}}  {probability:>11.2%}  {shown(names[label])}'
-        for name, (label, probability) in zip(cells, ranked, strict=True)
-    )
-
-
-def _json_line(path: Path, ranked: Sequence[tuple[int, float]], names: Sequence[str]) -> str:
-    found = [{'class': names[label], 'label': label, 'probability': p} for label, p in ranked]
+def _as_json(
+    path: Path, labels: Sequence[int], probability: np.ndarray, names: Sequence[str]
+) -> str:
+    found = [
+        {'class': names[label], 'label': label, 'probability': float(probability[label])}
+        for label in labels
+    ]
     return json.dumps({'image': str(path), 'top': found})
 
 
@@ -264,39 +235,27 @@ def _parser() -> command.Parser:
     parser = command.Parser(
         prog='python -m alexnet_jax predict',
         description='Classify images with a trained net.',
-        epilog='Exit code 1 if a file was no image; the others are classified.',
+        epilog='The exit code is 1 if a file was no image; the others are classified.',
         allow_abbrev=False,
     )
-    parser.add_argument(
-        'images', nargs='+', type=command.expand, metavar='IMAGE', help='files, folders or globs'
-    )
+    add = parser.add_argument
+    add('images', nargs='+', type=command.expand, metavar='IMAGE', help='files, folders or globs')
     parser.add_workdir()
     parser.add_step()
-    parser.add_argument('--views', type=int, choices=(1, 10), default=1, help='to average over')
-    parser.add_argument('--top', type=int, default=5, metavar='K', help='classes to print')
-    parser.add_argument('--json', action='store_true', help='one object a line')
-    parser.add_argument(
-        '--batch_size',
-        type=int,
-        metavar='N',
-        help="images computed at once; the evaluation's by default, which gives its bits; a small "
-        'one is quicker for single images on a CPU',
+    views = 'views to average over: 1 (the default), or the ten of the paper'
+    add('--views', type=int, choices=(1, 10), default=1, help=views)
+    add(
+        '--top', type=command.positive, default=5, metavar='K', help='classes to print (default: 5)'
     )
+    add('--json', action='store_true', help='print one JSON object a line')
+    batch_size = (
+        "images computed at once; the default is the evaluation's, which gives the same bits; on a "
+        'CPU, a small one is faster for single images'
+    )
+    add('--batch_size', type=command.positive, default=0, metavar='N', help=batch_size)
     return parser
 
 
-def _act(args: argparse.Namespace) -> int:
-    return run(
-        args.images,
-        args.workdir,
-        step=args.step,
-        views='ten_views' if args.views == 10 else 'centre',
-        count=args.top,
-        as_json=args.json,
-        batch_size=args.batch_size,
-    )
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Classify what the command line names; return the exit code."""
-    return command.run('predict', _parser, _act, argv)
+    """Classify the images of the command line; return the exit code."""
+    return command.run('predict', _parser, run, argv)

@@ -1,9 +1,9 @@
-"""Write a trained net as a file that runs without this code: uint8 images in, probabilities out.
+"""Export a trained net to a file that runs without this code: uint8 images in, probabilities out.
 
-Both formats contain preprocessing, net and weights, compute the centre view as `evaluate` does, and
-take batches of any size of images as they were stored: uint8 [B, H, W, C], the sides and channels
-of the mean image. The ONNX graph is made here: jax2onnx 0.17.1 wants an older Orbax and refuses
-these nets (a symbolic batch, the resizing).
+Both formats contain preprocessing, net and weights, and compute the centre view as `evaluate` does.
+They take batches of any size of images as stored: uint8 [B, H, W, C], with the shape of the mean
+image. The ONNX graph is built here: jax2onnx 0.17.1 needs an older Orbax and refuses these nets (a
+symbolic batch, the resizing).
 """
 
 from collections.abc import Callable
@@ -21,26 +21,26 @@ from alexnet_jax.model.alexnet import AlexNet, Stage
 from alexnet_jax.model.augment import Statistics
 
 PLATFORMS = ('cpu', 'cuda', 'tpu')
-# The oldest that have all we need, so that old runtimes read the file too.
+# The oldest versions with every operation used here, for old runtimes.
 OPSET, IR_VERSION = 17, 8
 
 Array = jax.Array
 
 
 def classify(settings: Settings, params: Any, statistics: Statistics) -> Callable[[Array], Array]:
-    """Return the function uint8 [B, H, W, C] -> float32 probabilities [B, classes]."""
+    """Return a function from uint8 images [B, H, W, C] to float32 probabilities [B, classes]."""
     net = AlexNet(settings.net)
 
     def run(images: Array) -> Array:
         draws = augment.fixed(images.shape[0], images.shape[-1], settings.preprocess)
         pixels = augment.apply(images, draws, statistics, settings.preprocess)
-        return jax.nn.softmax(net.apply({'params': params}, pixels))  # ty: ignore[invalid-argument-type] (sown values are not asked for)
+        return jax.nn.softmax(net.apply({'params': params}, pixels))  # ty: ignore[invalid-argument-type] (not a tuple without `mutable`)
 
     return run
 
 
 def stablehlo(settings: Settings, params: Any, statistics: Statistics) -> bytes:
-    """Return the bytes for `jax.export.deserialize(...).call(images)` on a CPU, a GPU or a TPU."""
+    """Return bytes for `jax.export.deserialize(...).call(images)` on a CPU, GPU or TPU."""
     (batch,) = jax.export.symbolic_shape('batch')
     images = jax.ShapeDtypeStruct((batch, *statistics.mean_image.shape), jnp.uint8)
     run = jax.jit(classify(settings, params, statistics))
@@ -48,7 +48,7 @@ def stablehlo(settings: Settings, params: Any, statistics: Statistics) -> bytes:
 
 
 def onnx(settings: Settings, params: Any, statistics: Statistics) -> bytes:
-    """Return an ONNX model with one node or a few for each operation of the layer table, float32.
+    """Return a float32 ONNX model, with a few nodes for each operation of the layer table.
 
     Raises:
         UsageError: a fully connected layer reads its own tower only.
@@ -57,29 +57,29 @@ def onnx(settings: Settings, params: Any, statistics: Statistics) -> bytes:
     graph = _Graph()
     maps = _preprocess(graph, settings, statistics)
     for stage in alexnet.geometry(settings.net):
-        row = {kind: np.asarray(value) for kind, value in params[stage.layer.name].items()}
-        maps = _layer(graph, maps, stage, row['kernel'], row['bias'])
-        for word in stage.layer.ops:
-            maps = _follow(graph, maps, word, settings.net)
+        weights = jax.tree.map(np.asarray, params[stage.layer.name])
+        maps = _linear(graph, maps, stage, **weights)
+        for op in stage.layer.ops:
+            maps = _op(graph, maps, op, settings.net)
     graph.node('Softmax', maps, axis=1, output='probabilities')
     return graph.serialize(settings, statistics)
 
 
 class _Graph:
-    """Nodes and constants under construction; values are known by their names."""
+    """An ONNX graph under construction, whose values are referred to by name."""
 
     def __init__(self):
         self.onnx: Any = command.library('onnx', 'weights')
         self.nodes, self.constants = [], []
 
     def node(self, kind: str, *inputs: str, output: str = '', **attributes: Any) -> str:
-        """Add an operation with one result; return the result's name."""
+        """Add an operation with one result; return the name of the result."""
         output = output or f'{kind.lower()}_{len(self.nodes)}'
         self.nodes.append(self.onnx.helper.make_node(kind, inputs, [output], **attributes))
         return output
 
     def split(self, x: str, parts: int) -> list[str]:
-        """Cut the channels into equal parts; return their names."""
+        """Add a split of the channels into equal parts; return their names."""
         names = [f'split_{len(self.nodes)}_{part}' for part in range(parts)]
         self.nodes.append(self.onnx.helper.make_node('Split', [x], names, axis=1))
         return names
@@ -92,7 +92,7 @@ class _Graph:
         return name
 
     def serialize(self, settings: Settings, statistics: Statistics) -> bytes:
-        """Return the model, checked by ONNX's own checker."""
+        """Return the model, checked by ONNX's checker."""
         helper, types = self.onnx.helper, self.onnx.TensorProto
         shapes = ['batch', *statistics.mean_image.shape], ['batch', settings.net.classes]
         images = helper.make_tensor_value_info('images', types.UINT8, shapes[0])
@@ -105,7 +105,7 @@ class _Graph:
 
 
 def _preprocess(graph: _Graph, settings: Settings, statistics: Statistics) -> str:
-    """Add resizing, frame and crop as a product from each side, the rest as an offset."""
+    """Add resizing, frame and crop as a matrix product on each axis, and the rest as an offset."""
     recipe = settings.preprocess
     height, width, channels = statistics.mean_image.shape
     x = graph.node('Cast', 'images', to=graph.onnx.TensorProto.FLOAT)
@@ -121,7 +121,7 @@ def _preprocess(graph: _Graph, settings: Settings, statistics: Statistics) -> st
 
 
 def _rows(recipe: augment.Preprocess, side: int) -> np.ndarray:
-    """Return the matrix [input_px, side] that makes rows of the centre crop of stored rows."""
+    """Return the matrix [input_px, side] from stored rows to rows of the centre crop."""
     eye = jnp.eye(side)
     if side != recipe.resize_px:
         eye = jax.image.resize(eye, (recipe.resize_px, side), 'bilinear')
@@ -132,7 +132,7 @@ def _rows(recipe: augment.Preprocess, side: int) -> np.ndarray:
     return rows[edge : edge + recipe.input_px]
 
 
-def _layer(graph: _Graph, x: str, stage: Stage, kernel: np.ndarray, bias: np.ndarray) -> str:
+def _linear(graph: _Graph, x: str, stage: Stage, kernel: np.ndarray, bias: np.ndarray) -> str:
     layer = stage.layer
     if layer.kind == 'conv':
         (top, bottom), (left, right) = layer.padding_px
@@ -147,7 +147,7 @@ def _layer(graph: _Graph, x: str, stage: Stage, kernel: np.ndarray, bias: np.nda
         )
     if stage.groups > 1:
         raise UsageError(
-            f'{layer.name} reads its own tower only, which ONNX cannot express: take .stablehlo.'
+            f'{layer.name} reads its own tower only, which ONNX cannot express; use .stablehlo.'
         )
     if len(stage.input) == 3:  # flattened with channels first
         kernel = kernel.reshape(*stage.input, -1).transpose(2, 0, 1, 3).reshape(kernel.shape)
@@ -155,26 +155,25 @@ def _layer(graph: _Graph, x: str, stage: Stage, kernel: np.ndarray, bias: np.nda
     return graph.node('Gemm', x, graph.constant(kernel), graph.constant(bias))
 
 
-def _follow(graph: _Graph, x: str, word: str, net: alexnet.Net) -> str:
-    if word in ('relu', 'tanh', 'sigmoid'):
-        return graph.node(word.title(), x)
-    if word == 'pool':
+def _op(graph: _Graph, x: str, op: str, net: alexnet.Net) -> str:
+    """Add an operation of the layer table."""
+    if op == 'pool':
         kind = 'MaxPool' if net.pool.kind == 'max' else 'AveragePool'
         window, strides = [net.pool.window_px] * 2, [net.pool.stride_px] * 2
-        over: dict[str, Any] = {'ceil_mode': 1} if net.pool.rounding == 'up' else {}
-        return graph.node(kind, x, kernel_shape=window, strides=strides, **over)
-    if word == 'lrn':
+        ceil_mode = int(net.pool.rounding == 'up')
+        return graph.node(kind, x, kernel_shape=window, strides=strides, ceil_mode=ceil_mode)
+    if op == 'lrn':
         return _lrn(graph, x, net)
-    if word == 'spatial_norm':
+    if op == 'spatial_norm':
         return _spatial_norm(graph, x, net.spatial_norm)
-    if word == 'dropout':
+    if op == 'dropout':
         mask = net.dropout.kind == 'mask'
         return graph.node('Mul', x, graph.constant(net.dropout.keep)) if mask else x
-    raise UsageError(f"'{word}' has no form in ONNX yet: take .stablehlo.")
+    return graph.node(op.title(), x)  # Relu, Tanh, Sigmoid
 
 
 def _lrn(graph: _Graph, x: str, net: alexnet.Net) -> str:
-    """Add LRN; its window stops at a tower's border if it reads its own. ONNX divides alpha."""
+    """Add LRN, tower by tower if it reads its own. ONNX divides alpha by the window's size."""
     how: dict[str, Any] = dict(
         size=net.lrn.size, alpha=net.lrn.alpha * net.lrn.size, beta=net.lrn.beta, bias=net.lrn.k
     )
@@ -185,7 +184,7 @@ def _lrn(graph: _Graph, x: str, net: alexnet.Net) -> str:
 
 
 def _spatial_norm(graph: _Graph, x: str, norm: alexnet.Norm) -> str:
-    """Add spatial normalisation; a window's sum is its mean, with zeros outside, times its size."""
+    """Add spatial normalisation. A window's sum is its zero-padded mean times its size."""
     mean = graph.node(
         'AveragePool',
         graph.node('Mul', x, x),

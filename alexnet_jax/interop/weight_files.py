@@ -1,4 +1,4 @@
-"""Weight files of other frameworks, read into NumPy arrays by name. No code in them is run.
+"""Read weight files of other frameworks into NumPy arrays by name, without running their code.
 
 | content | suffixes seen | read by |
 |---|---|---|
@@ -31,12 +31,11 @@ def read(path: Path) -> Arrays:
     The names of nested dictionaries are joined by dots: 'state_dict.features.0.weight'.
 
     Raises:
-        UsageError: the content is of none of the formats above.
-        RunError: the file is missing, damaged or contains Python objects, or the library that
-            reads it is not installed.
+        UsageError: the content has none of the formats above.
+        OSError: the file cannot be opened.
+        RunError: it is damaged or contains Python objects, or the library that reads it is not
+            installed.
     """
-    if not path.is_file():
-        raise RunError(f'{path} is not there; give the path of a weight file.')
     with path.open('rb') as file:
         start = file.read(9)
     try:
@@ -46,38 +45,33 @@ def read(path: Path) -> Arrays:
             arrays = _read_npz(path) if is_npz else _read_torch(path)
         elif start.startswith(b'\x80'):  # a pickle, as torch.save wrote before PyTorch 1.6
             arrays = _read_torch(path)
-        elif start.endswith(b'{'):  # behind the length of the JSON header, 8 bytes
+        elif start.endswith(b'{'):  # after 8 bytes with the length of the JSON header
             arrays = _read_safetensors(path)
         else:
             raise UsageError(
                 f'{path} is no weight file of PyTorch, safetensors or NumPy (.npz); for a '
                 f'.caffemodel see python -m alexnet_jax weights --help.'
             )
-    except (AlexNetError, OSError):
+    except AlexNetError:
         raise
-    except Exception as problem:  # each library reports damage by exceptions of its own
+    except Exception as problem:  # each library has its own exceptions for damage
         reason = ' '.join(str(problem).split())[:120]
-        raise RunError(f'{path} cannot be read ({reason}); if damaged, get it anew.') from problem
+        raise RunError(
+            f'{path} cannot be read ({reason}); if it is damaged, download it again.'
+        ) from problem
     return {name: _float32(array) for name, array in arrays.items()}
 
 
 def _float32(array: np.ndarray) -> np.ndarray:
     if not jnp.issubdtype(array.dtype, jnp.floating):  # NumPy does not know bfloat16
         return array
-    with np.errstate(over='ignore'):  # too large for float32: infinity, which `weights` refuses
+    with np.errstate(over='ignore'):  # `weights` refuses the infinity that results
         return np.asarray(array, np.float32)
 
 
 def _read_npz(path: Path) -> Arrays:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return dict(file)
-    except ValueError as problem:
-        if 'allow_pickle' not in str(problem):
-            raise
-        raise RunError(
-            f'{path} contains Python objects, which are not read; save arrays of numbers.'
-        ) from problem
+    with path.open('rb') as file, np.load(file, allow_pickle=False) as arrays:
+        return dict(arrays)
 
 
 def _read_safetensors(path: Path) -> Arrays:
@@ -95,7 +89,7 @@ def metadata(path: Path) -> dict[str, str]:
 
 
 class _Ignored:
-    """A stand-in for any Python object besides tensors, so that a file's own classes never run."""
+    """A stand-in for Python objects other than tensors, whose own classes are not run."""
 
     def __init__(self, *_: Any):
         pass
@@ -116,8 +110,8 @@ def _read_torch(path: Path) -> Arrays:
 def _load(torch: Any, path: Path) -> Any:
     """Return a file's contents by PyTorch's own restricted loader.
 
-    Training programs save more than weights: torchvision's its command line (argparse.Namespace),
-    others NumPy scalars. The loader refuses such a name; it gets a stand-in and starts again.
+    Training programs save more than weights: torchvision's saves an argparse.Namespace, others save
+    NumPy scalars. The loader refuses such names one by one; each gets a stand-in.
     """
     names: list[str] = []
     while True:
@@ -133,8 +127,8 @@ def _load(torch: Any, path: Path) -> Any:
             found = re.search(r'GLOBAL (\S+)', text) or re.search(r'Unpickler error: (.+)', text)
             reason = (found[1] if found else text)[:120]
             raise RunError(
-                f'{path} is damaged, or contains Python objects ({reason}), whose code is not run '
-                f'here: save model.state_dict() alone.'
+                f'{path} is damaged, or contains Python objects ({reason}), whose code is not run; '
+                f'save model.state_dict() alone.'
             ) from problem
 
 

@@ -8,11 +8,11 @@
     python -m alexnet_jax weights export net.stablehlo --workdir=W      # runs with jax alone
     python -m alexnet_jax weights export net.onnx --workdir=W           # runs with onnxruntime
 
-An import makes a workdir like any other, at step 0, for `main.py --mode=evaluate --workdir=W`. The
-head of each net's config says what to download and what accuracy to expect. PyTorch's files are
-read with PyTorch (pip install 'alexnet_jax[torch]'), checkpoints of training programs included. A
-.caffemodel becomes an .npz with OpenCV (pip install 'opencv-python-headless<5'), or with Caffe,
-where caffe.Net(..., caffe.TEST).params[n][i].data stands for getParam(n, i):
+An import makes a workdir like a run's, at step 0, for `main.py --mode=evaluate --workdir=W`. The
+docstring of each net's config names the file to download and the accuracy to expect. PyTorch's
+files, checkpoints of training programs included, need PyTorch (pip install 'alexnet_jax[torch]').
+OpenCV converts a .caffemodel to an .npz (pip install 'opencv-python-headless<5'). In Caffe itself,
+replace getParam(n, i) by caffe.Net(..., caffe.TEST).params[n][i].data:
 
     net = cv2.dnn.readNetFromCaffe('deploy.prototxt', 'bvlc_alexnet.caffemodel')
     layers = 'conv1 conv2 conv3 conv4 conv5 fc6 fc7 fc8'.split()
@@ -36,7 +36,7 @@ from alexnet_jax import command, config_file, files
 from alexnet_jax import config as configuration
 from alexnet_jax.config import Config, Settings
 from alexnet_jax.data.prepare import imagenet
-from alexnet_jax.errors import RunError, UsageError
+from alexnet_jax.errors import UsageError
 from alexnet_jax.interop import export, weight_files
 from alexnet_jax.interop.weight_files import Arrays
 from alexnet_jax.model import alexnet
@@ -51,13 +51,13 @@ Params = dict[str, dict[str, np.ndarray]]  # {layer: {'kernel', 'bias'}}, see al
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """A framework's names for the weights, and the pixels that its net expects."""
+    """A framework's names of the weights, and the pixels that its net expects."""
 
-    config: str  # of its net, FILE:SCALE
+    config: str  # the config of its net, FILE:SCALE
     names: Mapping[str, str]  # {our layer: their layer}
-    parts: tuple[str, str]  # suffixes of the kernel's and the bias' names
-    mean: tuple[float, float, float]  # of red, green, blue, in 0-255 units, subtracted ...
-    std: tuple[float, float, float]  # ... before the division by this
+    parts: tuple[str, str]  # suffixes of the names of kernels and biases
+    mean: tuple[float, float, float]  # red, green, blue, in 0-255 units
+    std: tuple[float, float, float]  # pixels are (pixel - mean) / std
     bgr: bool  # conv1 reads blue, green, red
 
 
@@ -93,13 +93,13 @@ def canonical(arrays: Arrays, origin: Origin, settings: Settings, file: str = 't
 
     Their kernels are [out, in, height, width], or [out, in] with `in` running over channels,
     height, width. Ours are [height, width, in, out] and [in, out] with channels last. The order of
-    the channels and the deviations that differ between them are folded into conv1, which reads
+    the channels and their different deviations are folded into conv1, which reads
     (pixel - mean) * scale, see `augment.apply`.
 
     Args:
         arrays: by their names in the file, wrappers included.
         origin: the framework.
-        settings: of the net that they are for.
+        settings: of the net.
         file: its name for error messages.
 
     Raises:
@@ -109,15 +109,14 @@ def canonical(arrays: Arrays, origin: Origin, settings: Settings, file: str = 't
     layers = [stage.layer.name for stage in stages]
     if sorted(layers) != sorted(origin.names):
         raise UsageError(
-            f"the config's layers are {', '.join(layers)}, and those of {file} "
+            f"the config's layers are {', '.join(layers)}, and those of {file} are "
             f'{", ".join(origin.names)}; choose the config that was made for it.'
         )
     wanted: dict[str, tuple[int, ...]] = {}
     for stage in stages:
         kernel, bias = (origin.names[stage.layer.name] + part for part in origin.parts)
         wanted |= {kernel: stage.kernel[::-1], bias: stage.kernel[-1:]}  # kernels are square
-    arrays = _check(_unwrap(arrays, next(iter(wanted)), file), wanted, file)
-    found = iter(arrays.values())
+    found = iter(_check(_unwrap(arrays, next(iter(wanted)), file), wanted, file).values())
     params = {
         s.layer.name: {'kernel': _kernel(next(found), s), 'bias': next(found)} for s in stages
     }
@@ -142,9 +141,9 @@ _WRAPPER = r'(?:(?:module|_orig_mod)\.)*'
 def _unwrap(arrays: Arrays, first: str, file: str) -> Arrays:
     """Return the arrays of the one net in a file by the net's own names.
 
-    A training program's checkpoint has the net under a prefix ('state_dict.', 'model.', ...) and
-    other arrays beside it, such as the optimizer's; wrappers of the net insert components. `first`
-    is the net's own name of one of its arrays.
+    In a training program's checkpoint, the net has a prefix ('state_dict.', 'model.', ...), and
+    other arrays, such as the optimizer's, are beside it. Wrappers of the net insert components.
+    `first` is the net's own name of one of its arrays.
     """
     components = (re.escape(part) for part in first.split('.'))
     pattern = re.compile(r'((?:.+\.)?)' + (r'\.' + _WRAPPER).join(components))
@@ -164,40 +163,37 @@ def _unwrap(arrays: Arrays, first: str, file: str) -> Arrays:
 
 def _check(arrays: Arrays, wanted: Mapping[str, tuple[int, ...]], file: str) -> Arrays:
     """Return finite float32 arrays of the wanted shapes, or name the first key at fault."""
-    found = {}
     for key, shape in wanted.items():
-        if key not in arrays:
-            raise UsageError(f'{file} has no {key}, which this net has; it has {_some(arrays)}.')
-        array = arrays[key]
-        if [n for n in array.shape if n != 1] != [n for n in shape if n != 1]:
-            raise UsageError(
-                f'{file}: {key} is {list(array.shape)}, and this net wants {list(shape)}; choose '
-                f'the config of the net that it was made for.'
-            )
-        if array.dtype != np.float32:
-            raise UsageError(f'{file}: {key} is of type {array.dtype}, not floating-point.')
-        if not np.isfinite(array).all():
-            raise UsageError(f'{file}: {key} contains NaN or infinity (in float32).')
-        found[key] = array.reshape(shape)  # Caffe and OpenCV add axes of length 1
+        if fault := _fault(arrays, key, shape):
+            raise UsageError(f'{file}: {fault}.')
     if extra := arrays.keys() - wanted.keys():
-        raise UsageError(
-            f'{file} has {min(extra)}, which this net has not; choose the config of the net that '
-            f'it was made for.'
-        )
-    return found
+        raise UsageError(f'{file}: this net has no {min(extra)}; {OTHER_CONFIG}.')
+    # Caffe and OpenCV add axes of length 1.
+    return {key: arrays[key].reshape(shape) for key, shape in wanted.items()}
 
 
-def _some(arrays: Arrays) -> str:
-    names = sorted(arrays)
-    return ', '.join(names[:3]) + (', ...' if len(names) > 3 else '') if names else 'no arrays'
+OTHER_CONFIG = 'choose the config of the net that the file was made for'
+
+
+def _fault(arrays: Arrays, key: str, shape: tuple[int, ...]) -> str:
+    if key not in arrays:
+        names = sorted(arrays)
+        some = ', '.join([*names[:3], *['...'][: len(names) - 3]]) or 'no arrays'
+        return f'{key} of this net is missing; the file has {some}'
+    array = arrays[key]
+    if [n for n in array.shape if n != 1] != [n for n in shape if n != 1]:
+        return f'{key} is {list(array.shape)}, and {list(shape)} in this net; {OTHER_CONFIG}'
+    if array.dtype != np.float32:
+        return f'{key} is of type {array.dtype}, not floating-point'
+    return '' if np.isfinite(array).all() else f'{key} contains NaN or infinity (in float32)'
 
 
 def statistics_of(origin: Origin, recipe: Preprocess, mean: np.ndarray | None = None) -> Statistics:
     """Return the statistics of a checkpoint: the mean image, and no colour components.
 
     Args:
-        origin: its mean pixel is taken where there is no `mean`.
-        recipe: for the size of the image.
+        origin: its mean pixel is used if there is no `mean`.
+        recipe: gives the size of the image.
         mean: Caffe's mean image [3, H, W], channels in the origin's order.
     """
     side = recipe.resize_px
@@ -229,10 +225,10 @@ def import_foreign(
         config: of the net.
         workdir: new, or without a checkpoint.
         mean: Caffe's mean image, see `statistics_of`.
-        class_names: by label; wnids or numbers where there are none.
+        class_names: by label; WordNet ids or numbers if there are none.
 
     Returns:
-        One sentence: what is stored where.
+        One sentence for the user.
 
     Raises:
         UsageError: the file contains another net, or the workdir another run.
@@ -251,19 +247,16 @@ def import_own(file: Path, workdir: Path) -> str:
     """Make a workdir with a checkpoint at step 0 of a .safetensors file that `export` wrote.
 
     Raises:
-        UsageError: the file is not one of these, or the workdir contains another run.
+        UsageError: `export` did not write the file, or the workdir contains another run.
         RunError: the file is damaged, or the workdir cannot be written.
     """
     if file.suffix != '.safetensors':
-        raise UsageError(f'{file}: our own weights come as .safetensors; see `export`.')
+        raise UsageError(f'{file}: our own weights are .safetensors files; see `weights export`.')
     arrays, head = weight_files.read(file), weight_files.metadata(file)
-    try:
-        config = config_file.translated(json.loads(head['config']))
-        names = json.loads(head['class_names'])
-    except (KeyError, ValueError) as problem:
-        raise UsageError(
-            f'{file} has no config in its head: `export` did not write it.'
-        ) from problem
+    if not {'config', 'class_names'} <= head.keys():
+        raise UsageError(f'{file} has no config in its header: `weights export` did not write it.')
+    config = config_file.translated(json.loads(head['config']))
+    names = json.loads(head['class_names'])
     # Statistics have the shape of the stored images, which no config contains.
     fields = [f'statistics/{field}' for field in Statistics._fields]
     wanted = {field: arrays[field].shape if field in arrays else () for field in fields}
@@ -282,7 +275,7 @@ def _save(
     file: Path,
     workdir: Path,
 ) -> str:
-    """Write a workdir as a run would have left it before its first step."""
+    """Write a workdir as a run leaves it before its first step."""
     if Checkpoints(workdir / 'checkpoints').steps():
         raise UsageError(f'{workdir} has checkpoints already; choose another --workdir.')
     settings = configuration.unpack(config)
@@ -302,126 +295,68 @@ def _save(
         tree = {'state': state, 'statistics': statistics._asdict()}
         checkpoints.save(0, tree, extra, error=None, wait=True)
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
-    return f'{count:,} parameters of {file} are stored in {workdir} as {settings.name}, step 0'
+    return f'{workdir}: {count:,} parameters of {file} as {settings.name}, step 0'
 
 
 def default_names(classes: int) -> tuple[str, ...]:
-    """Return ImageNet's 1000 wnids, in the order that all its nets share, or numbers."""
-    wnids = imagenet.tfds_lists().wnids
-    return wnids if len(wnids) == classes else tuple(map(str, range(classes)))
+    """Return ImageNet's 1,000 WordNet ids, in the order that all its nets share, or numbers."""
+    return imagenet.tfds_lists().wnids if classes == 1000 else tuple(map(str, range(classes)))
 
 
 # --------------------------------------------------------------------------------------- export
 
 
-FORMATS = ('.safetensors', '.stablehlo', '.onnx')
-
-
 def export_checkpoint(file: Path, workdir: Path, at: checkpoint.Step = 'latest') -> str:
-    """Write a checkpoint's net to a .safetensors, .stablehlo or .onnx file, atomically.
+    """Write a checkpoint's net to a file with one of the endings of WRITERS, atomically.
 
     Returns:
-        One sentence: what is stored where.
+        One sentence for the user.
 
     Raises:
-        UsageError: the suffix or the step is unknown, or the format cannot express this net.
+        UsageError: the step does not exist, or the format cannot express this net.
         RunError: there is no checkpoint, it is damaged, or the file cannot be written.
     """
-    if file.suffix not in FORMATS:
-        raise UsageError(f'{file}: the name must end in {", ".join(FORMATS)}.')
+    at = int(at) if isinstance(at, str) and at.isdigit() else at
     restored = checkpoint.read(workdir / 'checkpoints', at)
-    body = _serialize(restored, file.suffix)
-    try:
-        with files.atomic_write(file) as scratch:
-            scratch.write_bytes(body)
-    except OSError as problem:
-        raise RunError(f'{file} cannot be written ({problem.strerror}).') from problem
-    return f'step {restored.step} of {workdir} is stored in {file}, {len(body):,} bytes'
-
-
-def _serialize(restored: checkpoint.Restored, suffix: str) -> bytes:
     params, statistics = restored.state['state']['params'], restored.state['statistics']
-    if suffix == '.safetensors':
-        tree = {'params': params, 'statistics': statistics}
-        arrays = traverse_util.flatten_dict(jax.tree.map(np.ascontiguousarray, tree), sep='/')
-        head = {key: json.dumps(restored.extra[key]) for key in ('config', 'class_names')}
-        return command.library('safetensors.numpy', 'weights').save(arrays, head)
-    write = export.onnx if suffix == '.onnx' else export.stablehlo
-    settings = configuration.unpack(restored.extra['config'])
-    return write(settings, params, Statistics(**jax.tree.map(jnp.asarray, statistics)))
+    body = WRITERS[file.suffix](
+        configuration.unpack(restored.extra['config']),
+        params,
+        Statistics(**jax.tree.map(jnp.asarray, statistics)),
+        restored.extra,
+    )
+    with files.output(file) as scratch:
+        scratch.write_bytes(body)
+    return f'{file}: step {restored.step} of {workdir}, {len(body):,} bytes'
 
+
+def _safetensors(_: Settings, params: Params, statistics: Statistics, extra: Mapping) -> bytes:
+    tree = {'params': params, 'statistics': statistics._asdict()}
+    arrays = traverse_util.flatten_dict(jax.tree.map(np.ascontiguousarray, tree), sep='/')
+    head = {key: json.dumps(extra[key]) for key in ('config', 'class_names')}
+    return command.library('safetensors.numpy', 'weights').save(arrays, head)
+
+
+WRITERS = {
+    '.safetensors': _safetensors,
+    '.stablehlo': lambda *parts: export.stablehlo(*parts[:3]),
+    '.onnx': lambda *parts: export.onnx(*parts[:3]),
+}
 
 # ---------------------------------------------------------------------------------- the command
 
 
-def read_config(where: str) -> Config:
-    """Return the config of 'FILE' or 'FILE:SCALE', as main.py's --config takes it.
-
-    FILE is a Python file, a run's config.json, or one of this program's configs/ from anywhere.
-
-    Raises:
-        UsageError: there is no such file, or it gives no config.
-    """
-    name, _, argument = where.partition(':')
-    file = Path(name) if Path(name).is_file() else config_file.ROOT / name
-    if not file.is_file():
-        raise UsageError(f'there is no {name} here; --config=FILE gives the config of the net.')
-    return config_file.load(':'.join([str(file), *([argument] if argument else [])]), {})
-
-
 def _read_mean(file: Path) -> np.ndarray:
-    """Return Caffe's mean image [3, H, W], as ilsvrc_2012_mean.npy has it."""
+    """Return Caffe's mean image [3, H, W], as in ilsvrc_2012_mean.npy."""
     try:
         image = np.load(file, allow_pickle=False)
-    except ValueError as problem:
-        raise UsageError(
-            f'{file} is no .npy file; caffe.io.blobproto_to_array makes one of a .binaryproto.'
-        ) from problem
-    if not isinstance(image, np.ndarray) or image.ndim != 3 or image.shape[0] != 3:
-        raise UsageError(f"{file} is not Caffe's mean image, an array [3, height, width].")
-    return image
-
-
-def _parser() -> command.Parser:
-    parser = command.Parser(
-        prog='python -m alexnet_jax weights',
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    verbs = parser.add_subparsers(dest='verb', required=True, metavar='import|export')
-    into = verbs.add_parser('import', help='make a workdir with a checkpoint from a weight file')
-    into.add_argument('origin', choices=[*ORIGINS, 'own'], help='the framework of the net')
-    into.add_argument('file', type=command.path, help="PyTorch's, .safetensors or .npz")
-    into.add_workdir(help='folder for the checkpoint')
-    into.add_argument('--config', help="its net, if not the origin's own; FILE or FILE:SCALE")
-    into.add_argument('--mean', type=command.path, help="Caffe's mean image, .npy")
-    into.add_argument(
-        '--class_names', type=command.path, help='a text file, one name a line, by label'
-    )
-    out = verbs.add_parser('export', help='make a file from a checkpoint')
-    out.add_argument('file', type=command.path, help=', '.join(FORMATS))
-    out.add_workdir()
-    out.add_step()
-    return parser
-
-
-def act(args: argparse.Namespace) -> str:
-    """Carry out a parsed command line; return one sentence for the user."""
-    if args.verb == 'export':
-        at = int(args.step) if args.step.isdigit() else args.step
-        return export_checkpoint(args.file, args.workdir, at)
-    if args.origin == 'own':
-        if args.config or args.mean or args.class_names:
-            raise UsageError('our own files contain config, mean and names: leave these flags out.')
-        return import_own(args.file, args.workdir)
-    origin = ORIGINS[args.origin]
-    return import_foreign(
-        args.file,
-        origin,
-        read_config(args.config or origin.config),
-        args.workdir,
-        mean=_read_mean(args.mean) if args.mean else None,
-        class_names=_read_lines(args.class_names) if args.class_names else (),
+        if image.ndim == 3 and image.shape[0] == 3:
+            return image
+    except (ValueError, AttributeError):
+        pass
+    raise UsageError(
+        f"{file} is not Caffe's mean image, an .npy file of shape [3, height, width]; "
+        f'caffe.io.blobproto_to_array converts a .binaryproto.'
     )
 
 
@@ -432,6 +367,48 @@ def _read_lines(file: Path) -> list[str]:
         raise UsageError(f'{file} is not text in UTF-8; save it as such.') from problem
 
 
-def main(argv: list[str] | None = None) -> int:
+def _parser() -> command.Parser:
+    parser = command.Parser(
+        prog='python -m alexnet_jax weights',
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verbs = parser.add_subparsers(dest='verb', required=True, metavar='import|export')
+    into = verbs.add_parser('import', help='make a workdir with a checkpoint from a weight file')
+    add = into.add_argument
+    add('origin', choices=[*ORIGINS, 'own'], help='the framework of the net; own: an export')
+    add('file', type=command.path, metavar='FILE', help="PyTorch's, .safetensors or .npz")
+    into.add_workdir(help='a new folder for the checkpoint')
+    add('--config', metavar='FILE[:SCALE]', help="the net's config (default: the origin's)")
+    add('--mean', type=command.path, metavar='FILE', help="Caffe's mean image, .npy")
+    names = 'class names, a text file with one name a line, by label'
+    add('--class_names', type=command.path, metavar='FILE', help=names)
+    into.set_defaults(act=_import)
+    out = verbs.add_parser('export', help='make a file from a checkpoint')
+    kinds = ', '.join(WRITERS)
+    out.add_argument('file', type=command.ending(*WRITERS), metavar='FILE', help=kinds)
+    out.add_workdir()
+    out.add_step()
+    out.set_defaults(act=lambda args: export_checkpoint(args.file, args.workdir, args.step))
+    return parser
+
+
+def _import(args: argparse.Namespace) -> str:
+    if args.origin == 'own':
+        if args.config or args.mean or args.class_names:
+            raise UsageError('our own files contain config, mean and names: leave these flags out.')
+        return import_own(args.file, args.workdir)
+    origin = ORIGINS[args.origin]
+    return import_foreign(
+        args.file,
+        origin,
+        config_file.load(args.config or origin.config, {}),
+        args.workdir,
+        mean=_read_mean(args.mean) if args.mean else None,
+        class_names=_read_lines(args.class_names) if args.class_names else (),
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line, print one sentence and return the exit code."""
-    return command.run('weights', _parser, lambda args: print(act(args)), argv)
+    return command.run('weights', _parser, lambda args: print(args.act(args)), argv)

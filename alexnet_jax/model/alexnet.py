@@ -7,7 +7,7 @@ it, so the 2012 program, the paper's text and every AlexNet of the tutorials are
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import flax.linen as nn
 import jax
@@ -447,6 +447,19 @@ def init(key: Array, net: Net) -> dict[str, dict[str, Array]]:
     """
     images = jnp.zeros((1, net.input_px, net.input_px, net.channels))
     return jax.jit(AlexNet(net).init)(key, images)['params']  # eagerly it takes seconds
+
+
+def activations(
+    net: Net,
+    params: Any,
+    images: Array,
+    masks: Any = None,
+    tensor_parallel: TensorParallel | None = None,
+) -> dict[str, Array]:
+    """Return the results of a forward pass by the names of `activation_names`."""
+    module = AlexNet(net, tensor_parallel or TensorParallel())
+    _, sown = module.apply({'params': params}, images, masks, mutable=['intermediates'])
+    return {name: value for name, (value,) in sown['intermediates'].items()}
 
 
 def mean_loss(logits: Array, labels: Array) -> Array:

@@ -72,7 +72,7 @@ class Job:
         """Return the errors on the centre view of every image."""
         probability = evaluate.probabilities(
             self.predict, params, self.statistics, dataset, **self.evaluation()
-        )
+        )['centre']
         return evaluate.scores(probability, dataset.labels)
 
     def evaluation(self) -> dict[str, Any]:

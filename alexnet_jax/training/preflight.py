@@ -54,7 +54,7 @@ def preflight(net: Net, params: Any, pixels: Array, labels: Array) -> Preflight:
 
     @jax.jit
     def measure(params, pixels, labels):
-        seen = _activations(net, params, pixels, None)
+        seen = alexnet.activations(net, params, pixels)
         last = {layer.name: seen[alexnet.activation_names(layer)[-1]] for layer in net.layers}
         logits = last[net.layers[-1].name]
         signal = {name: _across_images(values) for name, values in last.items()}
@@ -92,7 +92,7 @@ def collapsed_init(found: Preflight, min_logit_std: float) -> str | None:
 
 def first_not_finite(net: Net, params: Any, pixels: Array, labels: Array, masks: Any) -> str:
     """Return the first operation whose result is not finite, forward and then backward."""
-    seen = jax.jit(_activations, static_argnums=0)(net, params, pixels, masks)
+    seen = jax.jit(alexnet.activations, static_argnums=0)(net, params, pixels, masks)
     for name in (name for layer in net.layers for name in alexnet.activation_names(layer)):
         if not np.all(np.isfinite(seen[name])):
             return f'the activations of {name}'
@@ -108,12 +108,6 @@ def _loss(params, net, pixels, labels, masks):
     return alexnet.mean_loss(
         cast(Array, AlexNet(net).apply({'params': params}, pixels, masks)), labels
     )
-
-
-def _activations(net: Net, params: Any, pixels: Array, masks: Any) -> dict[str, Array]:
-    """Return all intermediate results, under the names of `alexnet.steps`."""
-    _, variables = AlexNet(net).apply({'params': params}, pixels, masks, mutable=['intermediates'])
-    return {name: value[0] for name, value in variables['intermediates'].items()}
 
 
 def _across_images(values: Array) -> Array:

@@ -347,9 +347,11 @@ def not_finite(job: Job, state: TrainState) -> RunError:
 
 def finish(job: Job, state: TrainState, history: History, writer: MetricWriter) -> str:
     """Evaluate on every test image, centre view and ten views, and return the result's sentence."""
-    result, arrays = evaluate.report(
-        job.predict, state.params, job.statistics, job.test, **job.evaluation()
+    arrays = evaluate.probabilities(
+        job.predict, state.params, job.statistics, job.test, evaluate.VIEWS, **job.evaluation()
     )
+    arrays['label'] = job.test.labels
+    result = evaluate.summary(arrays, job.test.class_names)
     if distributed.is_first():
         evaluate.keep_predictions(job.workdir, 'test', arrays)
     tested = {r['step'] for r in run_metrics.read(job.workdir) if r['kind'] == 'test'}

@@ -1,1 +1,1 @@
-"""The report in a real browser: `make test-browser`."""
+"""Tests of the report in a real browser: `make test-browser`."""

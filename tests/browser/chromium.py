@@ -1,4 +1,4 @@
-"""A headless Chromium, driven over its debugging pipe: no driver, no library, no port."""
+"""Control a headless Chromium over its debugging pipe, without a driver, library or port."""
 
 import base64
 import contextlib
@@ -15,12 +15,12 @@ NAMES = ('chromium', 'chromium-browser', 'google-chrome', 'chrome')
 
 
 def find() -> str | None:
-    """Where it is, if it is installed."""
+    """Return the path of Chromium, or None."""
     return os.environ.get('CHROMIUM') or next(filter(None, map(shutil.which, NAMES)), None)
 
 
 class Page:
-    """One page. Messages are JSON objects with a zero byte behind each."""
+    """One page. Messages are JSON objects, each followed by a zero byte."""
 
     def __init__(self, to_browser: int, from_browser: int):
         self._to, self._from = to_browser, from_browser
@@ -97,16 +97,16 @@ class Page:
 
 @contextlib.contextmanager
 def start(chromium: str) -> Generator[Page]:
-    """A browser of its own, with an empty profile, that ends with the block."""
+    """Start a browser with an empty profile; end it with the block."""
     their_in, to_browser = os.pipe()
     from_browser, their_out = os.pipe()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         flags = ['--headless', '--remote-debugging-pipe', f'--user-data-dir={profile}']
         flags += ['--no-first-run', '--disable-gpu', '--disable-dev-shm-usage']
-        flags += ['--no-sandbox'] if os.geteuid() == 0 else []  # which root may not use
+        flags += ['--no-sandbox'] if os.geteuid() == 0 else []  # root cannot use the sandbox
         browser = subprocess.Popen(
-            # Chromium wants the pipes at 3 and 4. Bash puts them there: in Python it would take a
-            # fork, which JAX's threads forbid. By way of 8 and 9, as either may lie at 3 or 4.
+            # Chromium expects the pipes at 3 and 4. Bash puts them there: Python would need a
+            # fork, which JAX's threads forbid. 8 and 9 serve as intermediates.
             [
                 'bash',
                 '-c',

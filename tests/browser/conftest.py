@@ -1,3 +1,3 @@
-"""A browser is for `make test-browser`, which names the file; all else passes it by."""
+"""Skip these tests unless `make test-browser` names the file."""
 
 collect_ignore = ['test_report_in_chromium.py']

@@ -22,7 +22,7 @@ SCREENS = [(width, scheme) for width in (PHONE_PX, DESK_PX) for scheme in ('ligh
 
 @pytest.fixture(scope='module')
 def workdir(smoke_run, tmp_path_factory):
-    """The smoke run in a folder whose name is long, and would like to be HTML."""
+    """Return the smoke run in a folder whose name is long and contains HTML."""
     name = '<img src=x onerror=document.title=1>' + 'long' * 20
     return shutil.copytree(smoke_run, tmp_path_factory.mktemp('runs') / name)
 
@@ -36,7 +36,7 @@ def path(workdir, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def half(workdir, tmp_path_factory):
-    """The report of a run of which the config alone is left."""
+    """Return the report of a run that has only its config."""
     folder = tmp_path_factory.mktemp('half')
     (folder / 'config.json').write_bytes((workdir / 'config.json').read_bytes())
     report.write(report.Run(folder), folder / 'report.html')
@@ -54,7 +54,7 @@ def page():
 
 @pytest.mark.parametrize(('width', 'scheme'), SCREENS)
 @pytest.mark.parametrize('which', ['path', 'half'])
-def test_it_fits_asks_nobody_and_is_seen(page, request, which, width, scheme):
+def test_it_fits_loads_nothing_and_is_visible(page, request, which, width, scheme):
     path = request.getfixturevalue(which)
     page.open(path, width, scheme)
     asked = [url for url in page.requests() if not url.startswith('data:')]
@@ -68,7 +68,7 @@ def test_it_fits_asks_nobody_and_is_seen(page, request, which, width, scheme):
     pixels = np.asarray(Image.open(io.BytesIO(picture)).convert('L'))
     usual = np.median(pixels)
     assert usual > 240 if scheme == 'light' else usual < 40
-    assert np.mean(np.abs(pixels - usual) > 128) > 0.005  # letters are seen on that ground
+    assert np.mean(np.abs(pixels - usual) > 128) > 0.005  # text is visible on the background
 
 
 # The contrast of two colours: WCAG 2.2, relative luminance; read from what the browser computed.
@@ -91,7 +91,7 @@ CONTRAST = """(() => {
 
 
 @pytest.mark.parametrize(('width', 'scheme'), SCREENS)
-def test_letters_can_be_read(page, path, width, scheme):
+def test_text_is_legible(page, path, width, scheme):
     page.open(path, width, scheme)
     found = page.ask(CONTRAST)
     assert len(found['html']) > 100
@@ -103,11 +103,11 @@ def test_letters_can_be_read(page, path, width, scheme):
         'const scale = svg.getBoundingClientRect().width / svg.viewBox.baseVal.width; '
         'return parseFloat(getComputedStyle(text).fontSize) * scale; }))'
     )
-    assert smallest > 7  # px; the neighbours' small print, all else is 8 and more
+    assert smallest > 7  # px; the neighbours' labels; the rest has 8 or more
 
 
 @pytest.mark.parametrize('width', [PHONE_PX, DESK_PX])
-def test_no_part_reaches_over_the_edge(page, path, width):
+def test_no_part_overflows(page, path, width):
     page.open(path, width, 'light')
     page.ask("document.querySelectorAll('details').forEach(d => d.open = true)")
     over = page.ask(
@@ -121,7 +121,7 @@ def test_no_part_reaches_over_the_edge(page, path, width):
     )
 
 
-def test_its_text_is_there(page, path, workdir):
+def test_its_text_is_present(page, path, workdir):
     page.open(path, DESK_PX, 'light')
     page.ask("document.querySelectorAll('details').forEach(d => d.open = true)")
     text = page.ask('document.body.innerText')
@@ -134,7 +134,7 @@ def test_its_text_is_there(page, path, workdir):
     drawn = page.ask("[...document.querySelectorAll('svg text')].map(t => t.textContent).join('|')")
     for word in ('tower a', 'tower b', 'epochs', 'taken for', 'Ankle boot', 'validation, top-5'):
         assert word in drawn
-    assert page.ask('document.title') == 'smoke, quickstart, seed 0'  # no name was run as a script
+    assert page.ask('document.title') == 'smoke, quickstart, seed 0'  # no name ran as a script
 
 
 def test_pictures_are_shown(page, path):
