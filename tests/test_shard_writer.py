@@ -287,13 +287,22 @@ def interrupt(*_):
 
 
 def shard_stamps(data_dir):
-    return {path.name: path.stat().st_ino for path in data_dir.glob('.prepare-pets/set/pets-*')}
+    return {
+        path.name: path.stat().st_mtime_ns for path in data_dir.glob('.prepare-pets/set/pets-*')
+    }
 
 
 @pytest.mark.parametrize('form', [Form(32, quality=50), Form(32, 'raw'), Form(64)])
-def test_shards_of_another_form_are_not_used(half, form, tmp_path):
+def test_shards_of_another_form_are_not_overwritten(half, form):
+    """They may be hours of work; a wrong flag is one sentence."""
     copy, data_dir = half
-    assert sums(make(copy, data_dir, form)) == sums(make(copy, tmp_path / 'undisturbed', form))
+    shards = sums(data_dir / '.prepare-pets/set')
+    with pytest.raises(UsageError, match=r'finished shards in .*Form\(px=32, storage=.jpeg'):
+        make(copy, data_dir, form)
+    assert sums(data_dir / '.prepare-pets/set') == shards
+    for part in data_dir.glob('.prepare-pets/facts/*'):
+        part.unlink()
+    assert make(copy, data_dir, form)  # there is nothing to lose
 
 
 @pytest.mark.parametrize('change', ['mended', 'removed', 'added'])
@@ -311,7 +320,7 @@ def test_shards_of_unchanged_pictures_are_kept(half, pets, tmp_path, change):
         patch.setattr(shard_writer, '_describe', interrupt)
         with pytest.raises(InterruptedError):
             make(copy, data_dir)
-    kept = [name for name, inode in shard_stamps(data_dir).items() if before[name] == inode]
+    kept = [name for name, stamp in shard_stamps(data_dir).items() if before[name] == stamp]
     # The share for validation is cut anew: another picture may have changed its split.
     assert len(before) - 4 <= len(kept) < len(before)
     left = make(copy, data_dir)

@@ -81,12 +81,12 @@ def _newest(name: str, folder: Path) -> Path | None:
     """Return the newest version of a data set in array_record in a folder of TFDS's."""
     base, _, config = name.partition('/')
     places = [folder / base / config] if config else [folder / base, *(folder / base).glob('*')]
-    found = [
-        ([int(part) for part in info.parent.name.split('.')], info.parent)
-        for place in places
-        for info in place.glob('*.*.*/dataset_info.json')
-        if json.loads(info.read_text()).get('fileFormat') == 'array_record'
-    ]
+    found = []
+    for info in (info for place in places for info in place.glob('*/dataset_info.json')):
+        with contextlib.suppress(OSError, ValueError, KeyError):  # what an interrupted TFDS left
+            if json.loads(info.read_text())['fileFormat'] == 'array_record':
+                version = [int(part) for part in info.parent.name.split('.')]
+                found.append((version, info.parent))
     return max(found)[1] if found else None
 
 

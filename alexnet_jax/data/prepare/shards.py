@@ -108,10 +108,8 @@ class Task:
 
     @property
     def job(self) -> str:
-        """A hash of everything that the bytes depend on."""
-        lines = sorted(self.plan.read_bytes().splitlines())
-        about = f'{self.form}, Pillow {PIL.__version__}, program {PROGRAM}'
-        return hashlib.sha256(b'\n'.join([about.encode(), *lines])).hexdigest()
+        """A hash of the pictures."""
+        return hashlib.sha256(b'\n'.join(sorted(self.plan.read_bytes().splitlines()))).hexdigest()
 
 
 class Facts(NamedTuple):
@@ -145,7 +143,7 @@ def make(
         shard_images: pictures a shard, about.
 
     Raises:
-        UsageError: the folder exists and was made from other pictures or in another form.
+        UsageError: the folder, or shards of an interrupted run, have another form or pictures.
         RunError: the source is incomplete, a picture cannot be decoded, the disk is too small, or a
             worker process died. Finished shards are kept.
         OSError: a file cannot be read or written. Finished shards are kept.
@@ -194,6 +192,13 @@ def _plan(
     ]
     for part in ('plan', 'facts', 'set'):
         (staging / part).mkdir(exist_ok=True)
+    now, made = f'{form}, Pillow {PIL.__version__}, program {PROGRAM}', staging / 'form'
+    if made.exists() and (earlier := made.read_text()) != now and any(staging.glob('facts/*')):
+        raise UsageError(
+            f'An interrupted run left finished shards in {staging} ({earlier}; now {now}): give '
+            'its --px, --storage and --quality, or remove that folder to start anew.'
+        )
+    made.write_text(now)
     planned, stamp = staging / 'planned', json.dumps([source.made_of, source.stamp, shards])
     if not planned.exists() or planned.read_text() != stamp:
         planned.unlink(missing_ok=True)
