@@ -53,12 +53,7 @@ def source(
         raise UsageError(f'--source={folder} is no folder: name one with a folder a class.')
     ignored = Counts()
     splits, name = _splits(folder, ignored), _name(name, folder)
-    classes = sorted(splits['train'])
-    for split, found in splits.items():
-        if unknown := sorted(found.keys() - set(classes)):
-            raise UsageError(f'{folder}: {split} has class {unknown[0]!a}, which train has not.')
-    if len(classes) < 2:
-        raise UsageError(f'{folder} has {len(classes)} folder(s) of pictures: two are needed.')
+    classes = _classes(folder, splits)
     if list(splits) == ['train']:
         splits = _divide(splits['train'], validation=validation, test=test)
     labelled = {
@@ -124,6 +119,16 @@ def _splits(folder: Path, ignored: Counts) -> dict[str, Pictures]:
         strays = (one for one in path.iterdir() if one.is_file())
         ignored.update(p.suffix.lower() for p in strays if not archives.is_leftover(p.name))
     return {split: found[split] for split in ('train', 'validation', 'test') if split in found}
+
+
+def _classes(folder: Path, splits: dict[str, Pictures]) -> list[str]:
+    classes = sorted(splits['train'])
+    for split, found in splits.items():
+        if unknown := sorted(found.keys() - set(classes)):
+            raise UsageError(f'{folder}: {split} has class {unknown[0]!a}, which train has not.')
+    if len(classes) < 2:
+        raise UsageError(f'{folder} has {len(classes)} folder(s) of pictures: two are needed.')
+    return classes
 
 
 def _subfolders(folder: Path) -> list[Path]:
