@@ -1,4 +1,4 @@
-"""Tar files and folders listed: every offset right, what is incomplete refused."""
+"""Test listings of tar files and folders: offsets, incomplete and damaged archives, leftovers."""
 
 import gzip
 import hashlib
@@ -83,7 +83,7 @@ def test_a_flipped_byte_is_noticed(nested):
     path, _ = nested
     whole = md5(path)
     content = bytearray(path.read_bytes())
-    content[content.index(b'xxxx') + 3] ^= 1  # in the midst of a picture: all headers are sound
+    content[content.index(b'xxxx') + 3] ^= 1  # inside a picture: all headers are intact
     path.write_bytes(content)
     assert len(list(archives.tar_entries(path))) == 5
     with pytest.raises(RunError, match='is not the official file'):
@@ -112,6 +112,6 @@ def test_gzipped_files_are_unpacked_up_to_a_limit(tmp_path, monkeypatch):
     assert archives.read(path, 2, size) == b'picture'
     monkeypatch.setattr(archives, 'MOST_BYTES', 1000)
     zeros = gzip.compress(bytes(10**6))
-    assert archives.gunzipped(zeros) == zeros  # stopped; whoever decodes it finds no picture
+    assert archives.gunzipped(zeros) == zeros  # stopped; the decoder then finds no picture
     assert archives.gunzipped(zeros[:50]) == zeros[:50]
     assert archives.gunzipped(b'\x1f\x8bno') == b'\x1f\x8bno'

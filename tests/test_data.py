@@ -1,4 +1,4 @@
-"""The real Fashion-MNIST, its decoded copy and every way to damage it; batches; statistics."""
+"""Test the real Fashion-MNIST, damage to its decoded copy, batches, prefetching and statistics."""
 
 import gc
 import hashlib
@@ -64,7 +64,7 @@ def same(a, b):
 
 @pytest.mark.parametrize('split', ['train', 'test'])
 def test_every_image_and_label_is_the_original_in_tfds_order(data_dir, split):
-    """Undo TFDS's shuffle (a sort by hashed index), and the raw files' checksums must come out."""
+    """Undo TFDS's shuffle (a sort by hashed index), and compare the raw files' checksums."""
     dataset = datasets.load('fashion_mnist', data_dir, split)
     hasher = hashing.Hasher(split)
     order = sorted(range(len(dataset)), key=hasher.hash_key)
@@ -128,7 +128,7 @@ def test_slices_and_sums_of_splits(data_dir, train):
     assert len(part) == 5010
 
 
-# ---- what is not there ----------------------------------------------------------------------
+# ---- missing data ----------------------------------------------------------------------------
 
 
 def test_unknown_names_and_absent_data(data_dir, tmp_path):
@@ -246,7 +246,7 @@ def test_every_epoch_is_a_full_permutation(n):
 def test_permutations_differ_between_seeds_and_epochs_and_never_change():
     orders = {tuple(batching.permutation(s, e, 100)) for s in range(5) for e in range(5)}
     assert len(orders) == 25
-    # Philox's raw stream is fixed by its definition, so these are the same for ever.
+    # Philox's raw stream is fixed by its definition, so these never change.
     assert batching.permutation(0, 0, 8).tolist() == [0, 2, 1, 5, 4, 3, 6, 7]
     assert batching.permutation(3, 2, 8).tolist() == [2, 4, 1, 3, 6, 5, 0, 7]
 

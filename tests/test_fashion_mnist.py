@@ -1,4 +1,4 @@
-"""MNIST and Fashion-MNIST: every place of the raw files, and every failure, on real data."""
+"""Test every source of MNIST's and Fashion-MNIST's raw files, and failures, on real data."""
 
 import functools
 import gzip
@@ -58,7 +58,7 @@ def few(raw):
     return {split: (images[:300], labels[:300]) for split, (images, labels) in raw.items()}
 
 
-# ---- what is made ---------------------------------------------------------------------------
+# ---- contents -----------------------------------------------------------------------------
 
 
 def test_tfds_reads_it_as_the_official_data_set(data_dir):
@@ -181,7 +181,7 @@ def test_no_source_has_the_digits(tmp_path, monkeypatch):
         prepare.ensure('mnist', tmp_path)
 
 
-# ---- places of the raw files ------------------------------------------------------------------
+# ---- sources of the raw files -----------------------------------------------------------------
 
 
 def test_the_next_source_is_used_if_one_is_damaged(raw_dir, raw, tmp_path, monkeypatch, capsys):
@@ -202,7 +202,7 @@ def test_the_next_source_is_used_if_one_is_damaged(raw_dir, raw, tmp_path, monke
 
 @pytest.mark.skipif(not shutil.which('dpkg-deb'), reason='packages are made by dpkg-deb')
 def test_apt_updates_its_lists_in_a_folder_of_its_own(raw_dir, raw, tmp_path, monkeypatch):
-    """A stand-in for apt-get that has no package until it updated lists it was told to keep."""
+    """A stand-in for apt-get that has the package only after an update of its own lists."""
     share = tmp_path / 'package/usr/share/datasets'
     share.mkdir(parents=True)
     shutil.copytree(raw_dir, share / 'fashion-mnist')
@@ -233,7 +233,7 @@ def test_apt_updates_its_lists_in_a_folder_of_its_own(raw_dir, raw, tmp_path, mo
 def test_a_download_from_a_server(raw_dir, raw, tmp_path, monkeypatch):
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, format, *args):
-            """Say nothing."""
+            """Print nothing."""
 
     handler = functools.partial(Quiet, directory=str(raw_dir))
     with http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler) as server:

@@ -1,4 +1,4 @@
-"""Anyone's own pictures: which folders are classes and splits, and what does not fit together."""
+"""Test folders of pictures: which are classes and splits, and layouts that are refused."""
 
 import errno
 import os
@@ -127,7 +127,7 @@ def test_one_split_is_divided_class_by_class(tmp_path, inside):
 
 
 def test_a_picture_stays_in_its_split_when_others_come(tmp_path):
-    """Nearly all do: where the border runs moves by as much as the class grows."""
+    """Nearly all do: the border moves by as much as the class grows."""
     many(tmp_path, {'a': 200, 'b': 200})
     before = found(image_folder.source(tmp_path, 'x'))
     many(tmp_path, {'a': 210, 'b': 210})

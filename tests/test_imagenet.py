@@ -1,4 +1,4 @@
-"""Official archives and extracted folders, made small: labels from names, all pictures there."""
+"""Test small official archives and extracted folders: labels from names, counts checked."""
 
 import dataclasses
 import gzip
@@ -24,7 +24,7 @@ TEST = (2, 2, 3)
 
 
 def content(name):
-    """A picture that nothing else shows."""
+    """A picture of a colour of its own."""
     colour = tuple(np.random.default_rng(list(name.encode())).integers(0, 256, 3).tolist())
     return substitute.jpeg(Image.new('RGB', (9, 7), colour))
 
@@ -141,7 +141,7 @@ def test_the_real_lists_of_tfds():
     assert (classes.wnids[0], classes.wnids[281]) == ('n01440764', 'n02123045')  # tench, tabby
     truth = np.bincount(classes.truths['validation'], minlength=1000)
     assert (truth == 50).all()
-    # ILSVRC2012_val_00000001.JPEG is a sea snake, n01751748, as everybody's lists say.
+    # ILSVRC2012_val_00000001.JPEG is a sea snake, n01751748, in all published lists.
     assert classes.wnids[classes.truths['validation'][0]] == 'n01751748'
 
 
@@ -154,7 +154,7 @@ def test_without_a_devkit_2012_uses_the_lists_of_tfds(year_2012):
         list(source.members())
 
 
-# ---- what is not whole ----------------------------------------------------------------------
+# ---- incomplete sources ----------------------------------------------------------------------
 
 
 def refused(challenge, folder, said):
@@ -355,7 +355,7 @@ def test_built_archives_can_be_read_back(tmp_path, monkeypatch):
 
 
 def test_the_dry_run_trains_the_recipe_of_imagenet():
-    """Its flags are keys of the config, of their types, and it kills what it starts."""
+    """Its flags are keys of the config, with values of their types."""
     config = alexnet.get_config('imagenet2012')
     config.update_from_flattened_dict(dry_run.TRAINING)
     settings = configuration.unpack(config)

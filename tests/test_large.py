@@ -1,4 +1,4 @@
-"""Data sets that stay in their files: what is read, by whom, and what happens when that fails.
+"""Test data sets that stay in their files: contents, batches, damage, statistics, whole runs.
 
 Real array_record files, as TFDS writes them.
 """
@@ -222,7 +222,7 @@ def test_concurrent_reads(sets):
 
 @pytest.mark.parametrize('workers', [0, 2])
 def test_a_system_error_is_not_reported_as_damage(sets, repository, workers):
-    """With no descriptor left the data set is as sound as before, and nobody is to remove it."""
+    """With no file descriptor left the data set is intact: nobody should remove it."""
     script = (
         'import resource\n'
         'from alexnet_jax.data import datasets, records\n'
@@ -245,7 +245,7 @@ def test_taking_no_image(sets):
 
 @pytest.mark.parametrize('how', [signal.SIGKILL, signal.SIGTERM, None])
 def test_a_killed_reader_leaves_nothing_behind(sets, repository, how):
-    """However it ends: while it reads it has no children, and no file in /dev/shm."""
+    """While it reads it has no child processes and no file in /dev/shm."""
     script = (
         'import time, numpy as np\n'
         'from alexnet_jax.data import datasets\n'
@@ -283,7 +283,7 @@ def test_a_damaged_record_is_named(copy, workers):
     ) as e:
         dataset.images[:]
     assert '\n' not in str(e.value)
-    assert dataset.images[:90].shape[0] == 90  # what is sound can be read as before
+    assert dataset.images[:90].shape[0] == 90  # intact records can still be read
 
 
 def test_descriptions_of_other_data_are_refused(copy):
@@ -320,7 +320,7 @@ def test_statistics_of_a_large_set(copy, caplog):
     with caplog.at_level(logging.WARNING):
         result = datasets.statistics_of(dataset)
         again = datasets.statistics_of(large(copy))
-    assert len(caplog.records) == 1  # the second time they are there
+    assert len(caplog.records) == 1  # the second call finds them on disk
     images = dataset.images[:].astype(np.float64)
     np.testing.assert_allclose(result.mean_image, images.mean(axis=0), rtol=1e-6)
     covariance = np.cov(images.reshape(-1, 3).T, bias=True)
@@ -351,7 +351,7 @@ def test_statistics_beside_the_records_are_used(copy):
 
 @pytest.fixture(scope='module')
 def noise(tmp_path_factory):
-    """A data set prepared as JPEG of pictures that JPEG changes much."""
+    """A data set of noisy pictures, stored as JPEG, which changes them much."""
     folder = tmp_path_factory.mktemp('noise')
     rng = np.random.default_rng(0)
     for number in range(60):
@@ -411,7 +411,7 @@ def as_smoke_run(data_dir, **changes):
 def test_a_run_on_a_large_set_equals_one_in_memory(
     smoke_run, data_dir, tmp_path, capsys, monkeypatch
 ):
-    """To the bit; and it prints once that the input is the limit, where it is.
+    """To the bit; and a run that waits for images prints that once.
 
     Whatever else is listed as changing no number is changed with it, but for meshes.
     """

@@ -1,4 +1,4 @@
-"""Pictures of every kind in the form of 2012; what cannot or should not be decoded; JPEGs."""
+"""Test decoding of all kinds of pictures, refusal of damaged and huge ones, and JPEG encoding."""
 
 import io
 import struct
@@ -29,7 +29,7 @@ def png(picture):
 
 
 def reference(picture, px):
-    """The words of section 2, as directly as Pillow has them: resize the whole, then crop."""
+    """Do as section 2 of the paper says: resize the picture, then crop the centre."""
     ratio = px / min(picture.size)
     size = [round(edge * ratio) for edge in picture.size]
     whole = picture.resize(size, Image.Resampling.BICUBIC)
@@ -53,7 +53,7 @@ def test_a_ratio_that_leaves_a_fraction_of_a_pixel():
 
 
 def test_every_kind_of_picture_is_read_as_the_plain_one():
-    """What substitute puts into archives: all show the same photograph."""
+    """All of `substitute.odd_ones` show the same photograph."""
     picture = photo(400, 300)
     plain = images.picture(substitute.jpeg(picture), 64).astype(int)
     odd = substitute.odd_ones(picture)
@@ -104,7 +104,7 @@ PLAIN = [
 @pytest.mark.parametrize('mode', ['RGB', 'L'])
 @pytest.mark.parametrize('how', PLAIN, ids=str)
 def test_a_plain_jpeg_gives_pillow_s_bits_without_pillow(how, mode, monkeypatch):
-    """Sizes of all remainders of a block, so that the borders are seen too."""
+    """Sizes of all remainders of a block, so that borders are covered too."""
     for size in ((64, 48), (33, 50), (17, 1), (7, 95)):
         encoded = encoded_as(photo(*size).convert(mode), **how)
         shapes = [(*size[::-1], channels) for channels in ((3,) if mode == 'RGB' else (3, 1))]

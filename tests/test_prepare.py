@@ -1,4 +1,4 @@
-"""The command: its flags, what it writes, and one sentence where it fails."""
+"""Test the command: its flags, its output, and one sentence for each failure."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def test_ones_own_pictures_from_folder_to_dataset(pets, tmp_path, capsys):
     assert dataset.class_names == ('cat', 'dog')
     assert len(dataset) == 16
     assert dataset.images[np.arange(2)].shape == (2, 32, 32, 3)
-    assert prepare.main(words) == 0  # it is there
+    assert prepare.main(words) == 0  # it exists already
 
 
 def test_the_command_starts_without_jax_and_tfds(pets, tmp_path):
@@ -121,7 +121,7 @@ def test_the_error_of_a_damaged_set_names_the_command(pets, tmp_path):
         prepared.shards(tmp_path / 'imagenet2012/1.0.0')
 
 
-# ---- what TFDS has --------------------------------------------------------------------------
+# ---- sets of TFDS --------------------------------------------------------------------------
 
 
 def by_tfds(data_dir, file_format='array_record', name='shapes', **more):
@@ -177,7 +177,7 @@ def test_a_set_prepared_by_tfds_is_linked(tfds_dir, tmp_path, capsys):
     assert prepare.main(words) == 0
     assert capsys.readouterr().out.strip() == str(link)
     assert link.resolve() == tfds_dir / 'shapes/2.1.0'
-    words[2:] = [f'--data_dir={tfds_dir}']  # where it lies already nothing is linked
+    words[2:] = [f'--data_dir={tfds_dir}']  # no link within the same folder
     assert prepare.main(words) == 0
     assert capsys.readouterr().out.strip() == str(tfds_dir / 'shapes/2.1.0')
 
@@ -220,7 +220,7 @@ def test_another_format_needs_tensorflow(tfds_dir, tmp_path, monkeypatch):
 
 
 def test_an_error_of_tfds_is_reported(tmp_path, monkeypatch):
-    """A module of that name stands in for TensorFlow: TFDS is asked, and fails."""
+    """A module of that name stands in for TensorFlow: TFDS is called, and fails."""
     monkeypatch.setattr(prepare.importlib.util, 'find_spec', lambda name: name)
     with pytest.raises(RunError, match=r'TFDS cannot prepare no_such_set .*not found'):
         prepare.from_tfds('no_such_set', tmp_path / 'data', tmp_path)

@@ -1,4 +1,4 @@
-"""Shards: read by TFDS, same bytes after any kill, nothing incomplete, bad pictures named."""
+"""Test shards: TFDS reads them, kills do not change their bytes, bad pictures are named."""
 
 import contextlib
 import dataclasses
@@ -66,7 +66,7 @@ def sums(folder):
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir()}
 
 
-# ---- what is made ---------------------------------------------------------------------------
+# ---- contents -----------------------------------------------------------------------------
 
 
 def examples(folder):
@@ -156,7 +156,7 @@ def test_a_prepared_set_is_kept_and_another_form_refused(pets, made):
 
 @pytest.fixture(scope='module')
 def many(tmp_path_factory):
-    """2,100 pictures, which take the command two processes and a while."""
+    """2,100 pictures, enough for several shards and some seconds."""
     root = tmp_path_factory.mktemp('many') / 'many'
     return draw(root, {'a': 1050, 'b': 1050}, size=(375, 250))
 
@@ -264,7 +264,7 @@ def test_the_same_number_of_other_pictures_is_refused(pets, made, tmp_path):
 
 
 def test_a_staging_directory_left_by_a_kill_is_removed(pets, made, tmp_path):
-    """Renamed, but its work folder not yet swept away."""
+    """The folder has its final name, and the staging directory was not removed yet."""
     shutil.copytree(made.parents[1], tmp_path / 'data')
     (tmp_path / 'data/.prepare-pets/plan').mkdir(parents=True)
     make(pets, tmp_path / 'data')
@@ -273,7 +273,7 @@ def test_a_staging_directory_left_by_a_kill_is_removed(pets, made, tmp_path):
 
 @pytest.fixture
 def half(pets, tmp_path):
-    """A copy of the pictures, with a folder of data in which a stopped run left all shards."""
+    """A copy of the pictures, and a data folder in which a stopped run left all shards."""
     copy = shutil.copytree(pets, tmp_path / 'pets')
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shard_writer, '_describe', interrupt)
@@ -302,12 +302,12 @@ def test_shards_of_another_form_are_not_overwritten(half, form):
     assert sums(data_dir / '.prepare-pets/set') == shards
     for part in data_dir.glob('.prepare-pets/facts/*'):
         part.unlink()
-    assert make(copy, data_dir, form)  # there is nothing to lose
+    assert make(copy, data_dir, form)  # nothing to lose
 
 
 @pytest.mark.parametrize('change', ['mended', 'removed', 'added'])
 def test_shards_of_unchanged_pictures_are_kept(half, pets, tmp_path, change):
-    """A picture mended or removed, as a sentence asks for, costs its own shard only."""
+    """A picture that was mended or removed costs its own shard only."""
     copy, data_dir = half
     before = shard_stamps(data_dir)
     if change == 'mended':
@@ -321,7 +321,7 @@ def test_shards_of_unchanged_pictures_are_kept(half, pets, tmp_path, change):
         with pytest.raises(InterruptedError):
             make(copy, data_dir)
     kept = [name for name, stamp in shard_stamps(data_dir).items() if before[name] == stamp]
-    # The share for validation is cut anew: another picture may have changed its split.
+    # The split is divided again: another picture may have changed its side.
     assert len(before) - 4 <= len(kept) < len(before)
     left = make(copy, data_dir)
     assert sums(left) == sums(make(copy, tmp_path / 'undisturbed'))
@@ -365,12 +365,12 @@ class NoPool:
         pass
 
 
-# ---- what can go wrong ----------------------------------------------------------------------
+# ---- failures ------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def spoilt(pets, tmp_path):
-    """Three pictures that cannot be decoded: cut, no picture, a bomb of a size."""
+    """Three pictures that cannot be decoded: truncated, a text, empty."""
     copy = shutil.copytree(pets, tmp_path / 'pets')
     whole = (copy / 'cat/0001.jpg').read_bytes()
     (copy / 'cat/0001.jpg').write_bytes(whole[: len(whole) // 2])
@@ -422,7 +422,7 @@ def test_a_disk_too_small_is_noticed_before_anything_is_written(pets, tmp_path, 
 
 
 def test_a_disk_that_fills_up_leaves_nothing_incomplete(pets, small_disk, monkeypatch):
-    """3 MB: the space looks larger beforehand, as if others had filled it since."""
+    """A disk of 3 MB that seems larger when the run starts."""
     usage = namedtuple('usage', 'total used free')
     monkeypatch.setattr(shard_writer.shutil, 'disk_usage', lambda path: usage(0, 0, 10**12))
     with pytest.raises(OSError, match=r'No space left on device'):
@@ -470,7 +470,7 @@ def test_known_colours_are_compared(pets, tmp_path, capsys):
 
 
 def test_a_shard_by_itself(pets, tmp_path):
-    """What the workers run, and the benchmark: no pool, no lock."""
+    """`write_shard` alone, without pool and lock."""
     plan = tmp_path / 'plan'
     names = [f'cat/{i:04d}.jpg' for i in range(5)]
     lines = [

@@ -1,4 +1,4 @@
-"""Streaming sums against a direct computation, exactness, files, and known colours."""
+"""Test streaming sums against a direct computation, exactness, files, and known colours."""
 
 import dataclasses
 
