@@ -1,4 +1,4 @@
-"""The real Fashion-MNIST, its decoded copy and every way to damage it; batches; statistics."""
+"""Test the real Fashion-MNIST, damage to its decoded copy, batches, prefetching and statistics."""
 
 import gc
 import hashlib
@@ -35,7 +35,7 @@ def small_master(data_dir, tmp_path_factory):
         part = datasets.load('fashion_mnist', data_dir, f'{split}[:{n}]')
         raw[split] = (part.images[..., 0], part.labels)
     folder = tmp_path_factory.mktemp('small')
-    fashion_mnist.write(raw, folder, report=lambda line: None)
+    fashion_mnist.write(raw, folder)
     return folder
 
 
@@ -64,7 +64,7 @@ def same(a, b):
 
 @pytest.mark.parametrize('split', ['train', 'test'])
 def test_every_image_and_label_is_the_original_in_tfds_order(data_dir, split):
-    """Undo TFDS's shuffle (a sort by hashed index), and the raw files' checksums must come out."""
+    """Undo TFDS's shuffle (a sort by hashed index), and compare the raw files' checksums."""
     dataset = datasets.load('fashion_mnist', data_dir, split)
     hasher = hashing.Hasher(split)
     order = sorted(range(len(dataset)), key=hasher.hash_key)
@@ -120,7 +120,7 @@ def test_a_wrong_split_is_refused_in_one_sentence(expression):
     assert '\n' not in str(error.value)
 
 
-def test_slices_and_sums_are_parts_of_the_whole(data_dir, train):
+def test_slices_and_sums_of_splits(data_dir, train):
     part = datasets.load('fashion_mnist', data_dir, 'train[55000:]+test[:10]')
     test = datasets.load('fashion_mnist', data_dir, 'test')
     assert np.array_equal(part.images[:5000], train.images[55_000:])
@@ -128,7 +128,7 @@ def test_slices_and_sums_are_parts_of_the_whole(data_dir, train):
     assert len(part) == 5010
 
 
-# ---- what is not there ----------------------------------------------------------------------
+# ---- missing data ----------------------------------------------------------------------------
 
 
 def test_unknown_names_and_absent_data(data_dir, tmp_path):
@@ -159,7 +159,7 @@ def test_the_second_load_maps_the_copy_and_none_imports_anything_heavy(small):
 
 @pytest.mark.parametrize('part', ['images.npy', 'labels.npy', 'json'])
 @pytest.mark.parametrize('damage', ['flip', 'truncate', 'remove'])
-def test_a_damaged_copy_is_made_again(small, part, damage):
+def test_a_damaged_copy_is_rebuilt(small, part, damage):
     good = datasets.load('fashion_mnist', small, 'train')
     path = small / f'decoded/fashion_mnist-3.0.1-train.{part}'
     content = path.read_bytes()
@@ -174,14 +174,14 @@ def test_a_damaged_copy_is_made_again(small, part, damage):
     assert len(list(path.parent.iterdir())) == 3
 
 
-def test_a_stale_copy_is_made_again(small, small_master, tmp_path):
+def test_a_stale_copy_is_rebuilt(small, small_master, tmp_path):
     before = datasets.load('fashion_mnist', small, 'train')
     reversed_raw = {
         split: (part.images[::-1, ..., 0], part.labels[::-1])
         for split in SMALL
         for part in [datasets.load('fashion_mnist', small, split)]
     }
-    fashion_mnist.write(reversed_raw, tmp_path / 'other', report=lambda line: None)
+    fashion_mnist.write(reversed_raw, tmp_path / 'other')
     shutil.rmtree(small / 'fashion_mnist')
     shutil.copytree(tmp_path / 'other/fashion_mnist', small / 'fashion_mnist')
     after = datasets.load('fashion_mnist', small, 'train')
@@ -189,12 +189,12 @@ def test_a_stale_copy_is_made_again(small, small_master, tmp_path):
     assert np.array_equal(np.sort(before.labels), np.sort(after.labels))
 
 
-def test_no_room_for_a_copy_is_said_and_survived(small, caplog):
+def test_a_copy_that_cannot_be_stored_is_logged(small, caplog):
     (small / 'decoded').write_text('a file where the folder should be')
     with caplog.at_level(logging.WARNING):
         dataset = datasets.load('fashion_mnist', small, 'test')
     assert len(dataset) == 200
-    assert 'cannot keep a decoded copy' in caplog.text
+    assert 'cannot store a decoded copy' in caplog.text
 
 
 def test_a_truncated_or_missing_record_file_is_refused(small):
@@ -246,13 +246,13 @@ def test_every_epoch_is_a_full_permutation(n):
 def test_permutations_differ_between_seeds_and_epochs_and_never_change():
     orders = {tuple(batching.permutation(s, e, 100)) for s in range(5) for e in range(5)}
     assert len(orders) == 25
-    # Philox's raw stream is fixed by its definition, so these are the same for ever.
+    # Philox's raw stream is fixed by its definition, so these never change.
     assert batching.permutation(0, 0, 8).tolist() == [0, 2, 1, 5, 4, 3, 6, 7]
     assert batching.permutation(3, 2, 8).tolist() == [2, 4, 1, 3, 6, 5, 0, 7]
 
 
 @pytest.mark.parametrize('batch_size', [1, 3, 10, 25])
-def test_batches_chain_through_the_epochs_without_loss(batch_size):
+def test_batches_cover_every_epoch(batch_size):
     n, seed = 10, 4
     steps = 3 * n  # whole epochs, whatever the batch size
     chain = np.concatenate([batching.batch_indices(seed, s, batch_size, n) for s in range(steps)])
@@ -262,7 +262,7 @@ def test_batches_chain_through_the_epochs_without_loss(batch_size):
 
 
 @pytest.mark.parametrize('processes', [1, 2, 4])
-def test_shares_of_processes_make_up_the_global_batch(train, processes):
+def test_slices_of_processes_make_up_the_global_batch(train, processes):
     share = 64 // processes
     whole = batching.TrainStream(train, seed=1, batch_size=64)
     shares = [slice(i * share, (i + 1) * share) for i in range(processes)]
@@ -312,7 +312,7 @@ def test_prefetch_keeps_order_and_ends(depth):
     assert not prefetch_threads()
 
 
-def test_prefetch_works_ahead_but_no_further_than_asked():
+def test_prefetch_works_ahead_up_to_its_depth():
     called = {i: threading.Event() for i in range(10)}
     stream = batching.prefetch(lambda i: called[i].set() or i, 0, 10, depth=3)
     assert next(stream) == 0
@@ -321,7 +321,7 @@ def test_prefetch_works_ahead_but_no_further_than_asked():
     stream.close()
 
 
-def test_prefetch_raises_where_the_item_would_have_come():
+def test_prefetch_raises_at_the_failing_item():
     def fail_at_three(i):
         if i == 3:
             raise ValueError('item 3')

@@ -294,7 +294,7 @@ def test_data_that_is_not_the_same_everywhere(command, data_dir, tmp_path, fault
         if i == 0 or fault == 'different':
             images = train.images[..., 0] + np.uint8(i)
             raw = {'train': (images, train.labels), 'test': (test.images[..., 0], test.labels)}
-            fashion_mnist.write(raw, place / 'data', report=lambda line: None)
+            fashion_mnist.write(raw, place / 'data')
             (place / 'data' / 'fashion_mnist').rename(place / 'data' / 'mine')
     crew = Crew(command, tmp_path / 'w', 2, splits, places=places)
     assert crew.wait() == {0: 2, 1: 2}, crew.stderr(0) + crew.stderr(1)

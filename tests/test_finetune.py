@@ -31,7 +31,7 @@ def seven(data_dir, tmp_path_factory):
         chosen = part.labels < 7
         raw[split] = (part.images[chosen][..., 0], part.labels[chosen])
     folder = tmp_path_factory.mktemp('seven')
-    fashion_mnist.write(raw, folder, report=lambda line: None)
+    fashion_mnist.write(raw, folder)
     (folder / 'fashion_mnist').rename(folder / 'seven')
     names = folder / 'seven/3.0.1/label.labels.txt'
     names.write_text('\n'.join(names.read_text().splitlines()[:7]) + '\n')

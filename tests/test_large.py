@@ -1,4 +1,4 @@
-"""Data sets that stay in their files: what is read, by whom, and what happens when that fails.
+"""Test data sets that stay in their files: contents, batches, damage, statistics, whole runs.
 
 Real array_record files, as TFDS writes them.
 """
@@ -113,7 +113,7 @@ def large(folder, split='train', workers=2):
 
 @pytest.mark.parametrize('split', ['train', 'test', 'train[50:120]+test[-7:]', 'train[98:102]'])
 @pytest.mark.parametrize('form', ['pixels', 'picture', 'any size'])
-def test_what_is_read_is_what_tfds_reads(sets, form, split):
+def test_images_and_labels_equal_those_of_tfds(sets, form, split):
     builder = tfds.builder_from_directory(sets[form] / 'drawn/1.0.0')
     assert all(len(info.shard_lengths) == 3 for info in builder.info.splits.values())
     skip = None if form == 'pixels' else {'image': tfds.decode.SkipDecoding()}
@@ -132,7 +132,7 @@ def test_what_is_read_is_what_tfds_reads(sets, form, split):
 
 
 @pytest.mark.parametrize('form', ['pixels', 'picture', 'any size'])
-def test_small_and_large_are_the_same(sets, form, tmp_path):
+def test_small_and_large_sets_are_equal(sets, form, tmp_path):
     folder = shutil.copytree(sets[form], tmp_path / 'data')
     small, big = datasets.load('drawn', folder, 'train[7:]'), large(folder, 'train[7:]')
     assert isinstance(small.images, np.ndarray)
@@ -165,12 +165,12 @@ def test_a_record_is_parsed_as_protobuf_does():
 
 
 @pytest.mark.parametrize('record', [b'', b'\x0a', b'\x0a\x05abc', b'\x00\x01', b'\xff' * 20])
-def test_what_is_no_record_is_refused(record):
+def test_malformed_records_are_refused(record):
     with pytest.raises((ValueError, IndexError)):
         records.image_and_label(record)
 
 
-def test_images_are_had_by_number_slice_and_array(sets):
+def test_indexing_by_number_slice_and_array(sets):
     dataset = large(sets['pixels'])
     everything = dataset.images[:]
     numbers = np.array([[3, 299], [0, 3]])
@@ -192,7 +192,7 @@ def test_images_are_had_by_number_slice_and_array(sets):
 
 
 @pytest.mark.parametrize('workers', [0, 2])
-def test_batches_are_those_of_a_set_in_memory(sets, tmp_path, workers):
+def test_batches_equal_those_of_a_set_in_memory(sets, tmp_path, workers):
     folder = shutil.copytree(sets['picture'], tmp_path / 'data')
     small, big = datasets.load('drawn', folder, 'train'), large(folder, workers=workers)
     for rows in (slice(None), slice(0, 32), slice(32, 64)):
@@ -210,9 +210,9 @@ def test_batches_are_those_of_a_set_in_memory(sets, tmp_path, workers):
                 np.testing.assert_array_equal(batch[key], expected[key])
 
 
-def test_threads_may_read_at_once(sets):
+def test_concurrent_reads(sets):
     dataset = large(sets['pixels'])
-    everything = Readers(0).take(dataset.images.source, np.arange(300))[0]
+    everything = Readers(0).take(dataset.images.records, np.arange(300))[0]
     orders = [np.random.default_rng(i).permutation(300)[:100] for i in range(40)]
     found = batches.prefetch(lambda i: dataset.take(orders[i]), 0, 40, depth=8, threads=8)
     for order, (images, labels) in zip(orders, found, strict=True):
@@ -221,12 +221,12 @@ def test_threads_may_read_at_once(sets):
 
 
 @pytest.mark.parametrize('workers', [0, 2])
-def test_what_the_system_cannot_read_is_not_called_damaged(sets, repository, workers):
-    """With no descriptor left the data set is as sound as before, and nobody is to remove it."""
+def test_a_system_error_is_not_reported_as_damage(sets, repository, workers):
+    """With no file descriptor left the data set is intact: nobody should remove it."""
     script = (
         'import resource\n'
         'from alexnet_jax.data import datasets, records\n'
-        'records._allow_files()\n'  # once: raised again later, the limit below would be gone
+        'records._raise_file_limit()\n'  # once: raised again later, the limit below would be gone
         f'd = datasets.load("drawn", {str(sets["picture"])!r}, "train", workers={workers},'
         ' resident_gib=0.0)\n'
         'resource.setrlimit(resource.RLIMIT_NOFILE, (3, 4096))\n'
@@ -237,15 +237,15 @@ def test_what_the_system_cannot_read_is_not_called_damaged(sets, repository, wor
     assert said.startswith('OSError [Errno 24] Too many open files'), said
 
 
-def test_no_image_is_no_error(sets):
+def test_taking_no_image(sets):
     images, labels = large(sets['picture']).take(np.arange(0))
     assert images.shape == (0, PX, PX, 3)
     assert len(labels) == 0
 
 
 @pytest.mark.parametrize('how', [signal.SIGKILL, signal.SIGTERM, None])
-def test_a_process_that_reads_leaves_nothing_behind(sets, repository, how):
-    """However it ends: while it reads it has no children, and no file in /dev/shm."""
+def test_a_killed_reader_leaves_nothing_behind(sets, repository, how):
+    """While it reads it has no child processes and no file in /dev/shm."""
     script = (
         'import time, numpy as np\n'
         'from alexnet_jax.data import datasets\n'
@@ -283,7 +283,7 @@ def test_a_damaged_record_is_named(copy, workers):
     ) as e:
         dataset.images[:]
     assert '\n' not in str(e.value)
-    assert dataset.images[:90].shape[0] == 90  # what is sound can be read as before
+    assert dataset.images[:90].shape[0] == 90  # intact records can still be read
 
 
 def test_descriptions_of_other_data_are_refused(copy):
@@ -303,10 +303,10 @@ def test_descriptions_of_other_data_are_refused(copy):
 # ---- labels, names, statistics --------------------------------------------------------------
 
 
-def test_labels_are_read_once_and_again_when_the_records_change(copy, monkeypatch):
+def test_labels_are_kept_until_the_records_change(copy, monkeypatch):
     expected = large(copy).labels
     read = []
-    monkeypatch.setattr(records.Source, 'read', lambda *_: read.append(1) or 1 / 0)
+    monkeypatch.setattr(records.Records, 'read', lambda *_: read.append(1) or 1 / 0)
     np.testing.assert_array_equal(large(copy).labels, expected)
     assert not read
     path = next((copy / 'drawn/1.0.0').glob('*train*-00001-of-*'))
@@ -320,7 +320,7 @@ def test_statistics_of_a_large_set(copy, caplog):
     with caplog.at_level(logging.WARNING):
         result = datasets.statistics_of(dataset)
         again = datasets.statistics_of(large(copy))
-    assert len(caplog.records) == 1  # the second time they are there
+    assert len(caplog.records) == 1  # the second call finds them on disk
     images = dataset.images[:].astype(np.float64)
     np.testing.assert_allclose(result.mean_image, images.mean(axis=0), rtol=1e-6)
     covariance = np.cov(images.reshape(-1, 3).T, bias=True)
@@ -351,7 +351,7 @@ def test_statistics_beside_the_records_are_used(copy):
 
 @pytest.fixture(scope='module')
 def noise(tmp_path_factory):
-    """A data set prepared as JPEG of pictures that JPEG changes much."""
+    """A data set of noisy pictures, stored as JPEG, which changes them much."""
     folder = tmp_path_factory.mktemp('noise')
     rng = np.random.default_rng(0)
     for number in range(60):
@@ -366,7 +366,7 @@ def noise(tmp_path_factory):
 
 
 @pytest.mark.parametrize('split', ['train', 'train[:100%]', 'train[:-1]'])
-def test_one_mean_image_wherever_the_images_are_kept(noise, split, tmp_path):
+def test_one_mean_image_in_memory_and_in_files(noise, split, tmp_path):
     """In memory, in the files, as prepared, and without what preparation has summed up."""
     folder = shutil.copytree(noise, tmp_path / 'data')
     ways = [dict(workers=w, resident_gib=g) for w, g in ((0, 4.0), (2, 4.0), (0, 0.0), (2, 0.0))]
@@ -378,7 +378,7 @@ def test_one_mean_image_wherever_the_images_are_kept(noise, split, tmp_path):
             np.testing.assert_array_equal(value, getattr(found[0], name), name)
 
 
-def test_words_beside_the_names(copy):
+def test_class_words(copy):
     assert large(copy).class_names == ('n0', 'n1', 'n2', 'n3', 'n4')
     words = copy / 'drawn/1.0.0/label.words.txt'
     words.write_text('tench, Tinca tinca\ncrane\ncock\ncrane\nostrich\n')
@@ -390,11 +390,11 @@ def test_words_beside_the_names(copy):
         large(copy)
 
 
-def test_what_we_prepared_goes_before_a_newer_version(copy):
+def test_a_set_prepared_here_is_preferred_to_a_newer_version(copy):
     shutil.copytree(copy / 'drawn/1.0.0', copy / 'drawn/5.1.0')
-    assert large(copy).images.source.folder.name == '5.1.0'
+    assert large(copy).images.records.folder.name == '5.1.0'
     (copy / 'drawn/1.0.0/preparation.json').write_text('{}')
-    assert large(copy).images.source.folder.name == '1.0.0'
+    assert large(copy).images.records.folder.name == '1.0.0'
 
 
 # ---- runs -----------------------------------------------------------------------------------
@@ -408,10 +408,10 @@ def as_smoke_run(data_dir, **changes):
     return config
 
 
-def test_a_run_on_a_large_set_is_the_run_in_memory(
+def test_a_run_on_a_large_set_equals_one_in_memory(
     smoke_run, data_dir, tmp_path, capsys, monkeypatch
 ):
-    """To the bit; and it prints once that the input is the limit, where it is.
+    """To the bit; and a run that waits for images prints that once.
 
     Whatever else is listed as changing no number is changed with it, but for meshes.
     """
@@ -474,7 +474,7 @@ def test_a_run_without_validation(smoke_run, data_dir, tmp_path):
     ('wanted', 'says'),
     [(40_000.0, '8 cores would do (data.workers)'), (9_000.0, 'they are enough if nothing else')],
 )
-def test_how_many_cores_would_do(sets, wanted, says, monkeypatch):
+def test_shortage_estimates_the_cores_needed(sets, wanted, says, monkeypatch):
     dataset = large(sets['picture'])
     assert isinstance(dataset, LargeDataset)
     dataset.images.readers = Readers(2)
@@ -508,7 +508,7 @@ def test_a_stopped_run_on_a_large_set_resumes(smoke_run, command, tmp_path):
     assert_same(outcome(smoke_run), outcome(tmp_path / 'run'))
 
 
-def test_two_processes_read_a_share_each(smoke_run, command, tmp_path):
+def test_two_processes_read_a_slice_each(smoke_run, command, tmp_path):
     crew = Crew([*command, '--config.mesh.data=2', '--config.epochs=1.0'], tmp_path, 2, devices=2)
     assert crew.wait() == {0: 0, 1: 0}, crew.said(0) + crew.said(1)
     first, expected = (metrics.read(folder)[0] for folder in (tmp_path / 'run', smoke_run))

@@ -1,4 +1,4 @@
-"""Pictures of every kind in the form of 2012; what cannot or should not be decoded; JPEGs."""
+"""Test decoding of all kinds of pictures, refusal of damaged and huge ones, and JPEG encoding."""
 
 import io
 import struct
@@ -29,7 +29,7 @@ def png(picture):
 
 
 def reference(picture, px):
-    """The words of section 2, as directly as Pillow has them: resize the whole, then crop."""
+    """Do as section 2 of the paper says: resize the picture, then crop the centre."""
     ratio = px / min(picture.size)
     size = [round(edge * ratio) for edge in picture.size]
     whole = picture.resize(size, Image.Resampling.BICUBIC)
@@ -52,8 +52,8 @@ def test_a_ratio_that_leaves_a_fraction_of_a_pixel():
     np.testing.assert_array_equal(images.picture(png(photo(97, 62)), 32), np.asarray(square))
 
 
-def test_every_odd_one_is_read_as_the_plain_one():
-    """What substitute puts into archives: all show the same photograph."""
+def test_every_kind_of_picture_is_read_as_the_plain_one():
+    """All of `substitute.odd_ones` show the same photograph."""
     picture = photo(400, 300)
     plain = images.picture(substitute.jpeg(picture), 64).astype(int)
     odd = substitute.odd_ones(picture)
@@ -77,7 +77,7 @@ def test_predict_reads_files_the_same_way(tmp_path):
         )
 
 
-def test_the_stored_size_comes_through_unchanged():
+def test_the_stored_size_is_unchanged():
     image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     np.testing.assert_array_equal(images.picture(png(Image.fromarray(image)), 64), image)
     encoded = images.jpeg(image, 90)
@@ -104,7 +104,7 @@ PLAIN = [
 @pytest.mark.parametrize('mode', ['RGB', 'L'])
 @pytest.mark.parametrize('how', PLAIN, ids=str)
 def test_a_plain_jpeg_gives_pillow_s_bits_without_pillow(how, mode, monkeypatch):
-    """Sizes of all remainders of a block, so that the borders are seen too."""
+    """Sizes of all remainders of a block, so that borders are covered too."""
     for size in ((64, 48), (33, 50), (17, 1), (7, 95)):
         encoded = encoded_as(photo(*size).convert(mode), **how)
         shapes = [(*size[::-1], channels) for channels in ((3,) if mode == 'RGB' else (3, 1))]
@@ -156,7 +156,7 @@ def test_a_jpeg_cut_off_is_no_picture(damage):
         images.decode(encoded_as(photo(64, 64))[damage], (64, 64, 3))
 
 
-def test_a_comment_does_not_come_along():
+def test_a_comment_is_not_copied():
     """One that a PNG can hold and a JPEG cannot would not even be written."""
     buffer, about = io.BytesIO(), PngImagePlugin.PngInfo()
     about.add_text('comment', 'x' * 70_000, zip=True)
@@ -187,12 +187,12 @@ def bomb(side):
 
 
 @pytest.mark.parametrize('side', [9_500, 20_000])
-def test_a_bomb_is_refused_before_it_goes_off(side):
+def test_a_decompression_bomb_is_refused(side):
     with pytest.raises(images.BadImage, match='decompression bomb'):
         images.picture(bomb(side), 256)
 
 
-def test_a_bomb_is_refused_where_warnings_are_none():
+def test_a_decompression_bomb_is_refused_with_warnings_off():
     script = (
         'import sys; from tests import test_pictures as t\n'
         'try: t.images.picture(t.bomb(9_500), 256)\n'

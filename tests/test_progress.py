@@ -27,13 +27,12 @@ def test_a_bar_on_a_terminal():
     assert 'of train[:50] [/b]' in text
 
 
-def test_preparation_reports_lines_when_not_a_terminal(monkeypatch):
+def test_preparation_prints_lines_when_not_a_terminal(monkeypatch, capsys):
     monkeypatch.setattr(prepared, 'LOG_EVERY_SECS', 0)
-    reported = []
-    with prepared.progress('reading', 4000, reported.append) as update:
+    with prepared.progress('reading', 4000) as update:
         update(1000)
         update(3000)
-    assert reported[-1] == 'reading: 3,000 of 4,000 (75%)'
+    assert capsys.readouterr().err.endswith('reading: 3,000 of 4,000 (75%)\n')
 
 
 def test_durations():

@@ -1,7 +1,7 @@
-"""A batch as a function of (seed, step), and the batches of an evaluation. NumPy only, no JAX.
+"""Training batches as a function of (seed, step), and evaluation batches. NumPy only, no JAX.
 
-Which images a step sees depends on the seed and the step alone, not on what ran before or on how
-many processes share the work.
+The images of a step depend on the seed and the step alone, not on earlier steps or the number of
+processes.
 """
 
 import functools
@@ -20,8 +20,8 @@ Batch = dict[str, np.ndarray]
 def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
     """Return the order of the n images in an epoch: int64 [n], read-only.
 
-    It sorts Philox's raw 64-bit words, which NumPy guarantees not to change, as it does not for
-    `Generator.permutation`.
+    It sorts Philox's raw 64-bit words, which NumPy guarantees not to change. For
+    `Generator.permutation` there is no such guarantee.
     """
     words = np.random.Philox(key=np.array([seed, epoch], np.uint64)).random_raw(n)
     order = np.argsort(words, kind='stable').astype(np.int64)
@@ -32,8 +32,8 @@ def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
 def batch_indices(seed: int, step: int, batch_size: int, n: int) -> np.ndarray:
     """Return the images of step `step` (from 0): int64 [batch_size], each in 0..n-1.
 
-    They are the positions step * batch_size .. (step + 1) * batch_size - 1 of the endless chain of
-    the epochs' permutations: no image is dropped, and a batch may span two epochs.
+    They are the positions step * batch_size .. (step + 1) * batch_size - 1 of the permutations of
+    all epochs, concatenated: no image is dropped, and a batch may span two epochs.
     """
     first, last = step * batch_size, (step + 1) * batch_size
     epochs = range(first // n, (last - 1) // n + 1)
@@ -46,12 +46,12 @@ def batch_indices(seed: int, step: int, batch_size: int, n: int) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class TrainStream:
-    """Training batches; `rows` is the share of each global batch that this process reads."""
+    """Training batches; this process reads the slice `rows` of each global batch."""
 
     dataset: Dataset
     seed: int
     batch_size: int  # of the global batch
-    rows: slice = field(default_factory=lambda: slice(None))  # a slice is no hashable default
+    rows: slice = field(default_factory=lambda: slice(None))  # slices are not hashable
 
     def batch(self, step: int) -> Batch:
         """Return {'image': uint8 [b, H, W, C], 'label': int32 [b]} of step `step`, from 0."""
@@ -65,7 +65,7 @@ def eval_batches(dataset: Dataset, batch_size: int, rows: slice = slice(None)) -
 
     Yields:
         {'image': uint8 [b, H, W, C], 'label': int32 [b], 'mask': float32 [b]}; the mask is 1 for an
-        image and 0 for padding (black, label 0), which no sum or count may include. The next batch
+        image and 0 for padding (black, label 0), to be left out of sums and counts. The next batch
         is read ahead.
     """
     positions = np.arange(batch_size)[rows]

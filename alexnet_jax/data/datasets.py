@@ -1,7 +1,7 @@
 """The splits of a prepared data set, by name, and their statistics. NumPy only, no JAX.
 
 A small split is decoded once and mapped into memory. A large one stays in its files, and threads
-read the images that are asked for. Both have the same order, pixels and interface.
+read images on demand. Both have the same order, pixels and interface.
 """
 
 import collections
@@ -23,7 +23,7 @@ from alexnet_jax import files
 from alexnet_jax.data import prepared
 from alexnet_jax.data import statistics as image_statistics
 from alexnet_jax.data.readers import Readers, prefetch, readers
-from alexnet_jax.data.records import Segment, Source, form_of
+from alexnet_jax.data.records import Records, Segment, image_format
 from alexnet_jax.data.statistics import Statistics, Sums
 from alexnet_jax.errors import RunError, UsageError
 
@@ -40,21 +40,21 @@ RESIDENT_GIB = 4.0  # up to this size a decoded split is kept beside the data an
 class StoredImages:
     """Images in their files, uint8 [N, H, W, C]; indexed along N as an array is."""
 
-    def __init__(self, source: Source, readers: Readers, terms: list[Term]):
-        """`terms`: the split that `source` reads, see `parse_split`."""
-        self.source, self.readers, self.terms = source, readers, terms
+    def __init__(self, records: Records, readers: Readers, terms: list[Term]):
+        """Take the records of a split, see `parse_split` for its terms."""
+        self.records, self.readers, self.terms = records, readers, terms
 
     @property
     def shape(self) -> tuple[int, ...]:
         """(N, H, W, C)."""
-        return (len(self.source), *self.source.shape)
+        return (len(self.records), *self.records.shape)
 
     def __len__(self) -> int:
-        return len(self.source)
+        return len(self.records)
 
     def __getitem__(self, key: Any, /) -> np.ndarray:
         if isinstance(key, tuple):
-            raise IndexError('a data set in its files is indexed by images only')
+            raise IndexError('a data set in its files has one axis to index, the images')
         numbers = np.arange(len(self))[key]
         images, _ = self.take(numbers.reshape(-1))
         return images.reshape(*numbers.shape, *self.shape[1:])
@@ -69,47 +69,36 @@ class StoredImages:
             RunError: a record is damaged.
             OSError: the system cannot open a file, which may be intact.
         """
-        return self.readers.take(self.source, numbers)
+        return self.readers.take(self.records, numbers)
 
     def labels(self) -> np.ndarray:
-        """Return all labels, int32 [N]; reads all records unless a copy is kept.
-
-        Raises:
-            RunError, OSError: as `take`.
-        """
+        """Return all labels, int32 [N]; reads all records unless a copy is kept."""
         path = self._kept('labels.npy')
         with contextlib.suppress(OSError, ValueError, EOFError):
-            labels = np.load(path)
-            if labels.shape == (len(self),) and labels.dtype == np.int32:
-                return labels
-        labels = self.source.read(range(len(self)), None)
+            return np.load(path)
+        labels = self.records.read(range(len(self)), None)
         _keep(path, 'the labels', lambda scratch: _save(scratch, labels))
         return labels
 
     def statistics(self) -> Statistics:
         """Return the statistics of all images; computes them unless preparation or a run has."""
-        folder = self.source.folder
-        everything = ('train', 0, prepared.shards(folder).get('train', (0,))[0])
-        kept = self._kept('statistics.npz')
-        beside = [folder / 'statistics.npz'] if self.terms == [everything] else []
-        for path in (*beside, kept):
+        folder, kept = self.records.folder, self._kept('statistics.npz')
+        for path in (folder / 'statistics.npz', kept):
             with contextlib.suppress(OSError, ValueError, KeyError):
                 found, count = image_statistics.load(path)
-                if count == len(self) and found.mean_image.shape == self.shape[1:]:
+                if path == kept or self.terms == [('train', 0, count)]:
                     return found
-        log.warning('%s: mean image and colours of %s images', folder, f'{len(self):,}')
+        log.warning('%s: computing the mean image of %s images', folder, f'{len(self):,}')
         found = statistics(self)
         _keep(kept, 'the statistics', lambda path: image_statistics.save(path, found, len(self)))
         return found
 
     def _kept(self, ending: str) -> Path:
-        """Return where to keep what depends on the records; the name changes with them."""
-        stamps = [segment.stamp for segment in self.source.segments]
-        about = [self.terms, self.source.shape, stamps]
-        digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
-        folder = self.source.folder
-        copies = folder.parent.parent / 'decoded'
-        return copies / f'{folder.parent.name}-{folder.name}-{digest}.{ending}'
+        """Return the path of what depends on the records; the name changes with them."""
+        stamps = [segment.stamp for segment in self.records.segments]
+        about = json.dumps([self.terms, self.records.shape, stamps])
+        folder, digest = self.records.folder, hashlib.sha256(about.encode()).hexdigest()[:16]
+        return _copies(folder) / f'{folder.parent.name}-{folder.name}-{digest}.{ending}'
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,8 +155,8 @@ def load(
 
     The first call decodes the array_record files and keeps the result in `data_dir/decoded`; later
     calls map that copy into memory, after comparing the sha256 of it and of the files it came from.
-    A base split of more than `resident_gib` is not decoded: its images are read when they are asked
-    for. Images of different sizes are brought to 256 px as `images.picture` does.
+    A base split of more than `resident_gib` is not decoded: its images are read on demand. Pictures
+    of different sizes are resized to 256 px by `images.picture`.
 
     Args:
         name: a data set in `data_dir` in TFDS's array_record format, with the features `image`
@@ -175,22 +164,24 @@ def load(
         data_dir: the folder of all data sets.
         split: a split expression of TFDS: 'test', 'train[:55000]', 'train[90%:]+test'.
         workers: threads that read a large set; -1: one a core; 0: the calling thread reads.
-        resident_gib: the limit between small and large, of a whole base split, decoded.
+        resident_gib: the largest decoded base split that is kept in memory.
 
     Raises:
         UsageError: `name` or `split` is unknown, or the split is empty.
-        RunError: the data set is missing or damaged; the message has the command that prepares it.
+        RunError: the data set is missing or damaged; the message contains the command to run.
     """
     folder = _folder(name, Path(data_dir))
-    splits = prepared.shards(folder)  # checks the description too
-    terms, names = parse_split(split, _shard_lengths(folder)), class_names(name, data_dir)
-    shape, _ = form_of(folder)
-    if max(splits[base][0] for base, *_ in terms) * math.prod(shape) > resident_gib * 2**30:
-        images = StoredImages(_source(folder, terms), readers(workers), terms)
+    files = prepared.shards(folder)
+    terms = parse_split(split, {base: [n for _, n in found] for base, found in files.items()})
+    names = class_names(name, data_dir)
+    sizes = {base: sum(n for _, n in found) for base, found in files.items()}
+    shape, _ = image_format(folder)
+    if max(sizes[base] for base, *_ in terms) * math.prod(shape) > resident_gib * 2**30:
+        images = StoredImages(_records(folder, terms), readers(workers), terms)
         return LargeDataset(name, split, images, names)
     parts = []
     for base, start, stop in terms:
-        images, labels = _decoded(folder, base, *splits[base], workers)
+        images, labels = _decoded(folder, base, sizes[base], workers)
         parts.append((images[start:stop], labels[start:stop]))
     if len(parts) == 1:
         return Dataset(name, split, *parts[0], names)
@@ -214,7 +205,7 @@ def parse_split(split: str, shard_lengths: dict[str, list[int]]) -> list[Term]:
     sizes = {name: sum(lengths) for name, lengths in shard_lengths.items()}
     if split in sizes:
         return [(split, 0, sizes[split])]
-    import tensorflow_datasets as tfds  # 0.3 s and 30 MiB, which most large runs need not
+    import tensorflow_datasets as tfds  # 0.3 s and 30 MiB, which most runs avoid
 
     infos = [
         tfds.core.SplitInfo(name=name, shard_lengths=lengths, num_bytes=0)
@@ -233,12 +224,12 @@ def parse_split(split: str, shard_lengths: dict[str, list[int]]) -> list[Term]:
         ) from None
     for base, start, stop in terms:
         if start >= stop:
-            raise UsageError(f"Split '{split}' asks for no image of {base}'s {sizes[base]:,}.")
+            raise UsageError(f"Split '{split}' selects none of {base}'s {sizes[base]:,} images.")
     return terms
 
 
 def _folder(name: str, data_dir: Path) -> Path:
-    """Return the folder of a data set: one prepared here if there is, else the newest version."""
+    """Return the folder of a data set: the one prepared here, else the newest version."""
     infos = list(data_dir.glob('*/*/dataset_info.json'))
     versions = [
         path.parent
@@ -247,7 +238,7 @@ def _folder(name: str, data_dir: Path) -> Path:
     ]
 
     def rank(path: Path) -> tuple[bool, list[int]]:
-        ours = (path / 'preparation.json').exists()  # images of one size: quick to read
+        ours = (path / prepared.PREPARATION).exists()  # images of one size: quick to read
         return ours, [int(part) for part in path.name.split('.')]
 
     if versions:
@@ -262,27 +253,28 @@ def _folder(name: str, data_dir: Path) -> Path:
 
 
 def class_names(name: str, data_dir: str | Path, *, words: bool = True) -> tuple[str, ...]:
-    """Return the class names of a data set: words if it has them ('tabby, tabby cat'), else TFDS's.
+    """Return the class names of a data set, by label.
 
-    Without `words` always TFDS's, for ImageNet the WordNet ids. They are '0', '1', ... if the
-    labels have none. Classes with the same words ('crane') get their TFDS name appended.
+    They are its words if it has them ('tabby, tabby cat') and `words` is true, else TFDS's names
+    (for ImageNet the WordNet ids), else '0', '1', ... To words that two classes share ('crane') the
+    name is appended.
 
     Raises:
         UsageError, RunError: as `load`.
     """
     folder = _folder(name, Path(data_dir))
     try:
-        names = called = _names(folder)
+        names = described = _names(folder)
         if words and (folder / 'label.words.txt').is_file():
-            called = (folder / 'label.words.txt').read_text(encoding='utf-8').splitlines()
-        if len(called) != len(names):
-            raise ValueError(f'{len(called)} words for {len(names)} classes')
+            described = (folder / 'label.words.txt').read_text(encoding='utf-8').splitlines()
+        if len(described) != len(names):
+            raise ValueError(f'{len(described)} words for {len(names)} classes')
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise prepared.damaged(folder, f'the description of its labels: {error}') from None
-    often = collections.Counter(called)
+    counts = collections.Counter(described)
     return tuple(
-        word if often[word] == 1 else f'{word} ({name})'
-        for word, name in zip(called, names, strict=True)
+        word if counts[word] == 1 else f'{word} ({name})'
+        for word, name in zip(described, names, strict=True)
     )
 
 
@@ -298,7 +290,7 @@ def facts(name: str, data_dir: str | Path) -> tuple[int, int, tuple[str, ...]]:
             'folder --source=FOLDER --name=NAME`, and set --config.data.name=NAME.'
         )
     folder = _folder(name, Path(data_dir))
-    (*_, channels), _ = form_of(folder)
+    (*_, channels), _ = image_format(folder)
     return len(class_names(name, data_dir)), channels, tuple(prepared.shards(folder))
 
 
@@ -310,42 +302,40 @@ def _names(folder: Path) -> list[str]:
     return list(map(str, range(int(features['label']['classLabel']['numClasses']))))
 
 
-def _source(folder: Path, terms: list[Term]) -> Source:
+def _records(folder: Path, terms: list[Term]) -> Records:
     """Return the records of a split's terms, file by file."""
-    segments, splits, lengths = [], prepared.shards(folder), _shard_lengths(folder)
+    segments, files = [], prepared.shards(folder)
     for base, start, stop in terms:
         first = 0
-        for path, count in zip(splits[base][1], lengths[base], strict=True):
+        for path, count in files[base]:
             low, high = max(start, first), min(stop, first + count)
             if low < high:
                 segments.append(Segment.of(path, low - first, high - low))
             first += count
-    return Source(folder, tuple(segments), *form_of(folder))
-
-
-def _shard_lengths(folder: Path) -> dict[str, list[int]]:
-    info = json.loads((folder / 'dataset_info.json').read_text())
-    return {s['name']: [int(n) for n in s['shardLengths']] for s in info['splits']}
+    return Records(folder, tuple(segments), *image_format(folder))
 
 
 # ---- the decoded copy -----------------------------------------------------------------------
 # Decoding 60,000 PNGs takes seconds, checking and mapping the copy 0.1 s; sweeps start many runs.
 
 
-def _decoded(
-    folder: Path, split: str, count: int, paths: list[Path], workers: int
-) -> tuple[np.ndarray, np.ndarray]:
+def _copies(folder: Path) -> Path:
+    """Return the folder of what is derived from the data sets beside `folder`."""
+    return folder.parent.parent / 'decoded'
+
+
+def _decoded(folder: Path, split: str, count: int, workers: int) -> tuple[np.ndarray, np.ndarray]:
     """Return images, uint8 [N, H, W, C], and labels, int32 [N], of a base split, decoded once."""
-    copies = folder.parent.parent / 'decoded'
     stem = f'{folder.parent.name}-{folder.name}-{split}'
-    kept = [copies / f'{stem}.{part}.npy' for part in ('images', 'labels')]
-    sums = copies / f'{stem}.json'
-    source = [_sha256(path) for path in paths]
+    kept = [_copies(folder) / f'{stem}.{part}.npy' for part in ('images', 'labels')]
+    sums = _copies(folder) / f'{stem}.json'
+    source = [_sha256(path) for path, _ in prepared.shards(folder)[split]]
     with contextlib.suppress(OSError, ValueError):
         if json.loads(sums.read_text()) == [source, [_sha256(path) for path in kept]]:
             images, labels = (np.load(path, mmap_mode='r').view(np.ndarray) for path in kept)
             return images, labels
-    arrays = _decode(folder, split, count, workers)
+    records = _records(folder, [(split, 0, count)])
+    arrays = readers(workers).take(records, np.arange(count))
 
     def write(scratch: Path) -> None:
         for path, array in zip(kept, arrays, strict=True):
@@ -357,25 +347,13 @@ def _decoded(
     return arrays
 
 
-def _decode(folder: Path, split: str, count: int, workers: int) -> tuple[np.ndarray, np.ndarray]:
-    """Read and decode every example of a base split."""
-    terms = [(split, 0, count)]
-    source = _source(folder, terms)
-    stored = StoredImages(source, readers(workers), terms)
-    images, labels = np.empty((count, *source.shape), np.uint8), np.empty(count, np.int32)
-    for start in range(0, count, 1000):
-        part = slice(start, min(start + 1000, count))
-        images[part], labels[part] = stored.take(np.arange(start, part.stop))
-    return images, labels
-
-
 def _keep(path: Path, what: str, write: Callable[[Path], None]) -> None:
     try:
         path.parent.mkdir(exist_ok=True)
         with files.atomic_write(path) as scratch:
             write(scratch)
     except OSError as error:
-        log.warning('%s cannot keep %s (%s): starts stay slow', path.parent, what, error)
+        log.warning('%s: cannot store %s (%s); the next start is slow too', path, what, error)
 
 
 def _save(path: Path, array: np.ndarray) -> None:
@@ -389,19 +367,19 @@ def _sha256(path: Path) -> str:
 
 
 def shortage(dataset: Dataset, wanted: float) -> str | None:
-    """Return how many cores would read `wanted` images/s, as a sentence; None for a small set."""
+    """Estimate, in a sentence, the cores that read `wanted` images/s; None for a small set."""
     if not isinstance(dataset, LargeDataset):
         return None
-    at_work = dataset.images.readers
-    count, enough = max(at_work.count, 1), math.ceil(wanted / at_work.rate)
-    what = (
+    active = dataset.images.readers
+    count, enough = max(active.count, 1), math.ceil(wanted / active.rate)
+    advice = (
         f'{enough} cores would do (data.workers)'
         if enough > count
-        else 'they are enough if nothing else is at work on their cores'
+        else 'they are enough if nothing else uses their cores'
     )
     return (
-        f'{count} reader(s) read {at_work.rate:,.0f} images/s each, and the step takes '
-        f'{wanted:,.0f}/s: {what}'
+        f'{count} reader(s) read {active.rate:,.0f} images/s each, and the step takes '
+        f'{wanted:,.0f}/s: {advice}'
     )
 
 

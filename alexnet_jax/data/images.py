@@ -1,7 +1,7 @@
 """Decode a picture to the stored form of a data set, and encode it as JPEG.
 
-Preparation, the readers of records, and classification of image files all use `decode_into`, and so
-get the same bits. A plain JPEG of the stored size is decoded by simplejpeg: the same bits as
+Preparation, the readers of records, and the classification of image files all use this module, and
+so get the same bits. A plain JPEG of the stored size is decoded by simplejpeg: the same bits as
 Pillow's in half the processor time, and other threads run meanwhile. Pillow reads everything else.
 """
 
@@ -14,17 +14,17 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 # Pillow's own limit, above which it warns of decompression bombs. ImageNet's pictures are below.
 MOST_PIXELS = 89_478_485
-# Of those that Pillow reads; its PostScript would start an interpreter.
+# Some of those that Pillow reads: its PostScript would start an interpreter.
 FORMATS = ('JPEG', 'PNG', 'GIF', 'BMP', 'PPM', 'TIFF', 'WEBP', 'AVIF', 'JPEG2000')
 
 HEIC = tuple(b'ftyp' + brand for brand in (b'heic', b'heix', b'heim', b'heis', b'hevc', b'mif1'))
 CONVERT_HEIC = (
-    'those are not read here: convert it to JPEG first, for example with heif-convert of libheif'
+    'HEIC is not supported: convert it to JPEG first, for example with heif-convert of libheif'
 )
 
 
 class BadImage(ValueError):
-    """Bytes that give no image; the message completes a sentence: '<file> is no image'."""
+    """Bytes that cannot be decoded; the message completes '<file> ...': 'is no image'."""
 
 
 class TooLarge(BadImage):
@@ -67,7 +67,7 @@ def decode_into(encoded: bytes | memoryview, out: np.ndarray) -> None:
     Raises:
         BadImage: it cannot be decoded, or is too large to be decoded safely.
     """
-    with contextlib.suppress(ValueError):  # no JPEG, or damaged: Pillow decides
+    with contextlib.suppress(ValueError):  # not a JPEG, or damaged: Pillow decides
         if _is_plain_jpeg(encoded, out.shape):
             space = 'GRAY' if out.shape[2] == 1 else 'RGB'
             simplejpeg.decode_jpeg(encoded, space, buffer=out)
@@ -76,18 +76,14 @@ def decode_into(encoded: bytes | memoryview, out: np.ndarray) -> None:
 
 
 def _is_plain_jpeg(encoded: bytes | memoryview, shape: tuple[int, ...]) -> bool:
-    """Return whether it is a JPEG whose pixels are those of an image of `shape`, unconverted.
-
-    Raises:
-        ValueError: it is no JPEG.
-    """
+    """Check that a JPEG's pixels need no conversion to `shape`; ValueError if it is not a JPEG."""
     height, width, space, _ = simplejpeg.decode_jpeg_header(encoded)
     spaces = ('Gray',) if shape[2] == 1 else ('Gray', 'YCbCr', 'RGB')
     return (height, width) == shape[:2] and space in spaces and not _has_app1(encoded)
 
 
 def _has_app1(encoded: bytes | memoryview) -> bool:
-    """Return whether a JPEG may have an APP1 segment: its EXIF or XMP may turn the picture."""
+    """Check for an APP1 segment in a JPEG: its EXIF or XMP may turn the picture."""
     at = 2
     while encoded[at : at + 2] != b'\xff\xda':  # start of scan
         if at + 1 >= len(encoded) or encoded[at] != 0xFF or encoded[at + 1] in (0xE1, 0xFF):
@@ -101,13 +97,13 @@ def decode_image(
 ) -> Image.Image:
     """Decode a picture by Pillow, converted to `shape`; encoding that image again saves a copy.
 
-    An image of more than MOST_PIXELS, where `most_pixels` allows it, is shrunk while it is read
-    (JPEG) or in strips, to at least twice `shape`.
+    An image of more than MOST_PIXELS, if `most_pixels` allows it, is shrunk while it is read (JPEG)
+    or in strips, to at least twice `shape`.
 
     Raises:
         BadImage: it cannot be decoded, or is too large to be decoded safely.
     """
-    Image.MAX_IMAGE_PIXELS = None  # the limit below takes the place of Pillow's
+    Image.MAX_IMAGE_PIXELS = None  # the limit below replaces Pillow's
     try:
         with Image.open(io.BytesIO(encoded), formats=FORMATS) as found:
             pixels = found.width * found.height
@@ -166,7 +162,7 @@ def jpeg(image: np.ndarray | Image.Image, quality: int) -> bytes:
     """Encode uint8 RGB [H, W, 3], or Pillow's image of it, as JPEG (4:2:0, as cameras do)."""
     buffer = io.BytesIO()
     picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
-    picture.save(buffer, 'jpeg', quality=quality, comment=b'')  # the source's is not data
+    picture.save(buffer, 'jpeg', quality=quality, comment=b'')  # not the source's
     return buffer.getvalue()
 
 
@@ -186,7 +182,7 @@ def _upper_bits(picture: Image.Image) -> Image.Image:
 
 
 def _shrunk(picture: Image.Image, shape: tuple[int, int, int]) -> Image.Image:
-    """Return a large picture smaller by a whole factor, at least twice as large as `shape`."""
+    """Shrink a large picture by an integer factor, to at least twice `shape`."""
     height, width, _ = shape
     picture.draft(None, (2 * width, 2 * height))  # a JPEG is decoded at 1/2, 1/4 or 1/8
     factor = min(picture.width // (2 * width), picture.height // (2 * height))

@@ -1,4 +1,4 @@
-"""The folder of a prepared data set: its files, whether they are complete, the lock to write it."""
+"""The folder of a prepared data set: its files, their completeness, and the lock to write it."""
 
 import contextlib
 import errno
@@ -10,10 +10,9 @@ import time
 from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 
+from alexnet_jax.command import log
 from alexnet_jax.errors import RunError
 from alexnet_jax.progress import ProgressBar
-
-Report = Callable[[str], None]
 
 FETCHED = ('fashion_mnist', 'mnist')  # prepared without being given any files
 OFFICIAL = ('imagenet2010', 'imagenet2012')  # their archives are available on request only
@@ -27,11 +26,11 @@ def command(name: str, data_dir: str | Path) -> str:
     return f'python -m alexnet_jax prepare {name}{source} --data_dir={data_dir}'
 
 
-def shards(folder: Path) -> dict[str, tuple[int, list[Path]]]:
+def shards(folder: Path) -> dict[str, list[tuple[Path, int]]]:
     """Return the splits of a prepared data set, from TFDS's `dataset_info.json`.
 
     Returns:
-        {split: (number of examples, its array_record files in order)}.
+        {split: [(array_record file, its number of examples)]}, in order.
 
     Raises:
         RunError: the description is missing or unreadable, or array_record files are missing.
@@ -42,13 +41,13 @@ def shards(folder: Path) -> dict[str, tuple[int, list[Path]]]:
         stem = info['name']
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise damaged(folder, f'dataset_info.json: {error}') from None
-    found = {}
-    for split, counts in lengths.items():
-        files = [folder / shard_name(stem, split, i, len(counts)) for i in range(len(counts))]
-        for file in files:
-            if not file.is_file():
-                raise damaged(folder, f'{file.name} is missing')
-        found[split] = (sum(counts), files)
+    found = {
+        split: [(folder / shard_name(stem, split, i, len(counts)), n) for i, n in enumerate(counts)]
+        for split, counts in lengths.items()
+    }
+    for path in (path for files in found.values() for path, _ in files):
+        if not path.is_file():
+            raise damaged(folder, f'{path.name} is missing')
     return found
 
 
@@ -58,7 +57,7 @@ def shard_name(name: str, split: str, number: int, count: int) -> str:
 
 
 def check_complete(folder: Path, sizes: Mapping[str, int] | None = None) -> None:
-    """Raise RunError unless every file of `folder` holds as many records as its description says.
+    """Raise RunError unless every file of `folder` contains as many records as described.
 
     Args:
         folder: of a data set.
@@ -69,19 +68,19 @@ def check_complete(folder: Path, sizes: Mapping[str, int] | None = None) -> None
     )
 
     splits = shards(folder)
-    if sizes and {name: count for name, (count, _) in splits.items()} != dict(sizes):
+    if sizes and {name: sum(n for _, n in files) for name, files in splits.items()} != sizes:
         raise damaged(folder, 'its splits are not the official ones')
-    for count, files in splits.values():
+    for path, count in (file for files in splits.values() for file in files):
         try:
-            records = sum(ArrayRecordReader(str(file)).num_records() for file in files)
+            records = ArrayRecordReader(str(path)).num_records()
         except Exception as error:  # array_record raises whatever its C++ status maps to
             raise damaged(folder, (str(error).splitlines() or [''])[0]) from None
         if records != count:
-            raise damaged(folder, f'{records:,} records where {count:,} should be')
+            raise damaged(folder, f'{path.name} contains {records:,} records, not {count:,}')
 
 
 def damaged(folder: Path, reason: str) -> RunError:
-    """Return the error for a data set that cannot be used; it says what to remove and to run."""
+    """Return the error for a data set that cannot be used: what to remove and to run."""
     name, data_dir = folder.parent.name, folder.parent.parent
     again = command(name, data_dir)
     if name not in (*FETCHED, *OFFICIAL):
@@ -102,55 +101,44 @@ def staging_dir(data_dir: Path, name: str) -> Path:
 
 
 @contextlib.contextmanager
-def locked_staging_dir(data_dir: Path, name: str, report: Report) -> Generator[Path]:
+def locked_staging_dir(data_dir: Path, name: str) -> Generator[Path]:
     """Yield the staging directory, locked for this process; it keeps what an earlier run left.
 
-    The lock ends with its process, so a killed run blocks nobody. What the file system or
-    array_record's writer raises inside the block becomes one sentence.
+    It is removed when the block ends well. The system releases the lock of a killed process.
 
     Raises:
-        RunError: `data_dir` cannot be written.
+        OSError: `data_dir` cannot be written, or the disk is full.
     """
     staging = staging_dir(data_dir, name)
-    try:
-        data_dir.mkdir(parents=True, exist_ok=True)
-        with open(data_dir / f'{staging.name}.lock', 'w') as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                report(f'{name}: waiting for another process that prepares it')
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            staging.mkdir(exist_ok=True)
-            try:
-                yield staging
-                shutil.rmtree(staging)
-            finally:
-                with contextlib.suppress(OSError):
-                    staging.rmdir()  # nothing in it to resume from
-    except Exception as error:
-        reason = error.strerror if isinstance(error, OSError) else _full_disk(str(error))
-        if not reason:
+    data_dir.mkdir(parents=True, exist_ok=True)
+    with open(f'{staging}.lock', 'w') as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log(f'{name}: waiting for another process that prepares it')
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        staging.mkdir(exist_ok=True)
+        try:
+            yield staging
+            shutil.rmtree(staging)
+        except Exception as error:  # array_record has types of its own for a full disk
+            for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                if os.strerror(number) in str(error):
+                    raise OSError(number, os.strerror(number), str(data_dir)) from error
             raise
-        raise RunError(
-            f'Cannot prepare data in {data_dir} ({reason}): give it space and write permission, '
-            'or choose another folder with --data_dir.'
-        ) from error
-
-
-def _full_disk(message: str) -> str | None:
-    """Return the cause named in a message of array_record's writers, which raise no OSError."""
-    causes = (os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
-    return next((cause for cause in causes if cause in message), None)
+        finally:
+            with contextlib.suppress(OSError):
+                staging.rmdir()  # if it contains nothing to resume from
 
 
 @contextlib.contextmanager
-def progress(what: str, total: int, report: Report) -> Generator[Callable[[int], None]]:
+def progress(what: str, total: int) -> Generator[Callable[[int], None]]:
     """Yield a function that shows how much of `total` is done.
 
-    It draws a bar on a terminal, and elsewhere reports a line every LOG_EVERY_SECS.
+    It draws a bar on a terminal, and elsewhere prints a line every LOG_EVERY_SECS.
     """
     logged = time.monotonic()
-    with contextlib.closing(ProgressBar(total, report=report)) as bar:
+    with contextlib.closing(ProgressBar(total)) as bar:
 
         def update(done: int) -> None:
             nonlocal logged

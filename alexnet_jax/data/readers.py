@@ -1,8 +1,8 @@
-"""Threads that read images: a parallel gather without order, position or state; prefetch.
+"""Threads that read images, and prefetching.
 
-Most of the time (88 % for JPEG) Python's lock is released, so threads should pay up to about 8
-cores; 2 were measured, see experiments/results/reading. They end with their process and need no
-shared memory. Worker processes, of our own or of grain, were slower for JPEG.
+Decoding releases Python's lock for most of its time (88 % for JPEG), so threads should help up to
+about 8 cores; 2 were measured, see experiments/results/reading. They end with their process and
+need no shared memory. Worker processes, of our own or of grain, were slower for JPEG.
 """
 
 import functools
@@ -15,10 +15,10 @@ from typing import TypeVar
 import numpy as np
 
 from alexnet_jax import machine
-from alexnet_jax.data.records import Source
+from alexnet_jax.data.records import Records
 
 T = TypeVar('T')
-LEAST = 8  # images a task: handing them to a thread costs some 0.05 ms
+LEAST = 8  # images a task: starting one costs some 0.05 ms
 
 
 @functools.cache
@@ -33,21 +33,21 @@ class Readers:
     def __init__(self, count: int):
         self.count = count
         self._pool = ThreadPoolExecutor(max(count, 1), thread_name_prefix='reader')
-        self._secs = deque[float](maxlen=1000)  # an image took, in the latest chunks
+        self._secs = deque[float](maxlen=1000)  # per image, of the latest chunks
 
-    def take(self, source: Source, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def take(self, records: Records, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return images, uint8 [n, H, W, C], and labels, int32 [n]; any thread may call it.
 
         Raises:
-            RunError, OSError: see `Source.read`.
+            RunError, OSError: see `Records.read`.
         """
-        images = np.empty((len(numbers), *source.shape), np.uint8)
+        images = np.empty((len(numbers), *records.shape), np.uint8)
         labels = np.empty(len(numbers), np.int32)
         size = max(LEAST, -(-len(numbers) // max(1, 2 * self.count)))
 
         def read(start: int) -> None:
             chunk, begin = slice(start, start + size), time.perf_counter()
-            labels[chunk] = source.read(numbers[chunk].tolist(), images[chunk])
+            labels[chunk] = records.read(numbers[chunk].tolist(), images[chunk])
             self._secs.append((time.perf_counter() - begin) / len(labels[chunk]))
 
         run = self._pool.map if self.count else map
@@ -56,7 +56,7 @@ class Readers:
 
     @property
     def rate(self) -> float:
-        """Images a second that one reader has read lately."""
+        """The recent rate of one reader, in images/s."""
         return float(1 / np.mean(self._secs))
 
 

@@ -1,4 +1,4 @@
-"""Records of array_record files, as TFDS writes them, read and decoded by number.
+"""Read and decode records of array_record files, as TFDS writes them, by number.
 
 It needs neither JAX nor TFDS. A record is a tf.train.Example. TFDS's own reader takes 1.2 to 1.3
 times as long, and decodes by OpenCV, to other bits, where that is installed.
@@ -39,18 +39,19 @@ class Segment:
 
 
 @dataclass(frozen=True, eq=False)
-class Source:
+class Records:
     """Records in a fixed order, read by their numbers in it.
 
     folder: of the data set.
+    segments: where the records are stored.
     shape: of the decoded images, [H, W, C].
-    form: what a record holds: 'pixels', the uint8 array itself, or 'picture', an encoded image.
+    encoded: true for encoded images (JPEG, PNG), false for the uint8 arrays themselves.
     """
 
     folder: Path
     segments: tuple[Segment, ...]
     shape: tuple[int, int, int]
-    form: str
+    encoded: bool
 
     @functools.cached_property
     def ends(self) -> list[int]:
@@ -63,7 +64,7 @@ class Source:
     def read(self, numbers: Sequence[int], out: np.ndarray | None) -> np.ndarray:
         """Decode the images `numbers` into `out`, uint8 [n, H, W, C]; return labels, int32 [n].
 
-        Without `out` no image is decoded, only the labels are looked up. Any thread may call it.
+        Without `out` only the labels are read. Any thread may call it.
 
         Raises:
             RunError: a record is damaged, or its image is not as described.
@@ -78,24 +79,19 @@ class Source:
                 # One by one: array_record reads a list of records at half the speed.
                 record = _reader(segment.file, segment.stamp).read([position])[0]
                 image, labels[row] = image_and_label(record)
-                if out is not None:
-                    self._decode(image, out[row])
+                if out is not None and self.encoded:
+                    images.decode_into(image, out[row])
+                elif out is not None:
+                    out[row] = np.frombuffer(image, np.uint8).reshape(self.shape)
             except MemoryError:
                 raise
             except Exception as error:  # decoders and array_record raise many types
                 open(segment.file, 'rb').close()  # OSError: too many open files, no permission
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
                 name = Path(segment.file).name
-                raise prepared.damaged(
-                    self.folder, f'{name}, record {position}: {reason}'
-                ) from error
+                reason = f'{name}, record {position}: {reason}'
+                raise prepared.damaged(self.folder, reason) from error
         return labels
-
-    def _decode(self, image: memoryview, row: np.ndarray) -> None:
-        if self.form == 'pixels':
-            row[:] = np.frombuffer(image, np.uint8).reshape(self.shape)
-        else:
-            images.decode_into(image, row)
 
 
 @functools.cache
@@ -106,46 +102,39 @@ def _reader(file: str, stamp: tuple[int, int]) -> Any:
     )
 
     del stamp
-    _allow_files()
-    # Random access: nothing is read ahead, and no threads but the caller's.
+    _raise_file_limit()
+    # Random access: nothing is read ahead, and the calling thread does the work.
     options = 'readahead_buffer_size:0,max_parallelism:0'
     return ArrayRecordReader(file, options=options, file_reader_buffer_size=32768)
 
 
 @functools.cache
-def _allow_files() -> None:
+def _raise_file_limit() -> None:
     """Raise the limit of open files: TFDS splits ImageNet into 1,024, the usual limit."""
     with contextlib.suppress(OSError, ValueError):
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def form_of(folder: Path) -> tuple[tuple[int, int, int], str]:
-    """Return (shape, form) of the records of a data set, from its `features.json`; see `Source`.
+def image_format(folder: Path) -> tuple[tuple[int, int, int], bool]:
+    """Return `shape` and `encoded` of a data set's records, see `Records`, from features.json.
 
     Raises:
-        RunError: there is no description, or it is not of labelled uint8 images.
+        RunError: there is no description, or the images are not uint8 [H, W, 1 or 3].
     """
     try:
         features = json.loads((folder / 'features.json').read_text())['featuresDict']['features']
-        about = features['image']
-        inner = about.get('image') or about['tensor']
-        sides = [int(side) for side in inner['shape']['dimensions']]
-        dtype, encoding = inner.get('dtype', 'uint8'), inner.get('encoding', 'none')
-    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
+        encoded = 'image' in features['image']
+        about = features['image']['image' if encoded else 'tensor']
+        height, width, channels = map(int, about['shape']['dimensions'])
+        readable = encoded or about['encoding'].lower() == 'bytes'
+        if about.get('dtype', 'uint8') != 'uint8' or channels not in (1, 3) or not readable:
+            raise ValueError(f'{about}, and not uint8 [H, W, 1 or 3] as bytes')
+    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
         raise prepared.damaged(folder, f'the description of its images: {error}') from None
-    height, width, channels = sides if len(sides) == 3 else (0, 0, 0)
-    if dtype != 'uint8' or channels not in (1, 3):
-        reason = f'its images are {dtype} {sides}, and not uint8 [H, W, 1 or 3]'
-        raise prepared.damaged(folder, reason)
-    if 'tensor' in about:
-        if encoding.lower() != 'bytes' or min(sides) < 1:
-            reason = f'its images are arrays with encoding {encoding}, and not bytes'
-            raise prepared.damaged(folder, reason)
-        return (height, width, channels), 'pixels'
-    if min(height, width) < 1:  # pictures of any size
-        return (PX, PX, 3), 'picture'
-    return (height, width, channels), 'picture'
+    if encoded and min(height, width) < 1:  # pictures of any size
+        return (PX, PX, 3), encoded
+    return (height, width, channels), encoded
 
 
 # ---- tf.train.Example -----------------------------------------------------------------------
@@ -157,7 +146,7 @@ def image_and_label(record: bytes) -> tuple[memoryview, int]:
     """Return the bytes of the feature `image` and the value of the feature `label`.
 
     Raises:
-        ValueError, IndexError: it is no such record.
+        ValueError, IndexError: it is not such a record.
     """
     view, image, label = memoryview(record), None, None
     for _, features in _fields(record, (0, len(record))):
@@ -168,7 +157,7 @@ def image_and_label(record: bytes) -> tuple[memoryview, int]:
             elif record[slice(*name)] == b'label':
                 label = _varint(record, _first(record, value)[0])[0]
     if image is None or label is None:
-        raise ValueError('it holds no image with a label')
+        raise ValueError('it contains no image with a label')
     return image, label - (label >> 63 << 64)  # two's complement: -1 where there is none
 
 
@@ -183,17 +172,13 @@ def _fields(record: bytes, span: tuple[int, int]) -> Iterator[tuple[int, tuple[i
     at, end = span
     while at < end:
         key, at = _varint(record, at)
+        size, after = _varint(record, at)
         if key & 7 == 2:  # length-delimited
-            size, at = _varint(record, at)
-            stop = at + size
-        elif key & 7 == 0:
-            stop = _varint(record, at)[1]
-        else:
-            raise ValueError('it is no tf.train.Example')
-        if stop > end:
-            raise ValueError('it is cut off')
-        yield key >> 3, (at, stop)
-        at = stop
+            at, after = after, after + size
+        if key & 7 not in (0, 2) or after > end:
+            raise ValueError('it is not a tf.train.Example, or is cut off')
+        yield key >> 3, (at, after)
+        at = after
 
 
 def _varint(record: bytes, at: int) -> tuple[int, int]:

@@ -1,8 +1,7 @@
 """Mean image and principal colours of the training images (paper, section 4.1), in one pass.
 
-They are those of the images as training reads them, that is of decoded records: before and after
-JPEG encoding the mean image differs by up to one of 255 levels. So it does not matter who sums the
-images up, preparation or the first training run, nor from where they are read.
+They are computed from decoded records, the images that training reads: JPEG encoding changes the
+mean image by up to one of 255 levels. So preparation and a training run get the same bits.
 """
 
 import zipfile
@@ -13,7 +12,7 @@ import numpy as np
 
 from alexnet_jax import files
 
-CHUNK_VALUES = 2**18  # summed at once: 2 MiB of float64 fit a cache
+CHUNK_VALUES = 2**18  # summed at once: 2 MiB of float64 fit in a cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,49 +27,32 @@ class Statistics:
 class Sums:
     """Sums over images, from which their statistics follow.
 
-    All summands are integers, and float64 adds integers exactly up to 2^53: 2.1 million white
-    images of 256 x 256 px. So the result depends neither on the order of the images nor on how they
-    are split among processes.
+    All summands are integers, which float64 adds exactly up to 2^53: 2.1 million white images of
+    256 x 256 px. So the result depends neither on the order of the images nor on their partition.
     """
 
     def __init__(self, shape: tuple[int, ...]):
-        """Begin with no image; `shape` is that of an image, [H, W, C]."""
-        height, width, channels = shape
+        """Start with no image; `shape` is that of an image, [H, W, C]."""
+        *self.size, channels = shape
         self.count = 0
-        self.total = np.zeros((channels, height, width))  # of the images
+        self.total = np.zeros((channels, *self.size))  # of the images
         self.products = np.zeros((channels, channels))  # of two channels, over all pixels
-
-    @classmethod
-    def of(cls, count: int, total: np.ndarray, products: np.ndarray) -> 'Sums':
-        """Return the sums over `count` images that were kept."""
-        sums = cls((*total.shape[1:], len(total)))
-        sums.count, sums.total, sums.products = count, total, products
-        return sums
 
     def add(self, images: np.ndarray) -> None:
         """Add images, uint8 [N, H, W, C]."""
-        channels, size = len(self.total), self.total[0].size
-        at_once = max(1, CHUNK_VALUES // self.total.size)
-        buffer = np.empty((channels, min(at_once, len(images)), size))
-        for start in range(0, len(images), at_once):
-            chunk = images[start : start + at_once]
-            planes = buffer[:, : len(chunk)]
-            planes[...] = chunk.reshape(len(chunk), size, channels).transpose(2, 0, 1)
-            for image in planes.swapaxes(0, 1):
-                self.total += image.reshape(self.total.shape)
-            pixels = planes.reshape(channels, -1)
-            for i in range(channels):
-                for j in range(i + 1):
-                    # Not @: BLAS would divide it among threads, which costs seven times as much.
-                    self.products[i, j] += np.einsum('p,p', pixels[i], pixels[j])
-                    self.products[j, i] = self.products[i, j]
+        channels = len(self.total)
+        for part in np.array_split(images, 1 + images.size // CHUNK_VALUES):
+            planes = part.reshape(-1, channels).T.astype(np.float64, order='C')  # [C, N H W]
+            # Not planes @ planes.T: BLAS starts threads, which doubles the processor time.
+            self.products += np.einsum('ip,jp->ij', planes, planes)
+            self.total += planes.reshape(channels, len(part), *self.size).sum(axis=1)
         self.count += len(images)
 
-    def merge(self, other: 'Sums') -> None:
-        """Add the images that `other` has counted."""
-        self.count += other.count
-        self.total += other.total
-        self.products += other.products
+    def merge(self, count: int, total: np.ndarray, products: np.ndarray) -> None:
+        """Add the sums over `count` other images."""
+        self.count += count
+        self.total += total
+        self.products += products
 
     def result(self) -> Statistics:
         """Return the statistics; each vector's entry of largest magnitude is positive."""
@@ -89,7 +71,7 @@ class Sums:
 def save(path: Path, statistics: Statistics, count: int) -> None:
     """Write the statistics of `count` decoded images atomically; the same bytes each time."""
     with files.atomic_write(path) as scratch, scratch.open('wb') as file:
-        # Files of earlier versions have 'count', and are of the images before encoding.
+        # Earlier versions wrote 'count', for the images before encoding.
         np.savez(file, count_decoded=np.int64(count), **vars(statistics))
 
 
@@ -97,7 +79,7 @@ def load(path: Path) -> tuple[Statistics, int]:
     """Return the statistics in a file, and the number of images they were computed from.
 
     Raises:
-        OSError, ValueError, KeyError: the file is missing, damaged, or of images before encoding.
+        OSError, ValueError, KeyError: the file is missing, damaged, or of an earlier version.
     """
     try:
         with np.load(path) as file:
@@ -108,16 +90,16 @@ def load(path: Path) -> tuple[Statistics, int]:
 
 
 def far_from(found: Statistics, known: Statistics) -> str | None:
-    """Return in words what differs much from known colours; None if nothing does.
+    """Describe how colours differ from known ones: by a tenth of a deviation, or 10 degrees.
 
-    Much is a tenth of a standard deviation, or ten degrees of a direction.
+    Returns:
+        None if they do not.
     """
-    ratios = found.colour_std / known.colour_std
-    if np.abs(ratios - 1).max() > 0.1:
+    if np.abs(found.colour_std / known.colour_std - 1).max() > 0.1:
         pairs = zip(found.colour_std, known.colour_std, strict=True)
-        values = ', '.join(f'{ours:.1f} for {theirs:.1f}' for ours, theirs in pairs)
-        return f'the colours vary otherwise than they should (standard deviations {values})'
+        values = ', '.join(f'{ours:.1f} instead of {theirs:.1f}' for ours, theirs in pairs)
+        return f'the standard deviations of the colours are {values}'
     cosines = np.abs((found.colour_vectors * known.colour_vectors).sum(axis=0))
     if cosines.min() < np.cos(np.radians(10)):
-        return 'the colours vary in other directions than they should'
+        return 'the colours vary in other directions than in the official pictures'
     return None

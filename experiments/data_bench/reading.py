@@ -91,7 +91,7 @@ def write_all(scratch: Path) -> dict[str, int]:
     write(scratch / 'small', RECORDS, FILES, 8, 'raw', lambda i: tiny[i % 64].tobytes())
     np.savez(
         scratch / 'small/1.0.0/statistics.npz',
-        count=RECORDS,
+        count_decoded=RECORDS,
         mean_image=np.zeros((8, 8, 3), np.float32),
         colour_std=np.ones(3, np.float32),
         colour_vectors=np.eye(3, dtype=np.float32),

@@ -19,7 +19,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from alexnet_jax import command
 from alexnet_jax.data.prepare import imagenet, shards
 from alexnet_jax.data.prepare.imagenet import ILSVRC_2012, Challenge
 
@@ -185,7 +184,7 @@ def built(folder: Path) -> Challenge:
 def prepare(folder: Path, data_dir: Path) -> None:
     """Run the real preparation, with the counts of these archives."""
     source = imagenet.source(built(folder), folder)
-    print(shards.make(source, data_dir, shards.Form(), command.log))
+    print(shards.make(source, data_dir, shards.Form()))
 
 
 if __name__ == '__main__':  # a process of its own, which dry_run.py kills

@@ -1,4 +1,4 @@
-"""Files in tar archives and folders: listed in one pass, then read by file, offset and size.
+"""List the files of tar archives and folders in one pass, and read one by file, offset and size.
 
 Nothing is unpacked to disk. An archive's md5 is computed while it is listed, so a hard disk reads
 ImageNet's 138 GB once, from front to end.
@@ -26,9 +26,9 @@ LEFTOVERS = frozenset((
 
 
 class Entry(NamedTuple):
-    """The bytes of a file that an archive or a folder holds."""
+    """A file in an archive or a folder."""
 
-    parent: str  # name of the folder or of the inner tar file it is in, '' for none
+    parent: str  # name of its folder or of the inner tar file, '' for none
     name: str  # without any folder
     path: Path  # of the file on disk
     offset: int
@@ -42,17 +42,17 @@ def is_leftover(name: str) -> bool:
 
 
 def folder_entries(folder: Path) -> Iterator[Entry]:
-    """Yield every file below `folder`, links followed, leftovers of systems passed over.
+    """Yield every file below `folder`, links followed, without the leftovers of systems.
 
     Raises:
-        RunError: a folder or file cannot be read.
+        OSError: a folder or file cannot be read, or links form a loop.
     """
-    for place, inside, names in os.walk(folder, onerror=_refuse, followlinks=True):
+    for place, inside, names in os.walk(folder, onerror=_raise, followlinks=True):
         inside[:] = sorted(name for name in inside if not is_leftover(name))
         parent = '' if Path(place) == folder else os.path.basename(place)
         for name in sorted(name for name in names if not is_leftover(name)):
             path = Path(place, name)
-            about = status(path)
+            about = path.stat()
             yield Entry(parent, name, path, 0, about.st_size, about.st_mtime_ns)
 
 
@@ -67,48 +67,43 @@ def tar_entries(
         progress: called with the bytes read so far.
 
     Raises:
-        RunError: it cannot be read, ends too early, or has another md5.
+        RunError: it is not a tar file, is incomplete, or has another md5.
     """
-    try:
-        with path.open('rb', buffering=0) as file:
-            summed = _Summed(file, progress, md5 is not None)
-            with tarfile.open(fileobj=summed, mode='r|', bufsize=BLOCK_BYTES) as tar:
+    with path.open('rb', buffering=0) as file:
+        stream = _Hashed(file, progress)
+        try:
+            with tarfile.open(fileobj=stream, mode='r|', bufsize=BLOCK_BYTES) as tar:
                 for one in _files(tar):
                     if not one.name.endswith('.tar'):
-                        yield _entry(path, one, str(PurePosixPath(one.name).parent.name))
+                        yield _entry(path, one, PurePosixPath(one.name).parent.name)
                         continue
                     inner = tar.extractfile(one)
                     with tarfile.open(fileobj=inner, mode='r|', bufsize=BLOCK_BYTES) as nested:
                         for file_in_it in _files(nested):
                             yield _entry(path, file_in_it, one.name[:-4], one.offset_data)
-            while summed.read(BLOCK_BYTES):
+            while stream.read(BLOCK_BYTES):
                 pass  # the padding behind the last file counts for the md5
-    except (tarfile.TarError, EOFError) as error:
+        except (tarfile.TarError, EOFError) as error:
+            raise RunError(
+                f'{path} is not a complete tar file ({error}): resume its download, or repeat it.'
+            ) from None
+    if md5 not in (None, found := stream.md5.hexdigest()):
         raise RunError(
-            f'{path} cannot be read to its end ({error}): it is not a complete tar file; resume '
-            'its download, or repeat it.'
-        ) from None
-    except OSError as error:
-        raise unreadable(path, error) from None
-    if md5 is not None and summed.md5.hexdigest() != md5:
-        raise RunError(
-            f'{path} is not the official file (its md5 is {summed.md5.hexdigest()}, not {md5}): '
-            'download it again.'
+            f'{path} is not the official file (its md5 is {found}, not {md5}): download it again.'
         )
 
 
-class _Summed(io.RawIOBase):
+class _Hashed(io.RawIOBase):
     """A file read from front to end, with its md5."""
 
-    def __init__(self, file: IO[bytes], progress: Callable[[int], None], needed: bool):
-        self._file, self._progress, self._needed, self._done = file, progress, needed, 0
+    def __init__(self, file: IO[bytes], progress: Callable[[int], None]):
+        self._file, self._progress, self._done = file, progress, 0
         self.md5 = hashlib.md5(usedforsecurity=False)
 
     def read(self, size: int = -1) -> bytes:
         block = self._file.read(size)
         self._done += len(block)
-        if self._needed:
-            self.md5.update(block)
+        self.md5.update(block)
         self._progress(self._done)
         return block
 
@@ -129,15 +124,10 @@ def read(path: Path, offset: int, size: int) -> bytes:
     """Return the bytes of one file, unpacked where they are gzipped (ILSVRC-2010 has one).
 
     Raises:
-        RunError: the file cannot be read, or has become shorter.
+        OSError: the file cannot be read.
     """
-    try:
-        with path.open('rb', buffering=0) as file:
-            content = os.pread(file.fileno(), size, offset)
-    except OSError as error:
-        raise unreadable(path, error) from None
-    if len(content) != size:
-        raise RunError(f'{path} has changed since it was listed: run the same command again.')
+    with path.open('rb', buffering=0) as file:
+        content = os.pread(file.fileno(), size, offset)
     return gunzipped(content) if content[:2] == b'\x1f\x8b' else content
 
 
@@ -147,28 +137,9 @@ def gunzipped(content: bytes) -> bytes:
         stream = zlib.decompressobj(wbits=31)
         plain = stream.decompress(content, MOST_BYTES)
     except zlib.error:
-        return content  # the decoder reports what is wrong
+        return content  # the decoder reports the fault
     return plain if stream.eof else content
 
 
-def status(path: Path) -> os.stat_result:
-    """Return `path.stat()`.
-
-    Raises:
-        RunError: the file is not there, or cannot be read.
-    """
-    try:
-        return path.stat()
-    except OSError as error:
-        raise unreadable(path, error) from None
-
-
-def unreadable(path: Path, error: OSError) -> RunError:
-    """Return the error for a source file or folder that is missing or cannot be read."""
-    return RunError(
-        f'{path} cannot be read ({error.strerror}): mend or remove it, and run this again.'
-    )
-
-
-def _refuse(error: OSError) -> NoReturn:
-    raise unreadable(Path(error.filename), error) from None
+def _raise(error: OSError) -> NoReturn:
+    raise error

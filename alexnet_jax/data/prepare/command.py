@@ -1,15 +1,15 @@
-"""Prepare a data set: fetch or find its raw files, and write them in TFDS's array_record format.
+"""Prepare a data set: find or fetch its raw files, and write them in TFDS's array_record format.
 
     python -m alexnet_jax prepare fashion_mnist
     python -m alexnet_jax prepare mnist --source=FOLDER         # the digits: four raw files
     python -m alexnet_jax prepare imagenet2012 --source=FOLDER  # official tar files, or extracted
     python -m alexnet_jax prepare imagenet2010 --source=FOLDER
     python -m alexnet_jax prepare folder --source=FOLDER        # your own: a folder a class
-    python -m alexnet_jax prepare tfds --name=cifar10           # what TFDS has, or can fetch
+    python -m alexnet_jax prepare tfds --name=cifar10           # a set of TFDS
 
-No TensorFlow. A prepared set gets its final name by one rename when it is complete, so what an
-interrupted run leaves is never taken for a data set; the same command resumes it. The result is
-read by `tfds.builder_from_directory(folder)` and by `data.datasets.load`.
+TensorFlow is not needed. A set gets its final name by one rename when it is complete, so an
+interrupted run leaves no incomplete set; the same command resumes it. The result is read by
+`tfds.builder_from_directory(folder)` and by `data.datasets.load`.
 """
 
 import argparse
@@ -26,52 +26,49 @@ from alexnet_jax import command
 from alexnet_jax.command import log
 from alexnet_jax.data import prepared
 from alexnet_jax.data.images import MOST_PIXELS
-from alexnet_jax.data.prepare import fashion_mnist, image_folder, imagenet
-from alexnet_jax.data.prepare import shards as shard_writer
+from alexnet_jax.data.prepare import fashion_mnist, image_folder, imagenet, shards
 from alexnet_jax.data.prepare.shards import Form
-from alexnet_jax.data.prepared import Report, damaged, shards
 from alexnet_jax.errors import RunError, UsageError
 
 
 def ensure(name: str, data_dir: str | Path) -> None:
-    """Prepare data set `name` now, if no version of it is there yet and it can be downloaded."""
+    """Prepare data set `name` if it can be downloaded and no version of it exists."""
     there = {path.parent.name for path in Path(data_dir, name).glob('*/dataset_info.json')}
     if name in prepared.FETCHED and (not there or fashion_mnist.VERSION in there):
         fashion_mnist.prepare(data_dir, name=name)
 
 
-# ---- what TFDS has --------------------------------------------------------------------------
+# ---- data sets of TFDS ----------------------------------------------------------------------
 
 
-def from_tfds(name: str, data_dir: Path, tfds_dir: Path, report: Report = log) -> Path:
-    """Use a data set that TFDS has prepared as array_record, or let TFDS prepare it.
+def from_tfds(name: str, data_dir: Path, tfds_dir: Path) -> Path:
+    """Link to a data set that TFDS has prepared as array_record, or let TFDS prepare it.
 
-    If it is not in `data_dir`, a link to it is made there. What TFDS has not prepared yet it
-    prepares now in `data_dir`, for which it needs TensorFlow.
+    TFDS needs TensorFlow to prepare one; it is written to `data_dir`.
 
     Args:
         name: as TFDS calls it: 'cifar10', or with a config 'imagenet_resized/64x64'.
         data_dir: the folder of all data sets.
-        tfds_dir: where TFDS has put what it prepared.
-        report: called with lines of progress.
+        tfds_dir: the folder of the data sets that TFDS prepared.
 
     Raises:
-        UsageError: TFDS knows no such data set, it is none of labelled images, or another config of
-            it is linked already.
+        UsageError: it has no labelled images, or another config of it is linked already.
         RunError: it is not prepared, and cannot be.
     """
     found = _newest(name, data_dir) or _newest(name, tfds_dir)
     if found is None:
-        found = _prepare_by_tfds(name, data_dir, tfds_dir, report)
-    _check_features(name, found)
-    shards(found)  # a sentence if files are missing
+        found = _prepare_by_tfds(name, data_dir, tfds_dir)
+    features = json.loads((found / 'features.json').read_text())['featuresDict']['features']
+    if 'image' not in features or 'classLabel' not in features.get('label', {}):
+        raise UsageError(f'{name} has no labelled images: its features are {", ".join(features)}.')
+    prepared.shards(found)  # all its files are there
     folder = data_dir / name.partition('/')[0] / found.name
     if folder.is_symlink() and not folder.exists():
-        folder.unlink()  # to a place where it no longer is
+        folder.unlink()  # its target was moved
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         folder.symlink_to(found.resolve(), target_is_directory=True)
-        report(f'{name}: linked to {found}')
+        log(f'{name}: linked to {found}')
     elif folder.resolve() != found.resolve():
         raise UsageError(
             f'{folder} is another config of {name.partition("/")[0]} already ({folder.resolve()}): '
@@ -86,23 +83,14 @@ def _newest(name: str, folder: Path) -> Path | None:
     places = [folder / base / config] if config else [folder / base, *(folder / base).glob('*')]
     found = []
     for info in (info for place in places for info in place.glob('*/dataset_info.json')):
-        with contextlib.suppress(OSError, ValueError, KeyError):
+        with contextlib.suppress(OSError, ValueError, KeyError):  # what an interrupted TFDS left
             if json.loads(info.read_text())['fileFormat'] == 'array_record':
                 version = [int(part) for part in info.parent.name.split('.')]
                 found.append((version, info.parent))
     return max(found)[1] if found else None
 
 
-def _check_features(name: str, folder: Path) -> None:
-    try:
-        features = json.loads((folder / 'features.json').read_text())['featuresDict']['features']
-    except (OSError, ValueError, KeyError) as error:
-        raise damaged(folder, f'features.json: {error}') from None
-    if 'image' not in features or 'classLabel' not in features.get('label', {}):
-        raise UsageError(f'{name} is no set of labelled images: it has {", ".join(features)}.')
-
-
-def _prepare_by_tfds(name: str, data_dir: Path, tfds_dir: Path, report: Report) -> Path:
+def _prepare_by_tfds(name: str, data_dir: Path, tfds_dir: Path) -> Path:
     if importlib.util.find_spec('tensorflow') is None:
         raise RunError(
             f'{name} is as array_record neither in {data_dir} nor in {tfds_dir}, and TFDS needs '
@@ -111,14 +99,12 @@ def _prepare_by_tfds(name: str, data_dir: Path, tfds_dir: Path, report: Report) 
         )
     import tensorflow_datasets as tfds
 
-    report(f'{name}: TFDS fetches and prepares it')
+    log(f'{name}: TFDS fetches and prepares it')
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints its own story to stdout
+        with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints its progress to stdout
             builder = tfds.builder(name, data_dir=data_dir, file_format='array_record')
             prepare: Any = builder.download_and_prepare  # wrapt's stubs hide its signature
             prepare(download_dir=tfds_dir / 'downloads')
-    except tfds.core.registered.DatasetNotFoundError:
-        raise UsageError(f"TFDS knows no data set '{name}'.") from None
     except Exception as error:  # the library promises no set of exceptions
         reason = (str(error).splitlines() or [''])[0]
         raise RunError(
@@ -159,12 +145,12 @@ def _parser() -> command.Parser:
     one.add_argument('--name', help="of the data set; the folder's by default")
     for split in ('validation', 'test'):
         one.add_argument(f'--{split}', type=float, default=0.1, metavar='SHARE',
-                         help='if there is one split only')  # fmt: skip
+                         help='if the folder has one split only')  # fmt: skip
     one = add('tfds', 'a set that TFDS has prepared as array_record, or can fetch', _tfds)
     one.add_argument('--name', required=True, help='as TFDS calls it')
     tfds_dir = command.path(os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets')
     one.add_argument(
-        '--tfds_dir', type=command.path, default=tfds_dir, help='where TFDS puts data sets'
+        '--tfds_dir', type=command.path, default=tfds_dir, help="TFDS's folder of data sets"
     )
     return parser
 
@@ -200,6 +186,8 @@ def _imagenet(args: argparse.Namespace) -> Path:
 
 def _folder(args: argparse.Namespace) -> Path:
     shares = dict(validation=args.validation, test=args.test)
+    if min(shares.values()) < 0 or sum(shares.values()) >= 1:
+        raise UsageError('--validation and --test are shares: 0 or more, and below 1 together.')
     return _make(image_folder.source(args.source, args.name, **shares), args)
 
 
@@ -207,19 +195,18 @@ def _tfds(args: argparse.Namespace) -> Path:
     return from_tfds(args.name, args.data_dir, args.tfds_dir)
 
 
-def _make(source: shard_writer.Source, args: argparse.Namespace) -> Path:
-    return shard_writer.make(
+def _make(source: shards.Source, args: argparse.Namespace) -> Path:
+    return shards.make(
         source,
         args.data_dir,
         Form(args.px, args.storage, args.quality),
-        log,
         workers=args.workers,
         skip_corrupt=args.skip_corrupt,
         most_pixels=round(args.max_megapixels * 1e6),
     )
 
 
-def _check(args: argparse.Namespace) -> None:
+def _act(args: argparse.Namespace) -> None:
     for name, least, most in (
         ('px', 8, 4096), ('quality', 1, 100), ('workers', 1, 1024), ('skip_corrupt', 0, 10**9),
         ('max_megapixels', 1, 10_000),
@@ -227,13 +214,9 @@ def _check(args: argparse.Namespace) -> None:
         value = getattr(args, name, None)
         if value is not None and not least <= value <= most:
             raise UsageError(f'--{name} must be {least} to {most:,}, and is {value:,}.')
-
-
-def _act(args: argparse.Namespace) -> None:
-    _check(args)
     print(args.prepare(args))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prepare what the command line names and print its folder; returns the exit code."""
+    """Prepare the data set of the command line and print its folder; return the exit code."""
     return command.run('prepare', _parser, _act, argv)

@@ -1,4 +1,4 @@
-"""MNIST and Fashion-MNIST, from the first place that has their four raw files.
+"""Prepare MNIST and Fashion-MNIST from the first source that has their four raw files.
 
 The bytes written depend on the images alone: TFDS's own writer serialises records in an order that
 varies with the process. Order, features and description are those of TFDS's builders.
@@ -17,17 +17,17 @@ import urllib.request
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from alexnet_jax.command import log
 from alexnet_jax.data import prepared
 from alexnet_jax.data.prepare.shards import example, record_writer, write_metadata
-from alexnet_jax.data.prepared import Report
 from alexnet_jax.errors import RunError, UsageError
 
 Raw = dict[str, tuple[np.ndarray, np.ndarray]]  # {split: (uint8 [N, H, W], uint8 [N])}
+SIZES = {'train': 60_000, 'test': 10_000}
 
 
 class Idx(NamedTuple):
@@ -35,21 +35,13 @@ class Idx(NamedTuple):
 
     name: str
     sha256: str  # of the unpacked bytes: gzip headers differ from copy to copy
-    shape: tuple[int, ...]
 
 
 def _files(*sums: str) -> dict[str, tuple[Idx, Idx]]:
     """Return {split: (images, labels)}."""
-    found = {}
-    for split, stem, count, pair in (
-        ('train', 'train', 60_000, sums[:2]),
-        ('test', 't10k', 10_000, sums[2:]),
-    ):
-        found[split] = (
-            Idx(f'{stem}-images-idx3-ubyte', pair[0], (count, 28, 28)),
-            Idx(f'{stem}-labels-idx1-ubyte', pair[1], (count,)),
-        )
-    return found
+    stems = ('train-images-idx3', 'train-labels-idx1', 't10k-images-idx3', 't10k-labels-idx1')
+    files = [Idx(f'{stem}-ubyte', one) for stem, one in zip(stems, sums, strict=True)]
+    return {'train': (files[0], files[1]), 'test': (files[2], files[3])}
 
 
 # With upstream's file name and time (31 August 2017) put back into their gzip headers, the files of
@@ -75,67 +67,68 @@ DEBIAN_FOLDER = Path('datasets', 'fashion-mnist')  # under a share/ folder
 def prepare(
     data_dir: str | Path,
     source: str | Path | None = None,
-    report: Report = log,
     *,
     name: str = 'fashion_mnist',
 ) -> Path:
-    """Prepare a data set in `data_dir` and return the builder's folder, at once if it is there.
+    """Prepare a data set in `data_dir` and return the builder's folder, at once if it exists.
 
-    The raw files are taken from the first of these that has them: `source` (and then nothing else
-    is tried); `data_dir/raw`; of Fashion-MNIST, Debian's package `dataset-fashion-mnist`, installed
-    or fetched by `apt-get download`, which needs no root; the address that TFDS downloads from.
+    The raw files come from `source`; if it is None, from the first of these that has them:
+    `data_dir/raw`; of Fashion-MNIST, Debian's package `dataset-fashion-mnist`, installed or fetched
+    by `apt-get download`, which needs no root; the address that TFDS downloads from.
 
     Args:
         data_dir: the folder of all data sets.
         source: a folder with the four files.
-        report: called with lines of progress.
         name: 'fashion_mnist', or 'mnist' for the digits.
 
     Raises:
         UsageError: `source` is no folder.
-        RunError: no place has all files, `data_dir` cannot be written, or what is there is damaged.
+        RunError: no source has all files, or the prepared set is damaged.
+        OSError: `data_dir` cannot be written.
     """
-    data_dir, files = Path(data_dir), DIGITS if name == 'mnist' else FILES
+    data_dir = Path(data_dir)
     folder = data_dir / name / VERSION
     if source is not None and not Path(source).is_dir():
         raise UsageError(f'--source={source} is no folder: name the one with the raw .gz files.')
     if not folder.exists():
         with (
-            prepared.locked_staging_dir(data_dir, name, report) as staging,
+            prepared.locked_staging_dir(data_dir, name) as staging,
             tempfile.TemporaryDirectory(dir=staging) as scratch,
         ):
             if not folder.exists():  # else another process made it while this one waited
                 if source is None:
-                    raw = _find(name, data_dir, Path(scratch), report)
+                    raw = _find(name, data_dir, Path(scratch))
                 else:
-                    raw = read_raw(Path(source), files)
-                report(f'{name}: writing 70,000 images (about 10 s)')
-                written = write(raw, Path(scratch), report, name)
+                    raw = read_raw(Path(source), DIGITS if name == 'mnist' else FILES)
+                written = write(raw, Path(scratch), name)
                 folder.parent.mkdir(exist_ok=True)
                 written.rename(folder)
-                report(f'{name}: prepared in {folder}')
-    prepared.check_complete(folder, {split: pair[0].shape[0] for split, pair in files.items()})
+                log(f'{name}: prepared in {folder}')
+    prepared.check_complete(folder, SIZES)
     return folder
 
 
-def _find(name: str, data_dir: Path, scratch: Path, report: Report) -> Raw:
-    """Return the verified raw arrays from the first place that has them."""
-    places: dict[str, Callable[[], Path]] = {f'{data_dir / "raw"}': lambda: data_dir / 'raw'}
+# ---- the raw files --------------------------------------------------------------------------
+
+
+def _find(name: str, data_dir: Path, scratch: Path) -> Raw:
+    """Return the verified raw arrays from the first source that has them."""
     files, package = DIGITS, ''
+    sources: dict[str, Callable[[], Path]] = {f'{data_dir / "raw"}': lambda: data_dir / 'raw'}
     if name == 'fashion_mnist':
         files, package = FILES, f"install Debian's package {DEBIAN_PACKAGE}, "
-        places |= {
+        sources |= {
             f"Debian's package {DEBIAN_PACKAGE}": _installed,
             f'apt-get download {DEBIAN_PACKAGE}': lambda: _fetch_by_apt(scratch / 'apt'),
         }
-    places['the address that TFDS names'] = lambda: _download(name, files, scratch)
-    for place, find in places.items():
+    sources['the address that TFDS names'] = lambda: _download(name, files, scratch)
+    for description, find in sources.items():
         try:
             raw = read_raw(find(), files)
-        except RunError as error:
-            report(f'{name}: not from {place}: {error}')
+        except (RunError, OSError, subprocess.SubprocessError) as error:
+            log(f'{name}: not from {description}: {error}')
         else:
-            report(f'{name}: from {place}, checksums verified')
+            log(f'{name}: from {description}, checksums verified')
             return raw
     again = prepared.command(name, data_dir)
     raise RunError(
@@ -155,60 +148,49 @@ def _installed() -> Path:
 
 def _fetch_by_apt(scratch: Path) -> Path:
     """Download and unpack Debian's package, as any user; nothing is installed."""
-    lists = scratch.resolve() / 'apt'  # of our own: the system's may be absent, and are root's
+    lists = scratch.resolve() / 'apt'  # our own: the system's may be absent, and belong to root
     for part in ('state/lists/partial', 'cache/archives/partial'):
         (lists / part).mkdir(parents=True)
+
+    def call(*words: str) -> None:
+        subprocess.run(
+            words, cwd=scratch, env=os.environ | {'LC_ALL': 'C'}, stdin=subprocess.DEVNULL,
+            capture_output=True, timeout=600, check=True,
+        )  # fmt: skip
+
     net = ['-o', 'Acquire::http::Timeout=30', '-o', 'Acquire::Retries=1']
     own = ['-o', f'Dir::State={lists}/state', '-o', f'Dir::Cache={lists}/cache',
            '-o', 'Debug::NoLocking=1']  # fmt: skip
     try:
-        _call(['apt-get', *net, 'download', DEBIAN_PACKAGE], scratch)
-    except RunError:
-        _call(['apt-get', *net, *own, 'update'], scratch)
-        _call(['apt-get', *net, *own, 'download', DEBIAN_PACKAGE], scratch)
-    deb = next(scratch.glob('*.deb'))
-    _call(['dpkg-deb', '-x', str(deb.resolve()), 'unpacked'], scratch)
+        call('apt-get', *net, 'download', DEBIAN_PACKAGE)
+    except subprocess.CalledProcessError:
+        call('apt-get', *net, *own, 'update')
+        call('apt-get', *net, *own, 'download', DEBIAN_PACKAGE)
+    call('dpkg-deb', '-x', str(next(scratch.resolve().glob('*.deb'))), 'unpacked')
     return scratch / 'unpacked' / 'usr' / 'share' / DEBIAN_FOLDER
 
 
-def _call(words: list[str], folder: Path) -> None:
-    """Run a command in `folder`; RunError with its last line if it fails."""
-    try:
-        subprocess.run(
-            words, cwd=folder, env=os.environ | {'LC_ALL': 'C'}, stdin=subprocess.DEVNULL,
-            capture_output=True, text=True, errors='replace', timeout=600, check=True,
-        )  # fmt: skip
-    except FileNotFoundError:
-        raise RunError(f'this system has no {words[0]}.') from None
-    except subprocess.TimeoutExpired:
-        raise RunError(f'`{words[0]}` did not end within ten minutes.') from None
-    except subprocess.CalledProcessError as error:
-        lines = error.stderr.strip().splitlines() or ['no reason given']
-        raise RunError(f'`{words[0]}` failed: {lines[-1]}') from None
-
-
 def _download(name: str, files: Mapping[str, tuple[Idx, Idx]], folder: Path) -> Path:
-    """Download the four files from where TFDS has them."""
-    from tensorflow_datasets.image_classification import mnist
-
-    url = (mnist.MNIST if name == 'mnist' else mnist.FashionMNIST).URL
+    """Download the four files from TFDS's address."""
     for file in (f'{one.name}.gz' for pair in files.values() for one in pair):
-        try:
-            with (
-                urllib.request.urlopen(f'{url}{file}', timeout=20) as answer,
-                (folder / file).open('wb') as copy,
-            ):
-                shutil.copyfileobj(answer, copy)
-        except (OSError, ValueError) as error:
-            raise RunError(f'{url}{file}: {error}.') from None
+        url = _builder(name).URL + file
+        with urllib.request.urlopen(url, timeout=20) as answer, (folder / file).open('wb') as copy:
+            shutil.copyfileobj(answer, copy)
     return folder
 
 
+def _builder(name: str) -> Any:
+    """Return TFDS's builder class."""
+    from tensorflow_datasets.image_classification import mnist
+
+    return mnist.MNIST if name == 'mnist' else mnist.FashionMNIST
+
+
 def read_raw(folder: Path, files: Mapping[str, tuple[Idx, Idx]] | None = None) -> Raw:
-    """Read and verify the four IDX files in `folder`.
+    """Read and verify the four IDX files in `folder`, gzipped or unpacked.
 
     Args:
-        folder: holds them, gzipped or unpacked.
+        folder: of the files.
         files: FILES if not given, or DIGITS.
 
     Returns:
@@ -236,14 +218,17 @@ def _read_idx(folder: Path, file: Idx) -> np.ndarray:
         raise RunError(f'{path} cannot be read ({error}): download it again.') from None
     if hashlib.sha256(raw).hexdigest() != file.sha256:
         raise RunError(f'{path} is damaged (its sha256 is not the original): download it again.')
-    header_bytes = 4 + 4 * len(file.shape)  # magic number, then one big-endian int32 an axis
-    return np.frombuffer(raw, np.uint8, offset=header_bytes).reshape(file.shape)
+    axes = raw[3]  # the header: a magic number, then one big-endian int32 an axis
+    shape = np.frombuffer(raw, '>i4', count=axes, offset=4)
+    return np.frombuffer(raw, np.uint8, offset=4 + 4 * axes).reshape(shape)
+
+
+# ---- the records ----------------------------------------------------------------------------
 
 
 def write(
     raw: Mapping[str, tuple[np.ndarray, np.ndarray]],
     folder: Path,
-    report: Report = log,
     name: str = 'fashion_mnist',
 ) -> Path:
     """Write `raw` as TFDS's own builder would, but the same bytes in every process.
@@ -251,39 +236,29 @@ def write(
     Args:
         raw: {split: (images uint8 [N, 28, 28], labels uint8 [N])}.
         folder: of all data sets.
-        report: called with lines of progress.
         name: see `prepare`.
 
     Returns:
         `folder/name/3.0.1`, which `tfds.builder_from_directory` reads.
     """
+    from PIL import Image
     from tensorflow_datasets.core import hashing
-    from tensorflow_datasets.image_classification import mnist
 
     made, shards = folder / name / VERSION, {}
     made.mkdir(parents=True)
     for split, (images, labels) in raw.items():
+        log(f'{name}: writing {split}, {len(images):,} images')
         writer, size = record_writer(made / prepared.shard_name(name, split, 0, 1)), 0
-        order = sorted(range(len(images)), key=hashing.Hasher(split).hash_key)  # as TFDS shuffles
-        for number, index in enumerate(order):
-            if number % 10_000 == 0:
-                report(f'{name}: {split}, image {number:,} of {len(images):,}')
-            record = example(_png(images[index]), int(labels[index]))
+        for index in sorted(range(len(images)), key=hashing.Hasher(split).hash_key):  # TFDS's order
+            png = io.BytesIO()
+            Image.fromarray(images[index]).save(png, format='png')
+            record = example(png.getvalue(), int(labels[index]))
             writer.write(record)
             size += len(record)
         writer.close()
         shards[split] = [(len(images), size)]
     with contextlib.redirect_stdout(io.StringIO()):
-        info = (mnist.MNIST if name == 'mnist' else mnist.FashionMNIST)(data_dir=folder).info
+        info = _builder(name)(data_dir=folder).info
     about = dict(description=info.description, homepage=info.homepage, citation=info.citation)
     write_metadata(made, name, VERSION, info.features, shards, **about)
     return made
-
-
-def _png(image: np.ndarray) -> bytes:
-    """Return `image` (uint8 [H, W]) as PNG."""
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, format='png')
-    return buffer.getvalue()

@@ -1,7 +1,7 @@
 """ILSVRC-2010 and ILSVRC-2012, from the official tar files or from folders they were extracted to.
 
 A label comes from the name of a picture (its WordNet id, or its number and the ground truth of that
-number), never from its place in an archive. Every picture has to be there.
+number), never from its position in an archive. Every picture must be there.
 """
 
 import functools
@@ -11,26 +11,27 @@ import io
 import re
 import tarfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from alexnet_jax.command import log
 from alexnet_jax.data.prepare import archives
 from alexnet_jax.data.prepare.shards import Member, Source
-from alexnet_jax.data.prepared import Report, progress
+from alexnet_jax.data.prepared import progress
 from alexnet_jax.data.statistics import Statistics
 from alexnet_jax.errors import RunError, UsageError
 
-# Where extracted pictures are found below --source: as Kaggle packs them, or beside each other.
-PLACES = ('', 'ILSVRC/Data/CLS-LOC', 'Data/CLS-LOC', 'CLS-LOC')
+# Folders below --source that may contain extracted pictures: as Kaggle packs them, or directly.
+PARENTS = ('', 'ILSVRC/Data/CLS-LOC', 'Data/CLS-LOC', 'CLS-LOC')
 FOLDERS = {'train': ('train',), 'validation': ('val', 'validation'), 'test': ('test',)}
 
 
 @dataclass(frozen=True)
 class Archive:
-    """An official tar file of pictures; size and md5 are None where nobody published them."""
+    """An official tar file of pictures; size and md5 are None if they were not published."""
 
     name: str
     images: int
@@ -42,7 +43,6 @@ class Archive:
 class Challenge:
     """The data set of one year."""
 
-    name: str
     year: int
     archives: Mapping[str, Archive]  # by split
     devkit: str
@@ -50,11 +50,15 @@ class Challenge:
     truths: Mapping[str, str]  # {split: file of its ground truth, in the kit or beside it}
     classes: int = 1000
 
+    @property
+    def name(self) -> str:
+        """The name of the data set."""
+        return f'imagenet{self.year}'
+
 
 # Sizes: TFDS 4.9.10, datasets/imagenet2012/checksums.tsv. Sums: image-net.org's download page, also
 # in torchvision/datasets/imagenet.py.
 ILSVRC_2012 = Challenge(
-    name='imagenet2012',
     year=2012,
     archives={
         'train': Archive(
@@ -73,7 +77,6 @@ ILSVRC_2012 = Challenge(
 )
 # Counts: the paper's section 2 and the development kit. No official sums are known.
 ILSVRC_2010 = Challenge(
-    name='imagenet2010',
     year=2010,
     archives={
         'train': Archive('ILSVRC2010_images_train.tar', 1_261_406),
@@ -87,7 +90,7 @@ ILSVRC_2010 = Challenge(
         'test': 'ILSVRC2010_test_ground_truth.txt',
     },
 )
-PATCHES = 'patch_images.tar'  # 2010's own corrections of pictures that came out blank
+PATCHES = 'patch_images.tar'  # the organisers' corrections of blank pictures of 2010
 
 # Colours of the ILSVRC training images: roots of the eigenvalues, and the eigenvectors as columns,
 # rows R, G, B. From `make-data/input_meta` of cuda-convnet2: the 2012 program reads them from its
@@ -107,8 +110,8 @@ class Classes:
     """The classes of a challenge, by label: sorted by WordNet id, as TFDS has them."""
 
     wnids: tuple[str, ...]
-    words: tuple[str, ...]  # () where they are not known
-    train_images: tuple[int, ...]  # () where they are not known
+    words: tuple[str, ...]  # () if unknown
+    train_images: tuple[int, ...]  # () if unknown
     truths: dict[str, list[int]]  # {split: label of picture number 1, 2, ...}
 
     @functools.cached_property
@@ -121,7 +124,7 @@ def source(challenge: Challenge, folder: Path) -> Source:
     """Return the pictures of a challenge, from its tar files in `folder` or from folders in it.
 
     Raises:
-        UsageError: there is no such folder.
+        UsageError: the folder does not exist.
         RunError: a file is missing, incomplete, or not the official one.
     """
     if not folder.is_dir():
@@ -129,12 +132,11 @@ def source(challenge: Challenge, folder: Path) -> Source:
             f'--source={folder} is no folder: name the one with the official files, or with the '
             'folders train and val.'
         )
-    places = {split: _place(challenge, split, folder) for split in challenge.archives}
+    paths = {split: _find(challenge, split, folder) for split in challenge.archives}
     classes = _classes(challenge, folder)
-    kit = (challenge.devkit, PATCHES, *challenge.truths.values())
-    inputs = [path for path in places.values() if path.is_file()]
-    folders = [path for path in places.values() if path.is_dir()]
-    inputs += [one for path in folders for one in (path, *sorted(path.glob('*/')))]
+    inputs = [one for path in paths.values() for one in (path, *sorted(path.glob('*/')))]
+    inputs += [path for path in (folder / challenge.devkit, folder / PATCHES) if path.exists()]
+    stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in inputs]
     return Source(
         name=challenge.name,
         folder=folder,
@@ -146,19 +148,19 @@ def source(challenge: Challenge, folder: Path) -> Source:
             for archive in challenge.archives.values()
         },
         images={split: archive.images for split, archive in challenge.archives.items()},
-        inputs=[*inputs, *(folder / name for name in kit if (folder / name).exists())],
-        members=lambda report: _members(challenge, folder, places, classes, report),
-        constants=COLOURS,
+        stamp=hashlib.sha256(repr((stats, classes)).encode()).hexdigest(),
+        members=lambda: _members(challenge, folder, paths, classes),
+        colours=COLOURS,
     )
 
 
-def _place(challenge: Challenge, split: str, folder: Path) -> Path:
-    """Return the tar file of a split, or the folder that holds its extracted pictures."""
+def _find(challenge: Challenge, split: str, folder: Path) -> Path:
+    """Return the tar file of a split, or the folder of its extracted pictures."""
     archive = challenge.archives[split]
     path = folder / archive.name
     if not path.is_file():
         names = (*FOLDERS[split], Path(archive.name).stem)
-        for found in (folder / place / name for place in PLACES for name in names):
+        for found in (folder / parent / name for parent in PARENTS for name in names):
             if found.is_dir():
                 return found
         raise RunError(
@@ -178,40 +180,35 @@ def _place(challenge: Challenge, split: str, folder: Path) -> Path:
 
 
 def _members(
-    challenge: Challenge,
-    folder: Path,
-    places: Mapping[str, Path],
-    classes: Classes,
-    report: Report,
+    challenge: Challenge, folder: Path, paths: Mapping[str, Path], classes: Classes
 ) -> Iterator[tuple[str, Member]]:
     """Yield every picture of every split, replaced by its correction where there is one."""
     patches = {}
     if (folder / PATCHES).exists():
         patches = {entry.name: entry for entry in archives.tar_entries(folder / PATCHES)}
     elif challenge.year == 2010:
-        report(f'{folder / PATCHES} is not there: the few pictures that it corrects stay blank')
-    for split, path in places.items():
-        there, numbered = np.zeros(len(classes.wnids), int), set[str]()
-        for entry in _entries(path, challenge.archives[split].md5, report):
+        log(f'{folder / PATCHES} is missing: the few pictures that it corrects stay blank')
+    for split, path in paths.items():
+        counts, numbered = np.zeros(len(classes.wnids), int), set[str]()
+        for entry in _entries(path, challenge.archives[split].md5):
             label = _label(entry, challenge, split, classes)
-            if label is not None:
-                if entry.name in numbered:
-                    raise RunError(f'{path} holds {entry.name} twice: remove one of them.')
-                if split != 'train':  # of a training picture the counts of its class are enough
-                    numbered.add(entry.name)
-                there[label] += 1
-                one = patches.get(entry.name, entry)
-                file = one.path.relative_to(folder).as_posix()
-                yield split, Member(entry.name, label, file, one.offset, one.size, one.stamp)
-        _check_counts(path, challenge.archives[split].images, there, split, classes)
+            if label is None or entry.name in numbered:
+                continue
+            if split != 'train':  # the counts by class reveal a training picture that is repeated
+                numbered.add(entry.name)
+            counts[label] += 1
+            one = patches.get(entry.name, entry)
+            file = one.path.relative_to(folder).as_posix()
+            yield split, Member(entry.name, label, file, one.offset, one.size, one.stamp)
+        _check_counts(path, challenge.archives[split].images, counts, split, classes)
 
 
-def _entries(path: Path, md5: str | None, report: Report) -> Iterator[archives.Entry]:
+def _entries(path: Path, md5: str | None) -> Iterator[archives.Entry]:
     if path.is_dir():
-        report(f'listing {path}')
+        log(f'listing {path}')
         yield from archives.folder_entries(path)
         return
-    with progress(f'listing {path.name} (bytes)', path.stat().st_size, report) as update:
+    with progress(f'listing {path.name} (bytes)', path.stat().st_size) as update:
         yield from archives.tar_entries(path, md5, update)
 
 
@@ -238,21 +235,20 @@ def _label(entry: archives.Entry, challenge: Challenge, split: str, classes: Cla
 
 
 def _check_counts(
-    path: Path, expected: int, there: np.ndarray, split: str, classes: Classes
+    path: Path, expected: int, counts: np.ndarray, split: str, classes: Classes
 ) -> None:
     """Raise RunError unless a split has all its pictures, in all and of each class."""
     if split == 'train':
-        wanted = np.array(classes.train_images or np.maximum(there, 1))
+        wanted = np.array(classes.train_images or np.maximum(counts, 1))
     else:
-        wanted = np.bincount(classes.truths[split], minlength=len(there))
-    if there.sum() == expected and (there == wanted).all():
-        return
-    first = int(np.argmax(there != wanted))
-    raise RunError(
-        f'{path} holds {there.sum():,} of {expected:,} pictures, and of class '
-        f'{classes.wnids[first]} {there[first]:,} of {wanted[first]:,}: download or extract it '
-        'again.'
-    )
+        wanted = np.bincount(classes.truths[split], minlength=len(counts))
+    if counts.sum() != expected or (counts != wanted).any():
+        first = int(np.argmax(counts != wanted))
+        raise RunError(
+            f'{path} contains {counts.sum():,} of {expected:,} pictures, and of class '
+            f'{classes.wnids[first]} {counts[first]:,} of {wanted[first]:,}: download or extract '
+            'it again.'
+        )
 
 
 # ---- the classes ----------------------------------------------------------------------------
@@ -260,73 +256,61 @@ def _check_counts(
 
 def _classes(challenge: Challenge, folder: Path) -> Classes:
     """Return the classes from the development kit, or those of 2012 from TFDS (without words)."""
-    devkit = folder / challenge.devkit
-    extracted = folder / challenge.devkit.removesuffix('.tar.gz')
-    wanted = ('meta.mat', *challenge.truths.values())
-    if devkit.exists():
-        files = _unpack(challenge, devkit, wanted)
-    elif extracted.is_dir():
-        paths = (path for path in extracted.rglob('*') if path.name in wanted)
-        files = {path.name: path.read_bytes() for path in paths}
-    elif challenge.year == 2012:
+    kit = folder / challenge.devkit
+    extracted = kit.with_name(kit.name.removesuffix('.tar.gz'))
+    if challenge.year == 2012 and not kit.exists() and not extracted.is_dir():
         return tfds_lists()
-    else:
-        raise RunError(f'{devkit} is missing: it names the classes and the validation labels.')
-    beside = (name for name in wanted if name not in files and (folder / name).exists())
-    files |= {name: (folder / name).read_bytes() for name in beside}
-    for name in wanted:
-        if name not in files:
-            raise RunError(f'{folder / name} is missing, in the development kit and beside it.')
+    wanted = ('meta.mat', *challenge.truths.values())
+    paths = (*folder.glob('*'), *extracted.rglob('*'))
+    files = {path.name: path.read_bytes() for path in paths if path.name in wanted}
     try:
+        if kit.exists():
+            files |= _unpack(kit, challenge.devkit_md5)
+        if missing := [name for name in wanted if name not in files]:
+            raise RunError(f'{kit} is missing, or {missing[0]} in it and beside it: download it.')
         return _read_kit(challenge, files)
-    except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise _not_official(devkit, f'{type(error).__name__}: {error}') from None
+    except (ValueError, LookupError, EOFError, OSError, tarfile.TarError, zlib.error) as error:
+        raise RunError(
+            f'{kit} is not the official file ({type(error).__name__}: {error}): download it again.'
+        ) from None
 
 
-def _unpack(challenge: Challenge, devkit: Path, wanted: Iterable[str]) -> dict[str, bytes]:
-    """Return the wanted files of a development kit, whatever folders it has them in."""
-    content = devkit.read_bytes()
-    md5 = hashlib.md5(content, usedforsecurity=False).hexdigest()
-    if challenge.devkit_md5 not in (None, md5):
-        raise _not_official(devkit, f'its md5 is {md5}')
-    try:
-        with tarfile.open(fileobj=io.BytesIO(content), mode='r:gz') as tar:
-            return {
-                PurePosixPath(member.name).name: file.read()
-                for member in tar
-                if PurePosixPath(member.name).name in wanted and (file := tar.extractfile(member))
-            }
-    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
-        raise _not_official(devkit, f'{type(error).__name__}: {error}') from None
+def _unpack(kit: Path, md5: str | None) -> dict[str, bytes]:
+    """Return the files of a development kit by their names without folders."""
+    content = kit.read_bytes()
+    found = hashlib.md5(content, usedforsecurity=False).hexdigest()
+    if md5 not in (None, found):
+        raise ValueError(f'its md5 is {found}')
+    with tarfile.open(fileobj=io.BytesIO(content), mode='r:gz') as tar:
+        return {
+            PurePosixPath(member.name).name: file.read()
+            for member in tar
+            if (file := tar.extractfile(member))
+        }
 
 
 def _read_kit(challenge: Challenge, files: Mapping[str, bytes]) -> Classes:
-    from scipy.io import loadmat  # JAX needs SciPy, so it is there
+    from scipy.io import loadmat  # JAX needs SciPy, so it is installed
 
     rows = loadmat(io.BytesIO(files['meta.mat']), squeeze_me=True)['synsets']
     number = f'ILSVRC{challenge.year}_ID'  # the nodes above the classes have larger ones
     rows = [row for row in rows if 1 <= int(row[number]) <= challenge.classes]
-    if len(rows) != challenge.classes:
-        raise ValueError(f'it lists {len(rows):,} classes, not {challenge.classes:,}')
     rows.sort(key=lambda row: str(row['WNID']))
     label = {int(row[number]): place for place, row in enumerate(rows)}
-    truths = {}
-    for split, name in challenge.truths.items():
-        truths[split] = [label[int(line)] for line in files[name].split()]
-        expected = challenge.archives[split].images
-        if len(truths[split]) != expected:
-            raise ValueError(f'{name} holds {len(truths[split]):,} labels, not {expected:,}')
     return Classes(
         wnids=tuple(str(row['WNID']) for row in rows),
         words=tuple(str(row['words']) for row in rows),
         train_images=tuple(int(row['num_train_images']) for row in rows),
-        truths=truths,
+        truths={
+            split: [label[int(line)] for line in files[name].split()]
+            for split, name in challenge.truths.items()
+        },
     )
 
 
 def tfds_lists() -> Classes:
-    """Return what TFDS ships of 2012: the classes, and those of the validation pictures."""
-    spec = importlib.util.find_spec('tensorflow_datasets')  # found, not imported: that takes long
+    """Return the lists of 2012 in TFDS: the classes, and those of the validation pictures."""
+    spec = importlib.util.find_spec('tensorflow_datasets')  # an import takes long
     if spec is None or not spec.submodule_search_locations:
         raise RunError('tensorflow-datasets, which lists the classes, is not installed.')
     folder = Path(spec.submodule_search_locations[0], 'datasets', 'imagenet2012')
@@ -334,7 +318,3 @@ def tfds_lists() -> Classes:
     label = {wnid: place for place, wnid in enumerate(wnids)}
     truth = [label[wnid] for wnid in (folder / 'validation_labels.txt').read_text().split()]
     return Classes(wnids, (), (), {'validation': truth})
-
-
-def _not_official(path: Path, reason: str) -> RunError:
-    return RunError(f'{path} is not the official file ({reason}): download it again.')
