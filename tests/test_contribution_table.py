@@ -45,7 +45,9 @@ def fake_run(folder: Path, row: str, seed: int, change: float, scale: str = 'qui
     evaluate.save_predictions(workdir / 'predictions_test.npz', arrays)
     lines = []
     for step in range(1, 9):
-        lines.append({'kind': 'train', 'step': step, 'epoch': step / 2, 'top1_error': 1 / step})
+        lines.append(
+            {'kind': 'train', 'step': step, 'epoch': step / 2, 'top1_error': 1 / step, 'loss': 1.0}
+        )
         if step % 4 == 0:
             values = {'epoch': step / 2, 'top1_error': 0.9 / step, 'top5_error': 0.0, 'nll': 1.0}
             lines.append({'kind': 'validation', 'step': step, **values})
