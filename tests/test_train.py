@@ -391,9 +391,9 @@ def test_a_workdir_with_a_step_or_a_checkpoint_is_taken(reference, data_dir, tmp
 CONSTANT = {
     'optimizer__weights__kind': 'constant',
     'optimizer__biases__kind': 'constant',
-    'optimizer__late__layer': 'none',
-    'optimizer__late__slow_epoch': 9.0,
-    'optimizer__late__freeze_epoch': 9.0,
+    'optimizer__late_freeze__layer': 'none',
+    'optimizer__late_freeze__slow_epoch': 9.0,
+    'optimizer__late_freeze__freeze_epoch': 9.0,
     'preprocess__noise_until_epoch': 9.0,
 }
 
