@@ -12,7 +12,7 @@ from alexnet_jax.training import metrics
 
 
 def test_means_weigh_uneven_batches():
-    means = metrics.Means()
+    means = metrics.Means({})
     means.add({'loss': (8.0, 4)})
     means.add({'loss': (1.0, 1)})
     assert means.take() == {'loss': 9 / 5}
@@ -20,7 +20,7 @@ def test_means_weigh_uneven_batches():
 
 
 def test_means_go_through_json():
-    means = metrics.Means()
+    means = metrics.Means({})
     means.add({'loss': (0.1, 4), 'top1_error': (3, 4)})
     again = metrics.Means(json.loads(json.dumps(means.sums)))
     assert again.take() == means.take()
