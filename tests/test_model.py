@@ -713,7 +713,7 @@ def moved_behind_fc6() -> Net:
             lambda: dataclasses.replace(small_net(), towers=5),
             'conv1: 5 towers do not divide',
         ),
-        (moved_behind_fc6, 'conv5 is a convolution behind a fully connected layer'),
+        (moved_behind_fc6, 'conv5 is a convolution after a fully connected layer'),
         (lambda: change(small_net(), 'fc6', ops=('pool',)), "fc6: 'pool' needs maps"),
         (lambda: change(small_net(), 'fc8', ops=('lrn',)), "fc8: 'lrn' needs maps"),
         (
