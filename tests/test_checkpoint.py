@@ -608,7 +608,7 @@ def test_the_import_changes_nothing(repository):
     code = """
         import logging, sys
         hook = sys.unraisablehook
-        import alexnet_jax.checkpoint
+        import alexnet_jax.training.checkpoint
         assert sys.unraisablehook is hook
         assert not [name for name in ('absl', 'asyncio') if logging.getLogger(name).filters]
     """
