@@ -286,5 +286,5 @@ def test_images_of_other_channels(smoke_run, shades):
     settings = trained.settings
     other = dataclasses.replace(settings.data, name='shades')
     trained = dataclasses.replace(trained, settings=dataclasses.replace(settings, data=other))
-    with pytest.raises(UsageError, match=r'images of 3 channels, and the net in .* takes 1'):
+    with pytest.raises(UsageError, match=r'images of 3 channels, but the net in .* takes 1'):
         evaluate.open_split(trained, 'test[:3]')
