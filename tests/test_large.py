@@ -28,7 +28,7 @@ from alexnet_jax.data.prepare import command as prepare
 from alexnet_jax.data.readers import Readers
 from alexnet_jax.errors import RunError, UsageError
 from alexnet_jax.inference import evaluate
-from alexnet_jax.training import metrics, train
+from alexnet_jax.training import callbacks, metrics, train
 from alexnet_jax.training.workdir import MAY_DIFFER
 from tests.conftest import smoke_config
 from tests.test_distributed import Crew
@@ -415,7 +415,7 @@ def test_a_run_on_a_large_set_equals_one_in_memory(
 
     Whatever else is listed as changing no number is changed with it, but for meshes.
     """
-    monkeypatch.setattr(train, 'STALL', -1.0)
+    monkeypatch.setattr(callbacks, 'STALL_SHARE', -1.0)
     workdir = tmp_path / 'large'
     shutil.copytree(data_dir / 'fashion_mnist', tmp_path / 'data' / 'fashion_mnist')
     changes = {
@@ -444,9 +444,8 @@ def test_the_size_of_evaluation_batches_changes_no_number(smoke_run):
         dataset = evaluate.open_split(trained, 'test')
         predict = evaluate.make_predict(trained.settings, trained.layout)
         how = {'layout': trained.layout, 'batch_size': trained.settings.loop.eval_batch_size}
-        found.append(
-            evaluate.probabilities(predict, trained.params, trained.statistics, dataset, **how)
-        )
+        scored = evaluate.probabilities(predict, trained.params, trained.statistics, dataset, **how)
+        found.append(scored['centre'])
     for other in found[1:]:
         np.testing.assert_allclose(other, found[0], rtol=1e-5, atol=1e-7)
 
@@ -500,8 +499,8 @@ def test_a_stopped_run_on_a_large_set_resumes(smoke_run, command, tmp_path):
     crew = Crew(command, tmp_path, 1, devices=8)
     crew.wait_for_step(2)
     crew.processes[0].send_signal(signal.SIGTERM)
-    assert crew.wait() == {0: 143}, crew.said(0)
-    assert 'Traceback' not in crew.said(0)
+    assert crew.wait() == {0: 143}, crew.stderr(0)
+    assert 'Traceback' not in crew.stderr(0)
     again = Crew(command, tmp_path, 1, devices=8)
     assert again.wait() == {0: 0}, again.stderr(0)
     assert 'resuming at step' in again.stderr(0)
@@ -510,7 +509,7 @@ def test_a_stopped_run_on_a_large_set_resumes(smoke_run, command, tmp_path):
 
 def test_two_processes_read_a_slice_each(smoke_run, command, tmp_path):
     crew = Crew([*command, '--config.mesh.data=2', '--config.epochs=1.0'], tmp_path, 2, devices=2)
-    assert crew.wait() == {0: 0, 1: 0}, crew.said(0) + crew.said(1)
+    assert crew.wait() == {0: 0, 1: 0}, crew.stderr(0) + crew.stderr(1)
     first, expected = (metrics.read(folder)[0] for folder in (tmp_path / 'run', smoke_run))
     assert first['step'] == 1
     # The first step's loss is of all 64 images; sums are taken in another order, rounded to 1e-7.

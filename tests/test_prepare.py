@@ -115,10 +115,10 @@ def test_the_error_of_a_damaged_set_names_the_command(pets, tmp_path):
     folder = tmp_path / 'my_pets/1.0.0'
     next(folder.glob('*train*')).unlink()
     with pytest.raises(RunError, match=r'`python -m alexnet_jax prepare folder --name=my_pets '):
-        prepared.shards(folder)
+        prepared.record_files(folder)
     (tmp_path / 'imagenet2012/1.0.0').mkdir(parents=True)
     with pytest.raises(RunError, match=r'alexnet_jax prepare imagenet2012 --source=FOLDER'):
-        prepared.shards(tmp_path / 'imagenet2012/1.0.0')
+        prepared.record_files(tmp_path / 'imagenet2012/1.0.0')
 
 
 # ---- sets of TFDS --------------------------------------------------------------------------
@@ -170,7 +170,7 @@ def test_a_set_prepared_by_tfds_is_linked(tfds_dir, tmp_path, capsys):
     link = tmp_path / 'shapes/2.1.0'
     assert link.is_symlink()
     assert link.resolve() == tfds_dir / 'shapes/2.1.0'
-    assert sum(n for _, n in prepared.shards(link)['train']) == 6
+    assert sum(n for _, n in prepared.record_files(link)['train']) == 6
     assert sum(path.stat().st_size for path in tmp_path.rglob('*') if not path.is_symlink()) < 9999
     link.unlink()
     link.symlink_to(tmp_path / 'moved away since')

@@ -171,7 +171,7 @@ def load(
         RunError: the data set is missing or damaged; the message contains the command to run.
     """
     folder = _folder(name, Path(data_dir))
-    files = prepared.shards(folder)
+    files = prepared.record_files(folder)
     terms = parse_split(split, {base: [n for _, n in found] for base, found in files.items()})
     names = class_names(name, data_dir)
     sizes = {base: sum(n for _, n in found) for base, found in files.items()}
@@ -291,7 +291,7 @@ def facts(name: str, data_dir: str | Path) -> tuple[int, int, tuple[str, ...]]:
         )
     folder = _folder(name, Path(data_dir))
     (*_, channels), _ = image_format(folder)
-    return len(class_names(name, data_dir)), channels, tuple(prepared.shards(folder))
+    return len(class_names(name, data_dir)), channels, tuple(prepared.record_files(folder))
 
 
 def _names(folder: Path) -> list[str]:
@@ -304,7 +304,7 @@ def _names(folder: Path) -> list[str]:
 
 def _records(folder: Path, terms: list[Term]) -> Records:
     """Return the records of a split's terms, file by file."""
-    segments, files = [], prepared.shards(folder)
+    segments, files = [], prepared.record_files(folder)
     for base, start, stop in terms:
         first = 0
         for path, count in files[base]:
@@ -329,7 +329,7 @@ def _decoded(folder: Path, split: str, count: int, workers: int) -> tuple[np.nda
     stem = f'{folder.parent.name}-{folder.name}-{split}'
     kept = [_copies(folder) / f'{stem}.{part}.npy' for part in ('images', 'labels')]
     sums = _copies(folder) / f'{stem}.json'
-    source = [_sha256(path) for path, _ in prepared.shards(folder)[split]]
+    source = [_sha256(path) for path, _ in prepared.record_files(folder)[split]]
     with contextlib.suppress(OSError, ValueError):
         if json.loads(sums.read_text()) == [source, [_sha256(path) for path in kept]]:
             images, labels = (np.load(path, mmap_mode='r').view(np.ndarray) for path in kept)

@@ -26,7 +26,7 @@ def command(name: str, data_dir: str | Path) -> str:
     return f'python -m alexnet_jax prepare {name}{source} --data_dir={data_dir}'
 
 
-def shards(folder: Path) -> dict[str, list[tuple[Path, int]]]:
+def record_files(folder: Path) -> dict[str, list[tuple[Path, int]]]:
     """Return the splits of a prepared data set, from TFDS's `dataset_info.json`.
 
     Returns:
@@ -67,7 +67,7 @@ def check_complete(folder: Path, sizes: Mapping[str, int] | None = None) -> None
         ArrayRecordReader,  # a compiled module without stubs
     )
 
-    splits = shards(folder)
+    splits = record_files(folder)
     if sizes and {name: sum(n for _, n in files) for name, files in splits.items()} != sizes:
         raise damaged(folder, 'its splits are not the official ones')
     for path, count in (file for files in splits.values() for file in files):

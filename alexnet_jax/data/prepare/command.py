@@ -61,7 +61,7 @@ def from_tfds(name: str, data_dir: Path, tfds_dir: Path) -> Path:
     features = json.loads((found / 'features.json').read_text())['featuresDict']['features']
     if 'image' not in features or 'classLabel' not in features.get('label', {}):
         raise UsageError(f'{name} has no labelled images: its features are {", ".join(features)}.')
-    prepared.shards(found)  # all its files are there
+    prepared.record_files(found)  # all its files are there
     folder = data_dir / name.partition('/')[0] / found.name
     if folder.is_symlink() and not folder.exists():
         folder.unlink()  # its target was moved
