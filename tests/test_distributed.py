@@ -306,7 +306,7 @@ def test_data_that_is_not_the_same_everywhere(command, data_dir, tmp_path, fault
 
 BUG = """
 import sys
-from alexnet_jax.parallel import distributed
+from alexnet_jax.parallel import distributed, launchers
 with distributed.joined(launchers.detect({}, sys.argv[1], 2, int(sys.argv[2])), {}):
     distributed.wait_for_all('start')
     if sys.argv[2] == '1':
