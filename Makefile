@@ -37,6 +37,7 @@ lint: env
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/python tests/words.py
 
 types: env
 	$(BIN)/ty check --python $(VENV) $(TYPED)

@@ -1,4 +1,4 @@
-"""Errors that the user can act on. The message is one sentence that says what to do."""
+"""Errors that the user can act on. The message is one sentence with what to do."""
 
 
 class AlexNetError(Exception):

@@ -14,7 +14,7 @@ from configs import Claim, alexnet
 CLAIM = Claim(
     row='no colour noise',
     source='paper 4.1',
-    data='ILSVRC, not said which',
+    data='ILSVRC, year not given',
     top1=1.0,
     top5=None,
     words='top-1: more than that; brightness noise on grey images',

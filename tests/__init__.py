@@ -1,1 +1,1 @@
-"""Tests; conftest.py says what they run on."""
+"""Tests; conftest.py sets up the devices and data that they use."""

@@ -72,22 +72,22 @@ def test_leftovers_of_systems_are_ignored(tmp_path):
 @pytest.mark.parametrize('share', [0.3, 0.6, 0.9])
 def test_a_partial_download_is_refused(nested, share):
     path, _ = nested
-    whole = md5(path)
+    full = md5(path)
     content = path.read_bytes()
     path.write_bytes(content[: int(share * len(content))])
     with pytest.raises(RunError, match=r'is not a complete tar file|md5'):
-        list(archives.tar_entries(path, whole))
+        list(archives.tar_entries(path, full))
 
 
 def test_a_flipped_byte_is_noticed(nested):
     path, _ = nested
-    whole = md5(path)
+    full = md5(path)
     content = bytearray(path.read_bytes())
     content[content.index(b'xxxx') + 3] ^= 1  # inside a picture: all headers are intact
     path.write_bytes(content)
     assert len(list(archives.tar_entries(path))) == 5
     with pytest.raises(RunError, match='is not the official file'):
-        list(archives.tar_entries(path, whole))
+        list(archives.tar_entries(path, full))
 
 
 def test_links_and_devices_are_ignored(tmp_path):

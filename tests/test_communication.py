@@ -170,16 +170,16 @@ def test_the_compilers_memory_is_of_one_device(shape):
 
 
 def test_two_towers_halve_the_memory_of_a_device():
-    whole, half = reading(2, 1).memory, reading(2, 2).memory
+    full, half = reading(2, 1).memory, reading(2, 2).memory
     for layer, (weights, biases) in PARAMETERS.items():
-        assert whole.parameters[layer] == FLOAT32 * (weights + biases)
+        assert full.parameters[layer] == FLOAT32 * (weights + biases)
         # fc8's inputs are split, and with them its weights; its biases and logits are replicated.
         split = weights // 2 + (biases if layer == 'fc8' else biases // 2)
         assert half.parameters[layer] == half.velocity[layer] == FLOAT32 * split
         share = 1 if layer == 'fc8' else 2
-        assert half.activations[layer] * share == whole.activations[layer] > 0
+        assert half.activations[layer] * share == full.activations[layer] > 0
     # Pixels and gathered maps are not halved. Measured: 0.61.
-    assert half.temporaries < 0.75 * whole.temporaries
+    assert half.temporaries < 0.75 * full.temporaries
 
 
 def test_activations_by_hand():

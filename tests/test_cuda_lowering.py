@@ -37,9 +37,9 @@ def lower(data: int, tower: int, placement: str, dtype: str = 'float32') -> expo
         'image': abstract((size, side, side, 1), np.uint8, layout.batch_sharding),
         'label': abstract((size,), np.int32, layout.batch_sharding),
     }
-    whole = layout.replicated
+    full = layout.replicated
     statistics = augment.Statistics(
-        abstract((side, side, 1), jnp.float32, whole), abstract((1, 1), jnp.float32, whole)
+        abstract((side, side, 1), jnp.float32, full), abstract((1, 1), jnp.float32, full)
     )
     with ops.traced_for('gpu'):
         train_step, shardings = step.jit_train_step(settings, layout, optimizer, IMAGES)

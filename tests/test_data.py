@@ -254,7 +254,7 @@ def test_permutations_differ_between_seeds_and_epochs_and_never_change():
 @pytest.mark.parametrize('batch_size', [1, 3, 10, 25])
 def test_batches_cover_every_epoch(batch_size):
     n, seed = 10, 4
-    steps = 3 * n  # whole epochs, whatever the batch size
+    steps = 3 * n  # full epochs, whatever the batch size
     chain = np.concatenate([batching.batch_indices(seed, s, batch_size, n) for s in range(steps)])
     for epoch in range(steps * batch_size // n):
         part = chain[epoch * n : (epoch + 1) * n]
@@ -264,12 +264,12 @@ def test_batches_cover_every_epoch(batch_size):
 @pytest.mark.parametrize('processes', [1, 2, 4])
 def test_slices_of_processes_make_up_the_global_batch(train, processes):
     share = 64 // processes
-    whole = batching.TrainStream(train, seed=1, batch_size=64)
+    full = batching.TrainStream(train, seed=1, batch_size=64)
     shares = [slice(i * share, (i + 1) * share) for i in range(processes)]
     parts = [batching.TrainStream(train, 1, 64, rows) for rows in shares]
     for step in (0, 937, 10**6):  # 937: the batch that spans the first two epochs
         indices = batching.batch_indices(1, step, 64, len(train))
-        batch = whole.batch(step)
+        batch = full.batch(step)
         assert np.array_equal(batch['image'], train.images[indices])
         for key in ('image', 'label'):
             joined = np.concatenate([part.batch(step)[key] for part in parts])

@@ -82,13 +82,13 @@ def test_every_image_is_counted_once(net, batch_size, mesh):
     one = evaluate.probabilities(predict, params, statistics, dataset, **how)['centre']
     assert one.shape == (150, 10)
     np.testing.assert_allclose(one.sum(axis=1), 1, rtol=1e-5)
-    whole = meshes.make_layout(MeshShape(1, 1), 64)
+    full = meshes.make_layout(MeshShape(1, 1), 64)
     reference = evaluate.probabilities(
-        evaluate.make_predict(settings, whole),
+        evaluate.make_predict(settings, full),
         params,
         statistics,
         dataset,
-        layout=whole,
+        layout=full,
         batch_size=150,
     )['centre']
     np.testing.assert_allclose(one, reference, rtol=1e-5)
@@ -166,7 +166,7 @@ def test_damaged_predictions_are_detected(smoke_run, tmp_path):
     """Each of 200 random damages gives an error message or the same numbers."""
     path = tmp_path / 'predictions_test.npz'
     body = (smoke_run / path.name).read_bytes()
-    whole = evaluate.load_predictions(smoke_run)
+    full = evaluate.load_predictions(smoke_run)
     rng = np.random.default_rng(0)
     refused = []
     for number in range(200):
@@ -182,7 +182,7 @@ def test_damaged_predictions_are_detected(smoke_run, tmp_path):
         except RunError as error:
             refused.append(str(error))
             continue
-        for name, array in whole.items():
+        for name, array in full.items():
             np.testing.assert_array_equal(found[name], array)
     assert len(refused) > 150
     assert all('make it with python main.py --mode=evaluate' in line for line in refused)

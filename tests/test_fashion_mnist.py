@@ -103,7 +103,7 @@ def test_killed_in_the_middle_then_two_at_once_make_one_complete_set(raw_dir, da
     assert [process.returncode for process in pair] == [0, 0]
     folder = tmp_path / 'fashion_mnist/3.0.1'
     assert [out.strip() for out, _ in ends] == [str(folder)] * 2
-    assert sum('waiting for another process' in said for _, said in ends) == 1
+    assert sum('waiting for another process' in message for _, message in ends) == 1
     assert {path.name for path in tmp_path.iterdir()} == {
         'fashion_mnist',
         '.prepare-fashion_mnist.lock',

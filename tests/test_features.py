@@ -58,11 +58,11 @@ def test_dropout_halves_at_test_time(trained, images):
 
 def test_one_image_alone_has_the_same_features(trained, images):
     extract = features.make_extract(trained, 'fc7_relu')
-    whole = extract(images)
-    assert len(np.unique(whole.round(3), axis=0)) == TEST  # the images differ
+    full = extract(images)
+    assert len(np.unique(full.round(3), axis=0)) == TEST  # the images differ
     for i in (0, 17, TEST - 1):
-        np.testing.assert_array_equal(extract(images[i : i + 1])[0], whole[i])
-    assert extract(images[:0]).shape == (0, whole.shape[1])
+        np.testing.assert_array_equal(extract(images[i : i + 1])[0], full[i])
+    assert extract(images[:0]).shape == (0, full.shape[1])
 
 
 def test_an_unknown_layer(trained):
@@ -212,7 +212,7 @@ def hard(name):
     'name',
     [
         'far from the origin', 'duplicates', 'all the same', 'zeros', 'tiny', 'small',
-        'one is huge', 'whole numbers',
+        'one is huge', 'full numbers',
     ],
 )  # fmt: skip
 @pytest.mark.parametrize('block', [50, 300])

@@ -63,9 +63,9 @@ def test_leftovers_of_systems_are_neither_classes_nor_pictures(tmp_path, inside,
 def test_ignored_files_are_reported(tmp_path, capsys):
     put(tmp_path, 'a/1.jpg', 'a/2.heic', 'a/3.HEIC', 'a/.hidden', 'b/1.png', 'b/deep/README')
     image_folder.source(tmp_path, 'x', validation=0, test=0)
-    said = capsys.readouterr().err.splitlines()
-    assert said[-2].endswith('.heic 2, no ending 1')
-    assert 'HEIC is not supported: convert' in said[-1]
+    message = capsys.readouterr().err.splitlines()
+    assert message[-2].endswith('.heic 2, no ending 1')
+    assert 'HEIC is not supported: convert' in message[-1]
     put(tmp_path, 'c/1.heic')
     with pytest.raises(UsageError, match=r'c contains no picture \(.heic 1\): HEIC is not'):
         image_folder.source(tmp_path, 'x')
@@ -163,7 +163,7 @@ def test_names_that_are_refused(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    ('names', 'options', 'said'),
+    ('names', 'options', 'message'),
     [
         ((), {}, 'no folder of pictures'),
         (('a/1.jpg',), {}, '1 folder'),
@@ -175,8 +175,8 @@ def test_names_that_are_refused(tmp_path, name):
         (('a/1.jpg', 'b/1.jpg'), {'test': 0.6}, 'too few pictures'),
     ],
 )
-def test_folders_that_do_not_fit_together(tmp_path, names, options, said):
-    with pytest.raises(UsageError, match=said) as caught:
+def test_folders_that_do_not_fit_together(tmp_path, names, options, message):
+    with pytest.raises(UsageError, match=message) as caught:
         image_folder.source(put(tmp_path, *names), 'x', **options)
     assert '\n' not in str(caught.value)
 

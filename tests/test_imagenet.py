@@ -157,14 +157,14 @@ def test_without_a_devkit_2012_uses_the_lists_of_tfds(year_2012):
 # ---- incomplete sources ----------------------------------------------------------------------
 
 
-def refused(challenge, folder, said):
-    with pytest.raises(RunError, match=said) as caught:
+def refused(challenge, folder, message):
+    with pytest.raises(RunError, match=message) as caught:
         list(imagenet.source(challenge, folder).members())
     assert '\n' not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ('numbers', 'said'),
+    ('numbers', 'message'),
     [
         ((4, 2, 1), '3 of 4 pictures, and of class n03 1 of 2'),
         ((4, 2, 2, 1), '3 of 4'),
@@ -174,7 +174,7 @@ def refused(challenge, folder, said):
     ],
 )
 @pytest.mark.parametrize('extracted', [False, True])
-def test_validation_pictures_that_do_not_match(year_2012, numbers, said, extracted):
+def test_validation_pictures_that_do_not_match(year_2012, numbers, message, extracted):
     pictures = numbered(2012, 'val', numbers)
     if extracted:
         (year_2012 / 'ILSVRC2012_img_val.tar').unlink()
@@ -184,11 +184,11 @@ def test_validation_pictures_that_do_not_match(year_2012, numbers, said, extract
         (year_2012 / 'val').mkdir(exist_ok=True)
     else:
         write_tar(year_2012 / 'ILSVRC2012_img_val.tar', pictures)
-    refused(SMALL_2012, year_2012, said)
+    refused(SMALL_2012, year_2012, message)
 
 
 @pytest.mark.parametrize(
-    ('classes', 'said'),
+    ('classes', 'message'),
     [
         (train(wnids=('n01', 'n03')), '5 of 6 pictures, and of class n02 0 of 1'),
         (train(count=TRAIN | {'n03': 2}), '5 of 6 pictures, and of class n03 2 of 3'),
@@ -198,9 +198,9 @@ def test_validation_pictures_that_do_not_match(year_2012, numbers, said, extract
         ([('n01_1.txt', b'')], '0 of 6 pictures'),
     ],
 )
-def test_training_pictures_that_do_not_match(year_2012, classes, said):
+def test_training_pictures_that_do_not_match(year_2012, classes, message):
     write_tar(year_2012 / 'ILSVRC2012_img_train.tar', classes)
-    refused(SMALL_2012, year_2012, said)
+    refused(SMALL_2012, year_2012, message)
 
 
 # ---- extracted ------------------------------------------------------------------------------
@@ -302,21 +302,21 @@ def damaged_kit(folder, synsets=None, truth=VALIDATION, **options):
 
 
 def test_wrong_development_kits_are_refused(year_2012):
-    def said(challenge=SMALL_2012):
+    def message(challenge=SMALL_2012):
         with pytest.raises(RunError, match='is not the official file') as caught:
             imagenet.source(challenge, year_2012)
         return str(caught.value)
 
     damaged_kit(year_2012, truth=(3, 1, 1, 9))
-    assert 'KeyError: 9' in said()
+    assert 'KeyError: 9' in message()
     damaged_kit(year_2012, synsets=synsets()[:2])
-    assert 'KeyError: 3' in said()
+    assert 'KeyError: 3' in message()
     kit = damaged_kit(year_2012)
-    assert 'its md5 is' in said(dataclasses.replace(SMALL_2012, devkit_md5='0' * 32))
+    assert 'its md5 is' in message(dataclasses.replace(SMALL_2012, devkit_md5='0' * 32))
     kit.write_bytes(kit.read_bytes()[:300])
-    assert 'is not the official file' in said()
+    assert 'is not the official file' in message()
     kit.write_text('<html>')
-    assert 'is not the official file' in said()
+    assert 'is not the official file' in message()
 
 
 def test_a_short_list_of_labels_is_noticed(year_2012):

@@ -1,4 +1,4 @@
-"""Test data sets that stay in their files: contents, batches, damage, statistics, whole runs.
+"""Test data sets that stay in their files: contents, batches, damage, statistics, complete runs.
 
 Real array_record files, as TFDS writes them.
 """
@@ -233,8 +233,8 @@ def test_a_system_error_is_not_reported_as_damage(sets, repository, workers):
         'try: d.images[:300]\n'
         'except Exception as error: print(type(error).__name__, error)\n'
     )
-    said = subprocess.check_output([sys.executable, '-c', script], cwd=repository, text=True)
-    assert said.startswith('OSError [Errno 24] Too many open files'), said
+    message = subprocess.check_output([sys.executable, '-c', script], cwd=repository, text=True)
+    assert message.startswith('OSError [Errno 24] Too many open files'), message
 
 
 def test_taking_no_image(sets):
@@ -289,14 +289,14 @@ def test_a_damaged_record_is_named(copy, workers):
 def test_descriptions_of_other_data_are_refused(copy):
     path = copy / 'drawn/1.0.0/features.json'
     good = path.read_text()
-    for before, after, says in (
+    for before, after, expected in (
         ('uint8', 'float32', 'and not uint8'),
         ('"image": {', '"picture": {', 'the description of its images'),
         (good, '{"featuresDict"', 'the description of its images'),
     ):
         assert before in good
         path.write_text(good.replace(before, after))
-        with pytest.raises(RunError, match=says):
+        with pytest.raises(RunError, match=expected):
             large(copy)
 
 
@@ -431,9 +431,9 @@ def test_a_run_on_a_large_set_equals_one_in_memory(
         config[group][name] = value
     train.run(config, workdir)
     assert_same(outcome(smoke_run), outcome(workdir))
-    said = re.findall(r'the input is the limit.*', capsys.readouterr().err)
-    assert len(said) == 1
-    assert re.search(r'2 reader\(s\) read [\d,]+ images/s each, and the step takes', said[0])
+    message = re.findall(r'the input is the limit.*', capsys.readouterr().err)
+    assert len(message) == 1
+    assert re.search(r'2 reader\(s\) read [\d,]+ images/s each, and the step takes', message[0])
 
 
 def test_the_size_of_evaluation_batches_changes_no_number(smoke_run):
@@ -470,15 +470,15 @@ def test_a_run_without_validation(smoke_run, data_dir, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ('wanted', 'says'),
+    ('wanted', 'expected'),
     [(40_000.0, '8 cores would do (data.workers)'), (9_000.0, 'they are enough if nothing else')],
 )
-def test_shortage_estimates_the_cores_needed(sets, wanted, says, monkeypatch):
+def test_shortage_estimates_the_cores_needed(sets, wanted, expected, monkeypatch):
     dataset = large(sets['picture'])
     assert isinstance(dataset, LargeDataset)
     dataset.images.readers = Readers(2)
     dataset.images.readers._secs.append(2.0 / 10_000)
-    assert says in datasets.shortage(dataset, wanted)
+    assert expected in datasets.shortage(dataset, wanted)
     small = datasets.load('drawn', sets['picture'], 'test')
     assert datasets.shortage(small, wanted) is None
 

@@ -32,9 +32,9 @@ def reference(picture, px):
     """Do as section 2 of the paper says: resize the picture, then crop the centre."""
     ratio = px / min(picture.size)
     size = [round(edge * ratio) for edge in picture.size]
-    whole = picture.resize(size, Image.Resampling.BICUBIC)
+    full = picture.resize(size, Image.Resampling.BICUBIC)
     left, top = ((edge - px) // 2 for edge in size)
-    return np.asarray(whole.crop((left, top, left + px, top + px))).astype(int)
+    return np.asarray(full.crop((left, top, left + px, top + px))).astype(int)
 
 
 @pytest.mark.parametrize('size', [(96, 64), (64, 96), (64, 64), (32, 32), (320, 256)])
@@ -205,7 +205,7 @@ def test_a_decompression_bomb_is_refused_with_warnings_off():
 
 
 @pytest.mark.parametrize(
-    ('content', 'said'),
+    ('content', 'message'),
     [
         (b'', 'is no image'),
         (b'<html>moved</html>', 'is no image'),
@@ -214,7 +214,7 @@ def test_a_decompression_bomb_is_refused_with_warnings_off():
         (bomb(100), 'cannot be read as an image: '),
     ],
 )
-def test_what_is_no_picture(content, said):
-    with pytest.raises(images.BadImage, match=said) as caught:
+def test_what_is_no_picture(content, message):
+    with pytest.raises(images.BadImage, match=message) as caught:
         images.picture(content, 64)
     assert '\n' not in str(caught.value)

@@ -194,10 +194,10 @@ def test_images_of_the_stored_size_are_unchanged(tmp_path):
 def test_the_shorter_side_is_resized_and_the_centre_kept(tmp_path, width, height):
     picture = Image.fromarray(photo()).crop((0, 0, width, height))
     picture.save(tmp_path / 'a.png')
-    whole = np.asarray(picture.resize((width // 2, height // 2), Image.Resampling.BICUBIC))
-    top, left = (whole.shape[0] - 32) // 2, (whole.shape[1] - 32) // 2
+    full = np.asarray(picture.resize((width // 2, height // 2), Image.Resampling.BICUBIC))
+    top, left = (full.shape[0] - 32) // 2, (full.shape[1] - 32) // 2
     np.testing.assert_array_equal(
-        stored(tmp_path / 'a.png'), whole[top : top + 32, left : left + 32]
+        stored(tmp_path / 'a.png'), full[top : top + 32, left : left + 32]
     )
 
 
@@ -302,8 +302,8 @@ def test_the_first_of_several_frames_is_read(tmp_path, name):
 
 
 def test_files_that_are_no_image(tmp_path):
-    Image.fromarray(photo()).save(tmp_path / 'whole.png')
-    body = (tmp_path / 'whole.png').read_bytes()
+    Image.fromarray(photo()).save(tmp_path / 'full.png')
+    body = (tmp_path / 'full.png').read_bytes()
     (tmp_path / 'cut.png').write_bytes(body[: len(body) // 2])
     flipped = bytearray(body)
     flipped[len(body) // 2] ^= 255

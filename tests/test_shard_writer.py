@@ -218,9 +218,9 @@ def test_killed_at_any_moment_it_resumes_to_the_same_bytes(many, tmp_path):
         assert before <= len(finished(killed)) < shards
         before = len(finished(killed))
     with start(many, killed) as last:
-        _, said = last.communicate(timeout=300)
+        _, message = last.communicate(timeout=300)
     assert last.returncode == 0
-    assert 'many: resuming, ' in said
+    assert 'many: resuming, ' in message
     assert sums(killed / 'many/1.0.0') == sums(folder)
     assert {path.name for path in killed.iterdir()} == {'many', '.prepare-many.lock'}
 
@@ -231,9 +231,9 @@ def test_a_worker_that_dies_is_one_sentence_and_loses_nothing(many, tmp_path):
         # Not the process that only keeps count of shared memory.
         lines = {pid: Path(f'/proc/{pid}/cmdline').read_text() for pid in workers_of(process.pid)}
         os.kill(next(pid for pid, line in lines.items() if 'spawn_main' in line), signal.SIGKILL)
-        _, said = process.communicate(timeout=60)
+        _, message = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert 'A worker process died' in said.splitlines()[-1]
+    assert 'A worker process died' in message.splitlines()[-1]
     assert finished(tmp_path)
 
 
@@ -242,9 +242,9 @@ def test_ctrl_c_ends_at_once_without_a_traceback(many, tmp_path):
         wait_until(lambda: finished(tmp_path))
         children = workers_of(process.pid)
         process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=60)
+        _, message = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert 'Traceback' not in said
+    assert 'Traceback' not in message
     wait_until(lambda: all(gone(pid) for pid in children))  # Python's tracker ends a moment later
 
 
@@ -372,8 +372,8 @@ class NoPool:
 def spoilt(pets, tmp_path):
     """Three pictures that cannot be decoded: truncated, a text, empty."""
     copy = shutil.copytree(pets, tmp_path / 'pets')
-    whole = (copy / 'cat/0001.jpg').read_bytes()
-    (copy / 'cat/0001.jpg').write_bytes(whole[: len(whole) // 2])
+    full = (copy / 'cat/0001.jpg').read_bytes()
+    (copy / 'cat/0001.jpg').write_bytes(full[: len(full) // 2])
     (copy / 'dog/0002.jpg').write_text('moved')
     (copy / 'dog/0003.jpg').write_bytes(b'')
     return copy
@@ -381,8 +381,8 @@ def spoilt(pets, tmp_path):
 
 def test_a_bad_picture_is_named_and_allowed_by_number_only(spoilt, tmp_path, capsys):
     data_dir = tmp_path / 'data'
-    said = r'(cat/0001|dog/000[23]).jpg (is no|cannot).*--skip_corrupt=N'
-    with pytest.raises(RunError, match=said) as caught:
+    message = r'(cat/0001|dog/000[23]).jpg (is no|cannot).*--skip_corrupt=N'
+    with pytest.raises(RunError, match=message) as caught:
         make(spoilt, data_dir)
     assert '\n' not in str(caught.value)
     for _ in range(5):  # pictures that an earlier run left out count again
@@ -438,8 +438,8 @@ def test_a_large_picture_is_read_where_its_size_is_allowed(pets, tmp_path):
     clear = gradient.copy()
     clear.putalpha(Image.new('L', gradient.size, 128))
     clear.resize((10_000, 10_000)).save(copy / 'cat/drawing.png', compress_level=1)
-    said = r'has 10,000 x 10,000 pixels.* \(--max_megapixels=100 allows it\)'
-    with pytest.raises(RunError, match=said):
+    message = r'has 10,000 x 10,000 pixels.* \(--max_megapixels=100 allows it\)'
+    with pytest.raises(RunError, match=message):
         make(copy, tmp_path / 'data')
     folder = make(copy, tmp_path / 'data', most_pixels=10**8)
     found = {name: image for rows in examples(folder).values() for name, image, _ in rows}

@@ -43,14 +43,14 @@ def test_against_a_direct_computation(shape):
 
 def test_neither_order_nor_parts_matter():
     images = some(50)
-    whole, parts = Sums(images.shape[1:]), Sums(images.shape[1:])
-    whole.add(images)
+    full, parts = Sums(images.shape[1:]), Sums(images.shape[1:])
+    full.add(images)
     for part in (images[30:], images[:1], images[1:30][::-1]):
         sums = Sums(images.shape[1:])
         sums.add(part)
         parts.merge(sums.count, sums.total, sums.products)
-    assert parts.count == whole.count == 50
-    for name, value in vars(whole.result()).items():
+    assert parts.count == full.count == 50
+    for name, value in vars(full.result()).items():
         np.testing.assert_array_equal(getattr(parts.result(), name), value)
 
 

@@ -1,7 +1,7 @@
 """The net, live, against an independent reading of its table in PyTorch (tests/golden/make_net.py).
 
 Same weights, same batch, same dropout masks; float32 on both sides. Skipped where PyTorch is not
-installed (`make test-torch`); what it says of two small nets is stored for tests/test_model.py.
+installed (`make test-torch`); its results for two small nets are stored for tests/test_model.py.
 """
 
 from typing import Any
@@ -85,7 +85,7 @@ def test_at_test_time(case):
     assert relative(apply(case.params, case.images), expected.numpy()) < TOLERANCE
 
 
-def test_stored_numbers_are_what_pytorch_says_now(tmp_path, monkeypatch):
+def test_stored_numbers_are_those_of_pytorch_now(tmp_path, monkeypatch):
     """net.npz is what make_net writes; 1e-5 because another build of PyTorch rounds otherwise."""
     with np.load(cases.FILE) as file:
         stored = dict(file)

@@ -190,8 +190,8 @@ def test_logits_are_the_origins(origin):
 def test_caffes_normalisation_crosses_the_groups(monkeypatch):
     """Windows that end at a group's border, as ours do at a tower's, give other logits."""
     arrays, images = foreign('bvlc_alexnet', small('bvlc_alexnet')), pictures(99)
-    right, whole = caffe_logits(arrays, images, False), caffe_lrn
-    halves = lambda x: np.concatenate([whole(half) for half in np.split(x, 2, 1)], 1)  # noqa: E731
+    right, full = caffe_logits(arrays, images, False), caffe_lrn
+    halves = lambda x: np.concatenate([full(half) for half in np.split(x, 2, 1)], 1)  # noqa: E731
     monkeypatch.setattr(sys.modules[__name__], 'caffe_lrn', halves)
     wrong = caffe_logits(arrays, images, False)
     assert np.abs(right - wrong).max() > 10 * TOLERANCE * np.abs(right).max()
@@ -551,15 +551,15 @@ def test_a_pickle_with_code_in_it_is_not_run(torch, tmp_path, capsys, zipped):
     assert not sprung.exists()
 
 
-def whole_net(torch):
+def saved_net(torch):
     return torch.nn.Sequential(torch.nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize(
     ('make', 'zipped', 'code', 'sentence'),
     [
-        (whole_net, True, 2, 'features.0.weight of this net is missing; the file has no arrays'),
-        (whole_net, False, 1, 'save model.state_dict() alone'),
+        (saved_net, True, 2, 'features.0.weight of this net is missing; the file has no arrays'),
+        (saved_net, False, 1, 'save model.state_dict() alone'),
         (lambda torch: {'a': collections.UserDict()}, True, 2, 'the file has no arrays'),
         (lambda torch: {'a': Trap(os.mknod, '/dev/null')}, True, 1, 'objects (posix.mknod)'),
         (lambda torch: torch.ones(3), True, 2, 'is missing; the file has'),

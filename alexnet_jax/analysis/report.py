@@ -63,7 +63,7 @@ def _text(value: Any) -> Any:
 
 
 def _part(run: Run, find: Callable[[Run], Any]) -> Any:
-    """Return the content of a section, or the sentence that says what is missing."""
+    """Return the content of a section, or a sentence about what is missing."""
     try:
         return find(run)
     except AlexNetError as error:
@@ -154,7 +154,7 @@ def _tiles(run: Run) -> dict[str, str]:
         'parameters': f'{sum(s.parameters for s in alexnet.geometry(run.settings.net)):,}',
         'epochs': f'{run.settings.epochs:g}',
     }
-    with contextlib.suppress(AlexNetError):  # the section on errors says what is missing
+    with contextlib.suppress(AlexNetError):  # the section on errors names what is missing
         scores, _ = results(run)
         tiles['test images'] = f'{scores["images"]:,}'
         for view, name in VIEW_NAMES.items():

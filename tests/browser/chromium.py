@@ -33,7 +33,7 @@ class Page:
             self.call(f'{domain}.enable')
 
     def call(self, method: str, **params: Any) -> dict[str, Any]:
-        """One command, to its answer; what is told meanwhile is appended to `events`."""
+        """Send one command and return its answer; events in between are appended to `events`."""
         self._sent += 1
         message = {'id': self._sent, 'method': method, 'params': params}
         if self._session:
@@ -74,7 +74,7 @@ class Page:
         return answer['result'].get('value')  # JavaScript's undefined has none
 
     def screenshot(self) -> bytes:
-        """The whole page as PNG."""
+        """Return the complete page as PNG."""
         shot = self.call('Page.captureScreenshot', captureBeyondViewport=True)
         return base64.b64decode(shot['data'])
 
@@ -86,8 +86,8 @@ class Page:
             if event['method'] == 'Network.requestWillBeSent'
         ]
 
-    def complaints(self) -> list[str]:
-        """What the browser had to say of the page: refused styles, broken images."""
+    def warnings(self) -> list[str]:
+        """Return the browser's warnings about the page: refused styles, broken images."""
         return [
             event['params']['entry']['text']
             for event in self.events

@@ -59,7 +59,7 @@ def test_it_fits_loads_nothing_and_is_visible(page, request, which, width, schem
     page.open(path, width, scheme)
     asked = [url for url in page.requests() if not url.startswith('data:')]
     assert asked == [path.resolve().as_uri()]
-    assert page.complaints() == []
+    assert page.warnings() == []
     assert page.ask('document.documentElement.scrollWidth <= innerWidth')
     assert page.ask('innerWidth') == width
     picture = page.screenshot()

@@ -379,7 +379,7 @@ def _check_skipped(skipped: Mapping[str, str], allowed: int) -> None:
 
 
 def _check_space(name: str, form: Form, images: int, folder: Path) -> None:
-    """Raise RunError if the disk has no room for `images` more."""
+    """Raise RunError if the disk is too full for `images` more."""
     pixel_bytes = 3 if form.storage == 'raw' else 0.4  # of ImageNet at quality 90: 26 kB a picture
     needed, free = images * form.px**2 * pixel_bytes, shutil.disk_usage(folder).free
     if needed > free:
