@@ -38,10 +38,10 @@ def reading(
 ) -> Reading:
     shape = MeshShape(data, tower, placement)
     settings = dataclasses.replace(settings or SETTINGS, mesh=shape)
-    return communication.read_step(settings, layout_out(shape))
+    return communication.read_step(settings, layout_of(shape))
 
 
-def layout_out(shape: MeshShape) -> meshes.Layout:
+def layout_of(shape: MeshShape) -> meshes.Layout:
     if jax.device_count() < 8:
         pytest.skip('eight devices are wanted; tests/conftest.py makes them')
     return meshes.make_layout(shape, BATCH)
@@ -148,7 +148,7 @@ def test_unintended_communication_is_detected(monkeypatch):
     monkeypatch.setattr(steps.augment, 'apply', centred)
     shape = MeshShape(2, 1)
     settings = dataclasses.replace(SETTINGS, mesh=shape)
-    rows = communication.read_step(settings, layout_out(shape)).collectives
+    rows = communication.read_step(settings, layout_of(shape)).collectives
     (stray,) = [row for row in rows if row.layer == UNKNOWN]
     assert (stray.kind, stray.axis) == ('all-reduce', 'data')
     assert stray.array_bytes == FLOAT32 * 64 * 64
@@ -194,7 +194,7 @@ def test_a_layer_may_have_any_name():
     first = dataclasses.replace(SETTINGS.net.layers[0], name='first_of_all')
     net = dataclasses.replace(SETTINGS.net, layers=(first, *SETTINGS.net.layers[1:]))
     settings = dataclasses.replace(SETTINGS, net=net)
-    held = communication.activations(settings, layout_out(MeshShape(1, 1)))
+    held = communication.activations(settings, layout_of(MeshShape(1, 1)))
     assert next(iter(held)) == 'first_of_all'
 
 
@@ -210,7 +210,7 @@ def test_one_weird_trick_splits_fully_connected_layers_over_all_devices():
 
 def read(line: str) -> tuple[Collective, ...]:
     """Read a program of one collective on two arrays, %a of 8 x 4 and %b of 4 values."""
-    mesh = layout_out(MeshShape(4, 2)).mesh
+    mesh = layout_of(MeshShape(4, 2)).mesh
     text = f'  %a = f32[8,4]{{1,0}} parameter(0)\n  %b = bf16[4]{{0}} parameter(1)\n  {line}\n'
     return communication.collectives(text, mesh, ['fc6', 'fc7'])
 
