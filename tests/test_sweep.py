@@ -127,7 +127,7 @@ def test_resumed_it_ends_in_the_same_bits(stopped, start, folder):
     workdirs, (_, _, _, reached), (_, err, _) = stopped
     log = (workdirs / 'tiny-0' / 'log.txt').read_text()
     (saved,) = re.findall(r'SIGTERM: saved at step (\d+) of 400', log)
-    assert f'from step {saved} of 400' in log
+    assert f'resuming at step {saved} of 400' in log
     assert int(saved) >= reached
     process = start('one', folder / 'undisturbed', '--parallel=2')  # on one core too
     process.communicate(timeout=LIMIT_SECS)

@@ -82,7 +82,7 @@ def test_two_runs_as_jobs_cancelled_and_resumed(start, cluster, tmp_path):
     assert process.returncode == 0, err
     assert out.startswith('2 of 2 done')
     for run, step in zip(runs, saved, strict=True):
-        assert f'from step {step} of 400' in (run / 'log.txt').read_text()
+        assert f'resuming at step {step} of 400' in (run / 'log.txt').read_text()
         assert steps(run) == 400
 
 
@@ -98,7 +98,7 @@ def test_before_its_time_is_up_a_job_saves_and_queues_again(start, cluster, tmp_
     assert out.startswith('1 of 1 done')
     log = (run / 'log.txt').read_text()
     (saved,) = re.findall(r'SIGTERM: saved at step (\d+) of 1600', log) or [log]
-    assert f'from step {saved} of 1600' in log
+    assert f'resuming at step {saved} of 1600' in log
 
 
 def test_a_partition_that_is_not_there(start):
