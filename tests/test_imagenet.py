@@ -365,7 +365,8 @@ def test_the_dry_run_trains_the_recipe_of_imagenet():
 
 def test_a_command_is_killed_and_waited_for(tmp_path):
     log = tmp_path / 'log'
-    row = process.run(['-c', 'print(1)'], log)
+    # Memory is read every 50 ms, so the process lives for longer.
+    row = process.run(['-c', 'import time; print(1); time.sleep(0.5)'], log)
     assert log.read_text() == '1\n'
     assert row['main_process_mib'] > 0
     asleep = ['-c', 'import time; print("begins", flush=True); time.sleep(60)']
