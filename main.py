@@ -34,7 +34,7 @@ def main(flags: argparse.Namespace, values: dict[str, str]) -> None:
             raise UsageError(f'--{name} needs --mode={mode}; leave it out.')
     if not flags.config and (flags.mode != 'evaluate' or not flags.workdir):
         if flags.mode == 'evaluate':
-            raise UsageError('no --workdir; name the folder of a run, as in --workdir=workdirs/NAME.')
+            raise UsageError('no --workdir; name the folder of a run: --workdir=workdirs/NAME.')
         raise UsageError('no --config; try --config=configs/alexnet.py.')
     config = config_file.plain(config_file.load(flags.config, values)) if flags.config else {}
     workdir = flags.workdir or 'workdirs/{name}-{scale}-{seed}'.format(**config)
