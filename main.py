@@ -20,10 +20,10 @@ def parser() -> command.Parser:
     add('--config.KEY', metavar='VALUE', help='override the value of a key; may be repeated')
     add('--mode', choices=('train', 'evaluate', 'describe'), default='train')
     add('--workdir', help='workdirs/<config>-<scale>-<seed> by default; A,B,... for an ensemble')
-    add('--extend', action='store_true', help='resume a run with other epochs or rates')
+    add('--extend', action='store_true', help='continue a run with other epochs or rates')
     add('--step', help='the checkpoint to evaluate: latest (the default), best, or a number')
-    add('--split', help='to evaluate: train, validation, test (the default), or one of TFDS')
-    add('--data_dir', type=command.expand, help='the data to evaluate on, if it has moved')
+    add('--split', help="to evaluate: train, validation, test (the default), or as 'test[:100]'")
+    add('--data_dir', type=command.expand, help='to evaluate: the folder of all data, if it moved')
     return launchers.add_flags(flags)
 
 
@@ -33,6 +33,8 @@ def main(flags: argparse.Namespace, values: dict[str, str]) -> None:
         if getattr(flags, name) and flags.mode != mode:
             raise UsageError(f'--{name} needs --mode={mode}; leave it out.')
     if not flags.config and (flags.mode != 'evaluate' or not flags.workdir):
+        if flags.mode == 'evaluate':
+            raise UsageError('no --workdir; name the folder of a run: --workdir=workdirs/NAME.')
         raise UsageError('no --config; try --config=configs/alexnet.py.')
     config = config_file.plain(config_file.load(flags.config, values)) if flags.config else {}
     workdir = flags.workdir or 'workdirs/{name}-{scale}-{seed}'.format(**config)

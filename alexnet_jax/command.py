@@ -44,7 +44,7 @@ def ending(*endings: str) -> Callable[[str], Path]:
     def parse(text: str) -> Path:
         file = path(text)
         if file.suffix not in endings:
-            raise argparse.ArgumentTypeError(f'{file} must end in {", ".join(endings)}')
+            raise argparse.ArgumentTypeError(f'{file} must end in {" or ".join(endings)}')
         return file
 
     return parse

@@ -70,7 +70,9 @@ def _read(file: Path, argument: str) -> Config:
         raise UsageError(f'{file}: {error}.') from error
     except Exception as error:  # anything may be wrong in a user's Python file
         what = f'{type(error).__name__}: {error}'
-        raise UsageError(f'{file} gives no config ({what}).') from error
+        raise UsageError(
+            f'{file} gives no config ({what}); correct it, or choose a file in configs/.'
+        ) from error
 
 
 # ------------------------------------------------------------------------------------- overrides

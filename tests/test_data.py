@@ -132,9 +132,9 @@ def test_slices_and_sums_of_splits(data_dir, train):
 
 
 def test_unknown_names_and_absent_data(data_dir, tmp_path):
-    with pytest.raises(UsageError, match=r"no data set 'fashion'.*choose from fashion_mnist"):
+    with pytest.raises(UsageError, match=r"no data set 'fashion'.*choose from .*--name=fashion "):
         datasets.load('fashion', data_dir, 'train')
-    with pytest.raises(UsageError, match=r"Unknown split 'valid'.*train, test"):
+    with pytest.raises(UsageError, match=r"Unknown split 'valid': choose from train, test"):
         datasets.load('fashion_mnist', data_dir, 'valid')
     with pytest.raises(RunError, match=r'run `python -m alexnet_jax prepare fashion_mnist'):
         datasets.load('fashion_mnist', tmp_path, 'train')

@@ -301,7 +301,7 @@ def test_data_that_is_not_the_same_everywhere(command, data_dir, tmp_path, fault
     if fault == 'different':
         assert any('the training data of process 1 differs' in crew.last(i) for i in (0, 1))
     else:
-        assert "process 1: data.train=train[:256]: There is no data set 'mine'" in crew.last(0)
+        assert "process 1: data.train=train[:256]: there is no data set 'mine'" in crew.last(0)
 
 
 BUG = """

@@ -321,7 +321,7 @@ def test_features_of_another_net_are_refused(workdir, tmp_path, capsys):
         (('a.png', '--split=test', '--nearest=3'), 2, 'not allowed with argument'),
         (('--split=test',), 2, 'one of the arguments --output --nearest is required'),
         (('--split=test', '--output=a.npy', '--nearest=3'), 2, 'not allowed with argument'),
-        (('--split=test', '--output=a.csv'), 2, 'must end in .npy, .parquet'),
+        (('--split=test', '--output=a.csv'), 2, 'must end in .npy or .parquet'),
         (('--split=test', '--output=a.npy', '--layer=fc7'), 2, 'fc7_linear, fc7_relu'),
         (('--split=tset', '--output=a.npy'), 2, "Unknown split 'tset'"),
         (('--split=test[:1]', '--nearest=257'), 2, '1..256'),

@@ -477,7 +477,7 @@ def test_no_run(tmp_path, capsys):
     [
         (['fig5', '--workdir=W'], "invalid choice: 'fig5'"),
         (['fig3'], 'required: --workdir'),
-        (['fig3', '--workdir=W', '--output=F.gif'], 'must end in .png, .svg'),
+        (['fig3', '--workdir=W', '--output=F.gif'], 'must end in .png or .svg'),
         (['fig4_left', '--workdir=W', '--rows=1,x'], "invalid numbers value: '1,x'"),
         (['fig4_left', '--workdir=W', '--rows=40'], 'there is no 40; images are numbered 0..39'),
         (['fig4_left', '--workdir=W', '--rows=-1'], 'there is no -1; images are numbered 0..39'),

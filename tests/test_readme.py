@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import main
 from alexnet_jax import config, config_file
@@ -166,17 +167,22 @@ def python_blocks(page: str) -> list[str]:
 
 
 @pytest.mark.parametrize('page', ['README.md', 'docs/tools.md'])
-def test_python_code_runs(page, smoke_run):
+def test_python_code_runs(page, smoke_run, tmp_path):
     (code,) = python_blocks(page)
     own = np.random.default_rng(0)
     names: dict[str, Any] = {
         'pixels': own.normal(0, 60, (2, 224, 224, 3)).astype(np.float32),
         'images': own.integers(0, 256, (3, 28, 28, 1), np.uint8),
     }
+    photo = tmp_path / 'photo.jpg'
+    Image.fromarray(own.integers(0, 256, (40, 60, 3), np.uint8)).save(photo)
     assert 'workdirs/alexnet-quickstart-0' in code
-    exec(code.replace('workdirs/alexnet-quickstart-0', str(smoke_run)), names)
+    code = code.replace('workdirs/alexnet-quickstart-0', str(smoke_run))
+    exec(code.replace('photo.jpg', str(photo)), names)
     assert names['probabilities'].shape == (3, 10)
     np.testing.assert_allclose(names['probabilities'].sum(axis=1), 1, rtol=1e-5)
+    if 'vectors' in code:
+        assert names['vectors'].shape[0] == 1
     if 'logits' in code:
         assert names['logits'].shape == (2, 1000)
 

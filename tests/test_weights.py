@@ -943,7 +943,7 @@ def test_another_frameworks_tree(tmp_path, capsys):
         (
             ['export', 'a.tflite', '--workdir=w'],
             2,
-            'a.tflite must end in .safetensors, .stablehlo, .onnx',
+            'a.tflite must end in .safetensors or .stablehlo or .onnx',
         ),
         (['export', 'a.onnx', '--workdir=w'], 1, 'no checkpoint'),
         (['export', 'a.onnx'], 2, '--workdir'),

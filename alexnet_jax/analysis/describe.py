@@ -46,8 +46,8 @@ def run(config: Config) -> str:
         settings = configuration.unpack(config)
     if not settings.net.classes:
         raise UsageError(
-            'the width of the last layer depends on the data, which this config does not name; set '
-            'it, as in --config.model.fc8.features=10.'
+            'the last layer has as many units as the data has classes: name the data set by '
+            '--config.data.name=NAME, or set the units, as in --config.model.fc8.features=10.'
         )
     _provide_devices(settings.mesh)
     return '\n\n'.join([page(settings), _compiled_memory(settings), *_on_mesh(settings)])

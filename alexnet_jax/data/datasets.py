@@ -218,9 +218,9 @@ def parse_split(split: str, shard_lengths: dict[str, list[int]]) -> list[Term]:
             for part in read.to_absolute(tfds.core.SplitDict(infos))
         ]
     except ValueError as error:
-        reason = str(error).splitlines()[0].rstrip('.')
+        reason = str(error).splitlines()[0].partition('. Should be')[0].rstrip('.')
         raise UsageError(
-            f"{reason}. There are {', '.join(sizes)}; parts are written like 'train[:90%]'."
+            f"{reason}: choose from {', '.join(sizes)}, or a part such as 'train[:90%]'."
         ) from None
     for base, start, stop in terms:
         if start >= stop:
@@ -249,7 +249,11 @@ def _folder(name: str, data_dir: Path) -> Path:
             f'Data set {name} is not in {data_dir}{why}: run `{prepared.command(name, data_dir)}`.'
         )
     known = ', '.join(sorted({*(path.parts[-3] for path in infos), *prepared.FETCHED}))
-    raise UsageError(f"There is no data set '{name}' in {data_dir}: choose from {known}.")
+    raise UsageError(
+        f"there is no data set '{name}' in {data_dir}: choose from {known}, or prepare your own by "
+        f'`python -m alexnet_jax prepare folder --source=FOLDER --name={name} '
+        f'--data_dir={data_dir}`.'
+    )
 
 
 def class_names(name: str, data_dir: str | Path, *, words: bool = True) -> tuple[str, ...]:

@@ -245,18 +245,18 @@ class Checkpoints:
         self.wait()
         steps = self.steps()
         if not steps:
-            raise RunError(f'no checkpoint in {self.directory}; train first with --mode=train')
+            raise RunError(f'no checkpoint in {self.directory}; train first with --mode=train.')
         listed = ', '.join(map(str, steps))
         number = self.best_step() if step == 'best' else steps[-1] if step == 'latest' else step
         if number is None:
             raise UsageError(
                 f"no checkpoint in {self.directory} has a validation error, so none is the 'best'; "
-                f'choose latest or one of the steps {listed}'
+                f'choose latest or one of the steps {listed}.'
             )
         if number not in steps:
             raise UsageError(
                 f'no checkpoint of step {step!r} in {self.directory}; choose latest, best or one '
-                f'of the steps {listed}'
+                f'of the steps {listed}.'
             )
         try:
             yield self.directory / str(number)

@@ -196,7 +196,7 @@ def test_nonsense_is_not_started_again(submit):
     assert (shown['JobState'], shown['ExitCode']) == ('FAILED', '2:0'), job.output()
     assert shown['Restarts'] == '0', job.output()
     assert 'main.py: mesh.tower' in job.output()
-    assert 'not started again: what was asked makes no sense' in job.output()
+    assert 'not started again: correct the command' in job.output()
 
 
 def test_nonsense_that_one_task_alone_meets_is_not_started_again(undisturbed, submit):

@@ -4,7 +4,7 @@
     python -m alexnet_jax prepare mnist --source=FOLDER         # the digits: four raw files
     python -m alexnet_jax prepare imagenet2012 --source=FOLDER  # official tar files, or extracted
     python -m alexnet_jax prepare imagenet2010 --source=FOLDER
-    python -m alexnet_jax prepare folder --source=FOLDER        # your own: a folder a class
+    python -m alexnet_jax prepare folder --source=FOLDER        # your own: one folder per class
     python -m alexnet_jax prepare tfds --name=cifar10           # a set of TFDS
 
 TensorFlow is not needed. A set gets its final name by one rename when it is complete, so an
@@ -139,13 +139,13 @@ def _parser() -> command.Parser:
         about = f'from {tars} and {challenge.devkit}, or from folders they were extracted to'
         one = add(name, about, _imagenet)
         _add_pictures(one, 'folder with these files, or with the folders train and val')
-    one = add('folder', 'your own pictures: a folder a class, or train/, val/ and test/ with them',
-              _folder)  # fmt: skip
+    about = 'your own pictures: one folder per class, or train/, val/ and test/ with these'
+    one = add('folder', about, _folder)
     _add_pictures(one, 'folder of the pictures')
-    one.add_argument('--name', help="of the data set; the folder's by default")
+    one.add_argument('--name', help="name of the data set; the folder's by default")
     for split in ('validation', 'test'):
-        one.add_argument(f'--{split}', type=float, default=0.1, metavar='SHARE',
-                         help='if the folder has one split only')  # fmt: skip
+        share = f'share of the pictures held out for {split}, without split folders (default: 0.1)'
+        one.add_argument(f'--{split}', type=float, default=0.1, metavar='SHARE', help=share)
     one = add('tfds', 'a set that TFDS has prepared as array_record, or can fetch', _tfds)
     one.add_argument('--name', required=True, help='as TFDS calls it')
     tfds_dir = command.path(os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets')
@@ -162,11 +162,11 @@ def _add_pictures(parser: argparse.ArgumentParser, source: str) -> None:
         '--storage',
         choices=('jpeg', 'raw'),
         default=form.storage,
-        help='raw is ten times as large and several times as quick to read',
+        help='raw is about ten times as large, and faster to read',
     )
-    parser.add_argument('--quality', type=int, default=form.quality, help='of the JPEGs')
-    parser.add_argument('--px', type=int, default=form.px, help='sides of the stored images')
-    parser.add_argument('--workers', type=int, help='processes; as many as cores by default')
+    parser.add_argument('--quality', type=int, default=form.quality, help='quality of the JPEGs')
+    parser.add_argument('--px', type=int, default=form.px, help='side of the stored images')
+    parser.add_argument('--workers', type=int, help='processes; one per core by default')
     parser.add_argument('--skip_corrupt', type=int, default=0, metavar='N',
                         help='leave out up to N pictures that cannot be decoded')  # fmt: skip
     parser.add_argument('--max_megapixels', type=float, default=MOST_PIXELS / 1e6, metavar='M',

@@ -1,4 +1,4 @@
-"""Pictures of one's own: a folder a class."""
+"""A data set of a user's own pictures, in one folder per class."""
 
 import collections
 import hashlib
@@ -50,7 +50,7 @@ def source(
         OSError: a folder or picture cannot be read.
     """
     if not folder.is_dir():
-        raise UsageError(f'--source={folder} is no folder: name one with a folder a class.')
+        raise UsageError(f'--source={folder} is no folder: name one that has a folder per class.')
     ignored = Counts()
     splits, name = _splits(folder, ignored), _name(name, folder)
     classes = _classes(folder, splits)
@@ -106,13 +106,13 @@ def _splits(folder: Path, ignored: Counts) -> dict[str, Pictures]:
     has_train = any(split == 'train' for split, _ in named)
     if named and has_train != (len(named) == len(inside)):
         raise UsageError(
-            f'{folder} mixes splits and classes, or has no train: it needs one folder a class, or '
-            'train/ with them, beside it val/ and test/ if there are, and no other folders.'
+            f'{folder} mixes splits and classes, or has no train: give it one folder per class, '
+            'or train/ (and val/ and test/) with one folder per class each, and no other folders.'
         )
     found: dict[str, Pictures] = {}
     for split, path in named if has_train else [('train', folder)]:
         if not (classes := _subfolders(path)):
-            raise UsageError(f'{path} has no folder of pictures in it: give one to each class.')
+            raise UsageError(f'{path} has no folder of pictures in it: make one per class.')
         pictures = found.setdefault(split, {})
         for one in classes:
             pictures.setdefault(one.name, []).extend(_pictures(folder, one, ignored))
