@@ -1,4 +1,4 @@
-"""Train, evaluate or describe the net of a config: python main.py --config=configs/alexnet.py."""
+"""Train, evaluate or describe a net, for example: python main.py --config=configs/alexnet.py."""
 
 import argparse
 import os
@@ -11,19 +11,34 @@ from alexnet_jax.parallel import distributed, launchers
 MODES = {'step': 'evaluate', 'split': 'evaluate', 'data_dir': 'evaluate', 'extend': 'train'}
 
 
-# argparse, as absl prints a usage page or a traceback where `config_file` gives one sentence.
+# argparse rather than absl: absl prints a usage page or a traceback, `config_file` one sentence.
 def parser() -> command.Parser:
     """Return the parser of all flags but `--config.KEY=VALUE`, see `config_file.split`."""
     flags = command.Parser(prog='main.py', description=__doc__, allow_abbrev=False)
     add = flags.add_argument
-    add('--config', metavar='FILE[:ARGUMENT]', help="a file in configs/, or a run's config.json")
-    add('--config.KEY', metavar='VALUE', help='override the value of a key; may be repeated')
-    add('--mode', choices=('train', 'evaluate', 'describe'), default='train')
-    add('--workdir', help='workdirs/<config>-<scale>-<seed> by default; A,B,... for an ensemble')
-    add('--extend', action='store_true', help='resume a run with other epochs or rates')
-    add('--step', help='the checkpoint to evaluate: latest (the default), best, or a number')
-    add('--split', help='to evaluate: train, validation, test (the default), or one of TFDS')
-    add('--data_dir', type=command.expand, help='the data to evaluate on, if it has moved')
+    add('--config', metavar='FILE[:SCALE]', help="a file in configs/, or a run's config.json")
+    add('--config.KEY', metavar='VALUE', help='override one value of the config; may be repeated')
+    add('--mode', choices=('train', 'evaluate', 'describe'), default='train', help='default: train')
+    add(
+        '--workdir',
+        help='folder of the run (default: workdirs/<config>-<scale>-<seed>); to '
+        'evaluate an ensemble, several folders as A,B,...',
+    )
+    add(
+        '--extend',
+        action='store_true',
+        help='continue a run with different epochs or learning rates',
+    )
+    add('--step', help='checkpoint to evaluate: latest (the default), best, or a step number')
+    add(
+        '--split',
+        help='split to evaluate: train, validation, test (the default), or a TFDS split expression',
+    )
+    add(
+        '--data_dir',
+        type=command.expand,
+        help='folder of all data sets, if it has moved since training',
+    )
     return launchers.add_flags(flags)
 
 
@@ -31,9 +46,9 @@ def main(flags: argparse.Namespace, values: dict[str, str]) -> None:
     """Run the mode that the flags name, and print its result."""
     for name, mode in MODES.items():
         if getattr(flags, name) and flags.mode != mode:
-            raise UsageError(f'--{name} needs --mode={mode}; leave it out.')
+            raise UsageError(f'--{name} needs --mode={mode}; set that mode, or remove --{name}.')
     if not flags.config and (flags.mode != 'evaluate' or not flags.workdir):
-        raise UsageError('no --config; try --config=configs/alexnet.py.')
+        raise UsageError('--config is missing; try --config=configs/alexnet.py.')
     config = config_file.plain(config_file.load(flags.config, values)) if flags.config else {}
     workdir = flags.workdir or 'workdirs/{name}-{scale}-{seed}'.format(**config)
     where = flags.coordinator_address, flags.num_processes, flags.process_id
