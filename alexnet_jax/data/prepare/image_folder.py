@@ -1,4 +1,4 @@
-"""Pictures of one's own: a folder a class."""
+"""Prepare a data set from your own images, with one folder per class."""
 
 import collections
 import hashlib
@@ -50,7 +50,9 @@ def source(
         OSError: a folder or picture cannot be read.
     """
     if not folder.is_dir():
-        raise UsageError(f'--source={folder} is no folder: name one with a folder a class.')
+        raise UsageError(
+            f'--source={folder} is not a folder: give one that contains one folder per class.'
+        )
     ignored = Counts()
     splits, name = _splits(folder, ignored), _name(name, folder)
     classes = _classes(folder, splits)
@@ -93,8 +95,8 @@ def _name(name: str | None, folder: Path) -> str:
     made = name or re.sub(r'\W+', '_', folder.resolve().name.lower(), flags=re.ASCII).strip('_')
     if not re.fullmatch(r'[a-z][a-z0-9_]*', made) or made in RESERVED:
         raise UsageError(
-            f"'{made}' cannot be the name of a data set of yours: choose one of small letters, "
-            'digits and _ with --name.'
+            f"'{made}' cannot be the name of your data set: choose one with --name, made of "
+            'lower-case letters, digits and _.'
         )
     return made
 
@@ -106,13 +108,13 @@ def _splits(folder: Path, ignored: Counts) -> dict[str, Pictures]:
     has_train = any(split == 'train' for split, _ in named)
     if named and has_train != (len(named) == len(inside)):
         raise UsageError(
-            f'{folder} mixes splits and classes, or has no train: it needs one folder a class, or '
-            'train/ with them, beside it val/ and test/ if there are, and no other folders.'
+            f'{folder} mixes split and class folders, or has no train folder: use either one '
+            'folder per class, or train/ and optionally val/ and test/ with such folders.'
         )
     found: dict[str, Pictures] = {}
     for split, path in named if has_train else [('train', folder)]:
         if not (classes := _subfolders(path)):
-            raise UsageError(f'{path} has no folder of pictures in it: give one to each class.')
+            raise UsageError(f'{path} contains no folder of images: create one for each class.')
         pictures = found.setdefault(split, {})
         for one in classes:
             pictures.setdefault(one.name, []).extend(_pictures(folder, one, ignored))
@@ -125,9 +127,11 @@ def _classes(folder: Path, splits: dict[str, Pictures]) -> list[str]:
     classes = sorted(splits['train'])
     for split, found in splits.items():
         if unknown := sorted(found.keys() - set(classes)):
-            raise UsageError(f'{folder}: {split} has class {unknown[0]!a}, which train has not.')
+            raise UsageError(f'{folder}: {split} has class {unknown[0]!a}, but train does not.')
     if len(classes) < 2:
-        raise UsageError(f'{folder} has {len(classes)} folder(s) of pictures: two are needed.')
+        raise UsageError(
+            f'{folder} has {len(classes)} folder(s) of images: at least two are needed.'
+        )
     return classes
 
 
@@ -146,13 +150,13 @@ def _pictures(root: Path, folder: Path, ignored: Counts) -> list[Member]:
             others[entry.path.suffix.lower()] += 1
     if not members:
         advice = images.CONVERT_HEIC if any(map(others.get, HEIC)) else 'add some, or remove it'
-        raise UsageError(f'{folder} contains no picture ({_endings(others)}): {advice}.')
+        raise UsageError(f'{folder} contains no images ({_endings(others)}): {advice}.')
     ignored.update(others)
     return sorted(members)
 
 
 def _endings(files: Counts) -> str:
-    return ', '.join(f'{end or "no ending"} {n:,}' for end, n in files.most_common()) or 'empty'
+    return ', '.join(f'{end or "no suffix"} {n:,}' for end, n in files.most_common()) or 'empty'
 
 
 def _divide(found: Pictures, **shares: float) -> dict[str, Pictures]:
@@ -165,8 +169,8 @@ def _divide(found: Pictures, **shares: float) -> dict[str, Pictures]:
             splits[split][label], rest = rest[:take], rest[take:]
         if not rest:
             raise UsageError(
-                f'class {label!a} has too few pictures ({len(members)}) to divide: add some, or '
-                'give smaller --validation and --test.'
+                f'class {label!a} has too few images ({len(members)}) to split: add some, or '
+                'lower --validation and --test.'
             )
         splits['train'][label] = rest
     return {split: parts for split, parts in splits.items() if any(parts.values())}
@@ -181,8 +185,8 @@ def _list(
     listed = textwrap.shorten(listed, LIST_WIDTH, placeholder=' ...')
     log(f'{folder}: {len(classes):,} classes: {listed}')
     for split, members in labelled.items():
-        log(f'{folder}: {split}, {len(members):,} pictures')
+        log(f'{folder}: {split}, {len(members):,} images')
     if ignored:
-        log(f'{folder}: ignored files that are not pictures of a class: {_endings(ignored)}')
+        log(f'{folder}: ignored files that are not images of a class: {_endings(ignored)}')
     if any(map(ignored.get, HEIC)):
         log(f'{folder}: {images.CONVERT_HEIC}')
