@@ -1,4 +1,4 @@
-"""Train, evaluate or describe the net of a config: python main.py --config=configs/alexnet.py."""
+"""Train, evaluate or describe a net, for example: python main.py --config=configs/alexnet.py."""
 
 import argparse
 import os
@@ -11,7 +11,7 @@ from alexnet_jax.parallel import distributed, launchers
 MODES = {'step': 'evaluate', 'split': 'evaluate', 'data_dir': 'evaluate', 'extend': 'train'}
 
 
-# argparse, as absl prints a usage page or a traceback where `config_file` gives one sentence.
+# argparse rather than absl: absl prints a usage page or a traceback, `config_file` one sentence.
 def parser() -> command.Parser:
     """Return the parser of all flags but `--config.KEY=VALUE`, see `config_file.split`."""
     flags = command.Parser(prog='main.py', description=__doc__, allow_abbrev=False)
@@ -31,7 +31,7 @@ def main(flags: argparse.Namespace, values: dict[str, str]) -> None:
     """Run the mode that the flags name, and print its result."""
     for name, mode in MODES.items():
         if getattr(flags, name) and flags.mode != mode:
-            raise UsageError(f'--{name} needs --mode={mode}; leave it out.')
+            raise UsageError(f'--{name} needs --mode={mode}; set that mode, or remove --{name}.')
     if not flags.config and (flags.mode != 'evaluate' or not flags.workdir):
         if flags.mode == 'evaluate':
             raise UsageError('no --workdir; name the folder of a run: --workdir=workdirs/NAME.')

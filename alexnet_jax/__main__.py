@@ -9,9 +9,12 @@ import alexnet_jax
 from alexnet_jax import command
 
 COMMANDS = {  # name: (module, what it does)
-    'prepare': ('data.prepare.command', 'prepare a data set: Fashion-MNIST, ImageNet, your images'),
+    'prepare': (
+        'data.prepare.command',
+        'prepare a data set: Fashion-MNIST, ImageNet, your own images',
+    ),
     'predict': ('inference.predict', 'classify image files'),
-    'features': ('inference.features', "write a layer's activations, or find nearest images"),
+    'features': ('inference.features', "save a layer's activations, or find the nearest images"),
     'figures': (
         'analysis.figures',
         "draw the paper's figures, learning curves, the confusion matrix",
@@ -24,7 +27,7 @@ COMMANDS = {  # name: (module, what it does)
 def _parser() -> argparse.ArgumentParser:
     parser = command.Parser(
         prog='python -m alexnet_jax',
-        description='Prepare data for AlexNet and use trained nets. To train, see main.py --help.',
+        description='Prepare data, and use trained nets. For training, see main.py --help.',
         epilog='For the options of a command: python -m alexnet_jax COMMAND --help',
     )
     parser.add_argument('--version', action='version', version=alexnet_jax.__version__)

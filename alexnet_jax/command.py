@@ -1,4 +1,4 @@
-"""Parts that all commands share: paths, the argument parser, error messages, exit codes."""
+"""Code shared by all commands: paths, the argument parser, error messages, exit codes."""
 
 import argparse
 import importlib
@@ -24,13 +24,15 @@ def expand(path: str) -> str:
     """
     path = path.strip()
     if not path:
-        raise UsageError('a path is empty; name a file or a folder.')
+        raise UsageError('a path is empty; give a file or a folder.')
     if re.match(r'[A-Za-z][\w+.-]*://', path):
-        raise UsageError(f'{path} is not a local path; copy or mount it, and name that folder.')
+        raise UsageError(
+            f'{path} is not a local path; copy or mount it, and give the local folder.'
+        )
     try:
         return str(Path(path).expanduser())
     except RuntimeError as error:  # '~nobody'
-        raise UsageError(f'{path}: there is no such home directory; write the path out.') from error
+        raise UsageError(f'{path}: there is no such home directory; give the full path.') from error
 
 
 def path(text: str) -> Path:
@@ -72,17 +74,17 @@ class Parser(argparse.ArgumentParser):
 
     def add_workdir(self, **options: Any) -> None:
         """Add --workdir; `options` of `add_argument` replace the usual ones."""
-        usual: dict[str, Any] = dict(type=path, required=True, help="a run's folder")
+        usual: dict[str, Any] = dict(type=path, required=True, help='folder of the run')
         self.add_argument('--workdir', metavar='DIR', **usual | options)
 
     def add_step(self) -> None:
         """Add --step, a checkpoint of the run."""
-        what = 'the checkpoint: latest (the default), best, or a number'
+        what = 'checkpoint: latest (the default), best, or a step number'
         self.add_argument('--step', default='latest', help=what)
 
     def add_data_dir(self, **options: Any) -> None:
         """Add --data_dir, the folder of all data sets."""
-        what = 'the folder of all data sets, if it has moved since the run'
+        what = 'folder of all data sets, if it has moved since training'
         usual: dict[str, Any] = dict(type=expand, help=what)
         self.add_argument('--data_dir', metavar='DIR', **usual | options)
 
@@ -150,15 +152,15 @@ def actionable(error: BaseException) -> AlexNetError | None:
         return RunError(f'{file}{error.strerror or error}; correct this and run the command again.')
     if 'RESOURCE_EXHAUSTED' in str(error):  # JAX's class for it has had several names
         return RunError(
-            'the device has not enough memory for this: set batch_size or loop.eval_batch_size '
-            'smaller; --mode=describe estimates what fits.'
+            'the device does not have enough memory: lower batch_size or loop.eval_batch_size; '
+            '--mode=describe estimates what fits.'
         )
     wanted = os.environ.get('JAX_PLATFORMS')
     frames = traceback.walk_tb(error.__traceback__)
     if wanted and any(f.f_globals.get('__name__') == 'jax._src.xla_bridge' for f, _ in frames):
         return UsageError(
-            f'JAX cannot use the platform of the environment variable JAX_PLATFORMS={wanted}: '
-            f'unset it, or install what that platform needs.'
+            f'JAX cannot use the platform set by the environment variable JAX_PLATFORMS={wanted}: '
+            f'unset it, or install the support for that platform.'
         )
     return None
 

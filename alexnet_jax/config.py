@@ -1,7 +1,7 @@
-"""A config as frozen dataclasses, validated once, here; no other module sees a ConfigDict.
+"""Configs as frozen dataclasses, validated once, here; no other module sees a ConfigDict.
 
-The fields are the config's keys; a Literal lists what a text may be, AT_LEAST and POSITIVE bound
-the numbers. Every error is one sentence that names the key and what to do (`UsageError`, exit code
+The fields are the config's keys. A Literal lists the allowed strings; AT_LEAST and POSITIVE bound
+the numbers. Every error is one sentence that names the key and the remedy (`UsageError`, exit code
 2).
 """
 
@@ -129,7 +129,7 @@ class Settings:
         """Return the steps of the run: enough to see all images `epochs` times."""
         steps = self.epochs * images / self.batch_size
         if steps >= 2**31:
-            raise UsageError(f'epochs={self.epochs:g} are more than 2^31 steps; lower it.')
+            raise UsageError(f'epochs={self.epochs:g} is more than 2^31 steps; lower it.')
         return math.ceil(steps)
 
     def steps_per_epoch(self, images: int) -> float:
@@ -192,7 +192,7 @@ def _build(cls: Any, tree: Any, path: str, **given: Any) -> Any:
     needed = {field.name for field in fields if field.default is dataclasses.MISSING}
     where = f'{path}.' if path else ''
     for key in sorted(set(tree) - names):
-        raise UsageError(f'{where}{key} is not a key of this config; the keys are {_list(names)}.')
+        raise UsageError(f'{where}{key} is not a key of this config; choose one of {_list(names)}.')
     for key in sorted(needed - set(tree)):
         raise UsageError(f'{where}{key} is missing from this config; set it.')
     for key in sorted(names & set(tree)):
@@ -203,7 +203,7 @@ def _build(cls: Any, tree: Any, path: str, **given: Any) -> Any:
 
 def _section(section: Any, path: str) -> Mapping[str, Any]:
     if not isinstance(section, Mapping):
-        raise UsageError(f'{path} must be a group of keys, and is {section!r}.')
+        raise UsageError(f'{path} must be a group of keys, but is {section!r}.')
     return section
 
 
@@ -212,13 +212,13 @@ def _value(kind: Any, value: Any, path: str) -> Any:
     if typing.get_origin(kind) is tuple:
         return _tuple(typing.get_args(kind), value, path)
     if value == 'None':
-        raise UsageError(f"{path} is 'None'; write 'none' for none.")
+        raise UsageError(f"{path} is 'None'; use 'none' instead.")
     if choices := typing.get_args(kind):
         return _choice(choices, value, path)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
-        raise UsageError(f'{path} must be of type {kind.__name__}, and is {value!r}.')
+        raise UsageError(f'{path} must be of type {kind.__name__}, but is {value!r}.')
     if kind in (int, float):
         _check_number(value, path)
     if path in FOLDERS and (value or path != 'init_from'):  # '' there: to be given
@@ -233,11 +233,11 @@ def _tuple(kinds: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...]:
     if isinstance(value, Mapping):  # a group with any keys, as multipliers
         value = sorted(value.items())
     if not isinstance(value, (list, tuple)):
-        raise UsageError(f'{path} must be a tuple, and is {value!r}.')
+        raise UsageError(f'{path} must be a tuple, but is {value!r}.')
     if kinds[-1] is Ellipsis:
         kinds = kinds[:1] * len(value)
     if len(kinds) != len(value):
-        raise UsageError(f'{path} must hold {len(kinds)} values, and is {value!r}.')
+        raise UsageError(f'{path} must have {len(kinds)} values, but is {value!r}.')
     return tuple(_value(k, v, path) for k, v in zip(kinds, value, strict=True))
 
 
@@ -251,13 +251,13 @@ def _check_number(value: float, path: str) -> None:
     name = path.rpartition('.')[2]
     least, most = AT_LEAST.get(name, -math.inf), 2**64 if path == 'seed' else 2**31
     if not math.isfinite(value):
-        raise UsageError(f'{path} must be finite, and is {value!r}.')
+        raise UsageError(f'{path} must be finite, but is {value!r}.')
     if isinstance(value, int) and value >= most:
-        raise UsageError(f'{path} must be below {most}, and is {value}.')
+        raise UsageError(f'{path} must be below {most}, but is {value}.')
     if name in POSITIVE and value <= 0:
-        raise UsageError(f'{path} must be positive, and is {value}.')
+        raise UsageError(f'{path} must be positive, but is {value}.')
     if value < least:
-        raise UsageError(f'{path} must be at least {least}, and is {value}.')
+        raise UsageError(f'{path} must be at least {least}, but is {value}.')
 
 
 def _list(names: Iterable[str]) -> str:
@@ -277,12 +277,12 @@ def _net(section: Mapping[str, Any]) -> Net:
     names = _value(tuple[str, ...], tree.pop('layers', None), 'model.layers')
     scaling = _choice(('none', 'fan_in'), tree.pop('init_scaling', None), 'model.init_scaling')
     rows = {name: tree.pop(name) for name in section if _is_layer(section[name])}
-    _require(bool(names), 'model.layers is empty; name at least one layer.')
-    twice = f'model.layers names a layer twice: {", ".join(names)}.'
+    _require(bool(names), 'model.layers is empty; list at least one layer.')
+    twice = f'model.layers lists a layer twice: {", ".join(names)}.'
     _require(len(set(names)) == len(names), twice)
     for name in names:
-        missing = f'there is no model.{name}; the rows are {_list(rows)}.'
-        _require(name in rows, f'model.layers names {name}, and {missing}')
+        missing = f'there is no model.{name}; the layers are {_list(rows)}.'
+        _require(name in rows, f'model.layers lists {name}, but {missing}')
     rows = {name: dict(rows[name]) for name in names}
     fan_ins = [
         _value(int, row.pop('reference_fan_in', None), f'model.{name}.reference_fan_in')
@@ -314,24 +314,24 @@ def _layer(name: str, row: Mapping[str, Any]) -> Layer:
     if row.get('kind') == 'fc':  # has no window
         row = {'kernel_px': 1, 'stride_px': 1, 'padding_px': ((0, 0), (0, 0)), **row}
     layer = _build(Layer, row, f'model.{name}', name=name)
-    once = f'model.{name}.ops names an operation twice; each may be there once.'
+    once = f'model.{name}.ops lists an operation twice; each may occur only once.'
     _require(len(set(layer.ops)) == len(layer.ops), once)
     return layer
 
 
 def _check_net(net: Net) -> None:
     for layer in net.layers[:-1]:  # 0 in the last one: the number of classes in the data
-        empty = f'model.{layer.name}.features must be at least 1, and is {layer.features}.'
+        empty = f'model.{layer.name}.features must be at least 1, but is {layer.features}.'
         _require(layer.features > 0, empty)
     for name, size in (('lrn', net.lrn.size), ('spatial_norm', net.spatial_norm.size)):
-        _require(size % 2 == 1, f'model.{name}.size must be odd, and is {size}.')
+        _require(size % 2 == 1, f'model.{name}.size must be odd, but is {size}.')
     gaps = net.pool.kind != 'max' or net.pool.stride_px > net.pool.window_px
     _require(
         net.pool.rounding == 'down' or not gaps,
-        "model.pool.rounding 'up' needs maxima whose windows leave no gap; set it to 'down'.",
+        "model.pool.rounding 'up' needs max-pooling whose windows leave no gaps; set it to 'down'.",
     )
     keep = net.dropout.keep
-    _require(keep <= 1, f'model.dropout.keep must be in (0, 1], and is {keep}.')
+    _require(keep <= 1, f'model.dropout.keep must be in (0, 1], but is {keep}.')
 
 
 def _check(settings: Settings) -> None:
@@ -340,7 +340,7 @@ def _check(settings: Settings) -> None:
         (recipe.input_px, f'the crop of model.input_px ({recipe.input_px})'),
         (recipe.resize_px, f'preprocess.resize_px ({recipe.resize_px})'),
     ):
-        small = f'preprocess.image_px is {recipe.image_px}, smaller than {what}; enlarge it'
+        small = f'preprocess.image_px is {recipe.image_px}, smaller than {what}; increase it'
         _require(recipe.image_px >= px, f'{small} (2012: 256 for crops of 224).')
     for name in settings.init_layers:
         _choice(names, name, 'init_layers')
@@ -351,30 +351,35 @@ def _check_rates(settings: Settings) -> None:
     _require(update.momentum < 1, 'optimizer.momentum must be in [0, 1).')
     for name, schedule in (('weights', update.weights), ('biases', update.biases)):
         ascend = list(schedule.at_epochs) == sorted(schedule.at_epochs)
-        _require(ascend, f'optimizer.{name}.at_epochs must ascend, and is {schedule.at_epochs}.')
+        _require(
+            ascend,
+            f'optimizer.{name}.at_epochs must be in ascending order, but is {schedule.at_epochs}.',
+        )
     _require(
         update.biases.kind != 'plateau' or update.weights.kind == 'plateau',
-        "optimizer.biases.kind 'plateau' follows the weights' rule: set "
-        'optimizer.weights.kind=plateau too.',
+        "optimizer.biases.kind 'plateau' requires the same rule for the weights: also set "
+        'optimizer.weights.kind=plateau.',
     )
     _require(
         update.weights.kind != 'plateau' or settings.data.validation != 'none',
-        "optimizer.weights.kind 'plateau' follows the validation error, and data.validation is "
-        'none: give a split, or another schedule.',
+        "optimizer.weights.kind 'plateau' follows the validation error, but data.validation is "
+        'none: set it to a split, or choose another schedule.',
     )
     _choice(('none', *names), update.late_freeze.layer, 'optimizer.late_freeze.layer')
     for name, factor in update.multipliers:
         _choice(names, name, 'optimizer.multipliers')
         key = f'optimizer.multipliers.{name}'
-        _require(factor >= 0, f'{key} must be at least 0, and is {factor}.')
+        _require(factor >= 0, f'{key} must be at least 0, but is {factor}.')
 
 
 def _check_mesh(settings: Settings) -> None:
     mesh, towers = settings.mesh, settings.net.towers
-    _require(mesh.data != 0, 'mesh.data must be positive, or -1 for all that are left, and is 0.')
+    _require(
+        mesh.data != 0, 'mesh.data must be positive, or -1 for all remaining devices, but is 0.'
+    )
     _require(
         towers % mesh.tower == 0,
-        f'mesh.tower is {mesh.tower}, and the net has {towers} tower(s); choose a divisor of '
+        f'mesh.tower is {mesh.tower}, but the net has {towers} tower(s); choose a divisor of '
         f'{towers}.',
     )
     if mesh.placement == 'one_weird_trick':
@@ -383,6 +388,6 @@ def _check_mesh(settings: Settings) -> None:
         own = [x.name for x in settings.net.layers[:-1] if x.kind == 'fc' and x.reads == 'own']
         _require(
             not own or towers == 1,
-            f'mesh.placement one_weird_trick splits layers, and {", ".join(own)} reads '
-            f'its own only; set its reads=all, or mesh.placement=towers.',
+            f'mesh.placement one_weird_trick splits fully connected layers, but {", ".join(own)} '
+            f'reads only its own tower; set its reads=all, or mesh.placement=towers.',
         )

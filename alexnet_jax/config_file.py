@@ -53,7 +53,7 @@ def _read(file: Path, argument: str) -> Config:
     if str(ROOT) not in sys.path:  # configs import each other
         sys.path.insert(0, str(ROOT))
     if (file / 'config.json').is_file():
-        raise UsageError(f"{file} is a run's folder; choose --config={file / 'config.json'}.")
+        raise UsageError(f'{file} is the folder of a run; use --config={file / "config.json"}.')
     if not file.is_file():
         raise UsageError(f'there is no config file {file}; the shipped ones are in configs/.')
     try:
@@ -62,7 +62,7 @@ def _read(file: Path, argument: str) -> Config:
         else:
             config = runpy.run_path(str(file))['get_config'](*([argument] if argument else []))
         if file.suffix == '.json' and argument:
-            raise ValueError(f"the config of a run takes no argument such as '{argument}'")
+            raise ValueError(f"the config of a run does not take an argument such as '{argument}'")
         if not _is_section(config) or not {'name', 'scale', 'seed', 'model', 'data'} <= {*config}:
             raise ValueError('name, scale, seed, model or data is missing from this config')
         return config
@@ -94,8 +94,8 @@ KINDS = {
     bool: 'true or false',
     int: 'a whole number',
     float: 'a number',
-    tuple: "a tuple, as (1, 2) or ('relu',)",
-    list: "a tuple, as (1, 2) or ('relu',)",
+    tuple: "a tuple such as (1, 2) or ('relu',)",
+    list: "a tuple such as (1, 2) or ('relu',)",
 }
 
 
@@ -214,8 +214,8 @@ def _splits(wanted: Mapping[str, Any], there: Sequence[str]) -> dict[str, str]:
         missing = [key for key in missing if key != 'train']
     if missing and 'train' not in found:
         raise UsageError(
-            f"data.{missing[0]} is 'auto', and {wanted['name']} has the splits {', '.join(there)}; "
-            f'set it to one of them, or to a part of one as in {there[0]}[90%:].'
+            f"data.{missing[0]} is 'auto', but {wanted['name']} only has the splits "
+            f'{", ".join(there)}; choose one of them, or a part of one such as {there[0]}[90%:].'
         )
     end = 100 - 10 * len(missing)
     train = found.get('train')
@@ -259,7 +259,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     tree = json.loads(path.read_text())
     if not isinstance(tree, dict):
-        raise ValueError('a config is a JSON object, and this is none')
+        raise ValueError('a config must be a JSON object')
     return translated(tree)
 
 

@@ -1,4 +1,4 @@
-"""Errors that the user can act on. The message is one sentence with what to do."""
+"""Errors that the user can act on. The message is one sentence that states the remedy."""
 
 
 class AlexNetError(Exception):

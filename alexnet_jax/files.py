@@ -85,4 +85,4 @@ def read_npz(path: Path, names: Sequence[str], advice: str) -> dict[str, np.ndar
     except FileNotFoundError:
         raise RunError(f'{path.parent} has no {path.name}: {advice}.') from None
     except Exception as error:  # damage raises various exceptions of zipfile and NumPy
-        raise RunError(f'{path} is damaged or not readable ({error}): {advice}.') from error
+        raise RunError(f'{path} is damaged or unreadable ({error}): {advice}.') from error

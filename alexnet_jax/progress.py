@@ -1,4 +1,4 @@
-"""Show the progress of long work: a bar on a terminal, plain lines elsewhere."""
+"""Show the progress of long tasks: a bar on a terminal, plain lines elsewhere."""
 
 from collections.abc import Callable
 

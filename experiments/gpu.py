@@ -1,4 +1,4 @@
-"""Run what needs a GPU, the most valuable first, inside a time limit and without a network.
+"""Run everything that needs a GPU, most important first, within a time limit, without a network.
 
     python -m experiments.gpu [--steps=smoke,ours] [--secs=540] [--archive=FILE.tar.gz]
 
@@ -108,9 +108,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or '').splitlines()[0])
     parser.add_argument('--out', type=Path, default=Path('experiments/results/gpu'))
     parser.add_argument('--workdirs', type=Path, default=Path('workdirs'))
-    parser.add_argument('--steps', default=','.join(STEPS), help='names, with commas between')
-    parser.add_argument('--secs', type=float, default=540, help='for all steps')
-    parser.add_argument('--archive', type=Path, help='.tar.gz of --out, renewed after each step')
+    parser.add_argument('--steps', default=','.join(STEPS), help='comma-separated names of steps')
+    parser.add_argument('--secs', type=float, default=540, help='time limit for all steps together')
+    parser.add_argument('--archive', type=Path, help='.tar.gz of --out, updated after each step')
     args = parser.parse_args()
     end = time.monotonic() + args.secs
     args.out.mkdir(parents=True, exist_ok=True)

@@ -307,10 +307,20 @@ def _objects(path: Path) -> list[dict[str, Any]]:
 
 def parser(name: str, results: Path) -> command.Parser:
     """Return the parser of a table's module in experiments/; `results` is its archive."""
-    found = command.Parser(prog=f'python -m experiments.{name}', allow_abbrev=False)
+    found = command.Parser(
+        prog=f'python -m experiments.{name}',
+        description='Archive finished runs, and rebuild the tables and figures from the archive.',
+        allow_abbrev=False,
+    )
     add = found.add_argument
-    add('--runs', type=command.path, nargs='+', default=(), help='archive these sweeps first')
-    add('--results', type=command.path, default=results, help='the folder of the archive')
+    add(
+        '--runs',
+        type=command.path,
+        nargs='+',
+        default=(),
+        help='workdirs of sweeps to archive first',
+    )
+    add('--results', type=command.path, default=results, help='folder of the archive')
     return found
 
 

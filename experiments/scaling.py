@@ -1,4 +1,4 @@
-"""Count what each of N devices computes, holds and sends in a step, from the compiled program.
+"""Count what each of N devices computes, stores and sends per step, from the compiled program.
 
     python -m experiments.scaling            # the tables, from the stored rows
     python -m experiments.scaling --compile  # compile for 1 to 64 devices; store rows and tables
@@ -196,7 +196,9 @@ def tables(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Compile or read the rows, and print the tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or '').splitlines()[0])
-    parser.add_argument('--compile', action='store_true', help='compile the steps anew: minutes')
+    parser.add_argument(
+        '--compile', action='store_true', help='compile the steps again (takes minutes)'
+    )
     if parser.parse_args().compile:
         rows = compile_all()
         RESULTS.mkdir(parents=True, exist_ok=True)

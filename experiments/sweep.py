@@ -410,24 +410,33 @@ def launch(args: argparse.Namespace, runs: Sequence[Run]) -> Outcomes:
 def _parser() -> command.Parser:
     parser = command.Parser(
         prog='python -m experiments.sweep',
-        description='Train several configs, overrides and seeds; the same command resumes.',
+        description='Train all combinations of configs, overrides and seeds, and resume them.',
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add('sweep', type=command.expand, help='one in experiments/, as figure1, or a file')
-    add('--scale', default='', help='of the configs, as quickstart')
-    add('--seeds', type=int, default=0, help='how many, from 0')
-    add('--parallel', type=int, help='runs side by side; by default one a GPU, or one')
-    add('--workdirs', type=command.path, default=Path('workdirs'), help='the folder for all sweeps')
-    add('--dry_run', action='store_true', help='print the commands of the runs not finished')
+    add(
+        'sweep',
+        type=command.expand,
+        help='name of a sweep in experiments/, for example figure1, or a file',
+    )
+    add('--scale', default='', help='scale of the configs, for example quickstart')
+    add('--seeds', type=int, default=0, help='number of seeds, starting at 0')
+    add('--parallel', type=int, help='concurrent runs (default: one per GPU, or one)')
+    add('--workdirs', type=command.path, default=Path('workdirs'), help='folder for all sweeps')
+    add('--dry_run', action='store_true', help='print the commands of unfinished runs')
     kinds = ('processes', 'local', 'slurm')
-    add('--launcher', choices=kinds, default=kinds[0], help="local and slurm are submitit's")
-    add('--partition', default='', help="Slurm's")
-    add('--account', default='', help="Slurm's")
-    add('--gpus', type=int, default=0, help='of a submitit job')
-    add('--cpus', type=int, default=1, help='of a submitit job')
-    add('--minutes', type=int, default=1440, help='of a job, until it saves and queues again')
-    add('--config.KEY', metavar='VALUE', help='replace the value of a key in all configs')
+    add('--launcher', choices=kinds, default=kinds[0], help='local and slurm use submitit')
+    add('--partition', default='', help='Slurm partition')
+    add('--account', default='', help='Slurm account')
+    add('--gpus', type=int, default=0, help='GPUs per submitit job')
+    add('--cpus', type=int, default=1, help='CPUs per submitit job')
+    add(
+        '--minutes',
+        type=int,
+        default=1440,
+        help='time limit of a job, after which it saves and requeues',
+    )
+    add('--config.KEY', metavar='VALUE', help='override one value in all configs; may be repeated')
     return parser
 
 

@@ -1,4 +1,4 @@
-"""Seconds of training to an accuracy on the test images.
+"""Measure the seconds of training needed to reach a given test accuracy.
 
     python -m experiments.time_to_accuracy --workdir=workdirs/time     # 0.885 on Fashion-MNIST
 
@@ -34,9 +34,7 @@ from alexnet_jax.training.step import TrainState
 from experiments.throughput import results
 
 TARGET = 0.885
-NOT_HERE = (
-    'not run: the full net wants a GPU for this; --anyway trains it on this device all the same.'
-)
+NOT_HERE = 'not run: this trains the full net, which needs a GPU; add --anyway to use this device.'
 
 
 class EpochParams(Callback):
@@ -131,12 +129,17 @@ def _parser() -> command.Parser:
     )
     add = parser.add_argument
     add('--config', default='configs/alexnet.py:fashion_mnist')
-    add('--target', type=float, default=TARGET, help='test accuracy (0.885)')
-    add('--margin', type=float, default=0.01, help='validation above it ends the training')
+    add('--target', type=float, default=TARGET, help='target test accuracy (0.885)')
+    add(
+        '--margin',
+        type=float,
+        default=0.01,
+        help='stop once validation accuracy exceeds the target by this',
+    )
     add('--dtype', choices=('float32', 'bfloat16'), default='bfloat16')
     add('--workdir', type=command.path, required=True, help='a new folder')
-    add('--out', type=command.path, default=results.RESULTS, help='where the result is kept')
-    add('--anyway', action='store_true', help='without a GPU too')
+    add('--out', type=command.path, default=results.RESULTS, help='folder for the result')
+    add('--anyway', action='store_true', help='run even without a GPU')
     return parser
 
 

@@ -543,7 +543,7 @@ def test_a_step_that_is_not_there(tmp_path):
 
 def test_the_best_step_of_a_run_without_validation(tmp_path):
     checkpoints = saved(tmp_path)
-    with pytest.raises(UsageError, match=r"none is the 'best'; choose latest or .* steps 1, 2$"):
+    with pytest.raises(UsageError, match=r"there is no 'best'; choose latest or .* steps 1, 2$"):
         checkpoints.restore(None, 'best')
 
 
@@ -557,11 +557,11 @@ def test_the_best_step_of_a_run_without_validation(tmp_path):
         (lambda s: s.pop('step'), r"step is \('int32', \[\]\) in it, and absent in this run"),
         (
             lambda s: s['params']['conv1'].update(bias=np.zeros(8)),
-            r"params/conv1/bias is \('float64', \[7\]\) in it, and \('float64', \[8\]\) in",
+            r"params/conv1/bias is \('float64', \[7\]\) in the checkpoint and \('float64', \[8\]\)",
         ),
         (
             lambda s: s['params']['conv1'].update(bias=np.zeros(7, np.float32)),
-            r"params/conv1/bias is \('float64', \[7\]\) in it, and \('float32', \[7\]\) in",
+            r"params/conv1/bias is \('float64', \[7\]\) in the checkpoint and \('float32', \[7\]\)",
         ),
     ],
 )

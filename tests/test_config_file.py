@@ -72,10 +72,10 @@ def test_a_config_of_a_run_is_a_config(tmp_path):
         ('a.py', 'def get_config(): return undefined', "name 'undefined' is not defined"),
         ('a.py', 'def get_config(): raise ValueError("not so")', 'not so'),
         ('a.json', '{"mod', 'a.json'),
-        ('a.json', '[1]', 'a config is a JSON object'),
+        ('a.json', '[1]', 'a config must be a JSON object'),
         ('a.json', '{"model": {}}', 'is missing from this config'),
         ('a.py', 'def get_config(): return None', 'is missing from this config'),
-        ('a.json:quickstart', '{"model": {}}', 'takes no argument'),
+        ('a.json:quickstart', '{"model": {}}', 'does not take an argument'),
     ],
 )
 def test_what_is_no_config_file(tmp_path, name, text, words):
@@ -261,5 +261,5 @@ def test_archived_runs_have_todays_keys_and_values(folder):
 
 def test_a_runs_folder_leads_to_its_config(tmp_path):
     (tmp_path / 'config.json').write_text('{}')
-    with pytest.raises(UsageError, match=f'choose --config={tmp_path}/config.json'):
+    with pytest.raises(UsageError, match=f'use --config={tmp_path}/config.json'):
         config_file.load(str(tmp_path), {})

@@ -119,7 +119,9 @@ def test_memory_of_the_compiled_step_is_linear_in_the_batch():
 
 def test_the_largest_batch_for_each_memory_size():
     page = describe.run(on(1, 1))
-    found = re.search(r'largest batch, .*: 16 GB: ([\d,]+), 24 GB: ([\d,]+), 80 GB: ([\d,]+)', page)
+    found = re.search(
+        r'largest batch if .*: 16 GB: ([\d,]+), 24 GB: ([\d,]+), 80 GB: ([\d,]+)', page
+    )
     assert found
     few, more, most = (int(number.replace(',', '')) for number in found.groups())
     assert 1000 < few < more < most
@@ -136,7 +138,7 @@ def rows_behind(page: str, title: str) -> dict[tuple[str, ...], list[str]]:
 
 
 def test_one_device_communicates_nothing():
-    assert describe.run(on(1, 1)).endswith('one device: nothing is communicated')
+    assert describe.run(on(1, 1)).endswith('one device: no communication')
 
 
 def test_communication_and_memory_of_a_mesh():

@@ -348,7 +348,7 @@ def test_a_port_in_use(command, tmp_path):
                  f'--coordinator_address=127.0.0.1:{taken.getsockname()[1]}']  # fmt: skip
         done = subprocess.run(words, capture_output=True, text=True, timeout=SECS, cwd=tmp_path)
     assert done.returncode == 1
-    assert 'cannot listen at port' in done.stderr
+    assert 'cannot listen on port' in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
 
@@ -425,7 +425,7 @@ def test_steps_of_a_job_side_by_side_have_ports_of_their_own():
         ({}, (None, 2, 0), 'give --coordinator_address too'),
         ({}, ('here:1', 2, 2), '--process_id is 2; with 2 processes it must be 0 to 1'),
         ({}, ('here:1', 2, -1), '--process_id is -1'),
-        ({}, ('here', 2, 1), 'write host:port'),
+        ({}, ('here', 2, 1), 'must have the form host:port'),
         ({'JAX_NUM_PROCESSES': 'two'}, (None, None, None), "JAX_NUM_PROCESSES is 'two'"),
         (JAX, (None, None, None), 'give --process_id too'),
         # Launchers that JAX knows not at all, or by another version: each would train alone.

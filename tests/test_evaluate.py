@@ -185,4 +185,4 @@ def test_damaged_predictions_are_detected(smoke_run, tmp_path):
         for name, array in full.items():
             np.testing.assert_array_equal(found[name], array)
     assert len(refused) > 150
-    assert all('make it with python main.py --mode=evaluate' in line for line in refused)
+    assert all('create it with python main.py --mode=evaluate' in line for line in refused)

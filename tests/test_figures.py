@@ -115,7 +115,7 @@ def test_equal_towers_have_no_gap():
 
 
 def test_where_specialisation_is_undefined(run):
-    with pytest.raises(UsageError, match='grey images, of which colour saturation is not defined'):
+    with pytest.raises(UsageError, match='grey images, for which colour saturation is not defined'):
         figures.saturation(np.ones((3, 3, 1, 2)))
     with pytest.raises(UsageError, match='one tower'):
         figures.specialisation(np.ones((3, 3, 3, 2)), towers=1)
@@ -238,7 +238,7 @@ def test_fig1_names_runs_of_the_same_config_by_folder(run, copy):
 
 
 def test_the_number_of_runs_of_a_figure(run):
-    with pytest.raises(UsageError, match='two or more, --workdir=A,B'):
+    with pytest.raises(UsageError, match='two or more, as in --workdir=A,B'):
         figures.make('fig1', [run])
     with pytest.raises(UsageError, match='curves takes one --workdir'):
         figures.make('curves', [run, run])
@@ -430,7 +430,7 @@ def test_predictions_of_other_images_or_classes(copy, capsys, run, monkeypatch):
         copy / 'predictions_test.npz', arrays | {'label': arrays['label'][::-1]}
     )
     assert (
-        'of other images than the test split is now'
+        'was computed on images other than those now in the test split'
         in run_and_fail(capsys, 'fig4_left', f'--workdir={copy}')[1]
     )
     fewer = {view: arrays[view][:, :7] for view in evaluate.VIEWS}
@@ -481,7 +481,7 @@ def test_no_run(tmp_path, capsys):
         (['fig4_left', '--workdir=W', '--rows=1,x'], "invalid numbers value: '1,x'"),
         (['fig4_left', '--workdir=W', '--rows=40'], 'there is no 40; images are numbered 0..39'),
         (['fig4_left', '--workdir=W', '--rows=-1'], 'there is no -1; images are numbered 0..39'),
-        (['towers', '--workdir=W'], 'grey images, of which colour saturation is not defined'),
+        (['towers', '--workdir=W'], 'grey images, for which colour saturation is not defined'),
         (['fig3', '--workdir=W', '--step=3'], 'no checkpoint of step 3'),
     ],
 )

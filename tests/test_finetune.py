@@ -141,7 +141,7 @@ def test_layers_are_carried_over_by_name_where_shapes_agree(smoke_run, seven, tm
     err = capsys.readouterr().err
     assert 'conv1, conv5, fc6, fc7 carried over, fresh: conv2 (5x5x6x32 there, 5x5x6x48 ' in err
     assert 'conv5 of' in err
-    assert 'followed another layer there' in err
+    assert 'followed a different layer there' in err
     assert 'conv2.features' not in err  # a fresh layer's values are no matter
 
 
@@ -149,10 +149,10 @@ def test_a_net_that_shares_no_layer_is_refused(smoke_run, seven, tmp_path):
     config = tuned(smoke_run, seven)
     for name in config.model.layers[:-1]:
         config.model[name].features //= 2
-    with pytest.raises(UsageError, match=r'no layer of the same name .*: conv1 \(') as error:
+    with pytest.raises(UsageError, match=r'no layer with the same name .*: conv1 \(') as error:
         train.run(config, tmp_path / 'w')
     assert 'conv1 (11x11x1x12 there, 11x11x1x6 here), conv2 (' in str(error.value)
-    assert str(error.value).endswith('choose a config that fits that net.')
+    assert str(error.value).endswith('choose a config that matches that net.')
 
 
 def test_layers_to_carry_over_are_named(smoke_run, seven, tmp_path, capsys):
@@ -182,7 +182,7 @@ def test_the_same_weights_in_another_net_give_a_warning(smoke_run, seven, capsys
     )
     finetuning.compare(tree, restored, 'W', ['fc7'])
     assert capsys.readouterr().err.splitlines() == [
-        'warning: fc7 of W followed another layer there; to train these from scratch, set '
+        'warning: fc7 of W followed a different layer there; to train these from scratch, set '
         'init_layers to the layers before them',
         'warning: W was trained with other values of preprocess.scale',
     ]
@@ -324,7 +324,7 @@ def test_the_chain_of_1_cnn_star(pictures, tmp_path, capsys):
     err = capsys.readouterr().err
     assert 'conv4, conv5 carried over, fresh: conv6 (missing there), fc6' in err
     assert 'warning: ' + str(tmp_path) not in err
-    assert 'followed another layer' not in err
+    assert 'followed a different layer' not in err
     second = {'optimizer__multipliers__conv1': 0.0, 'optimizer__multipliers__conv6': 0.0}
     train.run(link('small', pictures, tmp_path / '146-big', **second), tmp_path / '146')
     err = capsys.readouterr().err

@@ -290,9 +290,9 @@ def test_descriptions_of_other_data_are_refused(copy):
     path = copy / 'drawn/1.0.0/features.json'
     good = path.read_text()
     for before, after, expected in (
-        ('uint8', 'float32', 'and not uint8'),
-        ('"image": {', '"picture": {', 'the description of its images'),
-        (good, '{"featuresDict"', 'the description of its images'),
+        ('uint8', 'float32', 'but must be uint8'),
+        ('"image": {', '"picture": {', 'invalid description of its images'),
+        (good, '{"featuresDict"', 'invalid description of its images'),
     ):
         assert before in good
         path.write_text(good.replace(before, after))
@@ -431,9 +431,11 @@ def test_a_run_on_a_large_set_equals_one_in_memory(
         config[group][name] = value
     train.run(config, workdir)
     assert_same(outcome(smoke_run), outcome(workdir))
-    message = re.findall(r'the input is the limit.*', capsys.readouterr().err)
+    message = re.findall(r'training is limited by the input.*', capsys.readouterr().err)
     assert len(message) == 1
-    assert re.search(r'2 reader\(s\) read [\d,]+ images/s each, and the step takes', message[0])
+    assert re.search(
+        r'2 reader\(s\) read [\d,]+ images/s each, but the training step consumes', message[0]
+    )
 
 
 def test_the_size_of_evaluation_batches_changes_no_number(smoke_run):
@@ -460,9 +462,9 @@ def test_a_run_without_validation(smoke_run, data_dir, tmp_path):
     unvalidated = [record for record in expected[2] if record['kind'] != 'validation']
     assert len(unvalidated) < len(expected[2])
     assert_same((step, leaves, written, predictions), (*expected[:2], unvalidated, expected[3]))
-    with pytest.raises(UsageError, match=r"has a validation error, so none is the 'best'; choose"):
+    with pytest.raises(UsageError, match=r"has a validation error, so there is no 'best'; choose"):
         evaluate.restore(tmp_path / 'run', 'best')
-    with pytest.raises(UsageError, match=r'data\.validation is none: name another split'):
+    with pytest.raises(UsageError, match=r'data\.validation is none: choose another split'):
         evaluate.run([tmp_path / 'run'], split='validation')
     config.optimizer.weights.kind = 'plateau'
     with pytest.raises(UsageError, match=r"'plateau' follows the validation error"):
@@ -471,7 +473,10 @@ def test_a_run_without_validation(smoke_run, data_dir, tmp_path):
 
 @pytest.mark.parametrize(
     ('wanted', 'expected'),
-    [(40_000.0, '8 cores would do (data.workers)'), (9_000.0, 'they are enough if nothing else')],
+    [
+        (40_000.0, '8 cores would be enough (data.workers)'),
+        (9_000.0, 'this is enough if nothing else'),
+    ],
 )
 def test_shortage_estimates_the_cores_needed(sets, wanted, expected, monkeypatch):
     dataset = large(sets['picture'])

@@ -51,7 +51,7 @@ def one_sentence(done, code: int, *words: str) -> None:
 @pytest.mark.parametrize(
     ('words', 'message'),
     [
-        ((), 'no --config; try --config=configs/alexnet.py'),
+        ((), '--config is missing; try --config=configs/alexnet.py'),
         (('--config=configs/nothing.py',), 'there is no config file configs/nothing.py'),
         ((f'{CONFIG}:huge',), "'huge' is not one of quickstart"),
         ((CONFIG, '--config.bach_size=3'), 'did you mean batch_size?'),
@@ -61,7 +61,7 @@ def one_sentence(done, code: int, *words: str) -> None:
         ((CONFIG, '--config.epochs=1e30', '--workdir={tmp}/w'), 'more than 2^31 steps'),
         ((CONFIG, "--config.model.conv1.ops=('rel',)"), "'rel' is not one of relu"),
         ((CONFIG, '--config.model.input_px=7', '--mode=describe'), 'a kernel of 11 px does not'),
-        ((CONFIG, '--config.optimizer.late_freeze.layer=None'), "write 'none'"),
+        ((CONFIG, '--config.optimizer.late_freeze.layer=None'), "use 'none' instead"),
         ((CONFIG, '--mode=sing'), "invalid choice: 'sing'"),
         ((CONFIG, '--cnfig=x'), 'unrecognized arguments: --cnfig=x'),
         ((CONFIG, 'please'), 'unrecognized arguments: please'),
@@ -116,7 +116,7 @@ def test_home_is_expanded(run_main, trained, data_dir, tmp_path):
     assert (tmp_path / 'runs' / 'w' / 'config.json').is_file()
     assert any((tmp_path / 'cache').iterdir())
     done = run_main('--mode=evaluate', f'--workdir= ~/runs/w , {trained[0]}', data=False, **home)
-    one_sentence(done, 2, 'was evaluated on other images')  # so both were found
+    one_sentence(done, 2, 'was evaluated on different images')  # so both were found
 
 
 @pytest.mark.parametrize('words', [(CONFIG, '--mode=describe'), ('--mode=evaluate',)])

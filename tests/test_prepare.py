@@ -68,7 +68,7 @@ def test_the_command_starts_without_jax_and_tfds(pets, tmp_path):
         (['imagenet2012', '--source={tmp}'], 1, 'ILSVRC2012_img_train.tar is missing'),
         (['imagenet2010', '--source={tmp}'], 1, 'ILSVRC2010_images_train.tar is missing'),
         (['folder', '--source={tmp}/none'], 2, 'is no folder'),
-        (['folder', '--source={tmp}/empty'], 2, 'no folder of pictures'),
+        (['folder', '--source={tmp}/empty'], 2, 'no folder of images'),
         (['folder', '--source={pets}', '--max_megapixels=0'], 2, '--max_megapixels must be'),
         (['folder', '--source=gs://bucket/x'], 2, 'gs://bucket/x is not a local path'),
         (['fashion_mnist', '--data_dir=s3://x/y'], 2, 's3://x/y is not a local path'),
@@ -81,8 +81,8 @@ def test_the_command_starts_without_jax_and_tfds(pets, tmp_path):
         (['folder', '--source={pets}', '--skip_corrupt=-1'], 2, '--skip_corrupt must be'),
         (['folder', '--source={pets}', '--val=0.1'], 2, 'unrecognized arguments: --val=0.1'),
         (['folder', '--source={pets}', '--data_dir={file}/data'], 1, 'Not a directory'),
-        (['folder', '--source={pets}', '--test=-0.1'], 2, 'are shares'),
-        (['folder', '--source={pets}', '--test=0.5', '--validation=0.5'], 2, 'are shares'),
+        (['folder', '--source={pets}', '--test=-0.1'], 2, 'are fractions'),
+        (['folder', '--source={pets}', '--test=0.5', '--validation=0.5'], 2, 'are fractions'),
         (['tfds'], 2, 'required: --name'),
         (['tfds', '--name=cifar10', '--tfds_dir={tmp}'], 1, "pip install 'alexnet_jax[tf]'"),
     ],
@@ -214,7 +214,7 @@ def test_another_format_needs_tensorflow(tfds_dir, tmp_path, monkeypatch):
     info = tmp_path / 'shapes/2.1.0/dataset_info.json'
     info.write_text(info.read_text().replace('array_record', 'tfrecord'))
     monkeypatch.setattr(prepare.importlib.util, 'find_spec', lambda name: None)
-    with pytest.raises(RunError, match='is as array_record neither in'):
+    with pytest.raises(RunError, match='is not stored as array_record in'):
         prepare.from_tfds('shapes', tmp_path / 'data', tmp_path)
     assert not (tmp_path / 'data').exists()
 

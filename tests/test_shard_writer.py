@@ -339,7 +339,7 @@ def test_a_lost_plan_is_noticed(half):
     copy, data_dir = half
     plan = next(data_dir.glob('.prepare-pets/plan/train-*'))
     plan.write_text('')
-    with pytest.raises(RunError, match='Pictures are missing in the shards: remove'):
+    with pytest.raises(RunError, match='Images are missing from the shards: remove'):
         make(copy, data_dir)
     assert not (data_dir / 'pets').exists()
 

@@ -147,7 +147,10 @@ def test_figures_of_permuted_data_want_predictions_of_it(copy, permuted, capsys,
     words = [name, f'--workdir={copy}', f'--data_dir={permuted}', f'--output={copy}/f.png']
     assert figures.main(words) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert f'is of other images than the test split in {permuted}: make it again with' in line
+    assert (
+        f'was computed on images other than the test split in {permuted}: create it again with'
+        in line
+    )
     evaluate.run([copy], data_dir=str(permuted))
     assert figures.main(words) == 0
 
@@ -276,7 +279,7 @@ def test_images_without_labels_are_not_scored(copy, shades, monkeypatch):
         return datasets.Dataset(found.name, found.split, found.images, labels, found.class_names)
 
     monkeypatch.setattr(datasets, 'load', unlabelled)
-    with pytest.raises(UsageError, match='images without a label'):
+    with pytest.raises(UsageError, match='images without labels'):
         evaluate.run([copy])
 
 

@@ -100,4 +100,4 @@ def test_known_colours():
     wide = dataclasses.replace(known, colour_std=known.colour_std * [1, 1, 1.2])
     assert '23.7 instead of 19.7' in statistics.far_from(wide, known)
     mixed_up = dataclasses.replace(known, colour_vectors=known.colour_vectors[[1, 0, 2]])
-    assert 'other directions' in statistics.far_from(mixed_up, known)
+    assert 'directions differ' in statistics.far_from(mixed_up, known)

@@ -416,7 +416,7 @@ def test_extensions_that_are_refused(reference, data_dir, tmp_path):
     before = {path.name: path.read_bytes() for path in workdir.glob('*.json*')}
     longer = tiny(data_dir, epochs=3.0)
     for config, extend, sentence in (
-        (longer, False, r'different in epochs, .*, or add --extend to resume it'),
+        (longer, False, r'a different config: epochs, .*, or add --extend to continue it'),
         (tiny(data_dir, epochs=3.0, seed=1), False, r'different in epochs, .*, seed; (?!.*extend)'),
         (
             tiny(data_dir, epochs=3.0, seed=1),
@@ -434,7 +434,7 @@ def test_extensions_that_are_refused(reference, data_dir, tmp_path):
     assert {k: v for k, v in now.items() if k != 'environment.json'} == {
         k: v for k, v in before.items() if k != 'environment.json'
     }
-    with pytest.raises(UsageError, match=r'holds no checkpoint to extend; leave --extend out'):
+    with pytest.raises(UsageError, match=r'contains no checkpoint to extend; remove --extend'):
         train.run(longer, tmp_path / 'empty', extend=True)
     assert not (tmp_path / 'empty').exists()
 

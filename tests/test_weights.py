@@ -558,11 +558,16 @@ def saved_net(torch):
 @pytest.mark.parametrize(
     ('make', 'zipped', 'code', 'sentence'),
     [
-        (saved_net, True, 2, 'features.0.weight of this net is missing; the file has no arrays'),
-        (saved_net, False, 1, 'save model.state_dict() alone'),
+        (
+            saved_net,
+            True,
+            2,
+            'features.0.weight of this net is missing; the file contains no arrays',
+        ),
+        (saved_net, False, 1, 'save only model.state_dict()'),
         (lambda torch: {'a': collections.UserDict()}, True, 2, 'the file has no arrays'),
         (lambda torch: {'a': Trap(os.mknod, '/dev/null')}, True, 1, 'objects (posix.mknod)'),
-        (lambda torch: torch.ones(3), True, 2, 'is missing; the file has'),
+        (lambda torch: torch.ones(3), True, 2, 'is missing; the file contains'),
         (lambda torch: [torch.ones(3)], True, 2, 'the file has no arrays'),
         (lambda torch: {'features.0.weight': torch.ones(2).to_sparse()}, True, 1, 'Sparse'),
     ],
@@ -681,7 +686,7 @@ def test_a_workdir_with_a_checkpoint_is_left_alone(imported, config_file, capsys
     file = workdir.parent / 'theirs.safetensors'
     words = ['import', 'torchvision', file, '--workdir', workdir, '--config', config_file]
     assert weights.main([str(word) for word in words]) == 2
-    assert 'has checkpoints already' in capsys.readouterr().err
+    assert 'already has checkpoints' in capsys.readouterr().err
     assert contents(workdir) == before
 
 
@@ -905,7 +910,10 @@ def change_extra(arrays):
         (change_integer, 'conv3/0 is of type int32, not floating-point'),
         (change_nan, 'conv3/0 contains NaN or infinity'),
         (change_overflow, 'conv3/0 contains NaN or infinity (in float32)'),
-        (change_missing, 'conv3/0 of this net is missing; the file has conv1/0, conv1/1, conv2/0'),
+        (
+            change_missing,
+            'conv3/0 of this net is missing; the file contains conv1/0, conv1/1, conv2/0',
+        ),
         (change_extra, 'this net has no conv9/0; choose the config'),
     ],
 )
@@ -919,7 +927,7 @@ def test_another_nets_tree(tmp_path, capsys, change, sentence):
 def test_another_frameworks_tree(tmp_path, capsys):
     write(tmp_path / 'a.npz', foreign('caffenet', small('caffenet')))
     sentence = (
-        'features.0.weight of this net is missing; the file has conv1/0, conv1/1, conv2/0, ...'
+        'features.0.weight of this net is missing; the file contains conv1/0, conv1/1, conv2/0, ...'
     )
     refused(['import', 'torchvision', 'a.npz'], 2, sentence, tmp_path, capsys)
 
@@ -929,11 +937,11 @@ def test_another_frameworks_tree(tmp_path, capsys):
     [
         (['import', 'caffenet', 'a.npz', '--workdir=w'], 1, 'a.npz: No such file or directory'),
         (['import', 'overfeat', 'a.npz', '--workdir=w'], 2, "invalid choice: 'overfeat'"),
-        (['import', 'own', 'a.npz', '--workdir=w'], 2, 'our own weights are .safetensors files'),
+        (['import', 'own', 'a.npz', '--workdir=w'], 2, 'own needs a .safetensors file'),
         (
             ['import', 'own', 'a.safetensors', '--workdir=w', '--mean=m.npy'],
             2,
-            'contain config, mean and names',
+            'contain config, mean and class names',
         ),
         (
             ['import', 'caffenet', 'a.npz', '--workdir=w', '--config=no.py'],
@@ -970,7 +978,7 @@ def test_a_foreign_safetensors_file_as_own(tmp_path, capsys):
     [
         ('--mean', 'mean.binaryproto', b'\x08\x01\x10\x03', 'blobproto_to_array'),
         ('--mean', 'mean.npy', np.zeros((256, 256)), 'is not Caffe'),
-        ('--class_names', 'names.txt', b'caf\xe9', 'is not text in UTF-8'),
+        ('--class_names', 'names.txt', b'caf\xe9', 'is not UTF-8 text'),
         ('--class_names', 'names.txt', b'one\ntwo', '2 class names were given for 10 classes'),
     ],
 )

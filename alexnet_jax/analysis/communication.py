@@ -1,7 +1,7 @@
 """Read the communication and memory of a training step from its compiled program.
 
-The step is compiled for shapes alone, without data, and XLA's text of the result is parsed. It
-shows what the compiler added, merged or removed, and so tests the claims about the two towers.
+The step is compiled from shapes alone, without data, and the compiled program's text is parsed. It
+shows what the compiler added, merged or removed, and thus tests the claims about the two towers.
 """
 
 import contextlib
@@ -296,8 +296,8 @@ def _groups(attributes: str, devices: int) -> np.ndarray:
         grid = np.moveaxis(grid, axes, range(-len(axes), 0))
         return grid.reshape(-1, math.prod(grid.shape[grid.ndim - len(axes) :]))
     raise RunError(
-        f'XLA writes groups of devices in an unknown form ({form[:60]}...); use the versions in '
-        f'constraints.txt.'
+        f'XLA prints device groups in an unknown format ({form[:60]}...); install the versions '
+        f'in constraints.txt.'
     )
 
 

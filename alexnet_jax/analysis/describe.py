@@ -144,7 +144,7 @@ def _totals(stages: Sequence[Stage]) -> str:
     total = totals(stages)
     return (
         f'{total["parameters"]:,} parameters, {total["neurons"]:,} neurons, '
-        f'{total["multiply_adds"] / 1e6:.1f} M multiply-adds a view '
+        f'{total["multiply_adds"] / 1e6:.1f} M multiply-adds per view '
         f'({total["multiply_adds"]:,})'
     )
 
@@ -225,8 +225,8 @@ def _compiled_memory(settings: Settings) -> str:
     where = 'the device' if layout.mesh.size == 1 else f'each of {layout.mesh.size} devices'
     return (
         f'compiled for {jax.default_backend()}, {where}: {_mib(peak.bytes)} at {peak.images} '
-        f'images, {_mib(peak.per_image)} for each more; '
-        f'largest batch, nothing else in memory: {fits}'
+        f'images, plus {_mib(peak.per_image)} for each further image; '
+        f'largest batch if nothing else is in memory: {fits}'
     )
 
 
@@ -237,7 +237,7 @@ def _on_mesh(settings: Settings) -> list[str]:
     """Describe the communication and memory of the compiled step on several devices."""
     layout = mesh.make_layout(settings.mesh, settings.batch_size)
     if layout.mesh.size == 1:
-        return ['one device: nothing is communicated']
+        return ['one device: no communication']
     found = communication.read_step(settings, layout)
     where = f'{layout}, placement {settings.mesh.placement}'
     memory, unsplit = f'memory of a device on {where}, MiB', None
@@ -247,7 +247,7 @@ def _on_mesh(settings: Settings) -> list[str]:
         memory += f'; unsplit: on {other}, placement towers'
     sent = _communication(found.collectives)
     if settings.net.compute_dtype == 'bfloat16' and jax.default_backend() == 'cpu':
-        sent += '\nCPUs send bfloat16 as float32: elsewhere forward and backward are half'
+        sent += '\nCPUs send bfloat16 as float32: elsewhere forward and backward send half as much'
     return [
         f'communication of a step on {where}\n\n{sent}',
         f'{memory}\n\n{_device_memory(found.memory, unsplit)}',
@@ -259,7 +259,7 @@ def _provide_devices(shape: MeshShape) -> None:
     wanted = shape.data * shape.tower
     if wanted > MOST_VIRTUAL_DEVICES:
         raise UsageError(
-            f'a mesh of data {shape.data} x tower {shape.tower} is too large to be described: '
+            f'a mesh of data {shape.data} x tower {shape.tower} is too large for --mode=describe: '
             f'choose at most {MOST_VIRTUAL_DEVICES} devices.'
         )
     if wanted > 1:

@@ -2,11 +2,11 @@
 
     python -m alexnet_jax figures fig3 --workdir=W --output=fig3.svg
 
-    fig1        training error against epochs of several runs, --workdir=A,B (paper, figure 1)
-    fig3        the first layer's filters, tower by tower (paper, figure 3)
+    fig1        training error against epochs for several runs, --workdir=A,B (paper, figure 1)
+    fig3        the first layer's filters, grouped by tower (paper, figure 3)
     fig4_left   test images with their five most probable classes (paper, figure 4)
     fig4_right  test images and the training images nearest to them (paper, figure 4)
-    confusion   the share of each class that is taken for each class
+    confusion   confusion matrix: the share of each class that is predicted as each class
     curves      loss and errors against epochs
     towers      the colour saturation of each tower's filters (paper, section 6.1)
 
@@ -82,7 +82,8 @@ class Run:
             return dict(json.loads(path.read_text()))
         except (FileNotFoundError, NotADirectoryError):
             raise RunError(
-                f'{self.workdir} has no {name}, so it is no run; name the --workdir of one.'
+                f'{self.workdir} has no {name}, so it is not the folder of a run; '
+                'choose another --workdir.'
             ) from None
         except (OSError, ValueError, TypeError) as error:
             raise RunError(f'{path} cannot be read ({error}); copy it from a backup.') from error
@@ -105,15 +106,17 @@ class Run:
         """Return its predictions_test.npz; see `evaluate.load_predictions`."""
         found, classes = evaluate.load_predictions(self.workdir), self.settings.net.classes
         if any(found[view].shape != (len(found['label']), classes) for view in evaluate.VIEWS):
-            raise self._outdated(f'does not have {classes} classes, as this net has')
+            raise self._outdated(f'does not have {classes} classes like this net')
         if self.data_dir and not np.array_equal(found['label'], self._test.labels):
-            raise self._outdated(f'is of other images than the test split in {self.data_dir}')
+            raise self._outdated(
+                f'was computed on images other than the test split in {self.data_dir}'
+            )
         return found
 
     def _outdated(self, reason: str) -> RunError:
         where = f'--workdir={self.workdir}' + (f' --data_dir={self.data_dir}' * bool(self.data_dir))
         return RunError(
-            f'{self.workdir}/predictions_test.npz {reason}: make it again with '
+            f'{self.workdir}/predictions_test.npz {reason}: create it again with '
             f'python main.py --mode=evaluate {where}.'
         )
 
@@ -130,7 +133,7 @@ class Run:
     def test(self) -> Dataset:
         """Return the test split, whose images `predictions` are of."""
         if not np.array_equal(self.predictions['label'], self._test.labels):
-            raise self._outdated('is of other images than the test split is now')
+            raise self._outdated('was computed on images other than those now in the test split')
         return self._test
 
     @property
@@ -138,7 +141,7 @@ class Run:
         """Return the first layer's filters: float32 [kh, kw, C, features], tower by tower."""
         layer = self.trained.settings.net.layers[0]
         if layer.kind != 'conv':
-            raise UsageError(f'{layer.name} is no convolution, so it has no filters to draw.')
+            raise UsageError(f'{layer.name} is not a convolution, so it has no filters to draw.')
         return np.asarray(self.trained.params[layer.name]['kernel'])
 
     def choose(self, count: int) -> list[int]:
@@ -146,7 +149,9 @@ class Run:
         images = len(self.test)
         for row in self.rows:
             if not 0 <= row < images:
-                raise UsageError(f'--rows: there is no {row}; images are numbered 0..{images - 1}.')
+                raise UsageError(
+                    f'--rows: there is no image {row}; images are numbered from 0 to {images - 1}.'
+                )
         even = np.linspace(0, images - 1, min(count, images)).round().astype(int).tolist()
         return list(self.rows) or even
 
@@ -251,7 +256,9 @@ def saturation(kernels: np.ndarray) -> np.ndarray:
         UsageError: the net takes grey images.
     """
     if kernels.shape[2] != 3:
-        raise UsageError('the net saw grey images, of which colour saturation is not defined.')
+        raise UsageError(
+            'the net was trained on grey images, for which colour saturation is not defined.'
+        )
     kernels = kernels.astype(np.float64)
     colour = kernels - kernels.mean(axis=2, keepdims=True)
     energy = np.sum(kernels**2, axis=(0, 1, 2))
@@ -274,7 +281,7 @@ def specialisation(kernels: np.ndarray, towers: int, divisions: int = 9_999) -> 
         UsageError: there is only one tower, or the net takes grey images.
     """
     if towers < 2:
-        raise UsageError('the net has one tower, so there is none to compare it with.')
+        raise UsageError('the net has only one tower, so there is nothing to compare.')
     values = saturation(kernels)
 
     def gaps(values: np.ndarray) -> np.ndarray:
@@ -300,7 +307,9 @@ def of_run(run: Run) -> Specialisation:
         UsageError: the net or its images are grey, or there is one tower.
     """
     if not sees_colour(run):
-        raise UsageError('the net saw grey images, of which colour saturation is not defined.')
+        raise UsageError(
+            'the net was trained on grey images, for which colour saturation is not defined.'
+        )
     return specialisation(run.kernels, run.trained.settings.net.towers)
 
 
@@ -626,7 +635,7 @@ def make(name: str, runs: Sequence[Run]) -> Figure:
             raise UsageError(f'{name} takes one --workdir; only fig1 takes several.')
         return FIGURES[name](run)
     if len(runs) < 2:
-        raise UsageError('fig1 compares runs: name two or more, --workdir=A,B.')
+        raise UsageError('fig1 compares runs: give two or more, as in --workdir=A,B.')
     names = [run.settings.name for run in runs]
     if len(set(names)) < len(names):
         names = [str(run.workdir) for run in runs]
@@ -695,12 +704,12 @@ def _parser() -> command.Parser:
     )
     add = parser.add_argument
     add('figure', metavar='NAME', choices=('fig1', *FIGURES), help='one of the names above')
-    parser.add_workdir(type=command.paths, help="a run's folder; for fig1 several, as A,B")
+    parser.add_workdir(type=command.paths, help='folder of the run; for fig1 several, as A,B')
     parser.add_output('.png', '.svg', help='.png or .svg (default: NAME.png in the workdir)')
     parser.add_step()
     parser.add_data_dir()
     parser.add_among()
-    rows = 'numbers of the test images that fig4 shows, as in 0,7'
+    rows = 'indices of the test images that fig4 shows, for example 0,7'
     add('--rows', type=numbers, default=(), metavar='I,J', help=rows)
     return parser
 

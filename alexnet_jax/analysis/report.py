@@ -1,10 +1,11 @@
-"""Write a run's report: one HTML page that needs no network, no script and no other file.
+"""Write a run's report: one self-contained HTML page, without scripts.
 
     python -m alexnet_jax report --workdir=W --output=report.html
 
-report.html.jinja contains the page and its text; the functions here compute what it shows. The
-page follows the reader's choice of light or dark, and fits a phone. A section whose data is missing
-(predictions, metrics, data) is one sentence. A section that does not apply to a run is left out.
+report.html.jinja contains the page and its text; the functions here compute what it shows. The page
+follows the reader's choice of a light or dark theme, and fits a phone. If a section's data is
+missing (predictions, metrics, images), one sentence replaces it. Sections that do not apply to a
+run are omitted.
 """
 
 import argparse
@@ -299,7 +300,7 @@ def _act(args: argparse.Namespace) -> None:
 def _parser() -> command.Parser:
     parser = command.Parser(
         prog='python -m alexnet_jax report',
-        description="Write a run's errors, figures and mistakes as one HTML page without links.",
+        description="Write a run's errors, figures and mistakes as one self-contained HTML page.",
         allow_abbrev=False,
     )
     parser.add_workdir()

@@ -54,13 +54,15 @@ class StoredImages:
 
     def __getitem__(self, key: Any, /) -> np.ndarray:
         if isinstance(key, tuple):
-            raise IndexError('a data set in its files has one axis to index, the images')
+            raise IndexError(
+                'a data set on disk can only be indexed along its first axis, the images'
+            )
         numbers = np.arange(len(self))[key]
         images, _ = self.take(numbers.reshape(-1))
         return images.reshape(*numbers.shape, *self.shape[1:])
 
     def __array__(self, *_: Any, **__: Any) -> np.ndarray:
-        raise UsageError('this data set is too large for memory: take a slice of its images.')
+        raise UsageError('this data set is too large for memory: use a slice of its images.')
 
     def take(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return images, uint8 [n, H, W, C], and labels, int32 [n], of those numbers.
@@ -244,7 +246,7 @@ def _folder(name: str, data_dir: Path) -> Path:
     if versions:
         return max(versions, key=rank)
     if name in (*prepared.FETCHED, *prepared.OFFICIAL):
-        why = ', and its official files need a registration' if name in prepared.OFFICIAL else ''
+        why = ', and its official files require registration' if name in prepared.OFFICIAL else ''
         raise RunError(
             f'Data set {name} is not in {data_dir}{why}: run `{prepared.command(name, data_dir)}`.'
         )
@@ -272,9 +274,9 @@ def class_names(name: str, data_dir: str | Path, *, words: bool = True) -> tuple
         if words and (folder / 'label.words.txt').is_file():
             described = (folder / 'label.words.txt').read_text(encoding='utf-8').splitlines()
         if len(described) != len(names):
-            raise ValueError(f'{len(described)} words for {len(names)} classes')
+            raise ValueError(f'{len(described)} descriptions for {len(names)} classes')
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise prepared.damaged(folder, f'the description of its labels: {error}') from None
+        raise prepared.damaged(folder, f'invalid description of its labels: {error}') from None
     counts = collections.Counter(described)
     return tuple(
         word if counts[word] == 1 else f'{word} ({name})'
@@ -290,7 +292,7 @@ def facts(name: str, data_dir: str | Path) -> tuple[int, int, tuple[str, ...]]:
     """
     if name == 'none':
         raise UsageError(
-            'data.name is not set: prepare your pictures with `python -m alexnet_jax prepare '
+            'data.name is not set: prepare your images with `python -m alexnet_jax prepare '
             'folder --source=FOLDER --name=NAME`, and set --config.data.name=NAME.'
         )
     folder = _folder(name, Path(data_dir))
@@ -357,7 +359,9 @@ def _keep(path: Path, what: str, write: Callable[[Path], None]) -> None:
         with files.atomic_write(path) as scratch:
             write(scratch)
     except OSError as error:
-        log.warning('%s: cannot store %s (%s); the next start is slow too', path, what, error)
+        log.warning(
+            '%s: cannot store %s (%s); the next start will be slow again', path, what, error
+        )
 
 
 def _save(path: Path, array: np.ndarray) -> None:
@@ -377,13 +381,13 @@ def shortage(dataset: Dataset, wanted: float) -> str | None:
     active = dataset.images.readers
     count, enough = max(active.count, 1), math.ceil(wanted / active.rate)
     advice = (
-        f'{enough} cores would do (data.workers)'
+        f'{enough} cores would be enough (data.workers)'
         if enough > count
-        else 'they are enough if nothing else uses their cores'
+        else 'this is enough if nothing else uses these cores'
     )
     return (
-        f'{count} reader(s) read {active.rate:,.0f} images/s each, and the step takes '
-        f'{wanted:,.0f}/s: {advice}'
+        f'{count} reader(s) read {active.rate:,.0f} images/s each, but the training step '
+        f'consumes {wanted:,.0f}/s: {advice}'
     )
 
 

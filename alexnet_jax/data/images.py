@@ -1,8 +1,9 @@
-"""Decode a picture to the stored form of a data set, and encode it as JPEG.
+"""Decode images to the format in which a data set is stored, and encode them as JPEG.
 
-Preparation, the readers of records, and the classification of image files all use this module, and
-so get the same bits. A plain JPEG of the stored size is decoded by simplejpeg: the same bits as
-Pillow's in half the processor time, and other threads run meanwhile. Pillow reads everything else.
+Preparation, the readers of records, and the classification of image files all use this module, so
+their results are bitwise identical. simplejpeg decodes plain JPEGs of the stored size: its output
+is bitwise identical to Pillow's, it takes half the CPU time, and other threads can run meanwhile.
+Pillow reads everything else.
 """
 
 import contextlib
@@ -19,7 +20,7 @@ FORMATS = ('JPEG', 'PNG', 'GIF', 'BMP', 'PPM', 'TIFF', 'WEBP', 'AVIF', 'JPEG2000
 
 HEIC = tuple(b'ftyp' + brand for brand in (b'heic', b'heix', b'heim', b'heis', b'hevc', b'mif1'))
 CONVERT_HEIC = (
-    'HEIC is not supported: convert it to JPEG first, for example with heif-convert of libheif'
+    "HEIC is not supported: convert it to JPEG first, for example with libheif's heif-convert"
 )
 
 
@@ -33,7 +34,7 @@ class TooLarge(BadImage):
     def __init__(self, width: int, height: int, most_pixels: int):
         self.pixels = width * height
         super().__init__(
-            f'has {width:,} x {height:,} pixels, and more than {most_pixels:,} may be a '
+            f'has {width:,} x {height:,} pixels; more than {most_pixels:,} may be a '
             'decompression bomb'
         )
 
@@ -114,7 +115,7 @@ def decode_image(
         raise
     except UnidentifiedImageError:
         if encoded[4:12] in HEIC:
-            raise BadImage(f'is a HEIC picture, and {CONVERT_HEIC}') from None
+            raise BadImage(f'is a HEIC image; {CONVERT_HEIC}') from None
         raise BadImage('is no image') from None
     except Exception as error:  # decoders raise many types for damaged files
         reason = str(error) or type(error).__name__

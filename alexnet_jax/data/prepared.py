@@ -115,7 +115,7 @@ def locked_staging_dir(data_dir: Path, name: str) -> Generator[Path]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            log(f'{name}: waiting for another process that prepares it')
+            log(f'{name}: waiting for another process that is preparing it')
             fcntl.flock(lock, fcntl.LOCK_EX)
         staging.mkdir(exist_ok=True)
         try:

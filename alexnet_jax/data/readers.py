@@ -1,8 +1,8 @@
-"""Threads that read images, and prefetching.
+"""Reader threads for images, and prefetching.
 
-Decoding releases Python's lock for most of its time (88 % for JPEG), so threads should help up to
-about 8 cores; 2 were measured, see experiments/results/reading. They end with their process and
-need no shared memory. Worker processes, of our own or of grain, were slower for JPEG.
+Decoding releases Python's lock for most of its time (88 % for JPEG), so threads should scale to
+about 8 cores; 2 were measured, see experiments/results/reading. Threads end with their process and
+need no shared memory. Worker processes, our own or grain's, were slower for JPEG.
 """
 
 import functools

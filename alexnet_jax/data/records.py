@@ -1,7 +1,7 @@
 """Read and decode records of array_record files, as TFDS writes them, by number.
 
-It needs neither JAX nor TFDS. A record is a tf.train.Example. TFDS's own reader takes 1.2 to 1.3
-times as long, and decodes by OpenCV, to other bits, where that is installed.
+Needs neither JAX nor TFDS. A record is a tf.train.Example. TFDS's own reader takes 1.2 to 1.3
+times as long, and if OpenCV is installed it decodes with OpenCV, which gives different pixels.
 """
 
 import bisect
@@ -129,9 +129,9 @@ def image_format(folder: Path) -> tuple[tuple[int, int, int], bool]:
         height, width, channels = map(int, about['shape']['dimensions'])
         readable = encoded or about['encoding'].lower() == 'bytes'
         if about.get('dtype', 'uint8') != 'uint8' or channels not in (1, 3) or not readable:
-            raise ValueError(f'{about}, and not uint8 [H, W, 1 or 3] as bytes')
+            raise ValueError(f'{about}, but must be uint8 [H, W, 1 or 3] as bytes')
     except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
-        raise prepared.damaged(folder, f'the description of its images: {error}') from None
+        raise prepared.damaged(folder, f'invalid description of its images: {error}') from None
     if encoded and min(height, width) < 1:  # pictures of any size
         return (PX, PX, 3), encoded
     return (height, width, channels), encoded
@@ -176,7 +176,7 @@ def _fields(record: bytes, span: tuple[int, int]) -> Iterator[tuple[int, tuple[i
         if key & 7 == 2:  # length-delimited
             at, after = after, after + size
         if key & 7 not in (0, 2) or after > end:
-            raise ValueError('it is not a tf.train.Example, or is cut off')
+            raise ValueError('it is not a tf.train.Example, or is truncated')
         yield key >> 3, (at, after)
         at = after
 

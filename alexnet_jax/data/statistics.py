@@ -1,7 +1,7 @@
 """Mean image and principal colours of the training images (paper, section 4.1), in one pass.
 
-They are computed from decoded records, the images that training reads: JPEG encoding changes the
-mean image by up to one of 255 levels. So preparation and a training run get the same bits.
+They are computed from the decoded records that training reads, because JPEG encoding changes the
+mean image by up to one of 255 levels. Preparation and training therefore get identical values.
 """
 
 import zipfile
@@ -101,5 +101,5 @@ def far_from(found: Statistics, known: Statistics) -> str | None:
         return f'the standard deviations of the colours are {values}'
     cosines = np.abs((found.colour_vectors * known.colour_vectors).sum(axis=0))
     if cosines.min() < np.cos(np.radians(10)):
-        return 'the colours vary in other directions than in the official pictures'
+        return 'the principal colour directions differ from those of the official images'
     return None

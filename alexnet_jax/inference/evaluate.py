@@ -116,8 +116,8 @@ def _override(config: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str,
         free = (*workdirs.MAY_DIFFER, 'loop.eval_batch_size')
         if key not in free and config_file.differences(config, new):
             raise UsageError(
-                f'--config.{key} changes nothing in an evaluation: net and recipe are those of '
-                f'the checkpoint; leave it out.'
+                f'--config.{key} has no effect on an evaluation, which uses the net and recipe of '
+                f'the checkpoint; remove it.'
             )
         config = new
     return config
@@ -151,7 +151,7 @@ def open_split(trained: Trained, split: str, data_dir: str = '') -> Dataset:
     if channels not in (1, expected):
         raise UsageError(
             f'{dataset.name} has images of {channels} channels, but the net in {trained.workdir} '
-            f'takes {expected}; choose the data of its training.'
+            f'takes {expected}; choose the data it was trained on.'
         )
     return splits.match(dataset, trained.class_names, config, trained.workdir, data_dir)
 
@@ -214,7 +214,7 @@ def probabilities(
             part[:] = mean[: len(part)]  # without the padding of the last batch
             if not np.isfinite(part).all():
                 raise RunError(
-                    'the probabilities are not finite, the net has diverged: lower '
+                    'the probabilities are not finite because the net has diverged: lower '
                     'optimizer.weights.rate, or evaluate an earlier --step.'
                 )
         start += batch_size
@@ -304,7 +304,7 @@ def load_predictions(workdir: Path) -> dict[str, np.ndarray]:
     Raises:
         RunError: they do not exist or are damaged.
     """
-    advice = f'make it with python main.py --mode=evaluate --workdir={workdir}'
+    advice = f'create it with python main.py --mode=evaluate --workdir={workdir}'
     return files.read_npz(predictions_path(workdir), ('label', *VIEWS), advice)
 
 
@@ -349,9 +349,11 @@ def run(
             continue
         arrays = reordered(arrays, trained.class_names, class_names)
         if totals['centre'].shape[1] != arrays['centre'].shape[1]:
-            raise UsageError(f'{workdir} has other classes than {workdirs[0]}; leave it out.')
+            raise UsageError(
+                f'{workdir} has different classes than {workdirs[0]}; remove it from --workdir.'
+            )
         if not np.array_equal(label, arrays['label']):
-            raise UsageError(f'{workdir} was evaluated on other images than {workdirs[0]}.')
+            raise UsageError(f'{workdir} was evaluated on different images than {workdirs[0]}.')
         for name in VIEWS:  # a running sum, so that only two nets' probabilities are in memory
             totals[name] += arrays[name]
     result = {'workdirs': [str(w) for w in workdirs], 'steps': steps, 'split': split}
@@ -365,7 +367,7 @@ def predictions(trained: Trained, split: str, data_dir: str) -> dict[str, np.nda
     """Predict every image of a split, and save the predictions in the workdir if possible."""
     dataset = open_split(trained, split, data_dir)
     if np.any(dataset.labels < 0):
-        raise UsageError(f'{dataset.split} has images without a label; choose another --split.')
+        raise UsageError(f'{dataset.split} has images without labels; choose another --split.')
     log(
         f'{trained.workdir}: step {trained.step}, {len(dataset)} images of {dataset.split}, on '
         f'{trained.layout}'

@@ -4,9 +4,9 @@
     python -m alexnet_jax features --workdir=W --layer=conv5_relu FOLDER --output=F.parquet
     python -m alexnet_jax features --workdir=W --nearest=6 IMAGE...
 
-The last command is the right half of the paper's figure 4: the training images whose activations in
-the last hidden layer are nearest to the image's. `--among=F.npy` searches features written before;
-without it they are computed and not stored.
+The last command computes the right half of the paper's figure 4: the training images whose
+activations in the last hidden layer are nearest to the image's. `--among=F.npy` searches saved
+features; without it the features are computed and not saved.
 """
 
 import argparse
@@ -68,7 +68,7 @@ def make_extract(trained: Trained, layer: str) -> Extract:
     """
     settings, known = trained.settings, shapes(trained.settings.net)
     if layer not in known:
-        raise UsageError(f"this net has no '{layer}'; it has {', '.join(known)}.")
+        raise UsageError(f"this net has no '{layer}'; choose one of {', '.join(known)}.")
 
     def run(params: Any, statistics: Statistics, images: Array) -> Array:
         draws = augment.fixed(len(images), images.shape[-1], settings.preprocess)
@@ -187,7 +187,9 @@ def of_files(trained: Trained, layer: str, words: Sequence[str], faults: list[st
     blocks = predict.read_ahead(predict.find(words), trained.stored, 100, faults)
     paths = [path for names, _ in blocks for path in names]
     if not paths:
-        raise RunError('none of the files is an image; name image files or folders of them.')
+        raise RunError(
+            'none of the files is an image; give image files, or folders that contain some.'
+        )
 
     def images(rows: slice) -> np.ndarray:
         return np.stack([predict.read(path, trained.stored) for path in paths[rows]])
@@ -295,13 +297,13 @@ def read(path: Path) -> Features:
         about, label, names = (rest[key] for key in ('about', 'label', 'path'))
         for known in (label, names):
             if known is not None and len(known) != len(rows):
-                raise ValueError(f'{len(rows)} rows in one, {len(known)} in the other')
+                raise ValueError(f'one has {len(rows)} rows, the other {len(known)}')
     except OSError as error:
         raise RunError(f'{error.filename or path} cannot be read ({error.strerror}).') from error
     except (KeyError, TypeError, ValueError, EOFError) as error:
         raise RunError(
-            f'{path} and the .json beside it are no features, or damaged ({error}); make them with '
-            f'--output={path}.'
+            f'{path} and its .json file are damaged, or do not contain features ({error}); '
+            f'create them again with --output={path}.'
         ) from error
     return Features(rows, None if label is None else np.array(label, np.int32), names, about)
 
@@ -343,7 +345,7 @@ def nearest(
     count, width = features.shape[0], int(np.prod(features.shape[1:]))
     queries = np.ascontiguousarray(queries, np.float32).reshape(len(queries), -1)
     if not 1 <= k <= count:
-        raise UsageError(f'k must be in 1..{count}, the number of images, and is {k}.')
+        raise UsageError(f'k must be between 1 and {count}, the number of images, but is {k}.')
     block = min(block or max(BLOCK_BYTES // (4 * max(width, len(queries), 1)), 1), count)
     _, exponent = np.frexp(np.abs(queries).max(initial=0))
     scale = np.float32(2.0**-exponent)  # a power of two does not round
@@ -429,8 +431,8 @@ def _among(trained: Trained, queries: Features, args: argparse.Namespace) -> Fea
     ):
         about = '{layer} of {config} at step {step}'.format_map(among.about)
         raise UsageError(
-            f'--among={args.among} contains {about}, other features than the queries have: make it '
-            f'from this checkpoint, with --layer={args.layer}.'
+            f'--among={args.among} contains {about}, which does not match the features of the '
+            f'queries: create it from this checkpoint, with --layer={args.layer}.'
         )
     return among
 
@@ -462,7 +464,8 @@ def _parser() -> command.Parser:
     parser = command.Parser(
         prog='python -m alexnet_jax features',
         description="Write a layer's activations, or find the images nearest to an image.",
-        epilog='The exit code is 1 if a file was no image; the others are used.',
+        epilog='If a file cannot be read as an image, the others are still used, and the '
+        'exit code is 1.',
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -475,15 +478,15 @@ def _parser() -> command.Parser:
     images.add_argument('--split', help=what)
     parser.add_workdir()
     parser.add_step()
-    add('--layer', default='fc7_relu', help='a layer and operation (default: fc7_relu)')
+    add('--layer', default='fc7_relu', help='LAYER_OPERATION (default: fc7_relu)')
     parser.add_data_dir()
     result = parser.add_mutually_exclusive_group(required=True)
-    what = 'write the features: .npy (with a .json) or .parquet'
+    what = 'save the features: .npy (with a .json file) or .parquet'
     result.add_argument('--output', type=command.ending(*WRITERS), metavar='FILE', help=what)
-    what = 'print the K nearest images of each'
+    what = 'print the K nearest images to each image'
     result.add_argument('--nearest', type=command.positive, metavar='K', help=what)
-    parser.add_among(', or an .npy of features')
-    add('--json', action='store_true', help='print one JSON object a line')
+    parser.add_among(', or an .npy file of features')
+    add('--json', action='store_true', help='print one JSON object per line')
     return parser
 
 

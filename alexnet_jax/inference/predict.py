@@ -2,8 +2,8 @@
 
     python -m alexnet_jax predict --workdir=W IMAGE...
 
-An image file is converted to the form in which the data set is stored (`images.decode`). The rest
-is the evaluation's code, with its statistics and batches, so the probabilities have the same bits.
+An image file is converted to the format in which the data set is stored (`images.decode`). The
+evaluation's code, statistics and batches do the rest, so the probabilities are bitwise identical.
 In Python:
 
     classify = predict.load(workdir)
@@ -147,7 +147,7 @@ class Classifier:
         """Return images in the stored form of the data set."""
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3, 4):
             raise UsageError(
-                f'images must be uint8 [B, H, W, C] with 1, 3 or 4 channels, and are '
+                f'images must be uint8 [B, H, W, C] with 1, 3 or 4 channels, but are '
                 f'{images.dtype} {list(images.shape)}.'
             )
         shape = self.trained.stored
@@ -235,22 +235,23 @@ def _parser() -> command.Parser:
     parser = command.Parser(
         prog='python -m alexnet_jax predict',
         description='Classify images with a trained net.',
-        epilog='The exit code is 1 if a file was no image; the others are classified.',
+        epilog='If a file cannot be read as an image, the others are still classified, and the '
+        'exit code is 1.',
         allow_abbrev=False,
     )
     add = parser.add_argument
     add('images', nargs='+', type=command.expand, metavar='IMAGE', help='files, folders or globs')
     parser.add_workdir()
     parser.add_step()
-    views = 'views to average over: 1 (the default), or the ten of the paper'
+    views = 'number of views to average: 1 (the default), or 10 as in the paper'
     add('--views', type=int, choices=(1, 10), default=1, help=views)
     add(
         '--top', type=command.positive, default=5, metavar='K', help='classes to print (default: 5)'
     )
-    add('--json', action='store_true', help='print one JSON object a line')
+    add('--json', action='store_true', help='print one JSON object per line')
     batch_size = (
-        "images computed at once; the default is the evaluation's, which gives the same bits; on a "
-        'CPU, a small one is faster for single images'
+        "images per batch; the default is the evaluation's, for bitwise identical results; on a "
+        'CPU a small value is faster for single images'
     )
     add('--batch_size', type=command.positive, default=0, metavar='N', help=batch_size)
     return parser

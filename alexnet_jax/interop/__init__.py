@@ -1,1 +1,1 @@
-"""Weights and graphs of other programs."""
+"""Weights and graphs for exchange with other frameworks."""

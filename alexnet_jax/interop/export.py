@@ -2,8 +2,8 @@
 
 Both formats contain preprocessing, net and weights, and compute the centre view as `evaluate` does.
 They take batches of any size of images as stored: uint8 [B, H, W, C], with the shape of the mean
-image. The ONNX graph is built here: jax2onnx 0.17.1 needs an older Orbax and refuses these nets (a
-symbolic batch, the resizing).
+image. The ONNX graph is built here: jax2onnx 0.17.1 needs an older Orbax and
+cannot convert these nets (symbolic batch size, resizing).
 """
 
 from collections.abc import Callable
@@ -147,7 +147,7 @@ def _linear(graph: _Graph, x: str, stage: Stage, kernel: np.ndarray, bias: np.nd
         )
     if stage.groups > 1:
         raise UsageError(
-            f'{layer.name} reads its own tower only, which ONNX cannot express; use .stablehlo.'
+            f'{layer.name} reads only its own tower, which ONNX cannot express; use .stablehlo.'
         )
     if len(stage.input) == 3:  # flattened with channels first
         kernel = kernel.reshape(*stage.input, -1).transpose(2, 0, 1, 3).reshape(kernel.shape)

@@ -6,7 +6,8 @@
 | Hugging Face's format, and ours | .safetensors | safetensors |
 | NumPy's archive, without Python objects | .npz | NumPy |
 
-The content decides, not the suffix. Floating-point arrays of any width become float32.
+The format is detected from the content, not the suffix. Floating-point arrays of any width
+become float32.
 """
 
 import pickle
@@ -49,7 +50,7 @@ def read(path: Path) -> Arrays:
             arrays = _read_safetensors(path)
         else:
             raise UsageError(
-                f'{path} is no weight file of PyTorch, safetensors or NumPy (.npz); for a '
+                f'{path} is not a weight file of PyTorch, safetensors or NumPy (.npz); for a '
                 f'.caffemodel see python -m alexnet_jax weights --help.'
             )
     except AlexNetError:
@@ -127,8 +128,8 @@ def _load(torch: Any, path: Path) -> Any:
             found = re.search(r'GLOBAL (\S+)', text) or re.search(r'Unpickler error: (.+)', text)
             reason = (found[1] if found else text)[:120]
             raise RunError(
-                f'{path} is damaged, or contains Python objects ({reason}), whose code is not run; '
-                f'save model.state_dict() alone.'
+                f'{path} is damaged, or contains Python objects ({reason}), which are not loaded, '
+                f'for safety; save only model.state_dict().'
             ) from problem
 
 

@@ -1,18 +1,19 @@
-"""Import torchvision's and Caffe's AlexNets as checkpoints; export ours as files.
+"""Import torchvision's and Caffe's AlexNets as checkpoints; export our checkpoints to files.
 
     python -m alexnet_jax weights import torchvision alexnet-owt-7be5be79.pth --workdir=W
     python -m alexnet_jax weights import bvlc_alexnet bvlc_alexnet.npz --workdir=W
     python -m alexnet_jax weights import caffenet bvlc_reference_caffenet.npz --workdir=W
     python -m alexnet_jax weights import own net.safetensors --workdir=W
-    python -m alexnet_jax weights export net.safetensors --workdir=W    # the tree and its config
-    python -m alexnet_jax weights export net.stablehlo --workdir=W      # runs with jax alone
-    python -m alexnet_jax weights export net.onnx --workdir=W           # runs with onnxruntime
+    python -m alexnet_jax weights export net.safetensors --workdir=W    # parameters and config
+    python -m alexnet_jax weights export net.stablehlo --workdir=W      # needs only jax to run
+    python -m alexnet_jax weights export net.onnx --workdir=W           # needs an ONNX runtime
 
-An import makes a workdir like a run's, at step 0, for `main.py --mode=evaluate --workdir=W`. The
-docstring of each net's config names the file to download and the accuracy to expect. PyTorch's
-files, checkpoints of training programs included, need PyTorch (pip install 'alexnet_jax[torch]').
-OpenCV converts a .caffemodel to an .npz (pip install 'opencv-python-headless<5'). In Caffe itself,
-replace getParam(n, i) by caffe.Net(..., caffe.TEST).params[n][i].data:
+An import creates a workdir at step 0, like that of a run, for `main.py --mode=evaluate
+--workdir=W`. The docstring of each net's config names the file to download and the accuracy to
+expect. PyTorch files, including checkpoints of training programs, need PyTorch (pip install
+'alexnet_jax[torch]'). This code converts a .caffemodel to .npz with OpenCV (pip install
+'opencv-python-headless<5'). With Caffe itself, replace getParam(n, i) by
+caffe.Net(..., caffe.TEST).params[n][i].data:
 
     net = cv2.dnn.readNetFromCaffe('deploy.prototxt', 'bvlc_alexnet.caffemodel')
     layers = 'conv1 conv2 conv3 conv4 conv5 fc6 fc7 fc8'.split()
@@ -109,8 +110,8 @@ def canonical(arrays: Arrays, origin: Origin, settings: Settings, file: str = 't
     layers = [stage.layer.name for stage in stages]
     if sorted(layers) != sorted(origin.names):
         raise UsageError(
-            f"the config's layers are {', '.join(layers)}, and those of {file} are "
-            f'{", ".join(origin.names)}; choose the config that was made for it.'
+            f"the config's layers are {', '.join(layers)}, but those of {file} are "
+            f'{", ".join(origin.names)}; choose the matching config.'
         )
     wanted: dict[str, tuple[int, ...]] = {}
     for stage in stages:
@@ -151,7 +152,7 @@ def _unwrap(arrays: Arrays, first: str, file: str) -> Arrays:
     if len(prefixes) > 1:
         raise UsageError(
             f'{file} contains {len(prefixes)} nets ({", ".join(sorted(prefixes))}); save the one '
-            f'to import in a file of its own.'
+            f'to import in a separate file.'
         )
     prefix = prefixes[0] if prefixes else ''
     return {
@@ -172,17 +173,17 @@ def _check(arrays: Arrays, wanted: Mapping[str, tuple[int, ...]], file: str) -> 
     return {key: arrays[key].reshape(shape) for key, shape in wanted.items()}
 
 
-OTHER_CONFIG = 'choose the config of the net that the file was made for'
+OTHER_CONFIG = 'choose the config that matches the file'
 
 
 def _fault(arrays: Arrays, key: str, shape: tuple[int, ...]) -> str:
     if key not in arrays:
         names = sorted(arrays)
         some = ', '.join([*names[:3], *['...'][: len(names) - 3]]) or 'no arrays'
-        return f'{key} of this net is missing; the file has {some}'
+        return f'{key} of this net is missing; the file contains {some}'
     array = arrays[key]
     if [n for n in array.shape if n != 1] != [n for n in shape if n != 1]:
-        return f'{key} is {list(array.shape)}, and {list(shape)} in this net; {OTHER_CONFIG}'
+        return f'{key} is {list(array.shape)}, but {list(shape)} in this net; {OTHER_CONFIG}'
     if array.dtype != np.float32:
         return f'{key} is of type {array.dtype}, not floating-point'
     return '' if np.isfinite(array).all() else f'{key} contains NaN or infinity (in float32)'
@@ -251,7 +252,7 @@ def import_own(file: Path, workdir: Path) -> str:
         RunError: the file is damaged, or the workdir cannot be written.
     """
     if file.suffix != '.safetensors':
-        raise UsageError(f'{file}: our own weights are .safetensors files; see `weights export`.')
+        raise UsageError(f'{file}: own needs a .safetensors file written by `weights export`.')
     arrays, head = weight_files.read(file), weight_files.metadata(file)
     if not {'config', 'class_names'} <= head.keys():
         raise UsageError(f'{file} has no config in its header: `weights export` did not write it.')
@@ -277,7 +278,7 @@ def _save(
 ) -> str:
     """Write a workdir as a run leaves it before its first step."""
     if Checkpoints(workdir / 'checkpoints').steps():
-        raise UsageError(f'{workdir} has checkpoints already; choose another --workdir.')
+        raise UsageError(f'{workdir} already has checkpoints; choose another --workdir.')
     settings = configuration.unpack(config)
     optimizer = step.make_optimizer(settings, images=settings.batch_size)
     state = step.init_state(settings, optimizer).replace(params=jax.device_put(params))
@@ -364,7 +365,7 @@ def _read_lines(file: Path) -> list[str]:
     try:
         return file.read_text('utf-8-sig').splitlines()
     except UnicodeDecodeError as problem:
-        raise UsageError(f'{file} is not text in UTF-8; save it as such.') from problem
+        raise UsageError(f'{file} is not UTF-8 text; save it as UTF-8.') from problem
 
 
 def _parser() -> command.Parser:
@@ -374,17 +375,27 @@ def _parser() -> command.Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     verbs = parser.add_subparsers(dest='verb', required=True, metavar='import|export')
-    into = verbs.add_parser('import', help='make a workdir with a checkpoint from a weight file')
+    into = verbs.add_parser('import', help='create a workdir with a checkpoint from a weight file')
     add = into.add_argument
-    add('origin', choices=[*ORIGINS, 'own'], help='the framework of the net; own: an export')
-    add('file', type=command.path, metavar='FILE', help="PyTorch's, .safetensors or .npz")
+    add(
+        'origin',
+        choices=[*ORIGINS, 'own'],
+        help='where the weights come from; own: a file written by export',
+    )
+    add(
+        'file', type=command.path, metavar='FILE', help='weight file: PyTorch, .safetensors or .npz'
+    )
     into.add_workdir(help='a new folder for the checkpoint')
-    add('--config', metavar='FILE[:SCALE]', help="the net's config (default: the origin's)")
-    add('--mean', type=command.path, metavar='FILE', help="Caffe's mean image, .npy")
-    names = 'class names, a text file with one name a line, by label'
+    add(
+        '--config',
+        metavar='FILE[:SCALE]',
+        help='config of the net (default: the one for this origin)',
+    )
+    add('--mean', type=command.path, metavar='FILE', help="Caffe's mean image (.npy)")
+    names = 'text file of class names, one per line, in label order'
     add('--class_names', type=command.path, metavar='FILE', help=names)
     into.set_defaults(act=_import)
-    out = verbs.add_parser('export', help='make a file from a checkpoint')
+    out = verbs.add_parser('export', help='write a checkpoint to a file')
     kinds = ', '.join(WRITERS)
     out.add_argument('file', type=command.ending(*WRITERS), metavar='FILE', help=kinds)
     out.add_workdir()
@@ -396,7 +407,7 @@ def _parser() -> command.Parser:
 def _import(args: argparse.Namespace) -> str:
     if args.origin == 'own':
         if args.config or args.mean or args.class_names:
-            raise UsageError('our own files contain config, mean and names: leave these flags out.')
+            raise UsageError('own files contain config, mean and class names: remove these flags.')
         return import_own(args.file, args.workdir)
     origin = ORIGINS[args.origin]
     return import_foreign(

@@ -1,1 +1,1 @@
-"""The paper: layers, operations, augmentation and optimiser, as pure functions of arrays."""
+"""The paper's model: layers, operations, augmentation and optimiser, as pure functions."""

@@ -1,7 +1,7 @@
 """The net: a table of layers, its geometry, and the Linen module that runs it.
 
-A net is data. Every layer is one linear operation and an ordered list of the operations that follow
-it, so the 2012 program, the paper's text and every AlexNet of the tutorials are tables.
+A net is data. Every layer is one linear operation followed by an ordered list of other operations.
+The nets of the 2012 program, the paper's text and the tutorials are all such tables.
 """
 
 import dataclasses
@@ -186,7 +186,9 @@ def geometry(net: Net) -> tuple[Stage, ...]:
 
 def _conv_shape(layer: Layer, shape: Shape, groups: int) -> tuple[Shape, Shape]:
     if len(shape) != 3:
-        raise UsageError(f'{layer.name} is a convolution after a fully connected layer: move it.')
+        raise UsageError(
+            f'{layer.name} is a convolution after a fully connected layer: move it before.'
+        )
     sides = []
     for side, (before, behind) in zip(shape[:2], layer.padding_px, strict=True):
         if side + before + behind < layer.kernel_px:
@@ -201,13 +203,15 @@ def _conv_shape(layer: Layer, shape: Shape, groups: int) -> tuple[Shape, Shape]:
 
 def _after(op: str, shape: Shape, layer: Layer, pool: Pool) -> Shape:
     if op in ('lrn', 'spatial_norm', 'pool') and len(shape) != 3:
-        raise UsageError(f"{layer.name}: '{op}' needs maps, and this layer has none: remove it.")
+        raise UsageError(
+            f"{layer.name}: '{op}' needs feature maps, but this layer has none: remove it."
+        )
     if op != 'pool':
         return shape
     if min(shape[:2]) < pool.window_px:
         raise UsageError(
             f'{layer.name}: a pooling window of {pool.window_px} px does not fit maps of '
-            f'{shape[0]} x {shape[1]} px; enlarge the input or pool less often.'
+            f'{shape[0]} x {shape[1]} px; enlarge the input or remove a pooling operation.'
         )
     sides = (side + pool.overhang_px(side) for side in shape[:2])
     height, width = ((side - pool.window_px) // pool.stride_px + 1 for side in sides)

@@ -1,8 +1,8 @@
 """The array operations of AlexNet on `[B, H, W, C]`: pure functions, fast on a CPU too.
 
-On a CPU, XLA's own gradients of normalisation and max-pooling are several times slower than its
-forward passes. Their vector-Jacobian products are therefore written out here, and only reverse-mode
-differentiation is defined.
+On a CPU, XLA's own gradients of normalisation and max-pooling are several times slower than their
+forward passes. Custom vector-Jacobian products are therefore defined here, so only reverse-mode
+differentiation is available.
 """
 
 import contextlib
@@ -84,7 +84,7 @@ def conv(x, kernel, *, stride: int = 1, padding=((0, 0), (0, 0)), groups: int = 
     if fan_in * groups != channels or features % groups:
         raise ValueError(
             f'a convolution of {channels} channels to {features} in {groups} groups cannot use '
-            f'kernels {kernel.shape}: give channels and features that the groups divide'
+            f'kernels {kernel.shape}: channels and features must be multiples of the groups'
         )
     _check_window('kernel', (kh, kw), x, padding)
     padding = tuple(map(tuple, padding))
@@ -131,7 +131,7 @@ def lrn(x, *, groups: int = 1, size=5, k=2.0, alpha=1e-4 / 5, beta=0.75):
       ValueError: the groups do not divide the channels.
     """
     if x.shape[-1] % groups:
-        raise ValueError(f'{x.shape[-1]} channels do not divide into {groups} groups for LRN')
+        raise ValueError(f'{x.shape[-1]} channels cannot be divided into {groups} groups for LRN')
     towers = jnp.split(_kept(x), groups, -1)
     towers = [_normalise(tower, _channel_sum, size, k, alpha, beta) for tower in towers]
     return jnp.concatenate(towers, -1)

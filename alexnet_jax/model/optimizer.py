@@ -6,7 +6,7 @@ The update (paper, section 5; the source agrees), for a weight w with gradient g
     w <- w + v
 
 The rate is *inside* the velocity; in `optax.sgd` it is outside. After a change of rate the two
-differ for some dozens of steps. Biases have no weight decay, and a rate of their own.
+differ for some dozens of steps. Biases have no weight decay, and a separate learning rate.
 """
 
 import dataclasses

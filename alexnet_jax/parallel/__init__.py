@@ -1,1 +1,1 @@
-"""The device mesh, several processes, and settings of a CPU."""
+"""The device mesh, multi-process training, and CPU settings."""

@@ -1,4 +1,4 @@
-"""Settings for CPUs: XLA's devices, threads and compiler options, and malloc's.
+"""CPU settings: XLA's devices, threads and compiler options, and malloc.
 
 XLA allocates its scratch space at every step. By default glibc returns such large blocks to the
 system, and every step takes tens of thousands of page faults to get them again.

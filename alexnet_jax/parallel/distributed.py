@@ -1,8 +1,8 @@
-"""Several processes as one training: connection, agreement, preemption, common failure.
+"""Multi-process training: connection, consistency checks, preemption and shared failure handling.
 
 JAX connects the processes and checks their heartbeats. The launcher (srun, mpirun, a Kubernetes
-Job) starts them, ends those left after a failure, and starts all again. docs/parallelism.md lists
-for each fault what notices it, how fast, and the exit code.
+Job) starts them, terminates the remaining ones after a failure, and restarts all of them.
+docs/parallelism.md lists for each fault what detects it, how fast, and the exit code.
 """
 
 import contextlib
@@ -91,7 +91,7 @@ def _initialize(info: ProcessInfo, join_secs: int, peer_secs: int) -> None:
     where = f'at {info.coordinator}' if info.coordinator else f'at port {port} of process 0'
     why = (
         f'not all of {info.processes} processes connected {where} within {join_secs} s '
-        f'(processes.join_timeout_secs); see the logs of the others, then {AGAIN}.'
+        f'(processes.join_timeout_secs); see the logs of the other processes, then {AGAIN}.'
     )
     alarm = threading.Timer(join_secs, lambda: _exit(command.report(RunError(why), PROGRAM)))
     alarm.daemon = True
@@ -109,7 +109,7 @@ def _initialize(info: ProcessInfo, join_secs: int, peer_secs: int) -> None:
             shutdown_timeout_seconds=peer_secs,
         )
     except (ValueError, RuntimeError) as error:
-        raise RunError(f'the processes do not connect {where} ({error}); {AGAIN}.') from error
+        raise RunError(f'the processes cannot connect {where} ({error}); {AGAIN}.') from error
     finally:
         alarm.cancel()
 
@@ -121,7 +121,7 @@ def _check_port(port: int) -> None:
     except OSError as error:
         why = os.strerror(error.errno or 0)
         raise RunError(
-            f'process 0 cannot listen at port {port} ({why}); choose another with '
+            f'process 0 cannot listen on port {port} ({why}); choose another with '
             f'--coordinator_address=HOST:PORT for all processes.'
         ) from error
 
@@ -150,7 +150,7 @@ def _check_request(request: Mapping[str, Any], timeout_ms: int) -> None:
     if keys := config_file.differences(first, json.loads(own)):
         raise UsageError(
             f'the flags differ from those of process 0 in {", ".join(keys)}; give all processes '
-            f'the same.'
+            f'the same flags.'
         )
     _store().wait_at_barrier(REQUEST, timeout_ms)
 

@@ -1,7 +1,7 @@
-"""The index of this process among several, from flags or from a launcher's environment variables.
+"""The rank of this process among several, from flags or from a launcher's environment variables.
 
-Imports no JAX. A launcher that JAX does not know, or an incomplete description, is refused:
-otherwise each process would train alone.
+Imports no JAX. An unknown launcher or an incomplete description is an error:
+otherwise each process would train a separate net.
 """
 
 import dataclasses
@@ -33,9 +33,9 @@ LAUNCHERS = (
 def add_flags(parser: command.Parser) -> command.Parser:
     """Add the flags that describe this process where no launcher does, and return the parser."""
     add = parser.add_argument
-    add('--coordinator_address', metavar='HOST:PORT', help='of process 0, for several processes')
-    add('--num_processes', type=int, help='how many there are, if no launcher sets it')
-    add('--process_id', type=int, help='the index of this one, from 0')
+    add('--coordinator_address', metavar='HOST:PORT', help='address of process 0')
+    add('--num_processes', type=int, help='number of processes, if no launcher sets it')
+    add('--process_id', type=int, help='rank of this process, from 0')
     return parser
 
 
@@ -71,17 +71,19 @@ def detect(
     if missing := [flag for name, flag in FLAGS.items() if name not in values]:
         known = ' '.join(f'{FLAGS[k]}={v}' for k, v in values.items() if k in FLAGS)
         raise UsageError(
-            f'this is one of several processes ({known}), but which one is unknown; give '
-            f'{" and ".join(missing)} too, or --num_processes=1 for a process on its own.'
+            f'this is one of several processes ({known}), but the description is incomplete; '
+            f'also give {" and ".join(missing)}, or --num_processes=1 for a single process.'
         )
     info = ProcessInfo(**values)
     if not 0 <= info.process < info.processes:
         raise UsageError(
-            f'--process_id is {info.process}; with {info.processes} processes it must be 0 to '
-            f'{info.processes - 1}.'
+            f'--process_id is {info.process}; with {info.processes} processes it must be between 0 '
+            f'and {info.processes - 1}.'
         )
     if info.coordinator is not None and not re.fullmatch(r'.+:\d{1,5}', info.coordinator):
-        raise UsageError(f'--coordinator_address is {info.coordinator}; write host:port.')
+        raise UsageError(
+            f'--coordinator_address is {info.coordinator}; it must have the form host:port.'
+        )
     return info
 
 

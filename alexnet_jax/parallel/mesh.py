@@ -2,11 +2,11 @@
 
 Two placements:
 
-* 'towers': the paper's (section 3.2 and figure 2). The tower axis is its two GPUs: of size 1 it
-  holds both towers on each device, of size 2 one tower a device. Images are split over 'data'.
+* 'towers': the paper's (section 3.2 and figure 2). The tower axis stands for its two GPUs: with
+  size 1 each device holds both towers, with size 2 one tower. Images are split over 'data'.
 * 'one_weird_trick': Krizhevsky's of 2014 (arXiv 1404.5997). Convolutions run on each device's own
   images. The units of fully connected layers are split over the same devices, and each device runs
-  its units on the images of all.
+  its units on the images of all devices.
 
 One device is the mesh (1, 1). Parameters are the same global arrays on every mesh.
 """
@@ -78,8 +78,8 @@ class Layout:
                 break
             if layer.features % shard.shards:
                 raise UsageError(
-                    f'{layer.name}: {shard.shards} devices do not divide its {layer.features} '
-                    f'units; choose another mesh or placement.'
+                    f'{layer.name}: its {layer.features} units cannot be divided over '
+                    f'{shard.shards} devices; choose another mesh or placement.'
                 )
             rank = 4 if layer.kind == 'conv' else 2
             kernel = P(*(None,) * (rank - 1), shard.axis)
@@ -216,8 +216,8 @@ def make_layout(shape: MeshShape, batch_size: int) -> Layout:
     data = shape.data if shape.data > 0 else devices // shape.tower
     if data < 1 or devices % (data * shape.tower):
         raise UsageError(
-            f'a mesh of data {shape.data} x tower {shape.tower} does not divide the {devices} '
-            f'device(s) here; choose divisors, or mesh.data=-1 for all that are left.'
+            f'a mesh of data {shape.data} x tower {shape.tower} does not match the {devices} '
+            f'device(s) here; choose divisors, or mesh.data=-1 for all remaining devices.'
         )
     if jax.process_count() > 1 and data * shape.tower != devices:
         raise UsageError(
@@ -226,7 +226,7 @@ def make_layout(shape: MeshShape, batch_size: int) -> Layout:
         )
     if batch_size % data:
         raise UsageError(
-            f'batch_size {batch_size} does not divide over {data} devices along the data axis; '
+            f'batch_size {batch_size} cannot be divided over {data} devices along the data axis; '
             f'choose a multiple of {data}.'
         )
     mesh = jax.make_mesh(

@@ -108,7 +108,7 @@ class StepLog(Callback):
         wanted = self.steps * rows / max(secs - self.wait_secs, 1e-9)
         if why := datasets.shortage(self.job.train, wanted):
             self.warned = True
-            self.bar.line(f'the input is the limit, {share:.0%} of the time: {why}')
+            self.bar.line(f'training is limited by the input {share:.0%} of the time: {why}')
 
     def on_evaluation(self, step: int, scores: Mapping[str, float]) -> None:
         """Write a record of the validation, and print it."""

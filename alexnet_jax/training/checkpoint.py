@@ -1,16 +1,16 @@
 """Checkpoints by Orbax, verified before a value is used.
 
-This is the only file that imports Orbax. Its CheckpointManager numbers the steps, saves in the
-background under a temporary name, and deletes what the retention policies do not preserve:
+This is the only file that imports Orbax. Its CheckpointManager manages the step folders, saves in
+the background under a temporary name, and deletes what the retention policies do not preserve:
 
     checkpoints/
-      500/                       one folder a step, renamed to this once it is complete
+      500/                       one folder per step, renamed to this once complete
         state/                   the arrays, as a nested dict, in Orbax's own format
         manifest/metadata        JSON: step, error, `extra`; dtype, shape and sha256 of each leaf
-      damaged-400/               failed verification when a run resumed; kept, never read again
+      damaged-400/               failed verification when a run resumed; kept, not read again
 
-Orbax restores an array file with a flipped byte without an error. So the manifest holds the sha256
-of each leaf and of itself, both verified on restore. Leaves are stored as global arrays, so a
+Orbax does not detect a flipped byte in an array file. The manifest therefore contains the sha256 of
+each leaf and of itself, and both are verified on restore. Leaves are stored as global arrays, so a
 checkpoint can be restored to any sharding.
 """
 
@@ -183,8 +183,8 @@ class Checkpoints:
                 raise  # usually a lost process, which distributed.py reports
             raise RunError(
                 f'the checkpoint of step {step} could not be written to {self.directory} '
-                f'({reason}); earlier ones are unchanged: free space or make the folder writable, '
-                'then run the same command again to resume from the latest'
+                f'({reason}); earlier checkpoints are unchanged: free space or make the folder '
+                'writable, then run the same command again to resume from the latest one'
             ) from problem
 
     def _sweep(self) -> None:
@@ -294,7 +294,7 @@ class Checkpoints:
                 continue
             for bad, damage in damaged:
                 aside = bad.rename(_free(bad.with_name(f'damaged-{bad.name}')))
-                self._report(f'{damage}; set aside as {aside.name}, resuming from step {step}')
+                self._report(f'{damage}; it was renamed to {aside.name}; resuming from step {step}')
             return found
         if not damaged:
             return None

@@ -1,9 +1,9 @@
-"""Fine-tuning: a run that starts with the weights of another run, the source.
+"""Fine-tuning: start a run with the weights of another run, the source.
 
 Weights are taken from a checkpoint, layer by layer, where name and shape agree. The mean image and
-the colours are the source's too, as its layers were trained on images minus that mean. The last
-layer starts fresh, unless the classes have the same names. All that a run needs of the source is
-stored in its own workdir, so that it can be resumed without the source.
+colour components are also the source's, because its layers were trained on images minus that mean.
+The last layer is initialised from scratch unless the class names are the same. Everything that a
+run needs from the source is stored in its own workdir, so it can be resumed without the source.
 """
 
 import re
@@ -46,7 +46,9 @@ def read(init_from: str) -> Restored:
         raise UsageError('init_from is empty: set --config.init_from=WORKDIR[:step].')
     folder, step = source(init_from)
     if not (folder / 'checkpoints').is_dir():
-        raise RunError(f'init_from={init_from}: {folder} holds no checkpoint; name a workdir.')
+        raise RunError(
+            f'init_from={init_from}: {folder} contains no checkpoint; give the workdir of a run.'
+        )
     return checkpoint.read(folder / 'checkpoints', step)
 
 
@@ -93,17 +95,22 @@ def parameters(
     missing = [f'{layer} ({reasons[layer]})' for layer in wanted if reasons[layer]]
     if missing:
         raise UsageError(
-            f'init_from={where} has no {", ".join(missing)} for this net; remove from init_layers.'
+            f'init_from={where} has no {", ".join(missing)} for this net; '
+            'remove it from init_layers.'
         )
     carried = [name for name in layers if not reasons[name] and name in (wanted or layers)]
     if not carried:
         raise UsageError(
-            f'init_from={where} has no layer of the same name and shape as in this net: '
-            f'{_because(reasons)}; choose a config that fits that net.'
+            f'init_from={where} has no layer with the same name and shape as this net: '
+            f'{_because(reasons)}; choose a config that matches that net.'
         )
     rest = {name: reason for name, reason in reasons.items() if name not in carried}
-    what = f'fresh: {_because(rest)}' if rest else 'none fresh'
-    log(f'starting from step {restored.step} of {where}: {", ".join(carried)} carried over, {what}')
+    what = (
+        f'initialised from scratch: {_because(rest)}'
+        if rest
+        else 'no layer initialised from scratch'
+    )
+    log(f'starting from step {restored.step} of {where}: copied {", ".join(carried)}; {what}')
     return {layer: (theirs if layer in carried else fresh)[layer] for layer in layers}, carried
 
 
@@ -136,8 +143,8 @@ def compare(
     ]
     if moved:
         log(
-            f'warning: {", ".join(moved)} of {where} followed another layer there; to train these '
-            'from scratch, set init_layers to the layers before them'
+            f'warning: {", ".join(moved)} of {where} followed a different layer there; to '
+            'train these from scratch, set init_layers to the layers before them'
         )
     differ = []
     for section in ('model', 'preprocess'):
@@ -150,7 +157,7 @@ def compare(
     beside = rf'{start}|{training}|model\.({others})(\..*)?'
     strange = [key for key in differ if not re.fullmatch(beside, key)]
     if strange:
-        log(f'warning: {where} was trained with other values of {", ".join(strange)}')
+        log(f'warning: {where} was trained with different values of {", ".join(strange)}')
 
 
 def _previous(layers: Sequence[str], layer: str) -> str:
@@ -172,6 +179,6 @@ def statistics(init_from: str, workdir: Path) -> Statistics:
             arrays = {name: np.asarray(found[name]) for name in Statistics._fields}
             np.savez(file, allow_pickle=False, **arrays)
     distributed.wait_for_all('statistics of the source')
-    advice = f'remove it to take it from {init_from} again'
+    advice = f'remove it to copy it from {init_from} again'
     arrays = files.read_npz(path, Statistics._fields, advice)
     return Statistics(*(jnp.asarray(arrays[name]) for name in Statistics._fields))

@@ -134,7 +134,7 @@ def _statistics(settings: Settings, train: Dataset, workdir: Path) -> Statistics
     if found.mean_image.shape[-1] != channels:
         raise UsageError(
             f'{settings.init_from} was trained on images of {found.mean_image.shape[-1]} '
-            f'channel(s), and {train.name} has {channels}; set init_statistics=data.'
+            f'channel(s), but {train.name} has {channels}; set init_statistics=data.'
         )
     return found
 
@@ -144,13 +144,13 @@ def _check_data(settings: Settings, train: Dataset) -> None:
     if classes != settings.net.classes:
         last = settings.net.layers[-1].name
         raise UsageError(
-            f'{train.name} has {classes} classes and the net {settings.net.classes}; '
+            f'{train.name} has {classes} classes, but the net has {settings.net.classes}; '
             f'set model.{last}.features={classes}.'
         )
     if channels not in (1, settings.net.channels):
         raise UsageError(f'{train.name} has {channels} channels; set model.channels={channels}.')
     if len(train) < settings.batch_size:
         raise UsageError(
-            f'{train.split} holds {len(train)} images, fewer than one batch of '
+            f'{train.split} has {len(train)} images, fewer than one batch of '
             f'{settings.batch_size}; lower batch_size.'
         )

@@ -105,7 +105,7 @@ def read(path: Path) -> dict[str, Any]:
     if digest != expected:
         raise damaged(path, 'its manifest does not match its sha256')
     if str(manifest['step']) != path.name:
-        raise damaged(path, f'it holds step {manifest["step"]}')
+        raise damaged(path, f'it is for step {manifest["step"]}')
     if 'config' in manifest['extra']:
         manifest['extra']['config'] = config_file.translated(manifest['extra']['config'])
     return manifest
@@ -118,6 +118,7 @@ def check_fits(path: Path, saved: Mapping[str, Any], target: Mapping[str, Any]) 
     for name in [*wants, *has]:
         if has.get(name) != wants.get(name):
             raise RunError(
-                f'checkpoint {path} does not fit: {name} is {has.get(name, "absent")} in it, and '
-                f'{wants.get(name, "absent")} in this run; use the config it was saved with'
+                f'checkpoint {path} does not match this run: {name} is {has.get(name, "absent")} '
+                f'in the checkpoint and {wants.get(name, "absent")} in this run; use the config '
+                f'that it was saved with'
             )

@@ -147,7 +147,10 @@ def _board(folder: Path, resume_step: int):
         ):  # tensorboardX tries to import it, and uses it for nothing written here
             from tensorboardX import SummaryWriter
     except ImportError:
-        log('tensorboardX is not installed, so no TensorBoard files: pip install tensorboardX.')
+        log(
+            'no TensorBoard files are written, because tensorboardX is not installed: '
+            'pip install tensorboardX.'
+        )
         return None
     return SummaryWriter(str(folder), purge_step=resume_step + 1)
 

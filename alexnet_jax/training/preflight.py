@@ -1,8 +1,8 @@
-"""Checks of a net that does not train: collapsed initialisation, and the source of infinities.
+"""Diagnose nets that do not train: collapsed initialisation, and the source of non-finite values.
 
-Many copies of AlexNet stay at loss ln(classes), because hardly any signal that depends on the image
-reaches the logits. One number shows it before the first step: the standard deviation of the logits
-across images at initialisation.
+Many reimplementations of AlexNet stay at loss ln(classes), because almost no signal that depends on
+the image reaches the logits. One number shows this before the first step: the standard deviation of
+the logits across images at initialisation.
 """
 
 import dataclasses
@@ -83,10 +83,10 @@ def collapsed_init(found: Preflight, min_logit_std: float) -> str | None:
         advice = f"{least}: raise its init_std, or set model.init_scaling='fan_in'."
     path = ', '.join(f'{name} {value:.1e}' for name, value in found.signal.items())
     return (
-        f'collapsed initialisation: across images the logits differ by only {found.logit_std:.1e} '
-        f'(standard deviation; at least {min_logit_std:.0e} is needed, run 145 had 3e-2), so the '
-        f'loss will stay at ln(classes) = {found.plateau:.4f}; the pixels differ by '
-        f'{found.pixels:.1e}, the outputs of the layers by {path}; {advice}'
+        f'collapsed initialisation: the standard deviation of the logits across images is only '
+        f'{found.logit_std:.1e} (at least {min_logit_std:.0e} is needed; run 145 had 3e-2), so the '
+        f'loss will stay at ln(classes) = {found.plateau:.4f}; that of the pixels is '
+        f'{found.pixels:.1e}, and of the layer outputs {path}; {advice}'
     )
 
 

@@ -1,4 +1,4 @@
-"""A trace of some training steps, by jax.profiler, for TensorBoard and Perfetto."""
+"""Trace some training steps with jax.profiler, for TensorBoard and Perfetto."""
 
 from pathlib import Path
 
@@ -47,7 +47,7 @@ class StepProfiler(Callback):
             self.close()
             log(
                 f'the trace is in {self.folder}: tensorboard --logdir={self.folder.parent}, or '
-                f'its trace.json.gz in ui.perfetto.dev'
+                f'open its trace.json.gz at ui.perfetto.dev'
             )
 
     def close(self) -> None:

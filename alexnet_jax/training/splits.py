@@ -1,8 +1,8 @@
 """Splits of a run's data set, with labels numbered as in the run's checkpoint.
 
-A checkpoint numbers its classes by their order in its training data. Data prepared again, or
-elsewhere, may number the same classes differently. So all code that uses data with a checkpoint
-passes it through `match`.
+A checkpoint numbers its classes by their order in its training data. Data that was
+prepared again, or elsewhere, may number the same classes differently. All code that uses data with
+a checkpoint therefore passes it through `match`.
 """
 
 from collections.abc import Sequence
@@ -40,7 +40,7 @@ def open_splits(config: Data, splits: Sequence[str], data_dir: str = '') -> list
         if split not in NAMED:
             return datasets.load(config.name, folder, split, **options)
         if split == 'validation' and config.validation == 'none':
-            raise UsageError('data.validation is none: name another split of the data.')
+            raise UsageError('data.validation is none: choose another split of the data.')
         try:
             return datasets.load(config.name, folder, getattr(config, split), **options)
         except UsageError as error:
@@ -108,9 +108,9 @@ def _difference(dataset: Dataset, names: tuple[str, ...], owner: object) -> str:
     unknown = _few([name for name in found if name not in names])
     parts = [f'without {missing}'] * bool(missing) + [f'with {unknown}'] * bool(unknown)
     return (
-        f'{dataset.name} has other classes ({len(found)}: {", ".join(parts) or "names repeat"}) '
-        f'than the checkpoint in {owner} ({len(names)}); choose the data it was trained on, by '
-        '--data_dir or the config.'
+        f'{dataset.name} has {len(found)} classes ({", ".join(parts) or "names repeat"}) that '
+        f'differ from the {len(names)} of the checkpoint in {owner}; choose the data it was '
+        'trained on, with --data_dir or the config.'
     )
 
 

@@ -1,8 +1,8 @@
-"""A training run, from a config and an empty folder to a trained net, its errors and predictions.
+"""Run training, from a config and an empty folder to a trained net, its errors and predictions.
 
-On the same devices every number of it is a function of (config, seed, step): batches, crops,
-dropout and rates are derived from the step. So a run that was killed and resumed ends in the same
-bits as one that was not.
+On the same devices every number is a function of (config, seed, step): batches, crops, dropout and
+learning rates are derived from the step. A run that was killed and resumed is therefore bitwise
+identical to an uninterrupted one.
 """
 
 import contextlib
@@ -111,8 +111,8 @@ def resume_or_start(job: Job, checkpoints: Checkpoints) -> tuple[Job, TrainState
     changed = workdirs.changes(restored.extra['config'], job.config)
     if changed and restored.step >= job.total_steps:
         raise UsageError(
-            f'{job.workdir} has been trained for {restored.step} steps, and an extension to '
-            f'{job.settings.epochs:g} epochs ends after {job.total_steps}; set epochs higher.'
+            f'{job.workdir} has been trained for {restored.step} steps, but an extension to '
+            f'{job.settings.epochs:g} epochs ends after {job.total_steps} steps; increase epochs.'
         )
     log(f'resuming at step {restored.step} of {job.total_steps} in {job.workdir}')
     job = match_classes(job, restored.extra['class_names'])
@@ -125,14 +125,15 @@ def record_extension(job: Job, step: int, changed: Changes, writer: MetricWriter
     """Write the config of an extension, and a record of its changes and of their first step.
 
     The state, its step and its velocity are those of the checkpoint. Rates are functions of the
-    step under the new config. What is stretched over `epochs` (rates of kind dexp; in our configs
-    `late_freeze` and the end of colour noise too) was until now not as in a run of the new length.
+    step under the new config. Whatever scales with `epochs` (rates of kind dexp; in our configs
+    also `late_freeze` and the end of colour noise) has so far differed from a run of the new
+    length.
     """
     words = ', '.join(f'{key} {old} -> {new}' for key, (old, new) in changed.items())
     log(
-        f'extending from step {step}: {words}. Rates follow the new config from here and may rise: '
-        f'those stretched over epochs, such as dexp, were until now not as in a run of '
-        f'{job.settings.epochs:g} epochs.'
+        f'extending from step {step}: {words}. Learning rates now follow the new config and may '
+        f'rise: until now, schedules that scale with the number of epochs, such as dexp, differed '
+        f'from those of a run of {job.settings.epochs:g} epochs.'
     )
     if distributed.is_first():
         workdirs.write_config(job.config, job.workdir)
@@ -149,7 +150,9 @@ def match_classes(job: Job, names: list[str]) -> Job:
         if (dataset := getattr(job, split)) is not None
     }
     if sorted(job.train.class_names) == sorted(names) and job.train.class_names != tuple(names):
-        log('warning: the data has its classes in another order now; they are mapped by name')
+        log(
+            'warning: the classes of the data are now in a different order; they are mapped by name'
+        )
     return dataclasses.replace(job, **matched)
 
 
@@ -177,7 +180,7 @@ def preflight(job: Job, state: TrainState) -> None:
     params = job.layout.to_host(state.params)
     found = checks.preflight(job.settings.net, params, pixels, labels)
     log(
-        f'pre-flight: the logits differ across images by {found.logit_std:.1e}, loss '
+        f'pre-flight: standard deviation of the logits across images {found.logit_std:.1e}, loss '
         f'{found.loss:.4f}, ln({job.settings.net.classes}) = {found.plateau:.4f}'
     )
     problem = checks.collapsed_init(found, job.settings.loop.min_logit_std)

@@ -1,4 +1,4 @@
-"""The folder of a run: created, locked, and checked against the config of the run."""
+"""Create, lock and check the folder of a run."""
 
 import contextlib
 import fcntl
@@ -68,7 +68,7 @@ def open_workdir(config: Config, workdir: Path, extend: bool = False) -> Generat
 @contextlib.contextmanager
 def _open(config: Config, workdir: Path, extend: bool) -> Generator[None]:
     if extend and not _has_checkpoint(workdir):
-        raise UsageError(f'{workdir} holds no checkpoint to extend; leave --extend out.')
+        raise UsageError(f'{workdir} contains no checkpoint to extend; remove --extend.')
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         lock = (workdir / '.lock').open('w')
@@ -80,7 +80,9 @@ def _open(config: Config, workdir: Path, extend: bool) -> Generator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise RunError(f'another process is training in {workdir}; wait for it.') from error
+            raise RunError(
+                f'another process is training in {workdir}; wait until it ends.'
+            ) from error
         path = workdir / 'config.json'
         if not _has_checkpoint(workdir):
             # Left by an earlier start that failed before its first step.
@@ -134,15 +136,15 @@ def _check_same(old: Config, new: Config, workdir: Path, extend: bool) -> None:
     if extend and fixed:
         raise UsageError(
             f'--extend can change {", ".join(EXTENDABLE)} only, but the run in {workdir} differs '
-            f'in {", ".join(fixed)}; set these as in its config.json.'
+            f'in {", ".join(fixed)}; set these to the values in its config.json.'
         )
     if not barred or extend:
         return
     way = 'the config it was started with (its config.json)'
     if not fixed and _has_checkpoint(workdir):
-        way += ', or add --extend to resume it with the new one'
+        way += ', or add --extend to continue it with the new one'
     raise UsageError(
-        f'{workdir} holds a run of another config, different in {", ".join(barred)}; choose '
+        f'{workdir} contains a run with a different config: {", ".join(barred)}; choose '
         f'another --workdir, or {way}.'
     )
 

@@ -22,17 +22,25 @@ def _parser() -> command.Parser:
         prog='python -m experiments.data_bench', description=(__doc__ or '').splitlines()[0]
     )
     measures = parser.add_subparsers(dest='measure', required=True)
-    one = measures.add_parser('preparation', help='images/s, processor time, memory, start-up')
+    one = measures.add_parser(
+        'preparation', help='measure images/s, CPU time, memory and start-up of preparation'
+    )
     one.add_argument('--pictures', type=command.path, required=True, help='folder of photographs')
     one.add_argument('--rounds', type=int, default=5)
     one.set_defaults(act=lambda flags: preparation.measure_all(flags.pictures, flags.rounds))
-    one = measures.add_parser('reading', help='start-up at the size of ImageNet, and images/s')
+    one = measures.add_parser(
+        'reading', help="measure start-up at ImageNet's size, and images/s, of reading"
+    )
     one.add_argument('--rounds', type=int, default=7)
-    one.add_argument('--scratch', type=command.path, default=Path('/tmp'), help='2 GB are needed')
+    one.add_argument(
+        '--scratch', type=command.path, default=Path('/tmp'), help='scratch folder; needs 2 GB'
+    )
     one.set_defaults(act=lambda flags: reading.measure_all(flags.scratch, flags.rounds))
-    one = measures.add_parser('dry_run', help='the ImageNet pipeline on other photographs')
+    one = measures.add_parser('dry_run', help='run the ImageNet pipeline on substitute photographs')
     one.add_argument('--pictures', type=command.path, required=True, help='folder of photographs')
-    one.add_argument('--scratch', type=command.path, required=True, help='a new folder; 3 GB')
+    one.add_argument(
+        '--scratch', type=command.path, required=True, help='new scratch folder; needs 3 GB'
+    )
     one.set_defaults(act=lambda flags: dry_run.measure_all(flags.pictures, flags.scratch))
     return parser
 

@@ -1,15 +1,15 @@
-"""Measure throughput beside PyTorch, beside naive Flax, and beside the machine's roofline.
+"""Measure throughput against PyTorch, naive Flax, and the machine's roofline.
 
     python -m experiments.throughput                             # all parts: an hour on two cores
     python -m experiments.throughput --parts=steps --nets=2012 --batches=64 --rounds=3 \\
         --kinds=ours,torch --without=compiled --out=quick        # some minutes
-    python -m experiments.throughput --page                      # the tables of the stored rows
+    python -m experiments.throughput --page                      # only rewrite the tables
 
 | part | measurement |
 |---|---|
-| steps | training step and forward pass on a batch on the device, by form of the net (baselines.py), and the roofline (roofline.py) |
-| layers | each layer's operations alone, forward and backward, beside their rooflines (layers.py) |
-| feeding | training on real input beside the step on a batch on the device (input_pipeline.py) |
+| steps | training step and forward pass on a batch on the device, for each variant of the net (baselines.py), and the roofline (roofline.py) |
+| layers | each layer's operations alone, forward and backward, with their rooflines (layers.py) |
+| feeding | training on real input, compared with the step on a batch on the device (input_pipeline.py) |
 | start | seconds to the first step, with and without a filled compilation cache (input_pipeline.py) |
 
 Benchmarks take turns: each round takes one sample of each, of as many steps as fill --sample_secs.
@@ -68,13 +68,29 @@ def _parser() -> command.Parser:
         ('kinds', KINDS),
     ):
         add(f'--{name}', type=_words(*known), default=known, help=', '.join(known))
-    add('--batches', type=_numbers, default=(), help='64,128 on a CPU, 128,1024 on a GPU')
-    add('--without', type=_words(), default=(), help='forms of PyTorch to leave out: compiled,NCHW')
-    add('--dtype', choices=('float32', 'bfloat16'), help='float32 on a CPU, bfloat16 on a GPU')
-    add('--rounds', type=int, default=5)
-    add('--sample_secs', type=float, default=0.5, help='of each benchmark in each round, about')
-    add('--out', type=command.path, default=RESULTS, help='folder of the results')
-    add('--page', action='store_true', help='measure nothing: write the tables')
+    add(
+        '--batches',
+        type=_numbers,
+        default=(),
+        help='batch sizes (default: 64,128 on a CPU, 128,1024 on a GPU)',
+    )
+    add(
+        '--without',
+        type=_words(),
+        default=(),
+        help='PyTorch variants to skip, for example compiled,NCHW',
+    )
+    add(
+        '--dtype',
+        choices=('float32', 'bfloat16'),
+        help='default: float32 on a CPU, bfloat16 on a GPU',
+    )
+    add('--rounds', type=int, default=5, help='number of rounds')
+    add(
+        '--sample_secs', type=float, default=0.5, help='approximate seconds per benchmark and round'
+    )
+    add('--out', type=command.path, default=RESULTS, help='folder for the results')
+    add('--page', action='store_true', help='only write the tables, without measuring')
     return parser
 
 

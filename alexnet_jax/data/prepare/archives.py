@@ -85,7 +85,7 @@ def tar_entries(
                 pass  # the padding behind the last file counts for the md5
         except (tarfile.TarError, EOFError) as error:
             raise RunError(
-                f'{path} is not a complete tar file ({error}): resume its download, or repeat it.'
+                f'{path} is not a complete tar file ({error}): resume or repeat its download.'
             ) from None
     if md5 not in (None, found := stream.md5.hexdigest()):
         raise RunError(

@@ -1,14 +1,14 @@
-"""Prepare a data set: find or fetch its raw files, and write them in TFDS's array_record format.
+"""Prepare a data set: find or download its raw files, and store them as TFDS's array_record.
 
     python -m alexnet_jax prepare fashion_mnist
-    python -m alexnet_jax prepare mnist --source=FOLDER         # the digits: four raw files
-    python -m alexnet_jax prepare imagenet2012 --source=FOLDER  # official tar files, or extracted
+    python -m alexnet_jax prepare mnist --source=FOLDER         # four raw files
+    python -m alexnet_jax prepare imagenet2012 --source=FOLDER  # tar files, or extracted folders
     python -m alexnet_jax prepare imagenet2010 --source=FOLDER
     python -m alexnet_jax prepare folder --source=FOLDER        # your own: one folder per class
     python -m alexnet_jax prepare tfds --name=cifar10           # a set of TFDS
 
-TensorFlow is not needed. A set gets its final name by one rename when it is complete, so an
-interrupted run leaves no incomplete set; the same command resumes it. The result is read by
+TensorFlow is not needed. A data set is renamed to its final name once it is complete, so an
+interrupted run never leaves an incomplete one; the same command resumes it. The result is read by
 `tfds.builder_from_directory(folder)` and by `data.datasets.load`.
 """
 
@@ -60,7 +60,7 @@ def from_tfds(name: str, data_dir: Path, tfds_dir: Path) -> Path:
         found = _prepare_by_tfds(name, data_dir, tfds_dir)
     features = json.loads((found / 'features.json').read_text())['featuresDict']['features']
     if 'image' not in features or 'classLabel' not in features.get('label', {}):
-        raise UsageError(f'{name} has no labelled images: its features are {", ".join(features)}.')
+        raise UsageError(f'{name} has no labelled images, only the features {", ".join(features)}.')
     prepared.record_files(found)  # all its files are there
     folder = data_dir / name.partition('/')[0] / found.name
     if folder.is_symlink() and not folder.exists():
@@ -71,8 +71,8 @@ def from_tfds(name: str, data_dir: Path, tfds_dir: Path) -> Path:
         log(f'{name}: linked to {found}')
     elif folder.resolve() != found.resolve():
         raise UsageError(
-            f'{folder} is another config of {name.partition("/")[0]} already ({folder.resolve()}): '
-            'remove that link, or choose another --data_dir.'
+            f'{folder} already links to another config of {name.partition("/")[0]} '
+            f'({folder.resolve()}): remove that link, or choose another --data_dir.'
         )
     return folder
 
@@ -93,13 +93,13 @@ def _newest(name: str, folder: Path) -> Path | None:
 def _prepare_by_tfds(name: str, data_dir: Path, tfds_dir: Path) -> Path:
     if importlib.util.find_spec('tensorflow') is None:
         raise RunError(
-            f'{name} is as array_record neither in {data_dir} nor in {tfds_dir}, and TFDS needs '
-            "TensorFlow to prepare it: pip install 'alexnet_jax[tf]', or name the folder that has "
-            'it with --tfds_dir.'
+            f'{name} is not stored as array_record in {data_dir} or {tfds_dir}, and TFDS needs '
+            "TensorFlow to prepare it: pip install 'alexnet_jax[tf]', or set --tfds_dir to the "
+            'folder that contains it.'
         )
     import tensorflow_datasets as tfds
 
-    log(f'{name}: TFDS fetches and prepares it')
+    log(f'{name}: TFDS is downloading and preparing it')
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints its progress to stdout
             builder = tfds.builder(name, data_dir=data_dir, file_format='array_record')
@@ -108,8 +108,8 @@ def _prepare_by_tfds(name: str, data_dir: Path, tfds_dir: Path) -> Path:
     except Exception as error:  # the library promises no set of exceptions
         reason = (str(error).splitlines() or [''])[0]
         raise RunError(
-            f'TFDS cannot prepare {name} ({type(error).__name__}: {reason}): see to it, or name a '
-            'folder that has it as array_record with --tfds_dir.'
+            f'TFDS cannot prepare {name} ({type(error).__name__}: {reason}): fix this, or '
+            'set --tfds_dir to a folder that contains it as array_record.'
         ) from error
     return Path(builder.data_dir)
 
@@ -125,9 +125,7 @@ def _parser() -> command.Parser:
 
     def add(name: str, about: str, prepare: Callable[[Any], Path]) -> argparse.ArgumentParser:
         one = sets.add_parser(name, help=about, description=about, allow_abbrev=False)
-        one.add_data_dir(
-            type=command.path, default=Path('data'), help='the folder of all data sets'
-        )
+        one.add_data_dir(type=command.path, default=Path('data'), help='folder of all data sets')
         one.set_defaults(prepare=prepare)
         return one
 
@@ -136,7 +134,7 @@ def _parser() -> command.Parser:
         one.add_argument('--source', type=command.path, help='folder with the four raw .gz files')
     for name, challenge in CHALLENGES.items():
         tars = ', '.join(archive.name for archive in challenge.archives.values())
-        about = f'from {tars} and {challenge.devkit}, or from folders they were extracted to'
+        about = f'from {tars} and {challenge.devkit}, or from the extracted folders'
         one = add(name, about, _imagenet)
         _add_pictures(one, 'folder with these files, or with the folders train and val')
     about = 'your own pictures: one folder per class, or train/, val/ and test/ with these'
@@ -149,9 +147,7 @@ def _parser() -> command.Parser:
     one = add('tfds', 'a set that TFDS has prepared as array_record, or can fetch', _tfds)
     one.add_argument('--name', required=True, help='as TFDS calls it')
     tfds_dir = command.path(os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets')
-    one.add_argument(
-        '--tfds_dir', type=command.path, default=tfds_dir, help="TFDS's folder of data sets"
-    )
+    one.add_argument('--tfds_dir', type=command.path, default=tfds_dir, help="TFDS's data folder")
     return parser
 
 
@@ -168,9 +164,9 @@ def _add_pictures(parser: argparse.ArgumentParser, source: str) -> None:
     parser.add_argument('--px', type=int, default=form.px, help='side of the stored images')
     parser.add_argument('--workers', type=int, help='processes; one per core by default')
     parser.add_argument('--skip_corrupt', type=int, default=0, metavar='N',
-                        help='leave out up to N pictures that cannot be decoded')  # fmt: skip
+                        help='skip up to N images that cannot be decoded')  # fmt: skip
     parser.add_argument('--max_megapixels', type=float, default=MOST_PIXELS / 1e6, metavar='M',
-                        help='read pictures up to this size, if you trust them')  # fmt: skip
+                        help='largest image to accept, if you trust its source')  # fmt: skip
 
 
 CHALLENGES = {c.name: c for c in (imagenet.ILSVRC_2012, imagenet.ILSVRC_2010)}
@@ -187,7 +183,9 @@ def _imagenet(args: argparse.Namespace) -> Path:
 def _folder(args: argparse.Namespace) -> Path:
     shares = dict(validation=args.validation, test=args.test)
     if min(shares.values()) < 0 or sum(shares.values()) >= 1:
-        raise UsageError('--validation and --test are shares: 0 or more, and below 1 together.')
+        raise UsageError(
+            '--validation and --test are fractions: they must be at least 0, and their sum below 1.'
+        )
     return _make(image_folder.source(args.source, args.name, **shares), args)
 
 
@@ -213,7 +211,7 @@ def _act(args: argparse.Namespace) -> None:
     ):  # fmt: skip
         value = getattr(args, name, None)
         if value is not None and not least <= value <= most:
-            raise UsageError(f'--{name} must be {least} to {most:,}, and is {value:,}.')
+            raise UsageError(f'--{name} must be from {least} to {most:,}, but is {value:,}.')
     print(args.prepare(args))
 
 

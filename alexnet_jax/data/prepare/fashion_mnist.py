@@ -89,7 +89,7 @@ def prepare(
     data_dir = Path(data_dir)
     folder = data_dir / name / VERSION
     if source is not None and not Path(source).is_dir():
-        raise UsageError(f'--source={source} is no folder: name the one with the raw .gz files.')
+        raise UsageError(f'--source={source} is not a folder: give the one with the raw .gz files.')
     if not folder.exists():
         with (
             prepared.locked_staging_dir(data_dir, name) as staging,
@@ -121,20 +121,20 @@ def _find(name: str, data_dir: Path, scratch: Path) -> Raw:
             f"Debian's package {DEBIAN_PACKAGE}": _installed,
             f'apt-get download {DEBIAN_PACKAGE}': lambda: _fetch_by_apt(scratch / 'apt'),
         }
-    sources['the address that TFDS names'] = lambda: _download(name, files, scratch)
+    sources["TFDS's download URL"] = lambda: _download(name, files, scratch)
     for description, find in sources.items():
         try:
             raw = read_raw(find(), files)
         except (RunError, OSError, subprocess.SubprocessError) as error:
-            log(f'{name}: not from {description}: {error}')
+            log(f'{name}: {description} failed: {error}')
         else:
             log(f'{name}: from {description}, checksums verified')
             return raw
     again = prepared.command(name, data_dir)
     raise RunError(
-        f'{name} is not in {data_dir} and could not be fetched: connect to the internet, {package}'
-        f'or put its four raw files ({files["train"][0].name}.gz, ...) into a folder and run '
-        f'`{again} --source=FOLDER`.'
+        f'{name} is not in {data_dir} and could not be downloaded: connect to the internet, '
+        f'{package}or put its four raw files ({files["train"][0].name}.gz, ...) into a folder and '
+        f'run `{again} --source=FOLDER`.'
     )
 
 
@@ -217,7 +217,9 @@ def _read_idx(folder: Path, file: Idx) -> np.ndarray:
     except (OSError, EOFError, zlib.error) as error:
         raise RunError(f'{path} cannot be read ({error}): download it again.') from None
     if hashlib.sha256(raw).hexdigest() != file.sha256:
-        raise RunError(f'{path} is damaged (its sha256 is not the original): download it again.')
+        raise RunError(
+            f'{path} is damaged (its sha256 is not that of the original): download it again.'
+        )
     axes = raw[3]  # the header: a magic number, then one big-endian int32 an axis
     shape = np.frombuffer(raw, '>i4', count=axes, offset=4)
     return np.frombuffer(raw, np.uint8, offset=4 + 4 * axes).reshape(shape)

@@ -93,8 +93,8 @@ def _name(name: str | None, folder: Path) -> str:
     made = name or re.sub(r'\W+', '_', folder.resolve().name.lower(), flags=re.ASCII).strip('_')
     if not re.fullmatch(r'[a-z][a-z0-9_]*', made) or made in RESERVED:
         raise UsageError(
-            f"'{made}' cannot be the name of a data set of yours: choose one of small letters, "
-            'digits and _ with --name.'
+            f"'{made}' cannot be the name of your data set: choose one with --name, made of "
+            'lower-case letters, digits and _.'
         )
     return made
 
@@ -125,9 +125,11 @@ def _classes(folder: Path, splits: dict[str, Pictures]) -> list[str]:
     classes = sorted(splits['train'])
     for split, found in splits.items():
         if unknown := sorted(found.keys() - set(classes)):
-            raise UsageError(f'{folder}: {split} has class {unknown[0]!a}, which train has not.')
+            raise UsageError(f'{folder}: {split} has class {unknown[0]!a}, but train does not.')
     if len(classes) < 2:
-        raise UsageError(f'{folder} has {len(classes)} folder(s) of pictures: two are needed.')
+        raise UsageError(
+            f'{folder} has {len(classes)} folder(s) of images: at least two are needed.'
+        )
     return classes
 
 
@@ -146,13 +148,13 @@ def _pictures(root: Path, folder: Path, ignored: Counts) -> list[Member]:
             others[entry.path.suffix.lower()] += 1
     if not members:
         advice = images.CONVERT_HEIC if any(map(others.get, HEIC)) else 'add some, or remove it'
-        raise UsageError(f'{folder} contains no picture ({_endings(others)}): {advice}.')
+        raise UsageError(f'{folder} contains no images ({_endings(others)}): {advice}.')
     ignored.update(others)
     return sorted(members)
 
 
 def _endings(files: Counts) -> str:
-    return ', '.join(f'{end or "no ending"} {n:,}' for end, n in files.most_common()) or 'empty'
+    return ', '.join(f'{end or "no suffix"} {n:,}' for end, n in files.most_common()) or 'empty'
 
 
 def _divide(found: Pictures, **shares: float) -> dict[str, Pictures]:
@@ -165,8 +167,8 @@ def _divide(found: Pictures, **shares: float) -> dict[str, Pictures]:
             splits[split][label], rest = rest[:take], rest[take:]
         if not rest:
             raise UsageError(
-                f'class {label!a} has too few pictures ({len(members)}) to divide: add some, or '
-                'give smaller --validation and --test.'
+                f'class {label!a} has too few images ({len(members)}) to split: add some, or '
+                'lower --validation and --test.'
             )
         splits['train'][label] = rest
     return {split: parts for split, parts in splits.items() if any(parts.values())}
@@ -181,8 +183,8 @@ def _list(
     listed = textwrap.shorten(listed, LIST_WIDTH, placeholder=' ...')
     log(f'{folder}: {len(classes):,} classes: {listed}')
     for split, members in labelled.items():
-        log(f'{folder}: {split}, {len(members):,} pictures')
+        log(f'{folder}: {split}, {len(members):,} images')
     if ignored:
-        log(f'{folder}: ignored files that are not pictures of a class: {_endings(ignored)}')
+        log(f'{folder}: ignored files that are not images of a class: {_endings(ignored)}')
     if any(map(ignored.get, HEIC)):
         log(f'{folder}: {images.CONVERT_HEIC}')

@@ -1,7 +1,7 @@
 """ILSVRC-2010 and ILSVRC-2012, from the official tar files or from folders they were extracted to.
 
-A label comes from the name of a picture (its WordNet id, or its number and the ground truth of that
-number), never from its position in an archive. Every picture must be there.
+A label is derived from the name of an image (its WordNet id, or its number and the ground truth for
+that number), never from its position in an archive. Every image must be present.
 """
 
 import functools
@@ -129,7 +129,7 @@ def source(challenge: Challenge, folder: Path) -> Source:
     """
     if not folder.is_dir():
         raise UsageError(
-            f'--source={folder} is no folder: name the one with the official files, or with the '
+            f'--source={folder} is not a folder: give the one with the official files, or with the '
             'folders train and val.'
         )
     paths = {split: _find(challenge, split, folder) for split in challenge.archives}
@@ -164,14 +164,14 @@ def _find(challenge: Challenge, split: str, folder: Path) -> Path:
             if found.is_dir():
                 return found
         raise RunError(
-            f'{path} is missing, and {folder} has no folder {FOLDERS[split][0]} with its pictures: '
-            'put the official files there, from image-net.org after registration.'
+            f'{path} is missing, and {folder} has no folder {FOLDERS[split][0]} with its images: '
+            'download the official files from image-net.org (after registration) into it.'
         )
     size = path.stat().st_size
     if archive.size not in (None, size):
         raise RunError(
-            f'{path} has {size:,} bytes and the official file {archive.size:,}: finish its '
-            'download, or repeat it.'
+            f'{path} has {size:,} bytes, but the official file has {archive.size:,}: resume or '
+            'repeat its download.'
         )
     return path
 
@@ -187,7 +187,7 @@ def _members(
     if (folder / PATCHES).exists():
         patches = {entry.name: entry for entry in archives.tar_entries(folder / PATCHES)}
     elif challenge.year == 2010:
-        log(f'{folder / PATCHES} is missing: the few pictures that it corrects stay blank')
+        log(f'{folder / PATCHES} is missing: the few images that it corrects stay blank')
     for split, path in paths.items():
         counts, numbered = np.zeros(len(classes.wnids), int), set[str]()
         for entry in _entries(path, challenge.archives[split].md5):
@@ -228,8 +228,8 @@ def _label(entry: archives.Entry, challenge: Challenge, split: str, classes: Cla
     label = classes.truths[split][int(match[1]) - 1]
     if classes.labels.get(entry.parent, label) != label:
         raise RunError(
-            f'{entry.path} is of class {classes.wnids[label]} in the ground truth, and not of '
-            f'{entry.parent}: move it, or remove the folders of classes.'
+            f'{entry.path} is of class {classes.wnids[label]} in the ground truth, but is in '
+            f'{entry.parent}: move it, or remove the class folders.'
         )
     return label
 
@@ -245,9 +245,8 @@ def _check_counts(
     if counts.sum() != expected or (counts != wanted).any():
         first = int(np.argmax(counts != wanted))
         raise RunError(
-            f'{path} contains {counts.sum():,} of {expected:,} pictures, and of class '
-            f'{classes.wnids[first]} {counts[first]:,} of {wanted[first]:,}: download or extract '
-            'it again.'
+            f'{path} contains {counts.sum():,} of {expected:,} images, and {counts[first]:,} of '
+            f'{wanted[first]:,} of class {classes.wnids[first]}: download or extract it again.'
         )
 
 
@@ -267,7 +266,9 @@ def _classes(challenge: Challenge, folder: Path) -> Classes:
         if kit.exists():
             files |= _unpack(kit, challenge.devkit_md5)
         if missing := [name for name in wanted if name not in files]:
-            raise RunError(f'{kit} is missing, or {missing[0]} in it and beside it: download it.')
+            raise RunError(
+                f'{kit} is missing, or {missing[0]} is missing from it and its folder: download it.'
+            )
         return _read_kit(challenge, files)
     except (ValueError, LookupError, EOFError, OSError, tarfile.TarError, zlib.error) as error:
         raise RunError(

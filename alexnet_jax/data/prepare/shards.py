@@ -1,9 +1,9 @@
-"""Write pictures as array_record shards: resumable, and the same bytes on every run.
+"""Write images to array_record shards: resumable, with the same bytes on every run.
 
-A worker process writes one shard at a time, puts the facts about it into a file of its own, and
-renames both when the shard is complete. The shards of a killed run stay in a staging directory of
-`data_dir`; the next run of the same command writes those that are missing. Pictures are ordered by
-a hash of their names. One rename gives the finished folder its final name.
+A worker process writes one shard at a time with a file of metadata about it, and renames both when
+the shard is complete. The shards of a killed run stay in a staging directory in `data_dir`, and the
+next run of the same command writes the missing ones. Images are ordered by a hash of their names.
+The finished folder is renamed to its final name.
 """
 
 import dataclasses
@@ -163,8 +163,8 @@ def make(
     wanted = dataclasses.asdict(form) | dict(made_of=source.made_of)
     if different := [key for key, value in wanted.items() if about.get(key) != value]:
         raise UsageError(
-            f'{folder} exists already and differs in {", ".join(different)}: remove that folder, '
-            'or choose another one with --data_dir.'
+            f'{folder} already exists and differs in {", ".join(different)}: remove that folder, '
+            'or choose another --data_dir.'
         )
     return folder
 
@@ -195,8 +195,8 @@ def _plan(
     now, made = f'{form}, Pillow {PIL.__version__}, program {PROGRAM}', staging / 'form'
     if made.exists() and (earlier := made.read_text()) != now and any(staging.glob('facts/*')):
         raise UsageError(
-            f'An interrupted run left finished shards in {staging} ({earlier}; now {now}): give '
-            'its --px, --storage and --quality, or remove that folder to start anew.'
+            f'An interrupted run left finished shards in {staging} ({earlier}; now {now}): use its '
+            '--px, --storage and --quality, or remove that folder to start again.'
         )
     made.write_text(now)
     planned, stamp = staging / 'planned', json.dumps([source.made_of, source.stamp, shards])
@@ -281,7 +281,7 @@ def _reason(member: Member, error: image_io.BadImage) -> str:
     inside = '' if member.name == member.file else f' in {member.file}'
     if isinstance(error, image_io.TooLarge):
         megapixels = -(-error.pixels // 10**6)
-        return f'{member.name}{inside} {error} (--max_megapixels={megapixels} allows it)'
+        return f'{member.name}{inside} {error} (--max_megapixels={megapixels} accepts it)'
     return f'{member.name}{inside} {error}'
 
 
@@ -362,7 +362,7 @@ def _write_shards(
                 child.terminate()
             if isinstance(error, (BrokenProcessPool, MemoryError)):
                 raise RunError(
-                    'A worker process died or found no memory: run the same command again with '
+                    'A worker process died or ran out of memory: run the same command again with '
                     'fewer --workers; it resumes from the finished shards.'
                 ) from None
             raise
@@ -373,8 +373,8 @@ def _check_skipped(skipped: Mapping[str, str], allowed: int) -> None:
     if len(skipped) > allowed:
         reasons = '; '.join(ascii(reason)[1:-1] for reason in list(skipped.values())[:3])
         raise RunError(
-            f'{len(skipped)} picture(s) cannot be decoded: {reasons}. Mend or remove them, or leave'
-            f' out N such pictures with --skip_corrupt=N (now {allowed}). Finished shards are kept.'
+            f'{len(skipped)} image(s) cannot be decoded: {reasons}. Repair or remove them, or skip '
+            f'up to N such images with --skip_corrupt=N (now {allowed}). Finished shards are kept.'
         )
 
 
@@ -384,8 +384,8 @@ def _check_space(name: str, form: Form, images: int, folder: Path) -> None:
     needed, free = images * form.px**2 * pixel_bytes, shutil.disk_usage(folder).free
     if needed > free:
         raise RunError(
-            f'{name} needs about {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free: make '
-            'space, or choose another folder with --data_dir.'
+            f'{name} needs about {needed / 1e9:,.1f} GB, but only {free / 1e9:,.1f} GB are free: '
+            'free some space, or choose another --data_dir.'
         )
 
 
@@ -419,9 +419,11 @@ def _describe(source: Source, found: Mapping[Task, Facts], folder: Path) -> None
                 sums.merge(facts.images, file['total'], file['products'])
     written = sum(facts.images for facts in found.values())
     if written + len(skipped) != sum(source.images.values()):
-        raise RunError(f'Pictures are missing in the shards: remove {folder.parent}; run it again.')
+        raise RunError(
+            f'Images are missing from the shards: remove {folder.parent} and run the command again.'
+        )
     for reason in skipped.values():
-        log(f'{source.name}: left out: {ascii(reason)[1:-1]}')
+        log(f'{source.name}: skipped: {ascii(reason)[1:-1]}')
     features = _features(form, source.class_names)
     write_metadata(folder, source.name, VERSION, features, shards, description=source.description)
     if source.words:
@@ -440,7 +442,7 @@ def _describe(source: Source, found: Mapping[Task, Facts], folder: Path) -> None
     stds = ', '.join(f'{std:.2f}' for std in result.colour_std)
     log(f'{source.name}: standard deviations along the colour components {stds}')
     if source.colours and (difference := statistics.far_from(result, source.colours)):
-        log(f'{source.name}: WARNING: {difference}: are these the official pictures?')
+        log(f'{source.name}: WARNING: {difference}: are these the official images?')
     for path in folder.glob('*.[jnt]*'):  # descriptions, names, statistics
         sync(path)
 
