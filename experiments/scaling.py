@@ -174,9 +174,9 @@ def tables(rows: list[dict[str, Any]]) -> str:
     """Return the text of tables.md."""
     parts = [
         '# Scaling: what each device sends and computes',
-        'Written by `python -m experiments.scaling --compile`, from compiled programs; no speed of '
-        f'several accelerators was measured. Weak scaling, {IMAGES_A_DEVICE} images a device, '
-        'float32. Placements: '
+        'Written by `python -m experiments.scaling --compile`, from compiled programs; speed on '
+        'several accelerators was not measured. Weak scaling, '
+        f'{IMAGES_A_DEVICE} images per device, float32. Placements: '
         + '; '.join(f'`{key}` is {text}' for key, text in PLACEMENTS.items())
         + '.',
         '## MiB that each device sends in a step (activations + gradients), and its parameters and '
@@ -186,8 +186,8 @@ def tables(rows: list[dict[str, Any]]) -> str:
         parts += [f'Net: {name}.', communication_table(rows, net)]
     parts += [
         '## Operations of a step on one device',
-        'By hand: two a multiply-add, three passes (conv1 two). Products with the zeros of the '
-        'padding are counted by hand, and not by XLA.',
+        'By hand: two per multiply-add, three passes (two for conv1). The count by hand includes '
+        "products with the zeros of the padding, XLA's does not.",
         flops_table(rows),
     ]
     return '\n\n'.join(parts) + '\n'

@@ -386,14 +386,14 @@ def test_a_bad_picture_is_named_and_allowed_by_number_only(spoilt, tmp_path, cap
         make(spoilt, data_dir)
     assert '\n' not in str(caught.value)
     for _ in range(5):  # pictures that an earlier run left out count again
-        with pytest.raises(RunError, match=r'3 picture\(s\) .*cat/0001.jpg.*\(now 2\)'):
+        with pytest.raises(RunError, match=r'3 image\(s\) .*cat/0001.jpg.*\(now 2\)'):
             make(spoilt, data_dir, skip_corrupt=2)
     assert not (data_dir / 'pets').exists()
     folder = make(spoilt, data_dir, skip_corrupt=3)
     lines = capsys.readouterr().err.splitlines()
     bad = ['cat/0001.jpg', 'dog/0002.jpg', 'dog/0003.jpg']
     assert json.loads((folder / 'preparation.json').read_text())['skipped'] == bad
-    assert sorted(line.split()[3] for line in lines if 'left out' in line) == bad
+    assert sorted(line.split()[2] for line in lines if ': skipped: ' in line) == bad
     rows = [row for part in examples(folder).values() for row in part]
     assert len(rows) == 327
     assert not {name for name, _, _ in rows} & set(bad)
