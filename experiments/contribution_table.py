@@ -133,7 +133,8 @@ def rows(runs: Sequence[ArchivedRun], folder: Path, view: str = 'ten_views') -> 
 def _ablation(name: str, own: Runs, base: Runs, view: str, lost: Set[int]) -> Row:
     """Compare an ablation with the base; `lost` are seeds that ended with infinite numbers.
 
-    A seed that did not train is counted, not averaged: it is no sample of the others' error.
+    A seed that did not train is counted, not averaged: its error is not a sample of the same
+    distribution.
     """
     claim = _claim_of(name)
     seeds = sorted({*own} & {*base})
@@ -226,7 +227,7 @@ def _compared(claim: Claim, pairs: Sequence[tuple[Mapping, Mapping]]) -> Row:
 
 
 def _ensembles(base: Runs, folder: Path, view: str) -> list[Row]:
-    """Compare ensembles of the base's seeds with the mean of their members, a row a size."""
+    """Compare ensembles of the base's seeds with the mean of their members, one row per size."""
     found: dict[int, list[tuple[tuple[int, ...], Any]]] = {}
     for seeds, missed in run_archive.read_ensembles(folder / 'ensembles.jsonl'):
         if {*seeds} <= {*base}:
@@ -394,7 +395,7 @@ def notes(found: Sequence[Row], runs: Sequence[ArchivedRun]) -> str:
 
 
 def table_csv(runs: Sequence[ArchivedRun], folder: Path) -> str:
-    """Return every number, as fractions to 6 places: a line a row, view and measure."""
+    """Return every number, as fractions to 6 places: one line per row, view and measure."""
     out = io.StringIO()
     names = (
         'change,view,measure,seeds,images,error,difference,low,high,p,p_holm,std_of_seeds,'

@@ -3,10 +3,10 @@
     <run>/config.json, environment.json, metrics.jsonl (a training record an epoch), wrong.json
 
 A run that ended with infinite numbers has no wrong.json but an empty file `diverged`. wrong.json is
-one JSON object with a bit an image, for one view and ten and for top-1 and top-5: whether the net
-missed it (10,000 images are 1.7 kB of base64). It also has the sha256 of the labels, so that only
-runs on the same images are compared. `ensembles.jsonl` beside the runs has the same for ensembles
-of a row's seeds.
+one JSON object with one bit per image, for one view and ten and for top-1 and top-5: whether the
+net missed it (10,000 images are 1.7 kB of base64). It also has the sha256 of the labels, so that
+only runs on the same images are compared. `ensembles.jsonl` beside the runs has the same for
+ensembles of a row's seeds.
 """
 
 import argparse
@@ -216,7 +216,7 @@ def archive_ensembles(workdirs: Mapping[int, Path], path: Path) -> None:
 
 
 def lines(found: Sequence[Record]) -> str:
-    """Return JSON, an object a line."""
+    """Return JSON, one object per line."""
     return ''.join(json.dumps(record) + '\n' for record in found)
 
 

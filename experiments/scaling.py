@@ -3,7 +3,7 @@
     python -m experiments.scaling            # the tables, from the stored rows
     python -m experiments.scaling --compile  # compile for 1 to 64 devices; store rows and tables
 
-Weak scaling, 128 images a device. FLOPs, bytes and messages of one device are read from XLA's
+Weak scaling, 128 images per device. FLOPs, bytes and messages of one device are read from XLA's
 program (alexnet_jax/analysis/communication.py). It is compiled by a CPU's XLA from the forms that
 accelerators get (`ops.traced_for`): a CPU's own forms of LRN and convolution count some 10 %
 more operations, and not as many on every mesh. Speeds are not estimated: none was measured.
@@ -152,7 +152,7 @@ def communication_table(rows: list[dict[str, Any]], net: str) -> str:
 
 
 def flops_table(rows: list[dict[str, Any]]) -> str:
-    """Return a table of XLA's count of operations beside the count by hand, on one device."""
+    """Return a table of XLA's count of operations and the count by hand, on one device."""
     body = []
     for net, name in NETS.items():
         row = find(rows, net, 'data', 1)

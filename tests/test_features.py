@@ -120,7 +120,7 @@ def test_features_of_files(trained, images, tmp_path):
     assert found.class_name(0) is None
     assert found.image(1) == f'{tmp_path}/1.png'
     assert len(faults) == 1
-    assert '1b.png is no image' in faults[0]
+    assert '1b.png is not an image' in faults[0]
     np.testing.assert_array_equal(
         found.rows, features.make_extract(trained, 'fc7_relu')(images[:3])
     )
