@@ -82,8 +82,8 @@ def read_ahead(
     """Read all images among `paths`, up to `block` at a time; a thread reads the next ones.
 
     Yields:
-        Their paths, and uint8 [b, H, W, C]. For each file that is not an image a sentence is printed
-        and appended to `faults`.
+        Their paths, and uint8 [b, H, W, C]. Each file that is not an image is
+        reported in one sentence, which is also appended to `faults`.
     """
 
     def one_block(number: int) -> tuple[list[Path], list[np.ndarray], list[str]]:
