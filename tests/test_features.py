@@ -149,7 +149,10 @@ def test_damaged_feature_files(trained, tmp_path):
     for name, (array, text) in bad.items():
         (tmp_path / f'{name}.npy').write_bytes(array)
         (tmp_path / f'{name}.json').write_text(text)
-        with pytest.raises(RunError, match=rf'{name}\.npy and the .json beside it are no features'):
+        with pytest.raises(
+            RunError,
+            match=rf'{name}\.npy and its .json file are damaged, or do not contain features',
+        ):
             features.read(tmp_path / f'{name}.npy')
     (tmp_path / 'alone.npy').write_bytes(body)
     for name, file in (('missing', 'missing.npy'), ('alone', 'alone.json')):

@@ -57,7 +57,10 @@ def test_each_function_gets_its_own_rate(runs, tmp_path, capsys):
     assert figure1.main([f'--runs={runs}', f'--results={results}']) == 0
     out = capsys.readouterr().out
     assert 'tanh at 0.008 takes 3.0' in out
-    assert 'times as many epochs as ReLU at 0.016 (3 seeds; in brackets 95 % over seeds).' in out
+    assert (
+        'times as many epochs as ReLU at 0.016 (3 seeds; brackets: 95 % interval over seeds).'
+        in out
+    )
     assert 'end of the grid' not in out
     by_rate = {line.split('|')[1].strip(): line for line in out.splitlines() if '| rate' in line}
     assert len(by_rate) == len(figure1.RATES)

@@ -180,13 +180,13 @@ def test_the_same_weights_in_another_net_give_a_warning(smoke_run, seven, capsys
     tree['preprocess']['scale'] = 0.5
     finetuning.compare(tree, restored, 'W', layers[:-1])
     assert capsys.readouterr().err.strip() == (
-        'warning: W was trained with other values of model.conv1.ops, preprocess.scale'
+        'warning: W was trained with different values of model.conv1.ops, preprocess.scale'
     )
     finetuning.compare(tree, restored, 'W', ['fc7'])
     assert capsys.readouterr().err.splitlines() == [
         'warning: fc7 of W followed a different layer there; to train these from scratch, set '
         'init_layers to the layers before them',
-        'warning: W was trained with other values of preprocess.scale',
+        'warning: W was trained with different values of preprocess.scale',
     ]
 
 

@@ -147,7 +147,7 @@ def test_a_prepared_set_is_kept_and_another_form_refused(pets, made):
     before = {path: path.stat().st_mtime_ns for path in made.iterdir()}
     assert make(pets, made.parents[1]) == made
     assert {path: path.stat().st_mtime_ns for path in made.iterdir()} == before
-    with pytest.raises(UsageError, match='exists already and differs in storage: remove'):
+    with pytest.raises(UsageError, match='already exists and differs in storage: remove'):
         make(pets, made.parents[1], Form(32, 'raw'))
 
 
@@ -416,7 +416,9 @@ def test_a_missing_picture_is_named(pets, tmp_path):
 def test_a_disk_too_small_is_noticed_before_anything_is_written(pets, tmp_path, monkeypatch):
     usage = namedtuple('usage', 'total used free')
     monkeypatch.setattr(shard_writer.shutil, 'disk_usage', lambda path: usage(0, 0, 50_000))
-    with pytest.raises(RunError, match=r'needs about .* GB, and 0.0 GB are free: make space'):
+    with pytest.raises(
+        RunError, match=r'needs about .* GB, but only 0.0 GB are free: free some space'
+    ):
         make(pets, tmp_path)
     assert not list(tmp_path.glob('.prepare-pets/set/*'))
 
