@@ -20,7 +20,7 @@ env: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "Python 3.11 or newer is wanted: make PYTHON=/path/to/python3.11"; exit 1; }
+	  { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11"; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || $(PYTHON) -m virtualenv $(VENV) || \
 	  { echo "No virtual environment: install Debian's python3-venv, or pip install virtualenv"; exit 1; }
 	$(INSTALL) '.[dev]'
@@ -45,12 +45,12 @@ types: env
 tests: data
 	$(BIN)/python -m pytest -n 2 --dist=loadfile --no-loadscope-reorder
 
-# The whole net against PyTorch. Elsewhere than on a CPU-only index this pulls gigabytes.
+# Compare the net with PyTorch. Unless pip uses a CPU-only index, this downloads gigabytes.
 test-torch: data
 	$(INSTALL) '.[dev,torch]'
 	$(BIN)/python -m pytest tests/test_torch.py tests/test_weights.py tests/test_throughput.py
 
-# The newest versions of everything on Python 3.13, a quick subset; skipped where there is no 3.13.
+# A quick subset with the newest version of everything on Python 3.13; skipped without Python 3.13.
 test-newest: data
 	.ci/newest
 
@@ -76,7 +76,7 @@ table: data
 	$(BIN)/python -m experiments.contribution_table \
 	  --runs workdirs/contribution_table-quickstart workdirs/contribution_rates-quickstart
 
-# Everything that wants a GPU, in the order of its worth; see experiments/gpu.py.
+# Everything that needs a GPU, most important first; see experiments/gpu.py.
 gpu: data
 	$(BIN)/python -m experiments.gpu
 

@@ -27,7 +27,7 @@ class Data:
 
     A split that is 'auto' is taken from the data; `validation` may be 'none'.
 
-    workers: threads that read a data set too large for memory; -1: one a core; 0: none.
+    workers: threads that read a data set too large for memory; -1: one per core; 0: none.
     resident_gib: the size up to which a decoded split is held in memory.
     """
 
@@ -62,7 +62,7 @@ class Loop:
     They change no number of the training, except that a plateau schedule follows the errors that
     are measured every `evaluate_every_epochs`.
 
-    compilation_cache: a folder; 'beside': .jax_cache beside the workdir; 'none': no cache.
+    compilation_cache: a folder; 'beside': .jax_cache next to the workdir; 'none': no cache.
     """
 
     log_every_steps: int

@@ -9,14 +9,14 @@ from alexnet_jax import command
 
 
 class ProgressBar:
-    """A bar on stderr with a text and the time left; plain lines if stderr is no terminal.
+    """A bar on stderr with a text and the time left; plain lines if stderr is not a terminal.
 
     Args:
         total: amount of work.
         done: amount at the start.
         report: prints a plain line.
         console: stderr by default.
-        shown: False for plain lines on a terminal too, as in all processes but the first.
+        shown: False for plain lines even on a terminal, as in all processes but the first.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class ProgressBar:
         self._bar.start()
 
     def to(self, done: int, text: str | None = None) -> None:
-        """Move the bar, and replace the text beside it."""
+        """Advance the bar, and replace its text."""
         self._bar.update(self._task, completed=done, description=text)
 
     def line(self, text: str) -> None:

@@ -1,4 +1,4 @@
-"""Configs: each is a document of a recipe, its command, its time and the result to expect."""
+"""Configs: each file documents a recipe, its command and the result to expect."""
 
 from typing import NamedTuple
 
@@ -7,7 +7,7 @@ class Claim(NamedTuple):
     """A published result for one idea, in the config that removes the idea.
 
     Differences are the errors without the idea minus those with it, in points: positive where it
-    helped, None where no figure was published. Each is of one run and one seed, ten views averaged.
+    helped, None where no figure was published. Each is from a single run with ten views averaged.
     """
 
     row: str  # the ablation's name in tables
@@ -18,7 +18,7 @@ class Claim(NamedTuple):
     words: str  # a remark
 
 
-# The base with one change each, in the order of tables: first those with figures of 2012. The last
+# The base with one change each, in table order: those with published figures come first. The last
 # one adds a layer.
 ABLATIONS = (
     'ablation_depth',

@@ -1,4 +1,4 @@
-"""The parts that the AlexNets of tutorials share; each variant_*.py has the rest."""
+"""Code shared by the AlexNets of the tutorials; each variant_*.py adds its differences."""
 
 from ml_collections import ConfigDict
 
@@ -10,8 +10,9 @@ WIDTHS = dict(conv1=96, conv2=256, conv3=384, conv4=384, conv5=256, fc6=4096, fc
 def get_config(scale: str, name: str, full_px: int = 224) -> ConfigDict:
     """Return a net of one tower without normalisation, with inverted dropout and plain SGD.
 
-    Images are not cropped, mirrored or coloured. At the scale fashion_mnist all 60,000 training
-    images are used. Rates are constant, the same for weights and biases, without weight decay.
+    Images are not cropped, mirrored or colour-augmented. At the scale fashion_mnist all 60,000
+    training images are used. Rates are constant, the same for weights and biases, without weight
+    decay.
     """
     config = alexnet.get_config(scale)
     config.name = name

@@ -1,12 +1,13 @@
-"""Ablation: no random crops and no mirrors: every epoch sees the centre of every image.
+"""Ablation: no random crops or mirrors: every epoch uses the centre crop of every image.
 
     python main.py --config=configs/ablation_augmentation.py
 
 The paper: "Without this scheme, our network suffers from substantial overfitting, which would have
-forced us to use much smaller networks" (4.1). No figure, and no run found. The colour noise stays.
+forced us to use much smaller networks" (4.1). It gives no figure, and no run was found. Colour
+noise is still used.
 
-The tests stay: one view is the centre, and the ten views include corners and mirror images, which
-this net has never seen in training.
+Evaluation is unchanged: the single view is the centre crop, and the ten views include corner crops
+and mirror images, which this net has never seen in training.
 """
 
 from configs import Claim, alexnet
@@ -17,8 +18,8 @@ CLAIM = Claim(
     data='none',
     top1=None,
     top5=None,
-    words='substantial overfitting; ten views show it crops and mirrors it never saw, one view '
-    'is in table.csv',
+    words='substantial overfitting; ten views include crops and mirrors not seen in training; '
+    'table.csv has one view',
 )
 
 

@@ -2,11 +2,11 @@
 
     python main.py --config=configs/ablation_average_pool.py
 
-The paper takes the maximum without giving a reason (3.4, 3.5). Tutorials claim that the maximum is
-better, without a figure.
+The paper takes the maximum without giving a reason (3.4, 3.5). Tutorials claim that
+max-pooling is better, without a figure.
 
-In conv1 and conv5, pooling comes before the ReLU (source). There the maximum keeps positive values,
-and the average mixes them with negative ones.
+In conv1 and conv5, pooling comes before the ReLU (source). There, max-pooling keeps positive
+values, whereas averaging mixes them with negative ones.
 """
 
 from configs import Claim, alexnet
@@ -17,7 +17,7 @@ CLAIM = Claim(
     data='none',
     top1=None,
     top5=None,
-    words='the maximum is better',
+    words='max-pooling is better',
 )
 
 

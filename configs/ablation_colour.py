@@ -3,10 +3,11 @@
     python main.py --config=configs/ablation_colour.py
 
 The paper: it "reduces the top-1 error rate by over 1 %" (4.1). It gives no top-5 error and no data
-set, and no run was found. The source's division by 1.1 is removed too: it belongs to the noise.
+set, and no run was found. The source's division by 1.1 is also removed, because it is part
+of the noise.
 
-Grey images have one principal component, the grey value. On Fashion-MNIST the noise is therefore
-one brightness offset an image, added to all of its pixels.
+Grey images have one principal component, the grey value. On Fashion-MNIST the noise is therefore a
+single brightness offset per image, added to all of its pixels.
 """
 
 from configs import Claim, alexnet
@@ -17,7 +18,7 @@ CLAIM = Claim(
     data='ILSVRC, year not given',
     top1=1.0,
     top5=None,
-    words='top-1: more than that; brightness noise on grey images',
+    words='the paper: "over 1 %"; on grey images only brightness varies',
 )
 
 

@@ -1,10 +1,10 @@
-"""Ablation: 32 images in a row share one crop and one mirror, as in the 2012 program.
+"""Ablation: 32 consecutive images share one crop and one reflection, as in the 2012 program.
 
     python main.py --config=configs/ablation_crop_chunk.py
 
 The paper does not mention it: it has "random 224 x 224 patches (and their horizontal reflections)"
 (4.1). The base draws a crop for every image, so here the *ablation* is what was run in 2012: four
-crops a batch instead of 128. Both draw the colour noise for every image.
+crops per batch instead of 128. Both draw the colour noise separately for every image.
 """
 
 from configs import Claim, alexnet

@@ -1,11 +1,11 @@
-"""Ablation: one of the middle convolutions is removed.
+"""Ablation: one of the middle convolutional layers removed.
 
     python main.py --config=configs/ablation_depth.py                     # conv4, quickstart
     python main.py --config=configs/ablation_depth.py:quickstart,conv3    # or conv5
 
 The paper: "removing any of the middle layers results in a loss of about 2 % for the top-1
-performance of the network" (7). No run was found, and the paper does not explain how the gap was
-closed. Here nothing else is lost with the layer:
+performance of the network" (7). No run was found, and the paper does not explain how the
+neighbouring layers were connected. Here nothing else is removed with the layer:
 
 | removed | changes in the other layers | parameters, full size |
 |---|---|---|
@@ -13,19 +13,19 @@ closed. Here nothing else is lost with the layer:
 | conv4 | none: conv5 reads conv3's maps of its tower | 60,301,288 |
 | conv5 | conv4 is pooled instead; fc6 reads 384 maps instead of 256, so there are more parameters | 79,396,968 |
 
-conv1 and conv2 are not in the middle: they bring the maps from 224 px down to 13.
+conv1 and conv2 are not middle layers: they reduce the maps from 224 px to 13.
 """  # noqa: E501 (a table)
 
 from configs import Claim, alexnet
 
 MIDDLE = ('conv3', 'conv4', 'conv5')
 CLAIM = Claim(
-    row='one convolution less (conv4)',
+    row='one convolution removed (conv4)',
     source='paper 7',
     data='ILSVRC, year not given',
     top1=2.0,
     top5=None,
-    words='about that, any of the middle layers',
+    words='approximate; any of the middle layers',
 )
 
 

@@ -1,10 +1,10 @@
-"""Ablation: the initial weights of the paper's text, deviation 0.01 in every layer.
+"""Ablation: the paper's initial weights, with standard deviation 0.01 in every layer.
 
     python main.py --config=configs/ablation_init.py
 
 The paper: "a zero-mean Gaussian distribution with standard deviation 0.01" (5). The source has 0.03
-in conv3 to conv5. No comparison was published: paper and program are both described as the net of
-2012. With 0.01 the logits of an untrained net vary 14 times less across images.
+in conv3 to conv5. No comparison was published: both descriptions claim to be the net of 2012. With
+0.01 the logits of an untrained net vary 14 times less across images.
 
 Narrowed nets keep init_scaling='fan_in', which scales 0.01 as it scales the base's 0.03. The only
 change is the factor of 3 in three layers.

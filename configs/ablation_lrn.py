@@ -6,9 +6,9 @@ The paper: LRN "reduces our top-1 and top-5 error rates by 1.4 % and 1.2 %" (3.3
 148, 42.03 / 19.36 % against run 145's 40.66 / 18.21 % on ILSVRC-2012 val, ten views, one seed each.
 On CIFAR-10 the paper reports a four-layer net at 13 % test error without and 11 % with it.
 
-The rates of both runs were changed by hand, and their biases kept a rate of 0.02 to the end
-(layer-params-148.cfg, layer-params-145.cfg). Here all rates follow the base's schedules, so that
-normalisation is the only change.
+The learning rates of both runs were changed by hand, and their biases kept a rate of 0.02 to the
+end (layer-params-148.cfg, layer-params-145.cfg). Here all rates follow the base's schedules, so
+that normalisation is the only change.
 """
 
 from configs import Claim, alexnet
@@ -19,7 +19,7 @@ CLAIM = Claim(
     data='ILSVRC-2012 val',
     top1=1.4,
     top5=1.2,
-    words='the spatial norm is taken away too',
+    words='the spatial norm is removed as well',
 )
 
 

@@ -6,9 +6,9 @@ The paper: overlapping "reduces the top-1 and top-5 error rates by 0.4 % and 0.3
 of 2 px, "which produces output of equivalent dimensions" (3.4). The source: run 147,
 41.06 / 18.51 % against run 145's 40.66 / 18.21 % on ILSVRC-2012 val, ten views, one seed each.
 
-Run 147 pads conv2 by 1 px instead of 2, and conv5 by 0. As pooling windows may hang over the edge
+Run 147 pads conv2 by 1 px instead of 2, and conv5 by 0. As pooling windows may extend past the edge
 (cuda-convnet), this keeps the dimensions: 55 px -> 28, conv2 26 -> 13, conv5 11 -> 6; at quickstart
-27 -> 14, 12 -> 6, 4 -> 2. The net has as many parameters as the base.
+27 -> 14, 12 -> 6, 4 -> 2. The net has the same number of parameters as the base.
 
 In 2012 the windows were not the only difference. Run 147's biases ended at a rate of 0.002, run
 145's at 0.02, and run 147's notes do not mention the end of the colour noise, which was at epoch 67

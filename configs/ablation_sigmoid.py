@@ -2,20 +2,20 @@
 
     python main.py --config=configs/ablation_sigmoid.py
 
-The paper compares ReLU with tanh (3.1). Tutorials name ReLU, compared with the sigmoid, as the
+The paper compares ReLU with tanh (3.1). Tutorials give ReLU, as opposed to the sigmoid, as the
 reason why AlexNet trains, without a figure.
 
-The biases of 1, which are meant for ReLU, become 0 as in ablation_tanh.py; init and rates stay. The
-initialisation collapses, and the pre-flight check warns: a sigmoid's slope is at most 1/4, so after
-eight layers the logits vary by 2e-6 across images (0.05 with ReLU), and the loss stays at
-ln(classes). The result shows that this recipe needs ReLU, not how well another recipe could do with
-sigmoids.
+The biases of 1, which are meant for ReLU, become 0 as in ablation_tanh.py; init and rates are
+unchanged. The initialisation collapses, and the pre-flight check warns: a sigmoid's slope is at
+most 1/4, so after eight layers the logits vary by 2e-6 across images (0.05 with ReLU), and the loss
+stays at ln(classes). The result shows that this recipe needs ReLU, not how well another recipe
+could perform with sigmoids.
 """
 
 from configs import Claim, alexnet
 
 CLAIM = Claim(
-    row='sigmoid for ReLU',
+    row='sigmoid instead of ReLU',
     source='tutorials',
     data='none',
     top1=None,

@@ -3,8 +3,9 @@
     python main.py --config=configs/ablation_weight_decay.py
 
 The paper: "this small amount of weight decay was important for the model to learn. In other words,
-weight decay here is not merely a regularizer: it reduces the model's training error" (5). No
-figure, and no run found. In a run of few epochs, a decay of 0.0005 hardly changes a weight.
+weight decay here is not merely a regularizer: it reduces the model's training error" (5). It gives
+no figure, and no run was found. In a run of a few epochs, a decay of 0.0005 hardly changes the
+weights.
 """
 
 from configs import Claim, alexnet
@@ -15,7 +16,7 @@ CLAIM = Claim(
     data='none',
     top1=None,
     top5=None,
-    words='training error rises too',
+    words='training error also rises',
 )
 
 

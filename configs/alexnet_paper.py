@@ -3,21 +3,21 @@
     python main.py --config=configs/alexnet_paper.py
 
 Differs from configs/alexnet.py in: the order in conv1 and conv5 (sections 3.4, 3.5), no spatial
-norm, LRN's alpha not divided by the window (3.3), init 0.01 everywhere (5), colour noise to the end
-and no division by 1.1 with it (4.1), one rate for weights and biases, divided by ten three times on
-a plateau (5), conv1 never frozen, 90 epochs.
+norm, LRN's alpha not divided by the window (3.3), init 0.01 everywhere (5), colour noise to the
+end, without the division by 1.1 (4.1), one rate for weights and biases, divided by ten three times
+on a plateau (5), conv1 never frozen, 90 epochs.
 
-One detail is not as written: the paper multiplies the noise by the eigenvalues of the pixels'
+One detail differs from the text: the paper multiplies the noise by the eigenvalues of the pixels'
 covariance (4.1); this config, like the program, multiplies by the standard deviations, which are
 their square roots.
 
 The init matters most: with 0.01 in conv3 to conv5 the signal at the logits is 14 times weaker than
-with the source's 0.03. If the net is narrowed without scaling the init, almost nothing is left:
+with the source's 0.03. If the net is narrowed without scaling the init, almost none of it remains:
 
     python main.py --config=configs/alexnet_paper.py --config.model.init_scaling=none
 
-This is the collapsed initialisation of many copies; the pre-flight check warns of it before the
-first epoch.
+This is the collapsed initialisation of many reimplementations; the pre-flight check warns of it
+before the first epoch.
 """
 
 from configs import alexnet

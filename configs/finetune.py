@@ -1,4 +1,4 @@
-"""Fine-tuning: a trained net on other images and other classes.
+"""Fine-tuning: continue training a net on new images and classes.
 
     python -m alexnet_jax prepare folder --source=my_images --name=flowers
     python main.py --config=configs/finetune.py --config.data.name=flowers \\
@@ -10,23 +10,26 @@ the base at imagenet2012; another scale and another config follow the colon:
     --config=configs/finetune.py:imagenet2012,variant_torchvision      # also after `weights import`
     --config=configs/finetune.py:quickstart
 
-Layers are carried over by name where the shapes agree, and the others start fresh; one line prints
-which. The last layer has as many units as the data has classes (`model.fc8.features=0`), and starts
-fresh unless the classes' names are the same. To carry over fewer (the quotes are for the shell):
+Layers with the same name and shape are copied from the source, and the others are initialised from
+scratch; one log line lists them. The last layer has one unit for each class of the data
+(`model.fc8.features=0`), and is copied only if the class names are the same. To copy fewer layers
+(the quotes are for the shell):
 
     --config.init_layers="('conv1', 'conv2', 'conv3', 'conv4', 'conv5')"
 
-The mean image is the source's too, because its layers were trained on images minus that one;
-init_statistics=data measures the new images. Once started, a run does not need its source. Pictures
-in train/ and val/ only have no test split: set --config.data.test=validation.
+The mean image is also the source's, because its layers were trained on images minus that mean;
+init_statistics=data computes it from the new images. Once started, a run does not need its source.
+If there are only train/ and val/ folders, there is no test split: set
+--config.data.test=validation.
 
-Rates by layer: `--config.optimizer.multipliers.conv1=0.0` freezes conv1. The new last layer has
-10.0; set the same for other fresh layers.
+Learning rates per layer: `--config.optimizer.multipliers.conv1=0.0` freezes conv1. The new last
+layer has 10.0; set the same for other new layers.
 
 The recipe is Caffe's for fine-tuning CaffeNet on Flickr Style (its examples/
-finetune_flickr_style): a tenth of the rates from scratch, divided by ten after each fifth of the
-run, ten times as high in the new last layer. It has 100,000 steps of 50 images; ten epochs are a
-guess. Expect: not run here with ImageNet's weights, which were not available.
+finetune_flickr_style): a tenth of the rates used from scratch, divided by ten after
+each fifth of the run, and ten times higher in the new last layer. Caffe's recipe runs 100,000 steps
+of 50 images; the ten epochs here are a guess. Expect: not run here with ImageNet weights, which
+were not available.
 """
 
 import importlib
@@ -43,7 +46,7 @@ def get_config(scale: str = 'imagenet2012'):
     config.name = 'finetune'
     config.init_from = ''  # WORKDIR[:step]
     config.init_statistics = 'source'
-    config.init_layers = ()  # all that match
+    config.init_layers = ()  # () copies all that match
     config.epochs = 10.0
     config.data = dict(
         name='none',
@@ -55,7 +58,7 @@ def get_config(scale: str = 'imagenet2012'):
         resident_gib=4.0,
     )
     layers = config.model.layers
-    config.model[layers[-1]].features = 0  # as many as the data has classes
+    config.model[layers[-1]].features = 0  # the number of classes in the data
     optimizer = config.optimizer
     for kind in ('weights', 'biases'):
         rate = optimizer[kind].rate / 10

@@ -1,8 +1,8 @@
-"""A run in seconds: the two-tower net at 1/8 width and 64 px, on 1,024 images.
+"""A smoke test that takes seconds: the two-tower net at 1/8 width and 64 px, on 1,024 images.
 
     python main.py --config=configs/smoke.py
 
-It checks that the program runs from start to end on this machine. Its accuracy means nothing.
+It checks that the program runs from start to end on this machine. Its accuracy has no meaning.
 """
 
 from configs import alexnet

@@ -4,13 +4,14 @@
     python -m alexnet_jax weights import bvlc_alexnet bvlc_alexnet.npz --workdir=W
 
 The weights: http://dl.caffe.berkeleyvision.org/bvlc_alexnet.caffemodel, 244 MB, sha1
-9116a64c0fbe4459d18f4bb6b56d647b63920377, for unrestricted use. `python -m alexnet_jax weights
+9116a64c0fbe4459d18f4bb6b56d647b63920377, released for unrestricted use. `python -m alexnet_jax
+weights
 --help` explains how to convert them to .npz. Expect on ILSVRC-2012 val, centre crop, according to
 Caffe's model zoo: 57.1 % top-1 and 80.2 % top-5 accuracy, of images warped to 256 x 256 (not run
 here: neither the file nor the data were available).
 
 Differs from configs/alexnet.py, according to Caffe's train_val.prototxt, in: ReLU, LRN, pool in
-conv1 and conv2, no spatial norm; LRN with k = 1, whose windows cross from one group into the other;
+conv1 and conv2, no spatial norm; LRN with k = 1, whose windows extend across groups;
 227 px; bias 0.1; std 0.005 in fc6 and fc7; inverted dropout; no colour noise; rates divided by ten
 every 100,000 of 450,000 steps of 256 images. The channels of the weights and of the mean image are
 BGR; an import reverses them. Caffe's pooling rounds up, which changes nothing at these sizes.

@@ -4,7 +4,8 @@
     python -m alexnet_jax weights import caffenet bvlc_reference_caffenet.npz --workdir=W
 
 The weights: http://dl.caffe.berkeleyvision.org/bvlc_reference_caffenet.caffemodel, 244 MB, sha1
-4c8d77deb20ea792f84eb5e6d0a11ca0a8660a46, for unrestricted use. `python -m alexnet_jax weights
+4c8d77deb20ea792f84eb5e6d0a11ca0a8660a46, released for unrestricted use. `python -m alexnet_jax
+weights
 --help` explains how to convert them to .npz. Expect on ILSVRC-2012 val, centre crop, according to
 Caffe's model zoo: 57.4 % top-1 and 80.4 % top-5 accuracy (not run here: neither the file nor the
 data were available).

@@ -3,15 +3,15 @@
     python main.py --config=configs/variant_keras.py
     python main.py --config=configs/variant_keras.py:imagenet2012 --mode=describe
 
-Reported: nothing. 62,378,344 parameters with 1000 classes, 58,691,044 with the text's 100.
+Reported: nothing. 62,378,344 parameters with 1000 classes, 58,691,044 with the tutorial's 100.
 
 Differs from 2012 in: one tower, no LRN, ReLU before every pooling, 227 px unpadded (the text prints
-277 and means 227: with 277, fc6 would read 7 x 7 maps), inverted dropout, biases of 0, plain SGD at
+277 but means 227: with 277, fc6 would read 7 x 7 maps), inverted dropout, biases of 0, plain SGD at
 Keras' default of 0.01. The five convolutions start uniform in +-0.05 (`kernel_initializer=
 'uniform'`), the three dense layers with Keras' default, Glorot's uniform.
 
-Not given in the text, and chosen here: pixels in 0-1; batches, epochs and splits of the base; as
-many classes as the data has. A narrowed net scales +-0.05 with the fan-in.
+Not given in the text, and chosen here: pixels in 0-1; batch size, epochs and splits of the base; as
+many classes as in the data. A narrowed net scales +-0.05 with the fan-in.
 """
 
 import math

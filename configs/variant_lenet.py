@@ -1,4 +1,4 @@
-"""LeNet, which tutorials compare AlexNet with: ReLU or sigmoid, max-pooling, 28 px.
+"""LeNet, to which tutorials compare AlexNet: ReLU or sigmoid, max-pooling, 28 px.
 
     python main.py --config=configs/variant_lenet.py
     python main.py --config=configs/variant_lenet.py:sigmoid                  # at quickstart
@@ -11,9 +11,9 @@ The training is Gluon's (variant_gluon.py), and so are Xavier's init and pixels 
 text does not give. Quickstart and fashion_mnist have the same net; the latter trains on all 60,000
 images.
 
-With 'sigmoid' every ReLU is a logistic sigmoid, as in the LeNet that two tutorials compare AlexNet
-with. At this rate, 0.01 without momentum, the loss hardly leaves ln(10) = 2.303 in five epochs
-(quickstart, seed 0: validation loss 2.297).
+With 'sigmoid' every ReLU is a logistic sigmoid, as in the LeNet to which two tutorials compare
+AlexNet. At this rate, 0.01 without momentum, the loss hardly moves from ln(10) = 2.303 in five
+epochs (quickstart, seed 0: validation loss 2.297).
 """
 
 from configs import _tutorial, alexnet

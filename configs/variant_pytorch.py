@@ -3,12 +3,13 @@
     python main.py --config=configs/variant_pytorch.py
     python main.py --config=configs/variant_pytorch.py:imagenet2012 --mode=describe
 
-Reported: nothing, and no training is given. 28,868,968 parameters with 1000 classes and colours.
+Reported: nothing, and the text gives no training. 28,868,968 parameters with 1000 classes and three
+channels.
 
 Differs from 2012 in: one tower, no LRN, ReLU before every pooling, conv1 padded by 2 px on each
 side, fc6 and fc7 of 2048, inverted dropout of 0.2 before fc6 and fc7, PyTorch's default init
 (weights uniform in +-1 / sqrt(fan-in); its biases likewise, here 0). The text's table has the two
-towers' geometry with padding [1, 2]; this net is that of its program.
+towers' geometry with padding [1, 2]; this net follows the tutorial's program.
 
 Not given in the text, and chosen here: pixels of 2012 (0-255 minus the mean image; in 0-1 this init
 collapses), uncropped images, SGD at 0.01 with momentum 0.9, no decay, the base's epochs and splits.

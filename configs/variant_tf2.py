@@ -2,15 +2,15 @@
 
     python main.py --config=configs/variant_tf2.py
     python main.py --config=configs/variant_tf2.py:fashion_mnist
-    python -m alexnet_jax prepare mnist --source=FOLDER   # the digits' four idx files
+    python -m alexnet_jax prepare mnist --source=FOLDER   # the four idx files
     python main.py --config=configs/variant_tf2.py --config.data.name=mnist
 
 Reported: nothing (it trains on MNIST's digits, enlarged to 224 px, and measures top-1 and top-5
-errors; here on Fashion-MNIST unless `data.name` is mnist). 62,378,344 parameters with 1000 classes
-and colours.
+errors; here on Fashion-MNIST unless `data.name` is mnist). 62,378,344 parameters with 1000
+classes and three channels.
 
-As in the paper: Gaussians of 0.01, biases of 1 in conv2 to conv5, fc6 and fc7 (so in conv3 too,
-which starts with 0 in 2012), momentum 0.9, rate 0.01 divided by ten on a plateau of the validation
+As in the paper: Gaussians of 0.01, biases of 1 in conv2 to conv5, fc6 and fc7 (also in conv3,
+which starts at 0 in 2012), momentum 0.9, rate 0.01 divided by ten on a plateau of the validation
 error, not below a floor, 90 epochs of batches of 128. Without: weight decay ("the framework has
 none"), LRN, towers, crops, mirrors, colours. Dropout is inverted; ReLU comes before every pooling.
 
@@ -29,7 +29,7 @@ def get_config(scale: str = 'quickstart'):
     """Return TensorFlow 2's net and training, at one of alexnet.SCALES."""
     config = _tutorial.get_config(scale, 'variant_tf2')
     config.epochs = 4.0 if scale == 'quickstart' else 90.0
-    config.data.update(alexnet.data(scale))  # a plateau needs images that are not trained on
+    config.data.update(alexnet.data(scale))  # a plateau rule needs held-out images
     config.preprocess.mean, config.preprocess.scale = 'image', 1.0
     config.optimizer.momentum = 0.9
     _tutorial.rates(config.optimizer, alexnet.schedule('plateau', 0.01, floor=1e-5))

@@ -10,12 +10,12 @@ nor the data were available).
 
 The net: widths 64-192-384-256-256, padding 2 in conv1, no LRN, inverted dropout before fc6 and fc7
 (after conv5's pooling and after fc6's ReLU), pixels divided by 255, minus a mean and divided by a
-deviation of each channel. These deviations are 0.229, 0.224, 0.225; here all are 0.226, and an
-import multiplies conv1's weights by the rest.
+standard deviation per channel. These are 0.229, 0.224 and 0.225; here all are 0.226, and an import
+absorbs the difference into conv1's weights.
 
 The training is that of torchvision's reference script (SGD, 0.01 divided by ten after 30 and 60
 of 90 epochs, decay 1e-4, batch 256), with two differences: its crops vary in size and proportions
-(RandomResizedCrop), and its biases decay and start at random.
+(RandomResizedCrop), and its biases have weight decay and a random initialisation.
 """
 
 from configs import alexnet
@@ -34,7 +34,7 @@ def get_config(scale: str = 'quickstart'):
     preprocess = config.preprocess
     preprocess.mean, preprocess.scale = 'channel', 1 / (255 * 0.226)
     preprocess.colour_noise, preprocess.noise_divisor = 0.0, 1.0
-    # 'dexp' of 100 in two switches: divided by ten after one third and after two.
+    # 'dexp' with factor 100 and two switches: divided by ten after one and two thirds.
     rate = config.optimizer.weights.rate
     rates = alexnet.schedule('dexp', rate, factor=100.0, switches=2)
     config.optimizer.weights.update(rates)

@@ -25,7 +25,7 @@ class AlexNet(nn.Module):
     @nn.compact
     def __call__(self, x, *, train: bool = False):
         """Return logits; training needs rngs={'dropout': key}."""
-        # conv1 sees 224 px, and its last window hangs over the edge by 3 px of zeros: 55 positions.
+        # conv1 sees 224 px, and its last window extends 3 px into zeros: 55 positions.
         # LRN comes before pooling and ReLU here (source); section 3.5 reads ReLU, LRN, pool.
         x = conv('conv1', 96, 11, ((0, 3), (0, 3)), std=0.01, bias=0, stride=4)(x)
         x = relu(max_pool(lrn(x)))  # [B, 27, 27, 96]

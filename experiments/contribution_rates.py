@@ -1,4 +1,4 @@
-"""Smaller weight rates for the rows of the contribution table that do not train at the base's.
+"""A sweep of smaller weight rates for the ablations that do not train at the base's rate.
 
 python -m experiments.sweep contribution_rates --scale=quickstart --seeds=3
 """

@@ -1,12 +1,12 @@
-"""Rebuild the contribution table: every ablation with seeds, beside what was reported in 2012.
+"""Build the contribution table: every ablation over several seeds, with the 2012 results.
 
     python -m experiments.sweep contribution_table --scale=quickstart --seeds=5     # trains
     python -m experiments.contribution_table --runs=workdirs/contribution_table-quickstart
-    python -m experiments.contribution_table        # again, from the archive in the repository
+    python -m experiments.contribution_table        # rebuild from the archive in the repository
 
 With --runs, the finished runs are archived in experiments/results/contribution_table/<scale>/
 (run_archive.py). table.md, short.md, table.csv, differences.svg and curves.svg there are made from
-the archive alone. Scales never share a table.
+the archive alone. Each scale has its own table.
 
 All differences are paired by seed and by test image, with intervals for both (intervals.py).
 A row is "worse" or "better" where its p-value, corrected for the number of rows, is below 0.05;
@@ -15,9 +15,9 @@ The margin of 0.3 points is the smallest effect that the paper reports (3.4), an
 any row was compared with it. Top-5 has no such margin: with ten classes the base's top-5 error
 itself is smaller.
 
-A net that does not train at the base's rates is no evidence about its idea. For such rows the
-weight rate is chosen by the validation error of seeds 0 to 2 (contribution_rates.py), and the row
-appears twice, at the base's rate and at its own.
+A net that does not train at the base's learning rates is no evidence against its idea. For such
+rows the weight rate is chosen by the validation error of seeds 0 to 2 (contribution_rates.py), and
+the row appears twice: at the base's rate and at its own.
 """
 
 import csv
@@ -133,7 +133,8 @@ def rows(runs: Sequence[ArchivedRun], folder: Path, view: str = 'ten_views') -> 
 def _ablation(name: str, own: Runs, base: Runs, view: str, lost: Set[int]) -> Row:
     """Compare an ablation with the base; `lost` are seeds that ended with infinite numbers.
 
-    A seed that did not train is counted, not averaged: it is no sample of the others' error.
+    A seed that did not train is counted, not averaged: its error is not a sample of the same
+    distribution.
     """
     claim = _claim_of(name)
     seeds = sorted({*own} & {*base})
@@ -226,7 +227,7 @@ def _compared(claim: Claim, pairs: Sequence[tuple[Mapping, Mapping]]) -> Row:
 
 
 def _ensembles(base: Runs, folder: Path, view: str) -> list[Row]:
-    """Compare ensembles of the base's seeds with the mean of their members, a row a size."""
+    """Compare ensembles of the base's seeds with the mean of their members, one row per size."""
     found: dict[int, list[tuple[tuple[int, ...], Any]]] = {}
     for seeds, missed in run_archive.read_ensembles(folder / 'ensembles.jsonl'):
         if {*seeds} <= {*base}:
@@ -302,7 +303,7 @@ def count(found: Sequence[Row]) -> str:
     dead = sum('did not train' in word for word in words)
     open_ = sum(word.startswith(('inconclusive', 'too few')) for word in words)
     return (
-        f'Top-1, of {len(asked)} rows that were run: {significant} significant, '
+        f'Top-1, of the {len(asked)} rows that were run: {significant} significant, '
         f'{words.count("equivalent")} equivalent (no effect larger than {100 * MARGIN:g} points), '
         f'{open_} inconclusive, {dead} with seeds that did not train.'
     )
@@ -375,25 +376,26 @@ def notes(found: Sequence[Row], runs: Sequence[ArchivedRun]) -> str:
     commits = sorted({metrics.short(run.environment['commit']) for run in runs})
     return (
         f'Scale {config["scale"]}: {config["data"]["name"]}, all {images} images of '
-        f'`{config["data"]["test"]}`, ten views. Points are error after the change minus error '
-        f'before it, in per cent: positive is worse. In brackets the 95 % interval over seeds and '
-        f'images (experiments/intervals.py); p is for top-1, corrected for the number of rows '
-        f'(Holm). "Equivalent" rows are not significant, and their top-1 interval is inside '
-        f'+-{100 * MARGIN:g} points: no effect larger than that. "n.s. after Holm" rows have an '
-        f'interval without zero and p >= 0.05. Seeds that "did not train" ended at the error of '
-        f'a constant prediction or with infinite numbers; the figures are of the other seeds. '
-        f'† over images alone: these nets, new images. "std of seeds" is that of the differences, '
-        f'in the first row of the error itself.\n\n{count(found)}\n\n'
-        f'{len(runs)} runs, {hours:.1f} h of training in all, on {", ".join(devices)}; code '
+        f'`{config["data"]["test"]}`, ten views. Points: error with the change minus error '
+        f'without it, in percentage points; positive is worse. Brackets: 95 % interval over seeds '
+        f'and images (experiments/intervals.py). p: for top-1, corrected for the number of rows '
+        f'(Holm). "Equivalent": not significant, and the top-1 interval is within '
+        f'+-{100 * MARGIN:g} points, so there is no larger effect. "n.s. after Holm": the interval '
+        f'excludes zero, but p >= 0.05. "Did not train": these seeds ended at the error of a '
+        f'constant prediction or with non-finite numbers; the figures are for the other seeds. '
+        f'†: interval over images only, for these particular nets. "std of seeds": standard '
+        f'deviation over seeds of the difference; in the first row, of the error itself.\n\n'
+        f'{count(found)}\n\n'
+        f'{len(runs)} runs, {hours:.1f} h of training in total, on {", ".join(devices)}; commit '
         f'{", ".join(commits)}.\n\n'
-        f"The table shows what a change does to this recipe at this scale, with the recipe's rates "
-        f'unless the row names another. It does not show what the change does on ImageNet: the '
-        f'last column is from other data, one run with one seed each.'
+        f"The table shows the effect of a change on this recipe at this scale, with the recipe's "
+        f'learning rates unless the row gives another. It does not show the effect on ImageNet: '
+        f'the last column is from other data, with a single run and seed each.'
     )
 
 
 def table_csv(runs: Sequence[ArchivedRun], folder: Path) -> str:
-    """Return every number, as fractions to 6 places: a line a row, view and measure."""
+    """Return every number, as fractions to 6 places: one line per row, view and measure."""
     out = io.StringIO()
     names = (
         'change,view,measure,seeds,images,error,difference,low,high,p,p_holm,std_of_seeds,'
@@ -585,8 +587,8 @@ def _check_recipes(runs: Sequence[ArchivedRun], folder: Path) -> None:
         does = {*configuration.differences(base.config, run.config)}
         if odd := sorted((does ^ should) - {'seed', *workdir.MAY_DIFFER}):
             raise RunError(
-                f'{folder}/{run.row}-{run.seed} is of another recipe than {BASE}-{base.seed}: see '
-                f'{", ".join(odd)}; a table is made of one sweep.'
+                f'{folder}/{run.row}-{run.seed} has another recipe than {BASE}-{base.seed}: see '
+                f'{", ".join(odd)}; build the table from a single sweep.'
             )
 
 

@@ -1,8 +1,8 @@
-"""Rebuild figure 1 of the paper: how much sooner ReLU reaches 25 % training error than tanh.
+"""Reproduce figure 1 of the paper: how much sooner ReLU reaches 25 % training error than tanh.
 
     python -m experiments.sweep figure1 --seeds=3                       # Fashion-MNIST
     python -m experiments.figure1 --runs=workdirs/figure1-fashion_mnist
-    python -m experiments.figure1                                       # again, from the archive
+    python -m experiments.figure1                                       # rebuild from the archive
 
 With --scale=cifar10 the same on CIFAR-10, the data of the paper, once `python -m
 alexnet_jax prepare tfds --name=cifar10` has prepared it (TensorFlow and the network are needed).
@@ -118,7 +118,7 @@ def _ended(path: Path) -> bool:
         trained = [row['epoch'] for row in metrics.read(path) if row['kind'] == 'train']
         if run_archive.diverged(path) or (trained and trained[-1] >= epochs - 1e-6):
             return True
-    log(f'{path} is not finished, and is left out.')
+    log(f'{path} is not finished, and is skipped.')
     return False
 
 
@@ -194,7 +194,8 @@ def page(found: Sequence[Curves], scale: str) -> str:
     ]
     comparison = _compared(both['relu'], both['tanh'])
     paper = (
-        'The paper: six times, on CIFAR-10, with a net that it does not describe (3.1, figure 1).'
+        'The paper reports a factor of six on CIFAR-10, for a net that it does not describe (3.1, '
+        'figure 1).'
     )
     return f'{markdown([head, *body])}\n\n{" ".join([comparison, paper, *edges])}\n'
 
@@ -203,8 +204,8 @@ def _compared(relu: Curves | None, tanh: Curves | None) -> str:
     if relu is None or tanh is None:
         missed = [FUNCTIONS[f] for f, own in (('relu', relu), ('tanh', tanh)) if own is None]
         return (
-            f'{" and ".join(missed)} reached it at no rate with all seeds, so there is no ratio: '
-            f'run the sweep to its end, or with --config.epochs larger.'
+            f'{" and ".join(missed)} did not reach it with all seeds at any rate, so there is no '
+            f'ratio: finish the sweep, or run it with a larger --config.epochs.'
         )
     seeds, mean, low, high = ratio(tanh, relu)
     if not seeds:
@@ -213,7 +214,7 @@ def _compared(relu: Curves | None, tanh: Curves | None) -> str:
     inconclusive = '; inconclusive' if low <= 1 <= high else ''
     return (
         f'tanh at {tanh.rate:g} takes {mean:.2f}{between} times as many epochs as ReLU at '
-        f'{relu.rate:g} ({seeds} seeds; in brackets 95 % over seeds){inconclusive}.'
+        f'{relu.rate:g} ({seeds} seeds; brackets: 95 % interval over seeds){inconclusive}.'
     )
 
 

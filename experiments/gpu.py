@@ -2,10 +2,10 @@
 
     python -m experiments.gpu [--steps=smoke,ours] [--secs=540] [--archive=FILE.tar.gz]
 
-Each step is a command with a time limit of its own. Its output goes to <out>/<step>.log, and a step
-that fails does not stop the rest. A run that meets its limit saves, and the same command resumes
-it. The logs of runs and the tables are kept in <out>, and after each step in the archive too.
-`experiments/gpu_bundle.py` packs what a machine without a network lacks.
+Each step is a command with its own time limit. Its output goes to <out>/<step>.log, and a step that
+fails does not stop the rest. A run that reaches its limit saves a checkpoint, and the same command
+resumes it. The logs of runs and the tables are stored in <out>, and after each step also in the
+archive. `experiments/gpu_bundle.py` packs what a machine without a network lacks.
 """
 
 import argparse
@@ -77,7 +77,7 @@ def run(command: str, log: Path, limit_secs: float) -> str:
             code = child.wait(limit_secs)
             outcome = 'done' if code == 0 else f'exit code {code}'
         except subprocess.TimeoutExpired:
-            outcome = f'stopped at its limit of {limit_secs:.0f} s'
+            outcome = f'stopped at its time limit of {limit_secs:.0f} s'
             child.terminate()
             try:
                 child.wait(SAVE_SECS)

@@ -3,10 +3,10 @@
     python -m experiments.gpu_bundle         # makes gpu_bundle/, under 64 MiB
     bash gpu_bundle/start.sh [RESULTS.tar.gz] [flags of experiments.gpu]     # there, from the root
 
-The bundle holds wheels of the dependencies that such a machine lacks, the prepared Fashion-MNIST,
-and the repository's last commit, by which a run records its code. The machine is expected to have
-jax with CUDA, flax, optax, orbax-checkpoint, rich, scipy and pillow; PyTorch is compared with where
-it is installed.
+The bundle contains wheels of the dependencies that such a machine lacks, the prepared
+Fashion-MNIST, and the repository's last commit, so that runs can record their code version. The
+machine is expected to have jax with CUDA, flax, optax, orbax-checkpoint, rich, scipy and pillow. If
+PyTorch is installed, it is compared as well.
 """
 
 import re

@@ -3,10 +3,10 @@
     python -m experiments.meshes [--steps=100]
 
 The smoke net on real images, the same seed, on eight virtual CPU devices: the first step's loss,
-gradient and parameters against those on one device, and the largest distance of the loss curves,
-at the recipe's rates and at a hundredth of them. The last row is one device again with the smallest
-possible change: every weight of conv1 moved by one unit in the last place. It shows how far a
-rounding error grows by itself. Writes experiments/results/meshes.jsonl, one object a row.
+gradient and parameters against those on one device, and the largest distance of the loss curves, at
+the recipe's rates and at a hundredth of them. The last row is one device with the smallest possible
+change: every weight of conv1 changed by one unit in the last place. It shows how far a rounding
+error grows. Writes experiments/results/meshes.jsonl, one object per row.
 """
 
 import argparse

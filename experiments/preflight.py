@@ -1,10 +1,10 @@
-"""Measure the spread of logits over images at initialisation, by recipe, width and init.
+"""Measure the spread of logits across images at initialisation, by recipe, width and init.
 
     python -m experiments.preflight [--seeds=3]
 
 The standard deviation of the logits across 128 images of Fashion-MNIST, for the recipe as run and
 as written, at both of its scales, with and without the init scaled by the fan-in. Writes
-experiments/results/preflight.jsonl, one object a row.
+experiments/results/preflight.jsonl, one object per row.
 """
 
 import argparse

@@ -3,7 +3,7 @@
 python -m experiments.readme            # write them
 python -m experiments.readme --check    # exit code 1 if a page differs from the logs
 
-A generated part stands between `<!-- MARK: command -->` and `<!-- end of MARK -->`.
+A generated part is enclosed by `<!-- MARK: command -->` and `<!-- end of MARK -->`.
 """
 
 import ast
@@ -51,7 +51,7 @@ def quickstart() -> str:
     """Return the last line that `make` printed in the archived quickstart run on a CPU."""
     for config, environment, records in archived_runs():
         if config['scale'] == 'quickstart' and environment['platform'] == 'cpu':
-            return f'```\n{summary(config, records)}\n```\n\nThis was on {_device(environment)}.'
+            return f'```\n{summary(config, records)}\n```\n\nMeasured on {_device(environment)}.'
     return NOT_RUN
 
 
@@ -92,9 +92,9 @@ def _accuracy(final: Mapping[str, Any], view: str) -> str:
 def results() -> str:
     """Return README's table: the recipe at three scales, the contribution table, the speed."""
     rows = [
-        '| what | here | elsewhere | command |',
+        '| result | here | for comparison | command |',
         '|---|---|---|---|',
-        f'| Fashion-MNIST, a quarter of the widths, 112 px: test accuracy '
+        f'| Fashion-MNIST, a quarter of the width, 112 px: test accuracy '
         f'| {_scale("quickstart")} | - | `make` |',
         f'| Fashion-MNIST, full net, 224 px: test accuracy | {_scale("fashion_mnist")} '
         f'| {importlib.import_module("configs.variant_d2l").REPORTED} (d2l, one tower, no LRN) '
@@ -104,7 +104,7 @@ def results() -> str:
         f'| `python main.py --config=configs/alexnet.py:imagenet2012` |',
         f'| effect of each ablation on top-1 error, quickstart | {_findings()} | - '
         f'| `make table` |',
-        f'| speed of training, full net | {_speed()} | `python -m experiments.throughput` |',
+        f'| training speed, full net | {_speed()} | `python -m experiments.throughput` |',
     ]
     return '\n'.join(rows)
 
@@ -144,8 +144,8 @@ def _speed() -> str:
         ]
         if net.startswith('2012,') and what == 'train':
             return (
-                f'{ours} images/s at batch {batch} on {device}, {ratio} of PyTorch '
-                f'| {torch.partition(" ")[0]} images/s (PyTorch, fastest form)'
+                f'{ours} images/s at batch {batch} on {device}, {ratio} times PyTorch '
+                f'| {torch.partition(" ")[0]} images/s (fastest PyTorch variant)'
             )
     return f'{NOT_RUN} | -'
 
@@ -155,7 +155,10 @@ def _speed() -> str:
 
 def configs() -> str:
     """Return what each file of configs/ is, and what was reported for its change in 2012."""
-    rows = ['| file | what it is | reported difference, top-1 / top-5, points |', '|---|---|---|']
+    rows = [
+        '| file | description | reported effect on error, top-1 / top-5, points |',
+        '|---|---|---|',
+    ]
     for path in sorted((ROOT / 'configs').glob('[a-z]*.py')):
         head = ast.get_docstring(ast.parse(path.read_text()))
         assert head is not None, path
@@ -215,7 +218,7 @@ def speed() -> str:
 
 def datasets() -> str:
     """Return the costs of preparation and reading, and of the dry run of ImageNet."""
-    lines = ['| measured by | |', '|---|---|']
+    lines = ['| command | result |', '|---|---|']
     for path in sorted((RESULTS / 'prepare').glob('*.json')):
         lines += [
             f'| `experiments.data_bench preparation` | {fact} |'
@@ -235,7 +238,7 @@ def datasets() -> str:
 def _prepared(found: dict) -> list[str]:
     jpeg, raw = (found[storage]['ours'] for storage in ('jpeg', 'raw'))
     return [
-        f'{found["device"]}, images of 500 x 375 px: {jpeg["cpu_ms"]:.2f} ms of processor time per '
+        f'{found["device"]}, images of 500 x 375 px: {jpeg["cpu_ms"]:.2f} ms of CPU time per '
         f'image stored as JPEG, {raw["cpu_ms"]:.2f} ms raw; {jpeg["main_mib"]:.0f} MiB, and '
         f'{jpeg["worker_mib"]:.0f} MiB per worker',
     ]
@@ -246,10 +249,10 @@ def _read(found: dict) -> list[str]:
 
     def rate(form: str, readers: int) -> str:
         row = found[form][f'ours, {readers}']
-        return f'{row["images_per_sec"]:,.0f} images/s ({row["cpu_ms"]:.2f} ms of processor time)'
+        return f'{row["images_per_sec"]:,.0f} images/s ({row["cpu_ms"]:.2f} ms of CPU time)'
 
     return [
-        f'{found["cores"]} cores at a load of {found["load_average"][0]:.1f}; '
+        f'{found["cores"]} cores, load {found["load_average"][0]:.1f}; '
         f'256 x 256 px raw: {rate("raw", 0)} in one thread, {rate("raw", 2)} with two readers',
         f'as JPEG: {rate("jpeg", 0)} in one thread, {rate("jpeg", 2)} with two readers',
         f'{start["records"]:,.0f} images in {found["files"]} files: first batch after '
@@ -297,7 +300,7 @@ def meshes() -> str:
     """Return how far meshes and placements are from one device."""
     rows = [
         "| placement, data x tower | loss | gradients | parameters | loss curve, recipe's rates "
-        '| loss curve, a hundredth of them |',
+        '| loss curve, rates / 100 |',
         '|---|---|---|---|---|---|',
     ]
     keys = ('loss', 'gradients', 'parameters', 'curve_recipe', 'curve_hundredth')

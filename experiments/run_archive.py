@@ -1,12 +1,12 @@
-"""Archive of finished runs in the repository: small, and enough to compare one with others.
+"""Archive finished runs in the repository: small, but sufficient to compare them.
 
     <run>/config.json, environment.json, metrics.jsonl (a training record an epoch), wrong.json
 
 A run that ended with infinite numbers has no wrong.json but an empty file `diverged`. wrong.json is
-one JSON object with a bit an image, for one view and ten and for top-1 and top-5: whether the net
-missed it (10,000 images are 1.7 kB of base64). It also has the sha256 of the labels, so that only
-runs on the same images are compared. `ensembles.jsonl` beside the runs has the same for ensembles
-of a row's seeds.
+one JSON object with one bit per image, for one view and ten and for top-1 and top-5: whether the
+net missed it (10,000 images are 1.7 kB of base64). It also has the sha256 of the labels, so that
+only runs on the same images are compared. `ensembles.jsonl` beside the runs has the same for
+ensembles of a row's seeds.
 """
 
 import argparse
@@ -74,7 +74,7 @@ def archive(workdir: Path, folder: Path) -> None:
     for view, measure in itertools.product(evaluate.VIEWS, MEASURES):
         if float(np.mean(wrong[view][measure])) != final[view][measure]:
             raise RunError(
-                f'{workdir}/predictions_test.npz is not of the end of the run (its {measure} '
+                f'{workdir}/predictions_test.npz is not from the end of the run (its {measure} '
                 f'differs from metrics.jsonl); make it with --mode=evaluate --step=latest.'
             )
     archive_records(workdir, folder, thinned(found))
@@ -106,13 +106,13 @@ def archive_all(
     for path in sorted(folder.glob('*/metrics.jsonl')):
         row, seed = name_of(path.parent)
         if row not in rows:
-            log(f'{path.parent} is no run of the table, and is left out.')
+            log(f'{path.parent} is not a run of the table, and is skipped.')
         elif (path.parent / 'predictions_test.npz').exists():
             finished[row, seed] = path.parent
         elif diverged(path.parent):
             lost[row, seed] = path.parent
         else:
-            log(f'{path.parent} is not finished, and is left out.')
+            log(f'{path.parent} is not finished, and is skipped.')
     target = results / only_scale(folder, [*(finished | lost).values()])
     for workdir in finished.values():
         archive(workdir, target / workdir.name)
@@ -139,7 +139,7 @@ def only_scale(folder: Path, workdirs: Sequence[Path]) -> str:
     scales = {portable_config(workdir)['scale'] for workdir in workdirs}
     if len(scales) != 1:
         what = f'runs of {len(scales)} scales' if scales else 'no finished run'
-        raise RunError(f'{folder} holds {what}; a table is made of one sweep at one scale.')
+        raise RunError(f'{folder} contains {what}; build the table from one sweep at one scale.')
     return scales.pop()
 
 
@@ -216,7 +216,7 @@ def archive_ensembles(workdirs: Mapping[int, Path], path: Path) -> None:
 
 
 def lines(found: Sequence[Record]) -> str:
-    """Return JSON, an object a line."""
+    """Return JSON, one object per line."""
     return ''.join(json.dumps(record) + '\n' for record in found)
 
 
@@ -243,7 +243,7 @@ def read(folder: Path, predictions: bool = True) -> list[ArchivedRun]:
     ended = (path.parent for path in found if not (path.parent / 'diverged').exists())
     paths = sorted(ended, key=name_of)
     if not paths:
-        raise RunError(f'no run is archived in {folder}; name the --runs of a sweep.')
+        raise RunError(f'no run is archived in {folder}; give the workdirs of a sweep with --runs.')
     runs = [_read(path) for path in paths]
     for what, values in (
         ('scales', {run.config['scale'] for run in runs}),
@@ -344,7 +344,9 @@ def main(
         if not args.runs:
             folders = sorted(path for path in args.results.glob('*') if path.is_dir())
         if not folders:
-            raise RunError(f'nothing is archived in {args.results}; name the --runs of a sweep.')
+            raise RunError(
+                f'nothing is archived in {args.results}; give the workdirs of a sweep with --runs.'
+            )
         for folder in folders:
             print(build(folder))
             log(f'in {folder}')

@@ -3,7 +3,7 @@
     python -m experiments.scaling            # the tables, from the stored rows
     python -m experiments.scaling --compile  # compile for 1 to 64 devices; store rows and tables
 
-Weak scaling, 128 images a device. FLOPs, bytes and messages of one device are read from XLA's
+Weak scaling, 128 images per device. FLOPs, bytes and messages of one device are read from XLA's
 program (alexnet_jax/analysis/communication.py). It is compiled by a CPU's XLA from the forms that
 accelerators get (`ops.traced_for`): a CPU's own forms of LRN and convolution count some 10 %
 more operations, and not as many on every mesh. Speeds are not estimated: none was measured.
@@ -152,7 +152,7 @@ def communication_table(rows: list[dict[str, Any]], net: str) -> str:
 
 
 def flops_table(rows: list[dict[str, Any]]) -> str:
-    """Return a table of XLA's count of operations beside the count by hand, on one device."""
+    """Return a table of XLA's count of operations and the count by hand, on one device."""
     body = []
     for net, name in NETS.items():
         row = find(rows, net, 'data', 1)
@@ -174,9 +174,9 @@ def tables(rows: list[dict[str, Any]]) -> str:
     """Return the text of tables.md."""
     parts = [
         '# Scaling: what each device sends and computes',
-        'Written by `python -m experiments.scaling --compile`, from compiled programs; no speed of '
-        f'several accelerators was measured. Weak scaling, {IMAGES_A_DEVICE} images a device, '
-        'float32. Placements: '
+        'Written by `python -m experiments.scaling --compile`, from compiled programs; speed on '
+        'several accelerators was not measured. Weak scaling, '
+        f'{IMAGES_A_DEVICE} images per device, float32. Placements: '
         + '; '.join(f'`{key}` is {text}' for key, text in PLACEMENTS.items())
         + '.',
         '## MiB that each device sends in a step (activations + gradients), and its parameters and '
@@ -186,8 +186,8 @@ def tables(rows: list[dict[str, Any]]) -> str:
         parts += [f'Net: {name}.', communication_table(rows, net)]
     parts += [
         '## Operations of a step on one device',
-        'By hand: two a multiply-add, three passes (conv1 two). Products with the zeros of the '
-        'padding are counted by hand, and not by XLA.',
+        'By hand: two per multiply-add, three passes (two for conv1). The count by hand includes '
+        "products with the zeros of the padding, XLA's does not.",
         flops_table(rows),
     ]
     return '\n\n'.join(parts) + '\n'

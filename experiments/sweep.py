@@ -1,4 +1,4 @@
-"""Train several configs, overrides and seeds, and resume them where they stopped.
+"""Train all combinations of configs, overrides and seeds, and resume them after interruptions.
 
     python -m experiments.sweep contribution_table --scale=quickstart --seeds=5 --parallel=2
     python -m experiments.sweep my_sweep.py --dry_run        # print the commands
@@ -109,7 +109,9 @@ def plan(name: str, folder: Path, scale: str, seeds: int, common: Mapping[str, A
                 resolve(config, overrides, row)
                 runs.append(Run(row, seed, config, overrides, folder / f'{row}-{seed}'))
     if len({run.name for run in runs}) < len(runs):
-        raise UsageError(f'{name}: two runs have the same name; name CONFIGS and OVERRIDES apart.')
+        raise UsageError(
+            f'{name}: two runs have the same name; give CONFIGS and OVERRIDES distinct names.'
+        )
     return runs
 
 
@@ -124,7 +126,7 @@ def load(name: str) -> dict[str, Any]:
         raise UsageError(f'there is no sweep {path}; see python -m experiments.sweep --help.')
     values = runpy.run_path(str(path))
     if not values.get('CONFIGS'):
-        raise UsageError(f'{path} is no sweep: it has no CONFIGS.')
+        raise UsageError(f'{path} is not a sweep: it has no CONFIGS.')
     return values
 
 
@@ -172,7 +174,7 @@ def slots(parallel: int | None) -> list[Slot]:
     parallel = parallel or len(devices) or 1
     if not devices:
         if parallel > len(cores):
-            raise UsageError(f'--parallel={parallel}: there are {len(cores)} cores; choose fewer.')
+            raise UsageError(f'--parallel={parallel} exceeds the {len(cores)} cores; lower it.')
         share = len(cores) // parallel
         return [Slot(tuple(cores[i * share : (i + 1) * share])) for i in range(parallel)]
     each = -(-parallel // len(devices))
@@ -296,7 +298,9 @@ def run_by_submitit(runs: Sequence[Run], cluster: str, folder: Path, **parameter
         executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
         executor.update_parameters(**parameters)
     except RuntimeError as error:
-        raise RunError(f'no {cluster} here ({error}); --launcher=processes?') from error
+        raise RunError(
+            f'{cluster} is not available ({error}); try --launcher=processes.'
+        ) from error
     except (NameError, TypeError, ValueError) as error:
         raise UsageError(f'submitit: {error}.') from error
     try:
@@ -335,7 +339,7 @@ def stop_on_signals() -> None:
         del frame
         for kind in kinds:
             signal.signal(kind, signal.SIG_IGN)
-        log(f'{signal.Signals(number).name}: runs save and stop.')
+        log(f'{signal.Signals(number).name}: runs are saving and stopping.')
         sys.exit(128 + number)
 
     for kind in kinds:
@@ -383,7 +387,7 @@ def act(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
                 log(f'{run.name}: {text}')
                 failed += [run] if text.startswith('failed') else []
     except SystemExit:
-        log('all have stopped; the same command resumes.')
+        log('all runs have stopped; the same command resumes.')
         raise
     done = sum(run.finished for run in runs)
     print(f'{done} of {len(runs)} done, {len(failed)} failed, in {runs[0].workdir.parent}')

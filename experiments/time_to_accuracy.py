@@ -2,12 +2,12 @@
 
     python -m experiments.time_to_accuracy --workdir=workdirs/time     # 0.885 on Fashion-MNIST
 
-The full net at 224 px; the figure of the tutorials, which reach it there in 10 epochs at about
-4,150 images/s. Training is the trainer's own loop. It stops at the end of the config's epochs, or
-after the first whose *validation* accuracy is --margin above the target: the test images are looked
-at only when training is over. Then the parameters of each epoch are evaluated on all of them, and
-the first epoch that reaches the target counts. Seconds are of training alone: evaluations, saves
-and compilation of what is not the step are not in them, the first step's compilation is.
+The full net at 224 px. The default target is the tutorials' figure, which they reach in 10 epochs
+at about 4,150 images/s. Training is the trainer's own loop. It stops at the end of the config's
+epochs, or after the first whose *validation* accuracy is --margin above the target: the test images
+are used only after training. Then the parameters of each epoch are evaluated on all of them, and
+the first epoch that reaches the target counts. Only training time is counted: it includes
+compilation of the step, but not evaluations, checkpoints or other compilation.
 """
 
 import argparse
@@ -149,7 +149,7 @@ def act(flags: argparse.Namespace) -> int:
         print(NOT_HERE)
         return 0
     if (flags.workdir / 'metrics.jsonl').exists():
-        raise UsageError(f'{flags.workdir} holds a run; choose a new --workdir.')
+        raise UsageError(f'{flags.workdir} contains a run; choose a new --workdir.')
     config = config_of(flags.config)
     config.model.compute_dtype = flags.dtype
     row = measure(config, flags.workdir, flags.target, flags.margin)
@@ -159,7 +159,7 @@ def act(flags: argparse.Namespace) -> int:
         scratch.write_text(json.dumps(row, indent=1) + '\n')
     if row['secs'] is None:
         best = max(row['test_accuracy'])
-        raise RunError(f'{flags.target} was not reached: {best:.4f} at best; see {path}.')
+        raise RunError(f'{flags.target} was not reached: the best was {best:.4f}; see {path}.')
     print(f'{row["reached"]:.4f} after {row["secs"]:.1f} s, epoch {row["epoch"]}; see {path}')
     return 0
 

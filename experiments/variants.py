@@ -1,11 +1,11 @@
-"""Write the table of the tutorials' AlexNets and LeNet: trained here, and as reported there.
+"""Write the table of the tutorials' AlexNets and LeNet: results here, and those reported.
 
     python -m experiments.sweep variants --scale=quickstart --seeds=3      # or fashion_mnist
     python -m experiments.variants --runs=workdirs/variants-quickstart
-    python -m experiments.variants          # again, from the archive in the repository
+    python -m experiments.variants          # rebuild from the archive in the repository
 
-Writes experiments/results/variants/<scale>/table.md. The reported figures are of the full nets on
-Fashion-MNIST at 224 px, so they are in that scale's table only.
+Writes experiments/results/variants/<scale>/table.md. The reported figures are for the full nets
+on Fashion-MNIST at 224 px, so only that scale's table has them.
 """
 
 import importlib
@@ -32,7 +32,7 @@ RESULTS = Path(__file__).parent / 'results' / 'variants'
 def table(runs: Sequence[ArchivedRun], scale: str) -> str:
     """Return mean accuracies and their standard deviation over seeds, as Markdown."""
     rows = [
-        f'| {scale} | seeds | test accuracy | ten views | epochs | reported there |',
+        f'| {scale} | seeds | test accuracy | ten views | epochs | reported |',
         '|---|---|---|---|---|---|',
     ]
     for name in CONFIGS:
@@ -45,8 +45,8 @@ def table(runs: Sequence[ArchivedRun], scale: str) -> str:
     commits = ', '.join(sorted({metrics.short(run.environment['commit']) for run in runs}))
     devices = ', '.join(sorted({run.environment['device'] for run in runs}))
     test = runs[0].config['data']['test']
-    rows += ['', f'Means ± standard deviation over seeds; all images of `{test}`.']
-    rows += [f'On {devices}; code {commits}.', '']
+    rows += ['', f'Mean ± standard deviation over seeds, on all images of `{test}`.']
+    rows += [f'Trained on {devices}; commit {commits}.', '']
     if scale == REPORTED_AT:
         rows += by_epoch(runs)
     return '\n'.join(rows)
@@ -72,7 +72,7 @@ def by_epoch(runs: Sequence[ArchivedRun]) -> list[str]:
                 f'| {run.row}, seed {run.seed}: test accuracy after epoch | {epochs} |',
                 '|---' * (len(here) + 1) + '|',
                 f'| here, {run.environment["device"]}, {minutes:.1f} min | {" | ".join(here)} |',
-                f'| reported there | {" | ".join(there)} |',
+                f'| reported | {" | ".join(there)} |',
                 f'| training loss, here | {" | ".join(_training(run, ends))} |',
                 '',
                 _reported_training(run.row),
@@ -93,7 +93,7 @@ def _training(run: ArchivedRun, ends: Sequence[float]) -> list[str]:
 
 def _reported_training(name: str) -> str:
     loss, accuracy, epoch = _module(name).REPORTED_TRAINING
-    return f'Reported there in epoch {epoch}: training loss {loss}, training accuracy {accuracy}.'
+    return f'Reported in epoch {epoch}: training loss {loss}, training accuracy {accuracy}.'
 
 
 def _module(name: str) -> Any:

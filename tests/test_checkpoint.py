@@ -262,7 +262,10 @@ def test_each_file_damaged_is_found_or_was_harmless(tmp_path, damage):
         if aside:
             found.add(str(file))
             assert 'checkpoint 2 in' in reports[0]
-            assert damage == 'swap' or 'set aside as damaged-2, resuming from step 1' in reports[0]
+            assert (
+                damage == 'swap'
+                or 'it was renamed to damaged-2; resuming from step 1' in reports[0]
+            )
     # Orbax keeps more than the values depend on (sharding, timestamps, commit marks, metadata kept
     # twice): damage there may do no harm, and resume_after saw that every leaf verified.
     vital = {'manifest/metadata'}
@@ -293,7 +296,7 @@ def test_a_checkpoint_in_the_place_of_another_is_damaged(tmp_path):
     checkpoints = saved(tmp_path)
     shutil.rmtree(tmp_path / '2')
     shutil.copytree(tmp_path / '1', tmp_path / '2')
-    with pytest.raises(RunError, match=r'checkpoint 2 in .* is damaged: it holds step 1'):
+    with pytest.raises(RunError, match=r'checkpoint 2 in .* is damaged: it is for step 1'):
         checkpoints.restore(None)
 
 

@@ -531,7 +531,7 @@ WRONG = {
     'model.conv3.ops': (('pool', 'relu'), 'conv5: a pooling window of 3 px does not fit'),
     'model.conv4.reads': ('both', "'both' is not one of own, all"),
     'model.conv4.padding_px': (((1, 1),), 'must have 2 values'),
-    'model.fc6.ops': (('pool',), "'pool' needs maps"),
+    'model.fc6.ops': (('pool',), "'pool' needs feature maps"),
     'model.fc7.ops': (('dropout', 'dropout'), 'twice'),
     'model.fc7.init': ('None', "'None'; use 'none' instead"),
     'model.conv1.stride_px': (0, 'must be at least 1'),
@@ -584,7 +584,7 @@ def test_towers_that_a_net_or_a_placement_does_not_have():
     with pytest.raises(UsageError, match=r'has no tower axis; set mesh\.tower=1'):
         configuration.unpack(tree)
     tree['mesh']['tower'], tree['model']['fc7']['reads'] = 1, 'own'
-    with pytest.raises(UsageError, match='fc7 reads its own only'):
+    with pytest.raises(UsageError, match='fc7 reads only its own'):
         configuration.unpack(tree)
     tree['mesh'] = {'data': 1, 'tower': 2, 'placement': 'towers'}
     tree['model']['towers'] = 1

@@ -102,9 +102,9 @@ def lines(built) -> dict[tuple[str, str, str], dict[str, str]]:
 def test_findings_match_the_known_changes(lines):
     for change, true, finding in (
         ('no normalisation', 0.08, 'worse'),
-        ('tanh for ReLU', -0.06, 'better'),
+        ('tanh instead of ReLU', -0.06, 'better'),
         ('pooling windows do not overlap', 0.0, 'inconclusive'),
-        ('sigmoid for ReLU', 0.8, 'did not train'),
+        ('sigmoid instead of ReLU', 0.8, 'did not train'),
     ):
         row = lines[change, 'centre', 'top1_error']
         assert row['finding'] == finding, row
@@ -272,7 +272,7 @@ def test_predictions_of_another_step_are_refused(smoke_run, tmp_path):
         arrays = dict(file)
     arrays['centre'] = np.roll(arrays['centre'], 1, axis=1)
     evaluate.save_predictions(copy / 'predictions_test.npz', arrays)
-    with pytest.raises(RunError, match='not of the end of the run'):
+    with pytest.raises(RunError, match='not from the end of the run'):
         run_archive.archive(copy, tmp_path / 'kept')
     assert not (tmp_path / 'kept').exists()
 
@@ -343,7 +343,7 @@ def test_one_seed_has_no_interval(runs, tmp_path):
 
 def test_nothing_archived_yet(tmp_path, capsys):
     assert contribution_table.main([f'--results={tmp_path}']) == 1
-    assert 'name the --runs of a sweep' in capsys.readouterr().err
+    assert 'give the workdirs of a sweep with --runs' in capsys.readouterr().err
 
 
 def test_the_variants_are_beside_the_reported_figures(tmp_path, capsys):
@@ -383,7 +383,7 @@ def test_epochs_of_60000_images_match_the_reported_ones():
     ]
     head, _, _, reported, training, *_ = variants.by_epoch([run])
     assert head.endswith('after epoch | 1 | 2 | 3 | 4 | 5 | 6 | 7 | 8 | 9 | 10 |')
-    assert reported.startswith('| reported there | 0.756 | 0.804 | 0.835 | 0.854 | 0.866 | - |')
+    assert reported.startswith('| reported | 0.756 | 0.804 | 0.835 | 0.854 | 0.866 | - |')
     assert training.startswith('| training loss, here | 2.000 | - |')
 
 

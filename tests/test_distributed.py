@@ -276,7 +276,7 @@ def test_an_error_of_one_process_ends_all_with_its_sentence_and_exit_code(undist
     """Only process 0 looks at the workdir, and finds another run's."""
     crew = Crew(command, undisturbed.folder, 2, (*MESH, '--config.seed=5'))
     assert crew.wait() == {0: 2, 1: 2}
-    assert 'holds a run of another config, different in seed' in crew.last(0)
+    assert 'contains a run with a different config: seed' in crew.last(0)
     assert crew.last(1) == crew.last(0).replace('main.py: ', 'main.py: process 0: ')
 
 
@@ -423,7 +423,7 @@ def test_steps_of_a_job_side_by_side_have_ports_of_their_own():
     [
         ({}, ('here:1', None, None), 'give --num_processes and --process_id too'),
         ({}, (None, 2, 0), 'give --coordinator_address too'),
-        ({}, ('here:1', 2, 2), '--process_id is 2; with 2 processes it must be 0 to 1'),
+        ({}, ('here:1', 2, 2), '--process_id is 2; with 2 processes it must be between 0 and 1'),
         ({}, ('here:1', 2, -1), '--process_id is -1'),
         ({}, ('here', 2, 1), 'must have the form host:port'),
         ({'JAX_NUM_PROCESSES': 'two'}, (None, None, None), "JAX_NUM_PROCESSES is 'two'"),

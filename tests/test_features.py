@@ -120,7 +120,7 @@ def test_features_of_files(trained, images, tmp_path):
     assert found.class_name(0) is None
     assert found.image(1) == f'{tmp_path}/1.png'
     assert len(faults) == 1
-    assert '1b.png is no image' in faults[0]
+    assert '1b.png is not an image' in faults[0]
     np.testing.assert_array_equal(
         found.rows, features.make_extract(trained, 'fc7_relu')(images[:3])
     )
@@ -149,7 +149,10 @@ def test_damaged_feature_files(trained, tmp_path):
     for name, (array, text) in bad.items():
         (tmp_path / f'{name}.npy').write_bytes(array)
         (tmp_path / f'{name}.json').write_text(text)
-        with pytest.raises(RunError, match=rf'{name}\.npy and the .json beside it are no features'):
+        with pytest.raises(
+            RunError,
+            match=rf'{name}\.npy and its .json file are damaged, or do not contain features',
+        ):
             features.read(tmp_path / f'{name}.npy')
     (tmp_path / 'alone.npy').write_bytes(body)
     for name, file in (('missing', 'missing.npy'), ('alone', 'alone.json')):

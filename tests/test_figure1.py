@@ -57,7 +57,10 @@ def test_each_function_gets_its_own_rate(runs, tmp_path, capsys):
     assert figure1.main([f'--runs={runs}', f'--results={results}']) == 0
     out = capsys.readouterr().out
     assert 'tanh at 0.008 takes 3.0' in out
-    assert 'times as many epochs as ReLU at 0.016 (3 seeds; in brackets 95 % over seeds).' in out
+    assert (
+        'times as many epochs as ReLU at 0.016 (3 seeds; brackets: 95 % interval over seeds).'
+        in out
+    )
     assert 'end of the grid' not in out
     by_rate = {line.split('|')[1].strip(): line for line in out.splitlines() if '| rate' in line}
     assert len(by_rate) == len(figure1.RATES)
@@ -117,7 +120,7 @@ def test_a_rate_at_the_end_of_the_grid_is_reported(runs, tmp_path, capsys):
 
 def test_nothing_is_archived_yet(tmp_path, capsys):
     assert figure1.main([f'--results={tmp_path / "results"}']) == 1
-    assert 'name the --runs' in capsys.readouterr().err
+    assert 'give the workdirs of a sweep with --runs' in capsys.readouterr().err
 
 
 def test_where_one_never_reaches_the_target_the_other_is_still_shown(runs, tmp_path):
@@ -125,7 +128,7 @@ def test_where_one_never_reaches_the_target_the_other_is_still_shown(runs, tmp_p
         (path / 'metrics.jsonl').write_text(run_archive.lines(curve(9.0)))
     folder = figure1.archive(runs, tmp_path / 'results')
     text = figure1.build(folder)
-    assert 'tanh reached it at no rate with all seeds, so there is no ratio' in text
+    assert 'tanh did not reach it with all seeds at any rate, so there is no ratio' in text
     assert '**0.255' in text
     assert (folder / 'figure1.svg').exists()
     assert figure1.main([f'--results={folder.parent}']) == 0

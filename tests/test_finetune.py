@@ -120,16 +120,16 @@ def test_the_same_classes_keep_the_last_layer(smoke_run, data_dir, capsys):
     np.testing.assert_array_equal(kept['fc8']['kernel'], theirs['fc8']['kernel'])
     assert carried == names
     assert 'starting from step 8 of there: conv1, conv2,' in (err := capsys.readouterr().err)
-    assert err.endswith('fc7, fc8 carried over, none fresh\n')
+    assert err.endswith('fc7, fc8; no layer initialised from scratch\n')
     others = [classes[::-1], [str(i) for i in range(10)]]
     found, carried = finetuning.parameters(fresh, restored, names, others, 'there')
     assert found['fc8'] is fresh['fc8']
     assert carried == names[:-1]
-    assert 'fc7 carried over, fresh: fc8 (other classes)' in capsys.readouterr().err
+    assert 'fc7; initialised from scratch: fc8 (other classes)' in capsys.readouterr().err
     fresh['fc8'] = {'kernel': np.zeros((3, 5), np.float32), 'bias': np.zeros(5, np.float32)}
     found, _ = finetuning.parameters(fresh, restored, names, [classes], 'there')
     assert found['fc8'] is fresh['fc8']
-    assert 'fc7 carried over, fresh: fc8 (512x10 there, 3x5 here)' in capsys.readouterr().err
+    assert 'fc7; initialised from scratch: fc8 (512x10 there, 3x5 here)' in capsys.readouterr().err
 
 
 def test_layers_are_carried_over_by_name_where_shapes_agree(smoke_run, seven, tmp_path, capsys):
@@ -139,7 +139,9 @@ def test_layers_are_carried_over_by_name_where_shapes_agree(smoke_run, seven, tm
     config.model.layers = tuple(x for x in config.model.layers if x != 'conv4')
     train.run(config, tmp_path / 'w')
     err = capsys.readouterr().err
-    assert 'conv1, conv5, fc6, fc7 carried over, fresh: conv2 (5x5x6x32 there, 5x5x6x48 ' in err
+    assert (
+        'conv1, conv5, fc6, fc7; initialised from scratch: conv2 (5x5x6x32 there, 5x5x6x48 ' in err
+    )
     assert 'conv5 of' in err
     assert 'followed a different layer there' in err
     assert 'conv2.features' not in err  # a fresh layer's values are no matter
@@ -158,7 +160,7 @@ def test_a_net_that_shares_no_layer_is_refused(smoke_run, seven, tmp_path):
 def test_layers_to_carry_over_are_named(smoke_run, seven, tmp_path, capsys):
     config = tuned(smoke_run, seven, init_layers=('conv2', 'conv1'), epochs=0.1)
     train.run(config, tmp_path / 'w')
-    assert 'conv1, conv2 carried over, fresh: conv3, conv4, conv5,' in capsys.readouterr().err
+    assert 'conv1, conv2; initialised from scratch: conv3, conv4, conv5,' in capsys.readouterr().err
     config.init_layers = ('conv1', 'fc8')
     with pytest.raises(UsageError, match=r'has no fc8 \(512x10 there, 512x7 here\) for this net'):
         train.run(config, tmp_path / 'v')
@@ -178,13 +180,13 @@ def test_the_same_weights_in_another_net_give_a_warning(smoke_run, seven, capsys
     tree['preprocess']['scale'] = 0.5
     finetuning.compare(tree, restored, 'W', layers[:-1])
     assert capsys.readouterr().err.strip() == (
-        'warning: W was trained with other values of model.conv1.ops, preprocess.scale'
+        'warning: W was trained with different values of model.conv1.ops, preprocess.scale'
     )
     finetuning.compare(tree, restored, 'W', ['fc7'])
     assert capsys.readouterr().err.splitlines() == [
         'warning: fc7 of W followed a different layer there; to train these from scratch, set '
         'init_layers to the layers before them',
-        'warning: W was trained with other values of preprocess.scale',
+        'warning: W was trained with different values of preprocess.scale',
     ]
 
 
@@ -318,17 +320,17 @@ def test_the_chain_of_1_cnn_star(pictures, tmp_path, capsys):
     """145 -> 146 on a larger set of labels -> the set that is wanted (paper 6.1; runs 145, 146)."""
     convolutions = tuple(f'conv{i}' for i in range(1, 6))
     train.run(link('small', pictures), tmp_path / '145')
-    assert 'carried over' not in capsys.readouterr().err
+    assert 'initialised from scratch' not in capsys.readouterr().err
     first = {'seed': 1, 'init_layers': convolutions, 'optimizer__multipliers__conv1': 0.0}
     train.run(link('big', pictures, tmp_path / '145', **first), tmp_path / '146-big')
     err = capsys.readouterr().err
-    assert 'conv4, conv5 carried over, fresh: conv6 (missing there), fc6' in err
+    assert 'conv4, conv5; initialised from scratch: conv6 (missing there), fc6' in err
     assert 'warning: ' + str(tmp_path) not in err
     assert 'followed a different layer' not in err
     second = {'optimizer__multipliers__conv1': 0.0, 'optimizer__multipliers__conv6': 0.0}
     train.run(link('small', pictures, tmp_path / '146-big', **second), tmp_path / '146')
     err = capsys.readouterr().err
-    assert 'conv5, conv6, fc6, fc7 carried over, fresh: fc8 (512x5 there, 512x3 here)' in err
+    assert 'conv5, conv6, fc6, fc7; initialised from scratch: fc8 (512x5 there, 512x3 here)' in err
     base, big, last = (
         checkpoint.read(tmp_path / name / 'checkpoints').state['state']['params']
         for name in ('145', '146-big', '146')

@@ -64,7 +64,7 @@ def test_ignored_files_are_reported(tmp_path, capsys):
     put(tmp_path, 'a/1.jpg', 'a/2.heic', 'a/3.HEIC', 'a/.hidden', 'b/1.png', 'b/deep/README')
     image_folder.source(tmp_path, 'x', validation=0, test=0)
     message = capsys.readouterr().err.splitlines()
-    assert message[-2].endswith('.heic 2, no ending 1')
+    assert message[-2].endswith('.heic 2, no suffix 1')
     assert 'HEIC is not supported: convert' in message[-1]
     put(tmp_path, 'c/1.heic')
     with pytest.raises(UsageError, match=r'c contains no images  \(.heic 1\): HEIC is not'):
@@ -74,7 +74,7 @@ def test_ignored_files_are_reported(tmp_path, capsys):
 def test_pictures_of_no_class_are_reported(tmp_path, capsys):
     put(tmp_path, 'train/a/1.jpg', 'train/b/1.jpg', 'val/a/2.jpg', 'train/stray.jpg')
     image_folder.source(tmp_path, 'x')
-    assert 'not pictures of a class: .jpg 1' in capsys.readouterr().err
+    assert 'not images of a class: .jpg 1' in capsys.readouterr().err
 
 
 def test_two_folders_of_one_split_are_merged(tmp_path):
@@ -168,7 +168,7 @@ def test_names_that_are_refused(tmp_path, name):
         ((), {}, 'no folder of images'),
         (('a/1.jpg',), {}, '1 folder'),
         (('a/1.jpg', 'b/note.txt'), {}, r'contains no images  \(.txt 1\): add some'),
-        (('train/a/1.jpg', 'train/b/1.jpg', 'val/c/1.jpg'), {}, "class 'c', which train has not"),
+        (('train/a/1.jpg', 'train/b/1.jpg', 'val/c/1.jpg'), {}, "class 'c', but train does not"),
         (('train/a/1.jpg', 'b/1.jpg'), {}, 'mixes split and class folders'),
         (('train/a/1.jpg', 'train/b/1.jpg', 'val/1.jpg'), {}, 'val has no folder of images'),
         (('val/a/1.jpg', 'test/a/1.jpg'), {}, 'or has no train'),

@@ -386,7 +386,7 @@ def test_class_words(copy):
     assert large(copy).class_names == names
     assert datasets.class_names('drawn', copy) == names
     words.write_text('tench\n')
-    with pytest.raises(RunError, match='1 words for 5 classes'):
+    with pytest.raises(RunError, match='1 descriptions for 5 classes'):
         large(copy)
 
 

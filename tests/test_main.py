@@ -237,7 +237,7 @@ def test_an_evaluation_may_take_smaller_batches_but_no_other_net(run_main, train
     found = json.loads(done.stdout)['centre']
     assert found['nll'] == pytest.approx(records[-1]['centre']['nll'], rel=1e-5)
     done = run_main(*words, '--config.model.init_scaling=none', data=False)
-    one_sentence(done, 2, '--config.model.init_scaling changes nothing in an evaluation')
+    one_sentence(done, 2, '--config.model.init_scaling has no effect on an evaluation')
 
 
 def test_evaluation_of_the_best_and_of_a_step(run_main, trained):

@@ -612,7 +612,7 @@ def test_lrn_across_towers_on_two_devices():
     [
         ((3, 1), 6, 'data 3 x tower 1 does not divide the 8 device(s) here'),
         ((16, 1), 16, 'data 16 x tower 1 does not divide'),
-        ((4, 2), 6, 'batch_size 6 does not divide over 4 devices'),
+        ((4, 2), 6, 'batch_size 6 cannot be divided over 4 devices'),
     ],
 )
 def test_meshes_that_do_not_fit(shape, batch_size, words):
@@ -622,7 +622,7 @@ def test_meshes_that_do_not_fit(shape, batch_size, words):
 
 def test_units_that_do_not_divide():
     net = change(small_net(), 'fc6', features=130)
-    with pytest.raises(UsageError, match='fc6: 4 devices do not divide its 130 units'):
+    with pytest.raises(UsageError, match='fc6: its 130 units cannot be divided over 4 devices'):
         mesh.make_layout(MeshShape(4, 1, TRICK), 4).forward(net)
 
 
@@ -714,8 +714,8 @@ def moved_behind_fc6() -> Net:
             'conv1: 5 towers do not divide',
         ),
         (moved_behind_fc6, 'conv5 is a convolution after a fully connected layer'),
-        (lambda: change(small_net(), 'fc6', ops=('pool',)), "fc6: 'pool' needs maps"),
-        (lambda: change(small_net(), 'fc8', ops=('lrn',)), "fc8: 'lrn' needs maps"),
+        (lambda: change(small_net(), 'fc6', ops=('pool',)), "fc6: 'pool' needs feature maps"),
+        (lambda: change(small_net(), 'fc8', ops=('lrn',)), "fc8: 'lrn' needs feature maps"),
         (
             lambda: dataclasses.replace(small_net(), pool=model.Pool('max', 9, 2)),
             'conv2: a pooling window of 9 px does not fit maps of',

@@ -207,8 +207,8 @@ def test_a_decompression_bomb_is_refused_with_warnings_off():
 @pytest.mark.parametrize(
     ('content', 'message'),
     [
-        (b'', 'is no image'),
-        (b'<html>moved</html>', 'is no image'),
+        (b'', 'is not an image'),
+        (b'<html>moved</html>', 'is not an image'),
         (substitute.jpeg(photo())[:600], 'cannot be read as an image: '),
         (png(photo())[:-200], 'cannot be read as an image: '),
         (bomb(100), 'cannot be read as an image: '),

@@ -75,7 +75,7 @@ def test_the_command_starts_without_jax_and_tfds(pets, tmp_path):
         (['mnist', '--source={tmp}'], 1, 'train-images-idx3-ubyte.gz is missing'),
         (['folder', '--source={pets}', '--name=A b'], 2, '--name'),
         (['folder', '--source={pets}', '--storage=gif'], 2, "invalid choice: 'gif'"),
-        (['folder', '--source={pets}', '--quality=101'], 2, '--quality must be 1 to 100'),
+        (['folder', '--source={pets}', '--quality=101'], 2, '--quality must be from 1 to 100'),
         (['folder', '--source={pets}', '--px=0'], 2, '--px must be'),
         (['folder', '--source={pets}', '--workers=0'], 2, '--workers must be'),
         (['folder', '--source={pets}', '--skip_corrupt=-1'], 2, '--skip_corrupt must be'),
@@ -196,7 +196,7 @@ def test_two_configs_of_one_version_are_distinguished(tfds_dir, tmp_path):
     for place in ('shapes/small/3.0.0', 'shapes/large/3.0.0'):
         shutil.copytree(tfds_dir / 'shapes/2.1.0', tmp_path / 'from' / place)
     prepare.from_tfds('shapes/small', tmp_path / 'to', tmp_path / 'from')
-    with pytest.raises(UsageError, match='is another config of shapes already'):
+    with pytest.raises(UsageError, match='already links to another config of shapes'):
         prepare.from_tfds('shapes/large', tmp_path / 'to', tmp_path / 'from')
 
 

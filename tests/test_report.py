@@ -166,7 +166,7 @@ def test_it_shows_config_and_environment(workdir, document):
 
 
 def test_what_does_not_apply_is_left_out(document):
-    """The net saw grey images, of which colour saturation is not defined."""
+    """The net was trained on grey images, for which colour saturation is not defined."""
     assert not [own for tag, own in document.tags if own.get('class') == 'missing']
     assert 'saturation' not in document.text
     assert 'Colour saturation' not in document.text

@@ -147,7 +147,7 @@ def test_a_prepared_set_is_kept_and_another_form_refused(pets, made):
     before = {path: path.stat().st_mtime_ns for path in made.iterdir()}
     assert make(pets, made.parents[1]) == made
     assert {path: path.stat().st_mtime_ns for path in made.iterdir()} == before
-    with pytest.raises(UsageError, match='exists already and differs in storage: remove'):
+    with pytest.raises(UsageError, match='already exists and differs in storage: remove'):
         make(pets, made.parents[1], Form(32, 'raw'))
 
 
@@ -386,14 +386,14 @@ def test_a_bad_picture_is_named_and_allowed_by_number_only(spoilt, tmp_path, cap
         make(spoilt, data_dir)
     assert '\n' not in str(caught.value)
     for _ in range(5):  # pictures that an earlier run left out count again
-        with pytest.raises(RunError, match=r'3 picture\(s\) .*cat/0001.jpg.*\(now 2\)'):
+        with pytest.raises(RunError, match=r'3 image\(s\) .*cat/0001.jpg.*\(now 2\)'):
             make(spoilt, data_dir, skip_corrupt=2)
     assert not (data_dir / 'pets').exists()
     folder = make(spoilt, data_dir, skip_corrupt=3)
     lines = capsys.readouterr().err.splitlines()
     bad = ['cat/0001.jpg', 'dog/0002.jpg', 'dog/0003.jpg']
     assert json.loads((folder / 'preparation.json').read_text())['skipped'] == bad
-    assert sorted(line.split()[3] for line in lines if 'left out' in line) == bad
+    assert sorted(line.split()[2] for line in lines if ': skipped: ' in line) == bad
     rows = [row for part in examples(folder).values() for row in part]
     assert len(rows) == 327
     assert not {name for name, _, _ in rows} & set(bad)
@@ -416,7 +416,9 @@ def test_a_missing_picture_is_named(pets, tmp_path):
 def test_a_disk_too_small_is_noticed_before_anything_is_written(pets, tmp_path, monkeypatch):
     usage = namedtuple('usage', 'total used free')
     monkeypatch.setattr(shard_writer.shutil, 'disk_usage', lambda path: usage(0, 0, 50_000))
-    with pytest.raises(RunError, match=r'needs about .* GB, and 0.0 GB are free: make space'):
+    with pytest.raises(
+        RunError, match=r'needs about .* GB, but only 0.0 GB are free: free some space'
+    ):
         make(pets, tmp_path)
     assert not list(tmp_path.glob('.prepare-pets/set/*'))
 

@@ -119,7 +119,7 @@ def test_stopped_all_are_saved_and_none_is_left(stopped):
     assert code == 128 + signal.SIGTERM, err
     assert out == ''
     assert 'SIGTERM: runs save and stop.' in err
-    assert 'all have stopped; the same command resumes.' in err
+    assert 'all runs have stopped; the same command resumes.' in err
     assert 40 <= reached < 400
 
 
@@ -246,7 +246,7 @@ def test_each_run_on_its_own_cores(monkeypatch):
     slots = sweep.slots(len(cores))
     assert sorted(core for slot in slots for core in slot.cores) == sorted(cores)
     assert len(sweep.slots(None)) == 1
-    with pytest.raises(UsageError, match='choose fewer'):
+    with pytest.raises(UsageError, match='lower it'):
         sweep.slots(len(cores) + 1)
 
 

@@ -260,7 +260,10 @@ def test_a_collapsed_initialisation_is_a_warning_or_an_error(data_dir, tmp_path,
     small.epochs = 0.5
     train.run(small, tmp_path / 'warned')
     err = capsys.readouterr().err
-    assert 'warning: collapsed initialisation: across images the logits differ by only' in err
+    assert (
+        'warning: collapsed initialisation: the standard deviation of the logits across images is'
+        in err
+    )
     assert "set model.init_scaling='fan_in'" in err
     small.loop.on_collapsed_init = 'error'
     with pytest.raises(RunError, match='collapsed initialisation'):
@@ -382,7 +385,7 @@ def test_a_workdir_with_a_step_or_a_checkpoint_is_taken(reference, data_dir, tmp
     for left_out in ('checkpoints', 'metrics.jsonl'):
         workdir = tmp_path / left_out
         shutil.copytree(reference, workdir, ignore=shutil.ignore_patterns(left_out))
-        with pytest.raises(UsageError, match='different in batch_size; choose another'):
+        with pytest.raises(UsageError, match='a different config: batch_size; choose another'):
             train.run(other, workdir)
 
 
@@ -417,13 +420,21 @@ def test_extensions_that_are_refused(reference, data_dir, tmp_path):
     longer = tiny(data_dir, epochs=3.0)
     for config, extend, sentence in (
         (longer, False, r'a different config: epochs, .*, or add --extend to continue it'),
-        (tiny(data_dir, epochs=3.0, seed=1), False, r'different in epochs, .*, seed; (?!.*extend)'),
+        (
+            tiny(data_dir, epochs=3.0, seed=1),
+            False,
+            r'a different config: epochs, .*, seed; (?!.*extend)',
+        ),
         (
             tiny(data_dir, epochs=3.0, seed=1),
             True,
             r'--extend can change epochs, .* differs in seed;',
         ),
-        (tiny(data_dir, epochs=1.0), True, r'8 steps, and an extension to 1 epochs ends after 4;'),
+        (
+            tiny(data_dir, epochs=1.0),
+            True,
+            r'8 steps, but an extension to 1 epochs ends after 4 steps;',
+        ),
         (tiny(data_dir, epochs=3.0, data__train='train[:10]'), True, r'data\.train'),
     ):
         with pytest.raises(UsageError, match=sentence):

@@ -1,1 +1,1 @@
-"""Describing a net before training, and drawing it afterwards."""
+"""Describe a net before training, and draw figures of it afterwards."""

@@ -27,7 +27,7 @@ COLUMNS = (
 FLOAT32_BYTES = 4
 MOST_VIRTUAL_DEVICES = 512
 DEVICE_GB = (16, 24, 80)  # common sizes of device memory, in 10^9 bytes
-COMPILED_BATCHES = (512, 2048)  # images a device; with fewer, the update needs more than the net
+COMPILED_BATCHES = (512, 2048)  # images per device; with fewer, the update needs more than the net
 
 
 def run(config: Config) -> str:
@@ -195,7 +195,7 @@ class Peak:
     per_image: int
 
     def at(self, images: int) -> int:
-        """Return the bytes at a number of images a device."""
+        """Return the bytes for a number of images per device."""
         return self.bytes + (images - self.images) * self.per_image
 
     def largest_batch(self, capacity: int) -> int:
@@ -211,7 +211,7 @@ def compiled_peak(settings: Settings, layout: Layout) -> Peak:
 
 
 def compiled_bytes(settings: Settings, layout: Layout, images: int) -> int:
-    """Return one device's bytes at a number of images a device: state, batch, scratch space."""
+    """Return one device's bytes for a number of images per device: state, batch, scratch space."""
     settings = dataclasses.replace(settings, batch_size=images * layout.replicas)
     found: Any = communication.compile_step(settings, layout).memory_analysis()
     kept = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
@@ -285,7 +285,7 @@ def _communication(collectives: Sequence[Collective]) -> str:
 
 
 def _device_memory(memory: Memory, unsplit: Memory | None) -> str:
-    """Tabulate memory by layer, beside that of a mesh which splits no layer."""
+    """Tabulate memory by layer, compared with a mesh that splits no layer."""
     memories = [memory] if unsplit is None else [memory, unsplit]
     kinds = ('parameters', 'velocity', 'activations')
     columns = [getattr(one, kind) for kind in kinds for one in memories]

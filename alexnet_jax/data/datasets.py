@@ -165,7 +165,7 @@ def load(
             (uint8) and `label`.
         data_dir: the folder of all data sets.
         split: a split expression of TFDS: 'test', 'train[:55000]', 'train[90%:]+test'.
-        workers: threads that read a large set; -1: one a core; 0: the calling thread reads.
+        workers: threads that read a large set; -1: one per core; 0: the calling thread reads.
         resident_gib: the largest decoded base split that is kept in memory.
 
     Raises:

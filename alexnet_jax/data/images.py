@@ -25,7 +25,7 @@ CONVERT_HEIC = (
 
 
 class BadImage(ValueError):
-    """Bytes that cannot be decoded; the message completes '<file> ...': 'is no image'."""
+    """Bytes that cannot be decoded; the message completes '<file> ...': 'is not an image'."""
 
 
 class TooLarge(BadImage):
@@ -116,7 +116,7 @@ def decode_image(
     except UnidentifiedImageError:
         if encoded[4:12] in HEIC:
             raise BadImage(f'is a HEIC image; {CONVERT_HEIC}') from None
-        raise BadImage('is no image') from None
+        raise BadImage('is not an image') from None
     except Exception as error:  # decoders raise many types for damaged files
         reason = str(error) or type(error).__name__
         raise BadImage(f'cannot be read as an image: {reason}') from None

@@ -42,10 +42,8 @@ class Segment:
 class Records:
     """Records in a fixed order, read by their numbers in it.
 
-    folder: of the data set.
-    segments: where the records are stored.
-    shape: of the decoded images, [H, W, C].
-    encoded: true for encoded images (JPEG, PNG), false for the uint8 arrays themselves.
+    folder: of the data set. segments: where the records are stored. shape: of the decoded images,
+    [H, W, C]. encoded: true for encoded images (JPEG, PNG), false for the uint8 arrays themselves.
     """
 
     folder: Path

@@ -1,1 +1,1 @@
-"""Using a trained net: evaluation, classification, features."""
+"""Use a trained net: evaluation, classification, features."""

@@ -177,7 +177,7 @@ def of_dataset(trained: Trained, layer: str, dataset: Dataset) -> Features:
 def of_files(trained: Trained, layer: str, words: Sequence[str], faults: list[str]) -> Features:
     """Return the features of image files, folders or globs. Each file is read once to check it.
 
-    A sentence about each file that is no image is printed and appended to `faults`.
+    A sentence about each file that is not an image is printed and appended to `faults`.
 
     Raises:
         UsageError: the layer does not exist.
@@ -219,9 +219,9 @@ def _about(trained: Trained, layer: str, split: str | None) -> dict[str, Any]:
 def write(features: Features, path: Path, block: int) -> None:
     """Compute and write features, `block` images at a time, atomically.
 
-    `.npy` contains the features, float32 [N, ...]. A `.json` beside it has 'about', and 'label' [N]
-    and 'path' [N] where they are known. `.parquet` has the columns row, path, label and features
-    (flattened, a list of fixed size), and 'about' in its metadata.
+    `.npy` contains the features, float32 [N, ...]. The accompanying `.json` has 'about', and
+    'label' [N] and 'path' [N] where they are known. `.parquet` has the columns row, path, label and
+    features (flattened, a list of fixed size), and 'about' in its metadata.
 
     Args:
         features: see `of_split` and `of_files`.

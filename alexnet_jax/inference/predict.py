@@ -37,8 +37,8 @@ from alexnet_jax.training.metrics import log
 def find(words: Sequence[str]) -> list[Path]:
     """Return the files that words name: files, folders (all files in them, sorted), globs.
 
-    Each file is returned once. Names in a folder that begin with a dot are left out. A path that
-    does not exist is returned too, so that reading it reports it.
+    Each file is returned once. Names in a folder that begin with a dot are skipped. A path that
+    does not exist is also returned, so that reading it reports the error.
     """
     found: dict[Path, None] = {}
     for word in words:
@@ -65,7 +65,7 @@ def read(path: Path, shape: tuple[int, int, int]) -> np.ndarray:
     Of an animation or a file with several pages, the first is read.
 
     Raises:
-        RunError: it does not exist, or is no image.
+        RunError: it does not exist, or is not an image.
     """
     try:
         return image_io.decode(path.read_bytes(), shape)
@@ -82,8 +82,8 @@ def read_ahead(
     """Read all images among `paths`, up to `block` at a time; a thread reads the next ones.
 
     Yields:
-        Their paths, and uint8 [b, H, W, C]. A sentence about each file that is no image is printed
-        and appended to `faults`.
+        Their paths, and uint8 [b, H, W, C]. Each file that is not an image is
+        reported in one sentence, which is also appended to `faults`.
     """
 
     def one_block(number: int) -> tuple[list[Path], list[np.ndarray], list[str]]:

@@ -2,8 +2,8 @@
 
 Both formats contain preprocessing, net and weights, and compute the centre view as `evaluate` does.
 They take batches of any size of images as stored: uint8 [B, H, W, C], with the shape of the mean
-image. The ONNX graph is built here: jax2onnx 0.17.1 needs an older Orbax and
-cannot convert these nets (symbolic batch size, resizing).
+image. The ONNX graph is built here: jax2onnx 0.17.1 needs an older Orbax and cannot convert these
+nets (symbolic batch size, resizing).
 """
 
 from collections.abc import Callable

@@ -65,7 +65,7 @@ class Norm:
 class Pool:
     """Max or average over a window; overlapping when stride < window (paper, section 3.4).
 
-    `rounding` of the output size: windows that hang over the right or bottom edge are left out
+    `rounding` of the output size: windows that extend past the right or bottom edge are dropped
     ('down'), or take the maximum of their part inside ('up', maxima only), as in cuda-convnet and
     Caffe.
     """
@@ -76,7 +76,7 @@ class Pool:
     rounding: Literal['down', 'up'] = 'down'
 
     def overhang_px(self, side: int) -> int:
-        """Return how far the last window hangs over the edge of a map of `side` px."""
+        """Return how far the last window extends past the edge of a map of `side` px."""
         return (self.window_px - side) % self.stride_px if self.rounding == 'up' else 0
 
 
@@ -479,7 +479,7 @@ def _gather(x: Array, shard: AxisShard, axis: int) -> Array:
 
 
 def _pad_overhang(x: Array, pool: Pool) -> Array:
-    """Pad maps by -inf where pooling windows hang over the edge."""
+    """Pad maps with -inf where pooling windows extend past the edge."""
     bottom, right = (pool.overhang_px(side) for side in x.shape[1:3])
     if not (bottom or right):
         return x

@@ -1,4 +1,4 @@
-"""The array operations of AlexNet on `[B, H, W, C]`: pure functions, fast on a CPU too.
+"""The array operations of AlexNet on `[B, H, W, C]`: pure functions, also fast on a CPU.
 
 On a CPU, XLA's own gradients of normalisation and max-pooling are several times slower than their
 forward passes. Custom vector-Jacobian products are therefore defined here, so only reverse-mode
@@ -53,7 +53,7 @@ def _on_cpu() -> bool:
 def _kept(x):
     """`x`, and its gradient, written to memory once before anything reads them.
 
-    On a CPU XLA computes what several loops read anew in each of them: a max-pool wherever the next
+    On a CPU XLA recomputes an array in every loop that reads it: a max-pool wherever the next
     layer's gradient reads it, the border of a window at every element. It heeds this under
     `cpu.compiler_options`.
     """

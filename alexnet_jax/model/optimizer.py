@@ -26,9 +26,8 @@ Rate = Callable[[Array, Array | int], Any]  # (step, number of plateau drops so 
 class Schedule:
     """A rate as a function of the step; each kind uses only the fields named here.
 
-    constant: `rate`.
-    steps: `rate` divided by `divisor` at each epoch of `at_epochs`.
-    dexp: `rate` / `factor` ** (i / `switches`) after i of `switches` evenly spaced steps. With 250
+    constant: `rate`. steps: `rate` divided by `divisor` at each epoch of `at_epochs`. dexp: `rate`
+    / `factor` ** (i / `switches`) after i of `switches` evenly spaced steps. With 250
         and 3, these are the weights of run 170, which switch at 25, 50 and 75 % of the run.
     plateau: `rate` divided by `divisor` whenever the validation error has not fallen for
         `patience_epochs`, at most `max_drops` times and never below `floor` (paper, section 5: by

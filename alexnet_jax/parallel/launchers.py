@@ -1,7 +1,7 @@
 """The rank of this process among several, from flags or from a launcher's environment variables.
 
-Imports no JAX. An unknown launcher or an incomplete description is an error:
-otherwise each process would train a separate net.
+Imports no JAX. An unknown launcher or an incomplete description is an error: otherwise each process
+would train a separate net.
 """
 
 import dataclasses

@@ -125,7 +125,7 @@ class StepLog(Callback):
 
 
 class Interrupt(Callback):
-    """Stops the loop after SIGTERM or Ctrl-C; a second Ctrl-C ends the process at once.
+    """Stop the loop after SIGTERM or Ctrl-C; a second Ctrl-C ends the process immediately.
 
     Any of several processes may get the signal, and all stop after the same step.
     """

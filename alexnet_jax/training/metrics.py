@@ -88,7 +88,7 @@ class Means:
 
 
 class MetricWriter:
-    """metrics.jsonl, one JSON object a line: {"kind": ..., "step": ..., values}; and TensorBoard.
+    """metrics.jsonl, one JSON object per line: {"kind": ..., "step": ..., values}; and TensorBoard.
 
     Of several processes only the first writes.
 

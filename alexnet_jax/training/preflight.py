@@ -25,9 +25,9 @@ DARK = 2.0  # pixels of 0 to 1 differ across images by less, of 0 to 255 by more
 class Preflight:
     """Statistics of a net at initialisation.
 
-    logit_std: standard deviation of the logits across images, root mean square over classes.
-    loss: mean cross-entropy in nats, beside `plateau`, which is ln(classes).
-    signal: of each layer's output, the standard deviation across images, root mean square over
+    logit_std: standard deviation of the logits across images, root mean square over classes. loss:
+    mean cross-entropy in nats, beside `plateau`, which is ln(classes). signal: of each layer's
+    output, the standard deviation across images, root mean square over
         units.
     pixels: the same of the input of conv1; between ten and a hundred for 0-255 units.
     """

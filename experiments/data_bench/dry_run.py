@@ -4,8 +4,8 @@ Archives in the official layout are made of the photographs (substitute.py), pre
 on with the recipe of imagenet2012 and a narrow net. Preparation and training each run twice:
 undisturbed, and killed with SIGKILL and started again by the same command. Then both nets are
 evaluated, one of them on all 50,000 images. Each step is a row of
-experiments/results/dry_run.jsonl. The error rates have no meaning: with six pictures a class,
-cut from a few dozen photographs, nothing is learnt.
+experiments/results/dry_run.jsonl. The error rates are meaningless: with six pictures per class,
+cut from a few dozen photographs, nothing can be learnt.
 """
 
 import hashlib

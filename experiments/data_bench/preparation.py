@@ -1,8 +1,8 @@
-"""Measure `prepare folder`: images/s, processor time an image, memory and start-up.
+"""Measure `prepare folder`: images/s, CPU time per image, memory and start-up.
 
 JPEGs of 500 x 375 px, the commonest size in ImageNet, are cut out of photographs into two folders,
 one with five times as many images as the other. Each is prepared by one worker. The difference
-gives the time of an image, and the rest is the start-up. Medians over rounds are written to
+gives the time per image, and the remainder is the start-up time. Medians over rounds are written to
 experiments/results/prepare/bench_<device>.json.
 """
 

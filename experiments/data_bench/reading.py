@@ -1,4 +1,4 @@
-"""Measure reading: start-up at the size of ImageNet, images/s and processor time an image.
+"""Measure reading: start-up at the size of ImageNet, images/s and CPU time per image.
 
 Start-up: a fresh process opens a set of 1,281,167 records in 626 files, as ImageNet's training
 split is prepared but with images of 8 x 8 px, and makes its first batch.

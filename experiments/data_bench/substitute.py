@@ -1,7 +1,7 @@
-"""Make archives in the official layout of ILSVRC-2012 out of any photographs.
+"""Create archives in the official layout of ILSVRC-2012 from arbitrary photographs.
 
-1000 classes, six training pictures each, and 50,000 validation pictures, with the odd files of the
-real archives: CMYK, a PNG named JPEG, grey, turned by EXIF; and very narrow and very large
+1000 classes, six training pictures each, and 50,000 validation pictures, with the unusual files of
+the real archives: CMYK, a PNG named JPEG, grey, rotated by EXIF, and very narrow and very large
 pictures. Training pictures are 500 x 375 px crops of the photographs; most others are small, so
 that everything takes minutes. The same photographs give the same bytes.
 """

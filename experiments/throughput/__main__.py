@@ -12,12 +12,12 @@
 | feeding | training on real input, compared with the step on a batch on the device (input_pipeline.py) |
 | start | seconds to the first step, with and without a filled compilation cache (input_pipeline.py) |
 
-Benchmarks take turns: each round takes one sample of each, of as many steps as fill --sample_secs.
-Figures are medians over the rounds, ratios medians of each round's own ratio. Forms of PyTorch that
-took half as long again as its best in the first round are dropped. On a CPU PyTorch's forms run in
-a process of their own; ours takes turns with the best of them in another, and with naive Flax in a
-third. Results are stored in experiments/results/throughput/<device>.json, row by row: a row that is
-measured again replaces the old one. tables.md is made from them.
+Benchmarks alternate: each round takes one sample of each, with as many steps as fill --sample_secs.
+Figures are medians over the rounds, and ratios are medians of the ratios in each round. Variants of
+PyTorch that take more than 1.5 times as long as the best in the first round are dropped. On a CPU
+PyTorch's variants run in one process; ours alternates with the best of them in a second process,
+and with naive Flax in a third. Results are stored in experiments/results/throughput/<device>.json,
+row by row: a row that is measured again replaces the old one. tables.md is generated from them.
 """  # noqa: E501 (a table)
 
 import argparse

@@ -1,4 +1,4 @@
-"""Build the same net and the same batch in several forms.
+"""Build the same net and the same batch in several frameworks and variants.
 
 * ours: the trainer's own jitted step (its finiteness check and metrics included), and the net as
   evaluation runs it.
@@ -6,7 +6,7 @@
 * torch, ...: PyTorch in {NCHW, channels_last} x {eager, compiled, on a GPU with CUDA graphs too} x
   {the library's LRN, a faster one}, SGD with momentum and decay in its fused form.
 
-All take float32 images on the device, but ours in training, which takes the same images as uint8.
+All take float32 images on the device, except ours in training, which takes the images as uint8.
 """
 
 import dataclasses

@@ -1,11 +1,12 @@
 """Time training on real input, and the time to the first step.
 
-Feeding: the trainer's own loop, reading and prefetching as in any run, takes turns with the same
+Feeding: the trainer's own loop, reading and prefetching as in any run, alternates with the same
 compiled step on one batch that stays on the device. A callback adds up the time that the loop waits
 for input.
 
 Start: `main.py` in a process of its own, from the command to the record of its first step, with an
-empty folder of compiled programs and again with the folder that this left. The data is prepared.
+empty compilation cache and again with the cache filled by the first start. The data is already
+prepared.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Time each layer's operations alone, forward and backward, beside their rooflines.
+"""Time each layer's operations alone, forward and backward, and compare with their rooflines.
 
 An operation is run as the net runs it, jitted by itself, on noise of the real shapes; backward is
 the transposed program alone, given what forward saved. In the complete step the compiler fuses

@@ -34,9 +34,9 @@ def page(folder: Path) -> str:
     parts = [
         '# Throughput',
         'Written by `python -m experiments.throughput`. The files in `experiments/throughput/` '
-        'describe the measurements. Medians of rounds in which ours and its baseline took turns '
-        '(on a CPU each pair in a process of its own, and the best form of PyTorch is found in '
-        'another).',
+        'describe the measurements. Values are medians over rounds in which this package and the '
+        'baseline alternate. On a CPU each pair runs in its own process; the best variant of '
+        'PyTorch is determined in another.',
     ]
     for rows in stored(folder):
         parts += _device(rows)
@@ -50,7 +50,12 @@ def _device(rows: dict[str, list[Row]]) -> list[str]:
     if not found:
         return []
     parts = [f'## {found[0]["device"]}, {found[0]["cpus"]} cores', _versions(found)]
-    parts += ['### Steps', steps_table(rows['steps']), '### All forms', forms_table(rows['steps'])]
+    parts += [
+        '### Steps',
+        steps_table(rows['steps']),
+        '### All variants',
+        forms_table(rows['steps']),
+    ]
     for row in rows['layers']:
         parts += [f'### Time by layer: {_named(row)}', layer_table(row)]
     parts += ['### Feeding', feeding_table(rows['feeding'])]
@@ -80,8 +85,8 @@ def steps_table(rows: Sequence[Row]) -> str:
     if not rows:
         return NOT_RUN
     head = [
-        'net', 'batch', 'dtype', 'pass', 'ours, images/s', 'spread', "PyTorch's best", 'ratio',
-        'naive Flax', 'ratio', 'roofline', 'share of it', 'GFLOP/s reached',
+        'net', 'batch', 'dtype', 'pass', 'ours, images/s', 'spread', 'best PyTorch', 'ratio',
+        'naive Flax', 'ratio', 'roofline', 'fraction of it', 'GFLOP/s reached',
         'rounds',
     ]  # fmt: skip
     return markdown([head, *map(_step_cells, rows)])
@@ -128,8 +133,8 @@ def _pace(row: Row, name: str) -> str:
 def readme_table(folder: Path) -> str:
     """Return the main columns of the steps of all devices, for the README."""
     head = [
-        'device', 'net', 'batch', 'pass', 'images/s', "PyTorch's best", 'ratio', 'over naive Flax',
-        "share of the machine's roofline",
+        'device', 'net', 'batch', 'pass', 'images/s', 'best PyTorch', 'ratio',
+        'ratio to naive Flax', 'fraction of roofline',
     ]  # fmt: skip
     body = []
     for parts in stored(folder):

@@ -206,7 +206,7 @@ def test_nonsense_that_one_task_alone_meets_is_not_started_again(undisturbed, su
     assert (shown['JobState'], shown['ExitCode']) == ('FAILED', '2:0'), job.output()
     assert shown['Restarts'] == '0', job.output()
     assert 'main.py: process 0: ' in job.output()
-    assert 'holds a run of another config, different in seed' in job.output()
+    assert 'contains a run with a different config: seed' in job.output()
 
 
 def test_two_steps_of_a_job_side_by_side(cluster, repository):
@@ -285,7 +285,7 @@ def test_mpirun_reports_a_usage_error_of_one_process(undisturbed, mpirun):
     refused = mpirun(undisturbed, '--config.seed=5')
     _, err = refused.communicate(timeout=LIMIT_SECS)
     assert refused.returncode == 2, err
-    assert 'holds a run of another config, different in seed' in err
+    assert 'contains a run with a different config: seed' in err
 
 
 def test_the_script_is_clean(cluster, repository):

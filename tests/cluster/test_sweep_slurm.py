@@ -70,7 +70,7 @@ def test_two_runs_as_jobs_cancelled_and_resumed(start, cluster, tmp_path):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=LIMIT_SECS)
     assert process.returncode == 128 + signal.SIGINT, err
-    assert 'SIGINT: runs save and stop' in err
+    assert 'SIGINT: runs are saving and stopping' in err
     wait_for(lambda: not queue(cluster), 'an empty queue')
     saved = []
     for run in runs:

@@ -1,1 +1,1 @@
-"""Preparing a data set: one module a source, and the writer of array_record shards."""
+"""Prepare data sets: one module per source, and the writer of array_record shards."""

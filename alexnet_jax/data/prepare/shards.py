@@ -80,7 +80,7 @@ class Source:
     folder: Path
     description: str
     class_names: tuple[str, ...]
-    words: tuple[str, ...]  # for people, a line a class; or none at all
+    words: tuple[str, ...]  # descriptions, one per class; or none
     made_of: dict[str, Any]  # written to preparation.json, as JSON has it
     images: Mapping[str, int]  # by split
     stamp: str  # changes when `members` does
@@ -137,8 +137,8 @@ def make(
         source: the pictures.
         data_dir: the folder of all data sets.
         form: the size and encoding of stored images.
-        workers: processes; one a core if not given.
-        skip_corrupt: how many pictures may be left out because they cannot be decoded.
+        workers: processes; one per core if not given.
+        skip_corrupt: number of pictures to skip if they cannot be decoded.
         most_pixels: a picture with more counts as one that cannot be decoded.
         shard_images: pictures a shard, about.
 
@@ -288,7 +288,7 @@ def _reason(member: Member, error: image_io.BadImage) -> str:
 def read_facts(task: Task) -> Facts | None:
     """Return the facts about a finished shard; None if it is to be written.
 
-    A shard that lacks pictures is written again: they may have been mended, or be allowed now.
+    A shard that lacks pictures is written again: they may have been repaired, or be accepted now.
     """
     try:
         with np.load(task.facts) as file:
