@@ -239,7 +239,7 @@ def test_a_worker_that_dies_is_one_sentence_and_loses_nothing(many, tmp_path):
 
 def test_ctrl_c_ends_at_once_without_a_traceback(many, tmp_path):
     with start(many, tmp_path) as process:
-        wait_until(lambda: finished(tmp_path))
+        wait_until(lambda: len(workers_of(process.pid)) >= 2)  # long before the last shard
         children = workers_of(process.pid)
         process.send_signal(signal.SIGINT)
         _, message = process.communicate(timeout=60)
