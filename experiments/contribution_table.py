@@ -290,9 +290,30 @@ def page(found: Sequence[Row], runs: Sequence[ArchivedRun]) -> str:
 
 
 def short(found: Sequence[Row]) -> str:
-    """Return the rows with a figure of 2012, at most ten lines, and a count of the findings."""
-    claimed = [row for row in found if row.claim.top1 is not None and not row.images_only]
-    return f'{markdown([HEAD, *map(_cells, claimed[:8])])}\n\n{count(found)}\n'
+    """Return README's table, at most ten rows, and a count of the findings.
+
+    The rows with a figure of 2012 come first, then the rows that are decided, by size of effect.
+    """
+    single = [row for row in found if row.found and not row.images_only and not row.dead]
+    claimed = [row for row in single if row.claim.top1 is not None]
+    decided = [
+        row
+        for row in single
+        if row not in claimed and not row.finding('top1_error').startswith(('inconcl', 'too few'))
+    ]
+    decided.sort(key=lambda row: -abs(row.found['top1_error'].mean))
+    head = ['change', 'top-1 error, points', 'seeds', 'reported in 2012, points']
+    cells = [
+        [row.name, _difference(row, 'top1_error'), str(row.found['top1_error'].seeds), _top1(row)]
+        for row in (*claimed, *decided)[:10]
+    ]
+    return f'{markdown([head, *cells])}\n\n{count(found)}\n'
+
+
+def _top1(row: Row) -> str:
+    """Return the claimed effect on the top-1 error and its data, or a dash."""
+    claim = row.claim
+    return f'{_points(claim.top1)} on {claim.data}' if claim.top1 is not None else '-'
 
 
 def count(found: Sequence[Row]) -> str:
