@@ -118,7 +118,7 @@ def test_stopped_all_are_saved_and_none_is_left(stopped):
     _, (out, err, code, reached), _ = stopped
     assert code == 128 + signal.SIGTERM, err
     assert out == ''
-    assert 'SIGTERM: runs save and stop.' in err
+    assert 'SIGTERM: runs are saving and stopping.' in err
     assert 'all runs have stopped; the same command resumes.' in err
     assert 40 <= reached < 400
 
