@@ -142,7 +142,7 @@ def test_one_that_fails_does_not_stop_the_rest(stopped):
     assert code == 1
     assert out.startswith('1 of 2 done, 1 failed')
     (last,) = [line for line in err.splitlines() if 'failed' in line]
-    assert last.startswith('tiny-none-0: failed: train[:32] holds 32 images, fewer than one batch')
+    assert last.startswith('tiny-none-0: failed: train[:32] has 32 images, fewer than one batch')
     assert last.endswith(f'See {workdirs}/tiny-none-0/log.txt')
     assert 'Traceback' not in err
 
@@ -185,7 +185,7 @@ def test_through_submitit(start, folder):
     out, err = process.communicate(timeout=LIMIT_SECS)
     assert process.returncode == 1, err
     assert out.startswith('1 of 2 done, 1 failed')
-    assert 'tiny-none-0: failed: train[:32] holds' in err
+    assert 'tiny-none-0: failed: train[:32] has' in err
     assert list((folder / 'jobs' / 'two-quickstart' / '.submitit').glob('*_result.pkl'))
 
 
