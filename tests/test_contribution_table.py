@@ -317,7 +317,7 @@ def test_recipes_do_not_share_a_table(built, tmp_path, capsys):
     path.write_text(json.dumps(config))
     assert contribution_table.main([f'--results={tmp_path}']) == 1
     error = capsys.readouterr().err
-    assert 'ablation_lrn-0 is of another recipe than alexnet-0: see optimizer.weights.rate' in error
+    assert 'ablation_lrn-0 has another recipe than alexnet-0: see optimizer.weights.rate' in error
 
 
 def test_scales_do_not_share_a_table(runs, tmp_path, capsys):

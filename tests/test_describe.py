@@ -185,8 +185,8 @@ def test_a_mesh_is_described_without_its_devices():
     ('data', 'tower', 'expected_text'),
     [
         (1024, 1, 'choose at most 512 devices'),
-        (3, 1, 'a mesh of data 3 x tower 1 does not divide'),
-        (1, 3, 'mesh.tower is 3, and the net has 2 tower'),
+        (3, 1, 'a mesh of data 3 x tower 1 does not match'),
+        (1, 3, 'mesh.tower is 3, but the net has 2 tower'),
     ],
 )
 def test_an_impossible_mesh(data, tower, expected_text):

@@ -421,17 +421,17 @@ def test_steps_of_a_job_side_by_side_have_ports_of_their_own():
 @pytest.mark.parametrize(
     ('environ', 'flags', 'message'),
     [
-        ({}, ('here:1', None, None), 'give --num_processes and --process_id too'),
-        ({}, (None, 2, 0), 'give --coordinator_address too'),
+        ({}, ('here:1', None, None), 'also give --num_processes and --process_id,'),
+        ({}, (None, 2, 0), 'also give --coordinator_address,'),
         ({}, ('here:1', 2, 2), '--process_id is 2; with 2 processes it must be between 0 and 1'),
         ({}, ('here:1', 2, -1), '--process_id is -1'),
         ({}, ('here', 2, 1), 'must have the form host:port'),
         ({'JAX_NUM_PROCESSES': 'two'}, (None, None, None), "JAX_NUM_PROCESSES is 'two'"),
-        (JAX, (None, None, None), 'give --process_id too'),
+        (JAX, (None, None, None), 'also give --process_id,'),
         # Launchers that JAX knows not at all, or by another version: each would train alone.
-        (OPEN_MPI_5, (None, None, None), 'give --coordinator_address too'),
-        ({'PMI_RANK': '1', 'PMI_SIZE': '4'}, (None,) * 3, 'give --coordinator_address too'),
-        ({'RANK': '1', 'WORLD_SIZE': '4'}, (None,) * 3, 'give --coordinator_address too'),
+        (OPEN_MPI_5, (None, None, None), 'also give --coordinator_address,'),
+        ({'PMI_RANK': '1', 'PMI_SIZE': '4'}, (None,) * 3, 'also give --coordinator_address,'),
+        ({'RANK': '1', 'WORLD_SIZE': '4'}, (None,) * 3, 'also give --coordinator_address,'),
     ],
 )
 def test_descriptions_that_cannot_be(environ, flags, message):

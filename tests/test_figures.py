@@ -410,7 +410,7 @@ def test_no_predictions(copy, capsys, name, monkeypatch, run):
     monkeypatch.setattr(evaluate, 'restore', lambda *_: run.trained)
     code, line = run_and_fail(capsys, name, f'--workdir={copy}')
     assert code == 1
-    assert 'no predictions_test.npz: make it with python main.py --mode=evaluate --w' in line
+    assert 'no predictions_test.npz: create it with python main.py --mode=evaluate --w' in line
     assert not list(copy.glob('*.png*'))
 
 

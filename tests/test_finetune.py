@@ -194,7 +194,7 @@ def test_the_same_weights_in_another_net_give_a_warning(smoke_run, seven, capsys
     ('init_from', 'error', 'message'),
     [
         ('', UsageError, r'set --config\.init_from=WORKDIR'),
-        ('/nowhere', RunError, r'init_from=/nowhere: /nowhere holds no checkpoint'),
+        ('/nowhere', RunError, r'init_from=/nowhere: /nowhere contains no checkpoint'),
         ('{smoke}:7', UsageError, '7'),
     ],
 )

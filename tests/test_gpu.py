@@ -26,7 +26,7 @@ def test_a_step_that_meets_its_limit_is_stopped_and_its_output_kept(tmp_path):
     script = tmp_path / 'slow.py'
     script.write_text('import time; print("begun", flush=True); time.sleep(60)')
     outcome = gpu.run(str(script), tmp_path / 'log', limit_secs=2)
-    assert outcome.startswith('stopped at its limit of 2 s')
+    assert outcome.startswith('stopped at its time limit of 2 s')
     assert (tmp_path / 'log').read_text() == 'begun\n'
 
 

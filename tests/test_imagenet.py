@@ -166,7 +166,7 @@ def refused(challenge, folder, message):
 @pytest.mark.parametrize(
     ('numbers', 'message'),
     [
-        ((4, 2, 1), '3 of 4 pictures, and of class n03 1 of 2'),
+        ((4, 2, 1), '3 of 4 images, and 1 of 2 of class n03'),
         ((4, 2, 2, 1), '3 of 4'),
         ((4, 2, 1, 5), '3 of 4'),
         ((0, 1, 2, 3), '3 of 4'),
@@ -190,10 +190,10 @@ def test_validation_pictures_that_do_not_match(year_2012, numbers, message, extr
 @pytest.mark.parametrize(
     ('classes', 'message'),
     [
-        (train(wnids=('n01', 'n03')), '5 of 6 pictures, and of class n02 0 of 1'),
-        (train(count=TRAIN | {'n03': 2}), '5 of 6 pictures, and of class n03 2 of 3'),
-        (train(wnids=('n01', 'n02', 'n03', 'n01')), '8 of 6 pictures, and of class n01 4 of 2'),
-        (train(count={'n01': 3, 'n02': 1, 'n03': 2}), '6 of 6 pictures, and of class n01 3 of 2'),
+        (train(wnids=('n01', 'n03')), '5 of 6 images, and 0 of 1 of class n02'),
+        (train(count=TRAIN | {'n03': 2}), '5 of 6 images, and 2 of 3 of class n03'),
+        (train(wnids=('n01', 'n02', 'n03', 'n01')), '8 of 6 images, and 4 of 2 of class n01'),
+        (train(count={'n01': 3, 'n02': 1, 'n03': 2}), '6 of 6 images, and 3 of 2 of class n01'),
         ([('n04.tar', tar_bytes([('n04_1.JPEG', b'')]))], '0 of 6 pictures'),
         ([('n01_1.txt', b'')], '0 of 6 pictures'),
     ],
@@ -265,7 +265,7 @@ def test_a_picture_in_the_folder_of_another_class(year_2012):
 def test_a_training_picture_that_is_missing(year_2012):
     extract(year_2012, '')
     (year_2012 / 'train/n03/n03_2.JPEG').unlink()
-    refused(SMALL_2012, year_2012, '5 of 6 pictures, and of class n03 2 of 3')
+    refused(SMALL_2012, year_2012, '5 of 6 images, and 2 of 3 of class n03')
 
 
 # ---- the official files ---------------------------------------------------------------------
@@ -273,7 +273,7 @@ def test_a_training_picture_that_is_missing(year_2012):
 
 def test_the_real_challenge_wants_the_real_files(year_2012, tmp_path):
     with pytest.raises(
-        RunError, match=r'has [\d,]+ bytes and the official file 147,897,477,120: finish'
+        RunError, match=r'has [\d,]+ bytes, but the official file has 147,897,477,120: resume'
     ):
         imagenet.source(ILSVRC_2012, year_2012)
     with pytest.raises(RunError, match=r'ILSVRC2010_images_train.tar is missing'):

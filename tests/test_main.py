@@ -76,7 +76,7 @@ def one_sentence(done, code: int, *words: str) -> None:
         ((CONFIG, '--config.data.name=fashion_mnist', '--config.model.fc8.features=7',
           '--workdir={tmp}/w'), 'set model.fc8.features=10'),
         ((CONFIG, '--config.mesh.data=3', '--config.mesh.cpu_devices=1', '--workdir={tmp}/w'),
-         'does not divide the 1 device(s)'),
+         'does not match the 1 device(s)'),
         ((CONFIG, '--step=best', '--workdir={tmp}/w'), '--step needs --mode=evaluate'),
         (('--config=configs/finetune.py:smoke,nonsense', '--workdir={tmp}/w'), 'nonsense'),
     ],

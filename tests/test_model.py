@@ -610,8 +610,8 @@ def test_lrn_across_towers_on_two_devices():
 @pytest.mark.parametrize(
     ('shape', 'batch_size', 'words'),
     [
-        ((3, 1), 6, 'data 3 x tower 1 does not divide the 8 device(s) here'),
-        ((16, 1), 16, 'data 16 x tower 1 does not divide'),
+        ((3, 1), 6, 'data 3 x tower 1 does not match the 8 device(s) here'),
+        ((16, 1), 16, 'data 16 x tower 1 does not match'),
         ((4, 2), 6, 'batch_size 6 cannot be divided over 4 devices'),
     ],
 )

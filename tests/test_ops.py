@@ -242,7 +242,7 @@ def test_lrn_windows_do_not_cross_towers():
 
 
 def test_lrn_refuses_channels_that_do_not_divide():
-    with pytest.raises(ValueError, match='3 channels do not divide into 2 groups'):
+    with pytest.raises(ValueError, match='3 channels cannot be divided into 2 groups'):
         ops.lrn(jnp.ones((1, 2, 2, 3)), groups=2)
 
 

@@ -243,7 +243,7 @@ def test_newer_predictions_are_distinguished_from_the_runs_end(copy):
     now = np.mean(wrong.argmax(axis=1) != arrays['label'])
     assert now != recorded
     assert f'one view {100 * now:.2f} %' in text
-    assert f'with {100 * recorded:.2f} % in one view' in text
+    assert f'with {100 * recorded:.2f} % for one view' in text
 
 
 def test_html_in_names_is_escaped(workdir, tmp_path):
@@ -271,7 +271,7 @@ def test_html_in_names_is_escaped(workdir, tmp_path):
 def test_a_report_without_predictions(copy):
     (copy / 'predictions_test.npz').unlink()
     document = Document(report.page(Run(copy)))
-    wanted = f'{copy} has no predictions_test.npz: make it with python main.py --mode=evaluate'
+    wanted = f'{copy} has no predictions_test.npz: create it with python main.py --mode=evaluate'
     assert document.text.count(wanted) == 4  # examples, neighbours, confusion, mistakes
     assert [tag for tag, _ in document.tags].count('svg') == 2  # curves and filters
     assert 'from metrics.jsonl' in document.text  # the final record has the errors
@@ -314,7 +314,7 @@ def test_no_run(tmp_path, capsys):
         output = tmp_path / 'r.html'
         code, line = run_and_fail(capsys, f'--workdir={folder}', f'--output={output}')
         assert code == 1
-        assert f'{folder} has no config.json, so it is no run' in line
+        assert f'{folder} has no config.json, so it is not the folder of a run' in line
     assert list(tmp_path.iterdir()) == []
 
 

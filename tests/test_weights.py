@@ -565,10 +565,10 @@ def saved_net(torch):
             'features.0.weight of this net is missing; the file contains no arrays',
         ),
         (saved_net, False, 1, 'save only model.state_dict()'),
-        (lambda torch: {'a': collections.UserDict()}, True, 2, 'the file has no arrays'),
+        (lambda torch: {'a': collections.UserDict()}, True, 2, 'the file contains no arrays'),
         (lambda torch: {'a': Trap(os.mknod, '/dev/null')}, True, 1, 'objects (posix.mknod)'),
         (lambda torch: torch.ones(3), True, 2, 'is missing; the file contains'),
-        (lambda torch: [torch.ones(3)], True, 2, 'the file has no arrays'),
+        (lambda torch: [torch.ones(3)], True, 2, 'the file contains no arrays'),
         (lambda torch: {'features.0.weight': torch.ones(2).to_sparse()}, True, 1, 'Sparse'),
     ],
 )
@@ -875,7 +875,7 @@ def test_a_truncated_file(tmp_path, capsys, name, part):
 @pytest.mark.parametrize('body', [b'', b'<html>', b'\x89HDF\r\n\x1a\n', b'{"weight_map": {}}'])
 def test_other_files(tmp_path, capsys, body):
     (tmp_path / 'a.caffemodel').write_bytes(body)
-    sentence = 'a.caffemodel is no weight file of PyTorch, safetensors or NumPy (.npz)'
+    sentence = 'a.caffemodel is not a weight file of PyTorch, safetensors or NumPy (.npz)'
     refused(['import', 'caffenet', 'a.caffemodel'], 2, sentence, tmp_path, capsys)
 
 
