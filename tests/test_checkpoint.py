@@ -557,7 +557,10 @@ def test_the_best_step_of_a_run_without_validation(tmp_path):
             lambda s: s['params'].update(fc=np.zeros(2)),
             r"params/fc is absent in the checkpoint and \('float64', \[2\]\) in this run",
         ),
-        (lambda s: s.pop('step'), r"step is \('int32', \[\]\) in the checkpoint and absent in this run"),
+        (
+            lambda s: s.pop('step'),
+            r"step is \('int32', \[\]\) in the checkpoint and absent in this run",
+        ),
         (
             lambda s: s['params']['conv1'].update(bias=np.zeros(8)),
             r"params/conv1/bias is \('float64', \[7\]\) in the checkpoint and \('float64', \[8\]\)",
