@@ -539,14 +539,14 @@ def test_a_step_that_is_not_there(tmp_path):
     checkpoints = saved(tmp_path)
     for step in (3, 'newest', '1'):
         with pytest.raises(
-            UsageError, match=f'of step {step!r} in .*latest, best or one of the steps 1, 2$'
+            UsageError, match=rf'of step {step!r} in .*latest, best or one of the steps 1, 2\.$'
         ):
             checkpoints.restore(None, step)
 
 
 def test_the_best_step_of_a_run_without_validation(tmp_path):
     checkpoints = saved(tmp_path)
-    with pytest.raises(UsageError, match=r"there is no 'best'; choose latest or .* steps 1, 2$"):
+    with pytest.raises(UsageError, match=r"so none is the 'best'; choose latest or .* steps 1, 2\.$"):
         checkpoints.restore(None, 'best')
 
 
