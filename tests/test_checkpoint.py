@@ -546,7 +546,8 @@ def test_a_step_that_is_not_there(tmp_path):
 
 def test_the_best_step_of_a_run_without_validation(tmp_path):
     checkpoints = saved(tmp_path)
-    with pytest.raises(UsageError, match=r"so none is the 'best'; choose latest or .* steps 1, 2\.$"):
+    message = r"so none is the 'best'; choose latest or .* steps 1, 2\.$"
+    with pytest.raises(UsageError, match=message):
         checkpoints.restore(None, 'best')
 
 
