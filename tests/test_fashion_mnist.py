@@ -331,7 +331,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(raw_dir, tmp_path):
     [
         ([], 2, 'DATASET'),
         (['fashion'], 2, "invalid choice: 'fashion'"),
-        (['fashion_mnist', '--source=not/there'], 2, '--source=not/there is no folder'),
+        (['fashion_mnist', '--source=not/there'], 2, '--source=not/there is not a folder'),
         (['fashion_mnist', '--data_dir={file}/data'], 1, 'Not a directory'),
         (['fashion_mnist', '--data_dir={tmp}', '--source={tmp}'], 1, 'idx3-ubyte.gz is missing'),
     ],
@@ -347,5 +347,5 @@ def test_the_command_ends_badly_in_one_sentence(words, code, sentence, tmp_path,
 
 
 def test_a_source_that_is_no_folder_is_refused_even_by_the_function(tmp_path):
-    with pytest.raises(UsageError, match='is no folder'):
+    with pytest.raises(UsageError, match='is not a folder'):
         fashion_mnist.prepare(tmp_path, source=Path(__file__))

@@ -407,7 +407,8 @@ def files(folder):
 @pytest.mark.parametrize('name', ['fig4_left', 'fig4_right', 'confusion'])
 def test_no_predictions(copy, capsys, name, monkeypatch, run):
     (copy / 'predictions_test.npz').unlink()
-    monkeypatch.setattr(evaluate, 'restore', lambda *_: run.trained)
+    trained = run.trained  # restored before the function is replaced
+    monkeypatch.setattr(evaluate, 'restore', lambda *_: trained)
     code, line = run_and_fail(capsys, name, f'--workdir={copy}')
     assert code == 1
     assert 'no predictions_test.npz: create it with python main.py --mode=evaluate --w' in line
@@ -479,8 +480,8 @@ def test_no_run(tmp_path, capsys):
         (['fig3'], 'required: --workdir'),
         (['fig3', '--workdir=W', '--output=F.gif'], 'must end in .png or .svg'),
         (['fig4_left', '--workdir=W', '--rows=1,x'], "invalid numbers value: '1,x'"),
-        (['fig4_left', '--workdir=W', '--rows=40'], 'there is no 40; images are numbered 0..39'),
-        (['fig4_left', '--workdir=W', '--rows=-1'], 'there is no -1; images are numbered 0..39'),
+        (['fig4_left', '--workdir=W', '--rows=40'], 'there is no image 40; images are numbered from 0 to 39'),
+        (['fig4_left', '--workdir=W', '--rows=-1'], 'there is no image -1; images are numbered from 0 to 39'),
         (['towers', '--workdir=W'], 'grey images, for which colour saturation is not defined'),
         (['fig3', '--workdir=W', '--step=3'], 'no checkpoint of step 3'),
     ],

@@ -119,7 +119,7 @@ def test_the_same_classes_keep_the_last_layer(smoke_run, data_dir, capsys):
     kept, carried = finetuning.parameters(fresh, restored, names, [['0'], classes], 'there')
     np.testing.assert_array_equal(kept['fc8']['kernel'], theirs['fc8']['kernel'])
     assert carried == names
-    assert 'starting from step 8 of there: conv1, conv2,' in (err := capsys.readouterr().err)
+    assert 'starting from step 8 of there: copied conv1, conv2,' in (err := capsys.readouterr().err)
     assert err.endswith('fc7, fc8; no layer initialised from scratch\n')
     others = [classes[::-1], [str(i) for i in range(10)]]
     found, carried = finetuning.parameters(fresh, restored, names, others, 'there')
@@ -212,7 +212,7 @@ def test_images_of_other_channels_need_statistics_of_their_own(smoke_run, seven,
     }
     with checkpoint.Checkpoints(tmp_path / 'coloured' / 'checkpoints') as checkpoints:
         checkpoints.save(saved.step, saved.state, saved.extra, error=None)
-    with pytest.raises(UsageError, match=r'3 channel\(s\), and seven has 1; set init_statistics'):
+    with pytest.raises(UsageError, match=r'3 channel\(s\), but seven has 1; set init_statistics'):
         train.run(tuned(tmp_path / 'coloured', seven), tmp_path / 'w')
 
 

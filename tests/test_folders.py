@@ -67,7 +67,7 @@ def test_ignored_files_are_reported(tmp_path, capsys):
     assert message[-2].endswith('.heic 2, no suffix 1')
     assert 'HEIC is not supported: convert' in message[-1]
     put(tmp_path, 'c/1.heic')
-    with pytest.raises(UsageError, match=r'c contains no images  \(.heic 1\): HEIC is not'):
+    with pytest.raises(UsageError, match=r'c contains no images \(.heic 1\): HEIC is not'):
         image_folder.source(tmp_path, 'x')
 
 
@@ -165,12 +165,12 @@ def test_names_that_are_refused(tmp_path, name):
 @pytest.mark.parametrize(
     ('names', 'options', 'message'),
     [
-        ((), {}, 'no folder of images'),
+        ((), {}, 'no folder of pictures'),
         (('a/1.jpg',), {}, '1 folder'),
-        (('a/1.jpg', 'b/note.txt'), {}, r'contains no images  \(.txt 1\): add some'),
+        (('a/1.jpg', 'b/note.txt'), {}, r'contains no images \(.txt 1\): add some'),
         (('train/a/1.jpg', 'train/b/1.jpg', 'val/c/1.jpg'), {}, "class 'c', but train does not"),
-        (('train/a/1.jpg', 'b/1.jpg'), {}, 'mixes split and class folders'),
-        (('train/a/1.jpg', 'train/b/1.jpg', 'val/1.jpg'), {}, 'val has no folder of images'),
+        (('train/a/1.jpg', 'b/1.jpg'), {}, 'mixes splits and classes'),
+        (('train/a/1.jpg', 'train/b/1.jpg', 'val/1.jpg'), {}, 'val has no folder of pictures'),
         (('val/a/1.jpg', 'test/a/1.jpg'), {}, 'or has no train'),
         (('a/1.jpg', 'b/1.jpg'), {'test': 0.6}, 'too few images'),
     ],

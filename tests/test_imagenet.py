@@ -194,8 +194,8 @@ def test_validation_pictures_that_do_not_match(year_2012, numbers, message, extr
         (train(count=TRAIN | {'n03': 2}), '5 of 6 images, and 2 of 3 of class n03'),
         (train(wnids=('n01', 'n02', 'n03', 'n01')), '8 of 6 images, and 4 of 2 of class n01'),
         (train(count={'n01': 3, 'n02': 1, 'n03': 2}), '6 of 6 images, and 3 of 2 of class n01'),
-        ([('n04.tar', tar_bytes([('n04_1.JPEG', b'')]))], '0 of 6 pictures'),
-        ([('n01_1.txt', b'')], '0 of 6 pictures'),
+        ([('n04.tar', tar_bytes([('n04_1.JPEG', b'')]))], '0 of 6 images'),
+        ([('n01_1.txt', b'')], '0 of 6 images'),
     ],
 )
 def test_training_pictures_that_do_not_match(year_2012, classes, message):
@@ -278,11 +278,11 @@ def test_the_real_challenge_wants_the_real_files(year_2012, tmp_path):
         imagenet.source(ILSVRC_2012, year_2012)
     with pytest.raises(RunError, match=r'ILSVRC2010_images_train.tar is missing'):
         imagenet.source(ILSVRC_2010, year_2012)
-    with pytest.raises(UsageError, match='is no folder'):
+    with pytest.raises(UsageError, match='is not a folder'):
         imagenet.source(ILSVRC_2010, tmp_path / 'nothing')
     train_archive = dataclasses.replace(SMALL_2012.archives['train'], size=100)
     larger = SMALL_2012.archives | {'train': train_archive}
-    with pytest.raises(RunError, match='the official file 100'):
+    with pytest.raises(RunError, match='the official file has 100'):
         imagenet.source(dataclasses.replace(SMALL_2012, archives=larger), year_2012)
 
 
@@ -321,12 +321,12 @@ def test_wrong_development_kits_are_refused(year_2012):
 
 def test_a_short_list_of_labels_is_noticed(year_2012):
     damaged_kit(year_2012, truth=(3, 1, 1))
-    refused(SMALL_2012, year_2012, '3 of 4 pictures')
+    refused(SMALL_2012, year_2012, '3 of 4 images')
 
 
 def test_a_missing_truth_is_named(year_2010):
     (year_2010 / 'ILSVRC2010_test_ground_truth.txt').unlink()
-    with pytest.raises(RunError, match=r'is missing, or ILSVRC2010_test_ground_truth.txt in it'):
+    with pytest.raises(RunError, match=r'is missing, or ILSVRC2010_test_ground_truth.txt is missing from it'):
         imagenet.source(SMALL_2010, year_2010)
     (year_2010 / 'ILSVRC2010_devkit-1.0.tar.gz').unlink()
     with pytest.raises(RunError, match=r'devkit-1.0.tar.gz is missing'):

@@ -51,7 +51,7 @@ def one_sentence(done, code: int, *words: str) -> None:
 @pytest.mark.parametrize(
     ('words', 'message'),
     [
-        ((), '--config is missing; try --config=configs/alexnet.py'),
+        ((), 'no --config; try --config=configs/alexnet.py'),
         (('--config=configs/nothing.py',), 'there is no config file configs/nothing.py'),
         ((f'{CONFIG}:huge',), "'huge' is not one of quickstart"),
         ((CONFIG, '--config.bach_size=3'), 'did you mean batch_size?'),
