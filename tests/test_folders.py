@@ -182,5 +182,5 @@ def test_folders_that_do_not_fit_together(tmp_path, names, options, message):
 
 
 def test_no_folder(tmp_path):
-    with pytest.raises(UsageError, match='is no folder'):
+    with pytest.raises(UsageError, match='is not a folder'):
         image_folder.source(tmp_path / 'nothing')

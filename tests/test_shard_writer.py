@@ -440,7 +440,7 @@ def test_a_large_picture_is_read_where_its_size_is_allowed(pets, tmp_path):
     clear = gradient.copy()
     clear.putalpha(Image.new('L', gradient.size, 128))
     clear.resize((10_000, 10_000)).save(copy / 'cat/drawing.png', compress_level=1)
-    message = r'has 10,000 x 10,000 pixels.* \(--max_megapixels=100 allows it\)'
+    message = r'has 10,000 x 10,000 pixels.* \(--max_megapixels=100 accepts it\)'
     with pytest.raises(RunError, match=message):
         make(copy, tmp_path / 'data')
     folder = make(copy, tmp_path / 'data', most_pixels=10**8)
