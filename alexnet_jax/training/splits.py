@@ -122,7 +122,9 @@ def _few(names: Sequence[str]) -> str:
 def _ensure(config: Data, data_dir: str) -> str:
     """Prepare the data set if it is missing and public; return the folder of all data sets."""
     if data_dir and not Path(data_dir).is_dir():  # a misspelt one would be filled
-        raise UsageError(f'--data_dir={data_dir} is not a folder: name the folder of all data sets.')
+        raise UsageError(
+            f'--data_dir={data_dir} is not a folder: name the folder of all data sets.'
+        )
     folder = data_dir or config.data_dir
     if distributed.is_first():
         prepare.ensure(config.name, folder)
