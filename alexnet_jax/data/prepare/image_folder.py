@@ -51,7 +51,7 @@ def source(
     """
     if not folder.is_dir():
         raise UsageError(
-            f'--source={folder} is not a folder: give one that has a folder per class.'
+            f'--source={folder} is not a folder: give one with a folder per class.'
         )
     ignored = Counts()
     splits, name = _splits(folder, ignored), _name(name, folder)
