@@ -50,9 +50,7 @@ def source(
         OSError: a folder or picture cannot be read.
     """
     if not folder.is_dir():
-        raise UsageError(
-            f'--source={folder} is not a folder: give one with a folder per class.'
-        )
+        raise UsageError(f'--source={folder} is not a folder: give one with a folder per class.')
     ignored = Counts()
     splits, name = _splits(folder, ignored), _name(name, folder)
     classes = _classes(folder, splits)
