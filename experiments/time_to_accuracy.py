@@ -12,7 +12,6 @@ compilation of the step, but not evaluations, checkpoints or other compilation.
 
 import argparse
 import contextlib
-import importlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -22,7 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from alexnet_jax import command, files
+from alexnet_jax import command, config_file, files
 from alexnet_jax import config as configuration
 from alexnet_jax.errors import RunError, UsageError
 from alexnet_jax.parallel import cpu, mesh
@@ -76,7 +75,7 @@ class EpochParams(Callback):
 
 
 def measure(config: Any, workdir: Path, target: float, margin: float) -> dict[str, Any]:
-    """Train, then look at the test images; `secs` is None where no epoch reached the target."""
+    """Train, then evaluate on the test images; `secs` is None if no epoch reached the target."""
     settings = configuration.unpack(config)
     cpu.set_up_cpu(settings.mesh.cpu_devices)
     with workdirs.open_workdir(config, workdir):
@@ -110,18 +109,6 @@ def measure(config: Any, workdir: Path, target: float, margin: float) -> dict[st
     }
 
 
-def config_of(text: str) -> Any:
-    """'configs/alexnet.py:fashion_mnist' -> the ConfigDict."""
-    path, _, scale = text.partition(':')
-    try:
-        module = importlib.import_module(path.removesuffix('.py').replace('/', '.'))
-    except ImportError:
-        raise UsageError(f'--config={text}: there is no such file in configs/.') from None
-    config = module.get_config(scale or 'quickstart')
-    config.loop.update(evaluate_every_epochs=1.0, checkpoint_every_epochs=1.0)
-    return config
-
-
 def _parser() -> command.Parser:
     parser = command.Parser(
         prog='python -m experiments.time_to_accuracy',
@@ -150,8 +137,8 @@ def act(flags: argparse.Namespace) -> int:
         return 0
     if (flags.workdir / 'metrics.jsonl').exists():
         raise UsageError(f'{flags.workdir} contains a run; choose a new --workdir.')
-    config = config_of(flags.config)
-    config.model.compute_dtype = flags.dtype
+    every_epoch = {'loop.evaluate_every_epochs': 1.0, 'loop.checkpoint_every_epochs': 1.0}
+    config = config_file.load(flags.config, every_epoch | {'model.compute_dtype': flags.dtype})
     row = measure(config, flags.workdir, flags.target, flags.margin)
     flags.out.mkdir(parents=True, exist_ok=True)
     path = flags.out / f'time_to_accuracy_{results.slug(row["device"])}.json'
@@ -165,7 +152,7 @@ def act(flags: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; see the head of the file."""
+    """Run the command; return its exit code."""
     return command.run('time_to_accuracy', _parser, act, argv)
 
 

@@ -82,12 +82,15 @@ def by_epoch(runs: Sequence[ArchivedRun]) -> list[str]:
 
 
 def _training(run: ArchivedRun, ends: Sequence[float]) -> list[str]:
-    """Return the mean training loss of each epoch, of the windows of steps that end in it."""
+    """Return the mean training loss of each epoch, of the windows of steps that end in it.
+
+    An archive that keeps one window an epoch, as `run_archive.thinned` does, has no such mean.
+    """
     windows = [record for record in run.records if record['kind'] == 'train']
     cells = []
     for start, end in itertools.pairwise((0.0, *ends)):
         losses = [record['loss'] for record in windows if start + 0.01 < record['epoch'] <= end]
-        cells.append(f'{np.mean(losses):.3f}' if losses else '-')
+        cells.append(f'{np.mean(losses):.3f}' if len(losses) > 1 else '-')
     return cells
 
 

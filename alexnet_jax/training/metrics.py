@@ -142,9 +142,8 @@ def read(workdir: Path) -> list[dict[str, Any]]:
 
 def _board(folder: Path, resume_step: int):
     try:
-        with _without(
-            'torch'
-        ):  # tensorboardX tries to import it, and uses it for nothing written here
+        # tensorboardX tries to import torch, and uses it for nothing that is written here.
+        with _without('torch'):
             from tensorboardX import SummaryWriter
     except ImportError:
         log(
