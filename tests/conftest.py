@@ -18,7 +18,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 # Compiled programs are kept between tests and test runs: most of a small run is compilation.
 CACHE = REPOSITORY / '.cache' / 'jax'
 jax.config.update('jax_compilation_cache_dir', str(CACHE))
-jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
 
 
 # Files of few but long tests go first, so that the workers end together; see the Makefile.

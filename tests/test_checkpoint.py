@@ -446,7 +446,9 @@ def test_killed_at_any_moment_every_checkpoint_is_complete(tmp_path):
         with child:
             assert child.stdout is not None
             assert child.stdout.readline().split() == ['ready', str(reached + 1)]
-            time.sleep(rng.uniform(0.1, 0.5))
+            while not any(path.name.isdigit() for path in tmp_path.iterdir()):  # a complete one
+                assert child.poll() is None
+            time.sleep(rng.uniform(0, 0.5))
             if round_ % 2:
                 while not any(tmp_path.glob('*.orbax-checkpoint-tmp*')):
                     assert child.poll() is None

@@ -75,6 +75,15 @@ def compiler_options() -> dict[str, str] | None:
     return {name: value for name, value in options.items() if _is_known(name, value)}
 
 
+def init_compiler_options() -> dict[str, int] | None:
+    """Return XLA's options for the initial weights: random numbers, drawn once.
+
+    LLVM's full optimisation of them takes longer than that of the training step. The weights are
+    the same to the bit.
+    """
+    return {'xla_backend_optimization_level': 1} if ops.platform() == 'cpu' else None
+
+
 @functools.cache
 def _is_known(name: str, value: str) -> bool:
     """Return whether this version of XLA has an option."""

@@ -117,8 +117,11 @@ class Checkpoints:
         candidate = error is not None and math.isfinite(error)
         with self._report_failure(step):  # gathering fails too when a process is lost
             with futures.ThreadPoolExecutor() as pool:  # a GB/s on each core
-                arrays = map(manifests.to_host, leaves.values())
-                described = dict(zip(leaves, pool.map(manifests.describe, arrays), strict=True))
+                # As NumPy arrays: Orbax would compile a slice for each array and each device.
+                arrays = {name: manifests.to_host(leaf) for name, leaf in leaves.items()}
+                described = dict(
+                    zip(arrays, pool.map(manifests.describe, arrays.values()), strict=True)
+                )
             rank = float(error) if candidate else None
             manifest = manifests.make(step, rank, extra, described)
             manager = self._manager or self._open()
@@ -127,7 +130,7 @@ class Checkpoints:
             self._best.errors[step] = rank
             self._saving = step
             args = ocp.args.Composite(
-                state=ocp.args.PyTreeSave(nested(leaves)),
+                state=ocp.args.PyTreeSave(nested(arrays)),
                 manifest=ocp.args.JsonSave(manifest),
             )
             manager.save(step, args=args, force=True)

@@ -73,7 +73,11 @@ def jit_init_state(
     settings: Settings, optimizer: optax.GradientTransformation, shardings: Any
 ) -> TrainState:
     """Return the state of step 0 on the devices; `shardings` come from `jit_train_step`."""
-    start = jax.jit(lambda seed: init_state(settings, optimizer, seed), out_shardings=shardings)
+    start = jax.jit(
+        lambda seed: init_state(settings, optimizer, seed),
+        out_shardings=shardings,
+        compiler_options=cpu.init_compiler_options(),
+    )
     return start(seed_of(settings))
 
 
