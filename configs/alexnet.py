@@ -261,7 +261,7 @@ def loop() -> ConfigDict:
             # workdir), or 'none'.
             compilation_cache='beside',
             # The minimum standard deviation of the logits across images at initialisation. At
-            # quickstart this recipe has 5e-2 and trains at once; the paper's init has 3e-3 and
+            # quickstart this recipe has 5e-2 and trains immediately; the paper's init has 3e-3 and
             # trains after some 80 steps. Without init_scaling they have 2e-4 and 7e-6, and the loss
             # is still ln(10) after 430 steps (experiments/results/dead_starts).
             min_logit_std=0.001,

@@ -16,7 +16,7 @@ LONG = 'a' * 120  # longer than a plain header holds
 
 @pytest.fixture
 def nested(tmp_path):
-    """Two classes, odd sizes and names, a folder; and a plain file beside them."""
+    """Two classes, odd sizes and names, a folder; and a plain file next to them."""
     classes = {
         'n01.tar': [('n01_1.JPEG', b'one'), ('n01_2.JPEG', b'x' * 5000), (f'n01_{LONG}', b'')],
         'n02.tar': [('n02_é.JPEG', b'y' * 513)],
