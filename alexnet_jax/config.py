@@ -170,9 +170,7 @@ def unpack(config: Config) -> Settings:
     """
     tree = dict(config) if isinstance(config, dict) else plain(config)
     net = _net(_section(tree.pop('model', None), 'model'))
-    crop = dict(input_px=net.input_px, channels=net.channels)  # the recipe's output
-    preprocess = _build(Preprocess, tree.pop('preprocess', None), 'preprocess', **crop)
-    settings = _build(Settings, tree, '', net=net, preprocess=preprocess)
+    settings = _build(Settings, tree, '', net=net)
     _check(settings)
     _check_rates(settings)
     _check_mesh(settings)
@@ -337,7 +335,7 @@ def _check_net(net: Net) -> None:
 def _check(settings: Settings) -> None:
     recipe, names = settings.preprocess, [layer.name for layer in settings.net.layers]
     for px, what in (
-        (recipe.input_px, f'the crop of model.input_px ({recipe.input_px})'),
+        (settings.net.input_px, f'the crop of model.input_px ({settings.net.input_px})'),
         (recipe.resize_px, f'preprocess.resize_px ({recipe.resize_px})'),
     ):
         small = f'preprocess.image_px is {recipe.image_px}, smaller than {what}; increase it'

@@ -1,6 +1,8 @@
 """Augmentation against plain NumPy in float64, image by image; draws against the 2012 text."""
 
+import dataclasses
 import math
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +15,9 @@ from alexnet_jax.model import augment
 from alexnet_jax.model.augment import Draws, Preprocess, Statistics
 from alexnet_jax.parallel import mesh
 
-PAPER = Preprocess(
+RECIPE = Preprocess(
     resize_px=256,
     image_px=256,
-    input_px=224,
-    channels=3,
     crop=True,
     mirror=True,
     images_per_crop=1,
@@ -27,11 +27,14 @@ PAPER = Preprocess(
     noise_divisor=1.1,
     scale=1.0,
 )
+PAPER = SimpleNamespace(input_px=224, channels=3), RECIPE
 SMALL = {'resize_px': 16, 'image_px': 16, 'input_px': 11}  # the slack, 5, is odd
 
 
-def recipe(**changes):
-    return Preprocess(**(vars(PAPER) | changes))
+def recipe(input_px=224, channels=3, **changes):
+    """Return what `augment` reads of a net, and the paper's recipe with changes."""
+    net = SimpleNamespace(input_px=input_px, channels=channels)
+    return net, dataclasses.replace(RECIPE, **changes)
 
 
 def layout_of(shape, batch_size):
@@ -59,7 +62,7 @@ def statistics_of(side, channels, seed=1):
 @pytest.fixture(scope='module')
 def many():
     """16,384 images' worth of the paper's choices."""
-    draws = jax.jit(lambda key: augment.draw(key, 16_384, 3, PAPER))(jax.random.key(0))
+    draws = jax.jit(lambda key: augment.draw(key, 16_384, 3, *PAPER))(jax.random.key(0))
     return jax.tree.map(np.asarray, draws)
 
 
@@ -100,7 +103,7 @@ def test_colour_noise_is_gaussian_of_deviation_a_tenth(many):
 @pytest.mark.parametrize('batch_size', [128, 100, 20])
 def test_32_images_in_a_row_share_crop_and_mirror_but_not_noise(batch_size):
     """The source's way; a batch may end within a share."""
-    found = augment.draw(jax.random.key(2), batch_size, 3, recipe(images_per_crop=32))
+    found = augment.draw(jax.random.key(2), batch_size, 3, *recipe(images_per_crop=32))
     assert found.offset.shape == (batch_size, 2)
     assert found.mirror.shape == (batch_size,)
     blocks = [slice(i, i + 32) for i in range(0, batch_size, 32)]
@@ -112,17 +115,17 @@ def test_32_images_in_a_row_share_crop_and_mirror_but_not_noise(batch_size):
 
 
 def test_what_is_switched_off_is_the_centre_view():
-    off = augment.draw(jax.random.key(0), 8, 3, recipe(crop=False, mirror=False, colour_noise=0.0))
-    centre = augment.fixed(8, 3, PAPER)
+    off = augment.draw(jax.random.key(0), 8, 3, *recipe(crop=False, mirror=False, colour_noise=0.0))
+    centre = augment.fixed(8, 3, *PAPER)
     jax.tree.map(np.testing.assert_array_equal, off, centre)
-    only_crop = augment.draw(jax.random.key(0), 64, 3, recipe(mirror=False, colour_noise=0.0))
+    only_crop = augment.draw(jax.random.key(0), 64, 3, *recipe(mirror=False, colour_noise=0.0))
     assert len(np.unique(only_crop.offset)) > 10
     assert not only_crop.mirror.any()
     assert not only_crop.noise.any()
 
 
 def test_draws_are_a_function_of_the_key():
-    one, same, other = (augment.draw(jax.random.key(k), 64, 3, PAPER) for k in (0, 0, 1))
+    one, same, other = (augment.draw(jax.random.key(k), 64, 3, *PAPER) for k in (0, 0, 1))
     jax.tree.map(np.testing.assert_array_equal, one, same)
     for a, b in zip(one, other, strict=True):
         assert np.any(np.asarray(a) != np.asarray(b))
@@ -136,8 +139,8 @@ def test_the_same_bits_and_pixels_on_every_mesh(shape):
 
     @jax.jit
     def prepare(key, images):
-        draws = augment.draw(key, 16, 3, small)
-        return draws, augment.apply(images, draws, statistics, small, True)
+        draws = augment.draw(key, 16, 3, *small)
+        return draws, augment.apply(images, draws, statistics, *small, True)
 
     def on(shape):
         placed = jax.device_put(images, layout_of(shape, 16).batch_sharding)
@@ -157,9 +160,9 @@ def test_the_same_bits_and_pixels_on_every_mesh(shape):
 # ------------------------------------------------------------------------------- what they do
 
 
-def numpy_apply(images, draws, statistics, recipe, noise_on):
+def numpy_apply(images, draws, statistics, net, recipe, noise_on):
     """The reference, for images already at `image_px`: one image after the other, float64."""
-    px, mean = recipe.input_px, np.asarray(statistics.mean_image, np.float64)
+    px, mean = net.input_px, np.asarray(statistics.mean_image, np.float64)
     edge = (recipe.image_px - px) // 2
     if recipe.mean == 'image':
         mean = mean[edge : edge + px, edge : edge + px]
@@ -179,7 +182,7 @@ def numpy_apply(images, draws, statistics, recipe, noise_on):
             pixels = (pixels + noise) / recipe.noise_divisor
         pixels = pixels * recipe.scale
         if pixels.shape[-1] == 1:
-            pixels = np.concatenate([pixels] * recipe.channels, axis=-1)
+            pixels = np.concatenate([pixels] * net.channels, axis=-1)
         result.append(pixels)
     return np.stack(result)
 
@@ -201,13 +204,14 @@ def numpy_apply(images, draws, statistics, recipe, noise_on):
 def test_apply_equals_numpy(stored, changes, noise_on):
     small = recipe(**(SMALL | changes))
     images, statistics = images_of(12, 16, stored), statistics_of(16, stored)
-    draws = augment.draw(jax.random.key(1), 12, stored, small)
+    draws = augment.draw(jax.random.key(1), 12, stored, *small)
     # The switch is traced, as it is in the training step.
-    found = jax.jit(lambda on: augment.apply(images, draws, statistics, small, on))(noise_on)
-    expected = numpy_apply(images, draws, statistics, small, noise_on)
+    found = jax.jit(lambda on: augment.apply(images, draws, statistics, *small, on))(noise_on)
+    expected = numpy_apply(images, draws, statistics, *small, noise_on)
     assert found.dtype == jnp.float32
-    assert found.shape == expected.shape == (12, small.input_px, small.input_px, small.channels)
-    assert np.abs(found - expected).max() < 1e-4 * small.scale  # 255 in float32: 3e-5
+    net, scale = small[0], small[1].scale
+    assert found.shape == expected.shape == (12, net.input_px, net.input_px, net.channels)
+    assert np.abs(found - expected).max() < 1e-4 * scale  # 255 in float32: 3e-5
 
 
 def test_the_mean_does_not_move_with_the_crop():
@@ -215,8 +219,8 @@ def test_the_mean_does_not_move_with_the_crop():
     small = recipe(**SMALL | {'colour_noise': 0.0})
     mean = images_of(1, 16, 3)
     statistics = Statistics(mean[0].astype(jnp.float32), jnp.eye(3))
-    centre = augment.apply(mean, augment.fixed(1, 3, small), statistics, small)
-    corner = augment.apply(mean, augment.fixed(1, 3, small, view=1), statistics, small)
+    centre = augment.apply(mean, augment.fixed(1, 3, *small), statistics, *small)
+    corner = augment.apply(mean, augment.fixed(1, 3, *small, view=1), statistics, *small)
     assert not centre.any()
     assert np.abs(corner).max() > 10
 
@@ -226,8 +230,8 @@ def test_noise_is_one_colour_an_image_along_the_components():
     plain = recipe(**SMALL | {'mean': 'none', 'noise_divisor': 1.0})
     statistics = statistics_of(16, 3)
     factors = np.eye(3, dtype=np.float32)
-    draws = augment.fixed(3, 3, plain)._replace(noise=jnp.asarray(factors))
-    found = augment.apply(jnp.zeros((3, 16, 16, 3), jnp.uint8), draws, statistics, plain, True)
+    draws = augment.fixed(3, 3, *plain)._replace(noise=jnp.asarray(factors))
+    found = augment.apply(jnp.zeros((3, 16, 16, 3), jnp.uint8), draws, statistics, *plain, True)
     for component in range(3):
         colour = statistics.colour_basis[:, component]
         np.testing.assert_allclose(found[component].reshape(-1, 3), np.tile(colour, (121, 1)))
@@ -238,10 +242,10 @@ def test_noise_on_grey_images_is_in_brightness():
     plain = recipe(**SMALL | {'mean': 'none', 'noise_divisor': 1.0, 'channels': 1})
     statistics = Statistics(jnp.zeros((16, 16, 1)), jnp.full((1, 1), 90.0))
     images = images_of(2, 16, 1)
-    draws = augment.fixed(2, 1, plain)
+    draws = augment.fixed(2, 1, *plain)
     lifted = draws._replace(noise=jnp.array([[0.1], [-0.2]]))
-    before = augment.apply(images, draws, statistics, plain, True)
-    after = augment.apply(images, lifted, statistics, plain, True)
+    before = augment.apply(images, draws, statistics, *plain, True)
+    after = augment.apply(images, lifted, statistics, *plain, True)
     difference = np.asarray(after - before)
     np.testing.assert_allclose(difference[0], np.full_like(difference[0], 9.0), atol=1e-4)
     np.testing.assert_allclose(difference[1], np.full_like(difference[1], -18.0), atol=1e-4)
@@ -263,7 +267,7 @@ def test_ten_views_are_centre_and_corners_and_their_mirror_images():
     @jax.jit
     def view(number):
         return augment.apply(
-            images, augment.fixed(2, 3, plain, number), statistics_of(16, 3), plain
+            images, augment.fixed(2, 3, *plain, number), statistics_of(16, 3), *plain
         )
 
     found = [view(number) for number in range(10)]
@@ -273,7 +277,7 @@ def test_ten_views_are_centre_and_corners_and_their_mirror_images():
 
 
 def test_2012_sizes_put_the_centre_at_16_and_the_corners_at_0_and_32():
-    offsets = [augment.fixed(1, 3, PAPER, view).offset[0].tolist() for view in range(5)]
+    offsets = [augment.fixed(1, 3, *PAPER, view).offset[0].tolist() for view in range(5)]
     assert offsets == [[16, 16], [0, 0], [0, 32], [32, 0], [32, 32]]
 
 
@@ -296,8 +300,10 @@ def resized(images, side):
     """Return stored images after `apply` with resizing only."""
     count, _, _, channels = images.shape
     plain = recipe(resize_px=side, image_px=side, input_px=side, channels=channels, mean='none')
-    draws = augment.fixed(count, channels, plain)
-    return np.asarray(augment.apply(images, draws, statistics_of(images.shape[1], channels), plain))
+    draws = augment.fixed(count, channels, *plain)
+    return np.asarray(
+        augment.apply(images, draws, statistics_of(images.shape[1], channels), *plain)
+    )
 
 
 def assert_same_pixels(found, expected):
@@ -324,11 +330,11 @@ def test_the_mean_image_is_enlarged_with_the_images():
     large = recipe(resize_px=128, image_px=128, input_px=112, channels=1, colour_noise=0.0)
     images, statistics = images_of(2, 28, 1), statistics_of(28, 1)
     draws = Draws(jnp.array([[0, 16], [5, 3]]), jnp.array([True, False]), jnp.zeros((2, 1)))
-    found = augment.apply(images, draws, statistics, large)
+    found = augment.apply(images, draws, statistics, *large)
     enlarged = np.stack([bilinear(image, 128) for image in images])
     mean = bilinear(statistics.mean_image, 128)
     expected = numpy_apply(
-        enlarged, draws, statistics._replace(mean_image=mean), large, noise_on=False
+        enlarged, draws, statistics._replace(mean_image=mean), *large, noise_on=False
     )
     assert_same_pixels(found, expected)
 
@@ -343,7 +349,7 @@ def test_a_black_margin_round_a_small_image():
         mirror=jnp.array([False, False, True]),
         noise=jnp.zeros((3, 1)),
     )
-    found = np.asarray(augment.apply(jnp.asarray(images), draws, statistics, framed))[..., 0]
+    found = np.asarray(augment.apply(jnp.asarray(images), draws, statistics, *framed))[..., 0]
     frame = np.pad(images[..., 0], ((0, 0), (2, 2), (2, 2))).astype(np.float32)
     np.testing.assert_array_equal(found[0], images[0, ..., 0])  # the centre view loses nothing
     np.testing.assert_array_equal(found[1], frame[1, 0:12, 4:16])
@@ -355,5 +361,5 @@ def test_the_mean_image_gets_the_margin_too():
     mean = jnp.full((12, 12, 1), 7.0)
     images = jnp.full((1, 12, 12, 1), 7, jnp.uint8)
     statistics = Statistics(mean, jnp.eye(1))
-    found = augment.apply(images, augment.fixed(1, 1, framed), statistics, framed)
+    found = augment.apply(images, augment.fixed(1, 1, *framed), statistics, *framed)
     np.testing.assert_array_equal(found, 0)

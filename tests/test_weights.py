@@ -166,8 +166,9 @@ def pictures(side, count=4, channels=3):
 def our_logits(settings, params, statistics, images):
     @jax.jit
     def run(params, images):
-        draws = augment.fixed(len(images), images.shape[-1], settings.preprocess)
-        pixels = augment.apply(images, draws, statistics, settings.preprocess)
+        net, recipe = settings.net, settings.preprocess
+        draws = augment.fixed(len(images), images.shape[-1], net, recipe)
+        pixels = augment.apply(images, draws, statistics, net, recipe)
         return AlexNet(settings.net).apply({'params': params}, pixels)
 
     return np.asarray(run(params, images))
@@ -177,7 +178,7 @@ def our_logits(settings, params, statistics, images):
 def test_logits_are_the_origins(origin):
     settings = configuration.unpack(small(origin))
     arrays = foreign(origin, small(origin))
-    edge = (settings.preprocess.image_px - settings.preprocess.input_px) // 2
+    edge = (settings.preprocess.image_px - settings.net.input_px) // 2
     images = pictures(settings.preprocess.image_px)
     expected = THEIRS[origin](arrays, images[:, edge:-edge, edge:-edge])
     params = weights.canonical(arrays, weights.ORIGINS[origin], settings)

@@ -167,9 +167,9 @@ def make_predict(settings: Settings, layout: Layout) -> Predict:
     forward = layout.forward(settings.net)
 
     def predict(params, statistics, images, view):
-        batch, channels = images.shape[0], images.shape[-1]
-        draws = augment.fixed(batch, channels, settings.preprocess, view)
-        pixels = augment.apply(images, draws, statistics, settings.preprocess)
+        net, recipe = settings.net, settings.preprocess
+        draws = augment.fixed(images.shape[0], images.shape[-1], net, recipe, view)
+        pixels = augment.apply(images, draws, statistics, net, recipe)
         return jax.nn.softmax(forward(params, pixels, None))
 
     return jax.jit(

@@ -71,8 +71,9 @@ def make_extract(trained: Trained, layer: str) -> Extract:
         raise UsageError(f"this net has no '{layer}'; choose one of {', '.join(known)}.")
 
     def run(params: Any, statistics: Statistics, images: Array) -> Array:
-        draws = augment.fixed(len(images), images.shape[-1], settings.preprocess)
-        pixels = augment.apply(images, draws, statistics, settings.preprocess)
+        net, recipe = settings.net, settings.preprocess
+        draws = augment.fixed(len(images), images.shape[-1], net, recipe)
+        pixels = augment.apply(images, draws, statistics, net, recipe)
         return alexnet.activations(settings.net, params, pixels)[layer].astype(jnp.float32)
 
     layout = mesh.make_layout(MeshShape(data=-1, tower=1), jax.device_count())

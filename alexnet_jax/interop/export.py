@@ -29,12 +29,13 @@ Array = jax.Array
 
 def classify(settings: Settings, params: Any, statistics: Statistics) -> Callable[[Array], Array]:
     """Return a function from uint8 images [B, H, W, C] to float32 probabilities [B, classes]."""
-    net = AlexNet(settings.net)
+    module = AlexNet(settings.net)
 
     def run(images: Array) -> Array:
-        draws = augment.fixed(images.shape[0], images.shape[-1], settings.preprocess)
-        pixels = augment.apply(images, draws, statistics, settings.preprocess)
-        return jax.nn.softmax(net.apply({'params': params}, pixels))  # ty: ignore[invalid-argument-type] (not a tuple without `mutable`)
+        net, recipe = settings.net, settings.preprocess
+        draws = augment.fixed(images.shape[0], images.shape[-1], net, recipe)
+        pixels = augment.apply(images, draws, statistics, net, recipe)
+        return jax.nn.softmax(module.apply({'params': params}, pixels))  # ty: ignore[invalid-argument-type] (not a tuple without `mutable`)
 
     return run
 
@@ -106,30 +107,31 @@ class _Graph:
 
 def _preprocess(graph: _Graph, settings: Settings, statistics: Statistics) -> str:
     """Add resizing, frame and crop as a matrix product on each axis, and the rest as an offset."""
-    recipe = settings.preprocess
+    net, recipe = settings.net, settings.preprocess
     height, width, channels = statistics.mean_image.shape
     x = graph.node('Cast', 'images', to=graph.onnx.TensorProto.FLOAT)
     x = graph.node('Transpose', x, perm=[0, 3, 1, 2])
-    x = graph.node('MatMul', graph.constant(_rows(recipe, height)), x)
-    x = graph.node('MatMul', x, graph.constant(_rows(recipe, width).T))
+    x = graph.node('MatMul', graph.constant(_rows(recipe, height, net.input_px)), x)
+    x = graph.node('MatMul', x, graph.constant(_rows(recipe, width, net.input_px).T))
     x = graph.node('Mul', x, graph.constant(recipe.scale))
-    if channels < recipe.channels:
-        x = graph.node('Concat', *(x,) * recipe.channels, axis=1)
+    if channels < net.channels:
+        x = graph.node('Concat', *(x,) * net.channels, axis=1)
     black = jnp.zeros((1, height, width, channels), jnp.uint8)
-    offset = augment.apply(black, augment.fixed(1, channels, recipe), statistics, recipe)
+    draws = augment.fixed(1, channels, net, recipe)
+    offset = augment.apply(black, draws, statistics, net, recipe)
     return graph.node('Add', x, graph.constant(np.asarray(offset).transpose(0, 3, 1, 2)))
 
 
-def _rows(recipe: augment.Preprocess, side: int) -> np.ndarray:
-    """Return the matrix [input_px, side] from stored rows to rows of the centre crop."""
+def _rows(recipe: augment.Preprocess, side: int, crop_px: int) -> np.ndarray:
+    """Return the matrix [crop_px, side] from stored rows to rows of the centre crop."""
     eye = jnp.eye(side)
     if side != recipe.resize_px:
         eye = jax.image.resize(eye, (recipe.resize_px, side), 'bilinear')
     rows = np.zeros((recipe.image_px, side), np.float32)
     before = (recipe.image_px - recipe.resize_px) // 2
     rows[before : before + recipe.resize_px] = eye
-    edge = (recipe.image_px - recipe.input_px) // 2
-    return rows[edge : edge + recipe.input_px]
+    edge = (recipe.image_px - crop_px) // 2
+    return rows[edge : edge + crop_px]
 
 
 def _linear(graph: _Graph, x: str, stage: Stage, kernel: np.ndarray, bias: np.ndarray) -> str:

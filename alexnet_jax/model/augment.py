@@ -11,6 +11,8 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from alexnet_jax.model.alexnet import Net
+
 Array = jax.Array
 
 
@@ -20,13 +22,9 @@ class Preprocess:
 
     resize_px: int  # side that images are resized to: 256 in 2012
     image_px: int  # side of the square that crops are taken from, with a black margin: 256 in 2012
-    input_px: int  # side of a crop: 224 in 2012
-    channels: int  # of the net's input: 3, or 1; grey images are repeated
     crop: bool  # random offsets in training; else the centre
     mirror: bool  # mirrored with probability 1/2 in training
-    images_per_crop: (
-        int  # that share one offset and mirror, in a row: 32 in the source, 1 in the paper
-    )
+    images_per_crop: int  # that share offset and mirror, in a row: 32 in the source, 1 in the paper
     mean: Literal['image', 'channel', 'none']  # what is subtracted, see `_mean`
     colour_noise: float  # deviation of the factor on each principal component: 0.1; 0 is off
     noise_until_epoch: float  # colour noise ends here: 68 of 95 in the source
@@ -58,14 +56,14 @@ class Draws(NamedTuple):
     noise: Array
 
 
-def draw(key: Array, batch_size: int, channels: int, recipe: Preprocess) -> Draws:
+def draw(key: Array, batch_size: int, channels: int, net: Net, recipe: Preprocess) -> Draws:
     """Draw a training batch's choices; offsets are uniform in 0..image_px - input_px, inclusive."""
     offset_key, mirror_key, noise_key = jax.random.split(key, 3)
-    centre = fixed(batch_size, channels, recipe)
+    centre = fixed(batch_size, channels, net, recipe)
     shared = -(-batch_size // recipe.images_per_crop)
     offset, mirror, noise = centre
     if recipe.crop:
-        slack = recipe.image_px - recipe.input_px
+        slack = recipe.image_px - net.input_px
         offset = jax.random.randint(offset_key, (shared, 2), 0, slack + 1)
         offset = jnp.repeat(offset, recipe.images_per_crop, axis=0)[:batch_size]
     if recipe.mirror:
@@ -76,12 +74,14 @@ def draw(key: Array, batch_size: int, channels: int, recipe: Preprocess) -> Draw
     return Draws(offset, mirror, noise)
 
 
-def fixed(batch_size: int, channels: int, recipe: Preprocess, view: Array | int = 0) -> Draws:
+def fixed(
+    batch_size: int, channels: int, net: Net, recipe: Preprocess, view: Array | int = 0
+) -> Draws:
     """Return the choices of a test view: 0 is the centre, 1-4 the corners, 5-9 their mirror images.
 
     The ten views (paper, section 4.1) are taken from the central `image_px` square.
     """
-    end = recipe.image_px - recipe.input_px
+    end = recipe.image_px - net.input_px
     corners = jnp.array([(end // 2, end // 2), (0, 0), (0, end), (end, 0), (end, end)], jnp.int32)
     view = jnp.asarray(view)
     return Draws(
@@ -95,28 +95,31 @@ def apply(
     images: Array,
     draws: Draws,
     statistics: Statistics,
+    net: Net,
     recipe: Preprocess,
     noise_on: Array | bool = False,
 ) -> Array:
     """Map uint8 `images` [B, H, W, C] to conv1's input, float32 [B, input_px, input_px, channels].
+
+    Grey images are repeated in all channels of the net's input.
 
     Args:
         images: of any resolution; they are resized to `resize_px` by bilinear interpolation, and
             padded to `image_px` by a black margin.
         draws: the random choices of this batch.
         statistics: the mean image and the colours of the training split.
+        net: sets `input_px` and `channels` of the crops.
         recipe: the preprocessing.
         noise_on: true while the colour noise, and with it the division, is on.
     """
-    px = recipe.input_px
-    pixels = crop(_square(images.astype(jnp.float32), recipe), draws, px)
-    pixels = pixels - _mean(statistics, recipe)[None]
+    pixels = crop(_square(images.astype(jnp.float32), recipe), draws, net.input_px)
+    pixels = pixels - _mean(statistics, net.input_px, recipe)[None]
     if recipe.colour_noise:
         noise = draws.noise @ statistics.colour_basis.T
         noisy = (pixels + noise[:, None, None, :]) / recipe.noise_divisor
         pixels = jnp.where(noise_on, noisy, pixels)
     grey = pixels.shape[-1] == 1
-    return (jnp.repeat(pixels, recipe.channels, axis=-1) if grey else pixels) * recipe.scale
+    return (jnp.repeat(pixels, net.channels, axis=-1) if grey else pixels) * recipe.scale
 
 
 def crop(images: Array, draws: Draws, px: int) -> Array:
@@ -130,7 +133,7 @@ def crop(images: Array, draws: Draws, px: int) -> Array:
     return jax.vmap(one)(images, draws.offset, draws.mirror)
 
 
-def _mean(statistics: Statistics, recipe: Preprocess) -> Array:
+def _mean(statistics: Statistics, px: int, recipe: Preprocess) -> Array:
     """Return what is subtracted: [px, px, C] or [1, 1, C].
 
     'image': the mean image's central crop, whatever the offset of a crop (source). 'channel': the
@@ -140,8 +143,8 @@ def _mean(statistics: Statistics, recipe: Preprocess) -> Array:
         return jnp.zeros((1, 1, 1))
     if recipe.mean == 'channel':
         return jnp.mean(statistics.mean_image, axis=(0, 1), keepdims=True)
-    edge = (recipe.image_px - recipe.input_px) // 2
-    side = slice(edge, edge + recipe.input_px)
+    edge = (recipe.image_px - px) // 2
+    side = slice(edge, edge + px)
     return _square(statistics.mean_image[None], recipe)[0, side, side]
 
 

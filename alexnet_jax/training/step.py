@@ -106,9 +106,10 @@ def inputs(
     crop_key, mask_key = jax.random.split(jax.random.fold_in(stream, state.step))
     recipe = settings.preprocess
     batch_size, *_, channels = batch['image'].shape
-    draws = augment.draw(crop_key, batch_size, channels, recipe)
+    draws = augment.draw(crop_key, batch_size, channels, settings.net, recipe)
     noise_steps = math.ceil(recipe.noise_until_epoch * settings.steps_per_epoch(images))
-    pixels = augment.apply(batch['image'], draws, statistics, recipe, state.step < noise_steps)
+    noise_on = state.step < noise_steps
+    pixels = augment.apply(batch['image'], draws, statistics, settings.net, recipe, noise_on)
     return pixels, alexnet.draw_masks(mask_key, settings.net, batch_size)
 
 

@@ -192,15 +192,15 @@ def preflight(job: Job, state: TrainState) -> None:
 
 def first_batch(job: Job) -> tuple[Array, Array]:
     """Return labels [B] and centre crops [B, H, W, C], as conv1 sees them, of the first images."""
-    rows, recipe = slice(PREFLIGHT_IMAGES), job.settings.preprocess
-    batch = jax.tree.map(jnp.asarray, job.host_batch(0, rows))
+    net, recipe = job.settings.net, job.settings.preprocess
+    batch = jax.tree.map(jnp.asarray, job.host_batch(0, slice(PREFLIGHT_IMAGES)))
     size, *_, channels = batch['image'].shape
     statistics = job.layout.to_host(job.statistics)
 
     @jax.jit
     def crops(images, statistics):
-        draws = augment.fixed(size, channels, recipe)
-        return augment.apply(images, draws, statistics, recipe)
+        draws = augment.fixed(size, channels, net, recipe)
+        return augment.apply(images, draws, statistics, net, recipe)
 
     return batch['label'], crops(batch['image'], statistics)
 
