@@ -19,8 +19,9 @@ import numpy as np
 
 from alexnet_jax import config
 from alexnet_jax.model import alexnet
+from alexnet_jax.training import job as jobs
 from alexnet_jax.training import metrics as run_metrics
-from alexnet_jax.training import step, train
+from alexnet_jax.training import step
 from configs import smoke
 
 RESULTS = Path(__file__).parent / 'results' / 'meshes.jsonl'
@@ -39,7 +40,7 @@ ROWS = {
 RATES = {'recipe': 1.0, 'hundredth': 0.01}
 
 
-def open_row(row: str, factor: float) -> tuple[train.Job, step.TrainState]:
+def open_row(row: str, factor: float) -> tuple[jobs.Job, step.TrainState]:
     """Return a run and its initial state."""
     chosen = smoke.get_config()
     data, tower, placement = ROWS[row]
@@ -48,7 +49,7 @@ def open_row(row: str, factor: float) -> tuple[train.Job, step.TrainState]:
     for kind in ('weights', 'biases'):
         chosen.optimizer[kind].rate *= factor
     settings = config.unpack(chosen)
-    job = train.open_job(chosen, settings, Path())
+    job = jobs.open_job(chosen, settings, Path())
     start = job.start()
     if row == ROUNDING:
         conv1 = start.params['conv1']
@@ -57,7 +58,7 @@ def open_row(row: str, factor: float) -> tuple[train.Job, step.TrainState]:
     return job, start
 
 
-def gradients(job: train.Job, state: step.TrainState) -> tuple[float, dict]:
+def gradients(job: jobs.Job, state: step.TrainState) -> tuple[float, dict]:
     """Return loss and gradients of the first step."""
     forward = job.layout.forward(job.settings.net)
 
@@ -72,7 +73,7 @@ def gradients(job: train.Job, state: step.TrainState) -> tuple[float, dict]:
     return float(loss), jax.device_get(grads)
 
 
-def curve(job: train.Job, state: step.TrainState, steps: int) -> tuple[np.ndarray, dict]:
+def curve(job: jobs.Job, state: step.TrainState, steps: int) -> tuple[np.ndarray, dict]:
     """Return the loss of each step, and the parameters after the first."""
     losses, first = [], {}
     for number in range(steps):

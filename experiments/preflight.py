@@ -14,7 +14,8 @@ from pathlib import Path
 
 from alexnet_jax import config
 from alexnet_jax.model import alexnet as model
-from alexnet_jax.training import metrics, preflight, step, train
+from alexnet_jax.training import job as jobs
+from alexnet_jax.training import metrics, preflight, step
 from configs import alexnet, alexnet_paper
 
 RESULTS = Path(__file__).parent / 'results' / 'preflight.jsonl'
@@ -37,8 +38,8 @@ def measure(recipe: str, scale: str, init_scaling: str, factor: float, seed: int
     chosen.seed, chosen.model.init_scaling, chosen.preprocess.scale = seed, init_scaling, factor
     chosen.mesh.data = 1
     settings = config.unpack(chosen)
-    job = train.open_job(chosen, settings, Path())
-    labels, pixels = train.first_batch(job)
+    job = jobs.open_job(chosen, settings, Path())
+    labels, pixels = jobs.first_batch(job)
     params = model.init(step.init_key(step.seed_of(settings)), settings.net)
     return preflight.preflight(settings.net, params, pixels, labels).logit_std
 

@@ -28,6 +28,7 @@ from alexnet_jax.parallel import cpu, mesh
 from alexnet_jax.training import train
 from alexnet_jax.training import workdir as workdirs
 from alexnet_jax.training.callbacks import Callback, StepLog
+from alexnet_jax.training.job import open_job
 from alexnet_jax.training.metrics import History, MetricWriter
 from alexnet_jax.training.step import TrainState
 from experiments.throughput import results
@@ -80,18 +81,20 @@ def measure(config: Any, workdir: Path, target: float, margin: float) -> dict[st
     cpu.set_up_cpu(settings.mesh.cpu_devices)
     with workdirs.open_workdir(config, workdir):
         workdirs.use_compilation_cache(settings.loop.compilation_cache, workdir)
-        job = train.open_job(config, settings, workdir)
+        job = open_job(config, settings, workdir)
         state, history = job.start(), History()
         epochs = EpochParams(workdir, history, target + margin)
         with (
             contextlib.closing(MetricWriter(workdir, 0, settings.loop.tensorboard)) as writer,
-            contextlib.closing(StepLog(job, history, writer, 0)) as step_log,
+            contextlib.closing(
+                StepLog(settings, job.train, settings.batch_size, history, writer, 0)
+            ) as step_log,
         ):
             train.train(job, state, history, [step_log, epochs])
     accuracies = []
     for number in range(len(epochs.found)):
         params = epochs.params(number, job.shardings.params)
-        accuracies.append(1 - job.scores(params, job.test)['top1_error'])
+        accuracies.append(1 - train.validation_scores(job, params, job.test)['top1_error'])
         epochs.found[number]['path'].unlink()
     first = next((i for i, accuracy in enumerate(accuracies) if accuracy >= target), None)
     return {

@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec as P
 
 from alexnet_jax.errors import RunError, UsageError
 from alexnet_jax.inference import evaluate
-from alexnet_jax.training import manifest as manifests
+from alexnet_jax.training import checkpoint as checkpointing
 from alexnet_jax.training.checkpoint import Checkpoints, read
 
 
@@ -347,9 +347,11 @@ def test_several_damaged_ones_are_set_aside_and_none_when_all_are(tmp_path):
 
 def test_damage_does_not_disturb_later_saves_nor_the_best(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(1, state_of(1), {}, error=0.1, wait=True)
+        checkpoints.save(1, state_of(1), {}, error=0.1)
+        checkpoints.wait()
         (tmp_path / '1' / 'manifest' / 'metadata').write_text('{')
-        checkpoints.save(2, state_of(2), {}, error=0.5, wait=True)
+        checkpoints.save(2, state_of(2), {}, error=0.5)
+        checkpoints.wait()
         assert checkpoints.best_step() == 2
         assert resumed(checkpoints).step == 2
 
@@ -399,9 +401,9 @@ def test_a_run_of_the_first_format_is_evaluated(smoke_run, data_dir, tmp_path):
     found = read(smoke_run / 'checkpoints')
     found.state['state']['opt_state'] = {'trace': {'conv1': np.ones(3, np.float32)}}
     path = tmp_path / 'old' / 'checkpoints' / str(found.step)
-    leaves = manifests.named_leaves(found.state)
+    leaves = checkpointing._named_leaves(found.state)
     manifest = {'format': 1, 'step': found.step, 'error': None, 'extra': found.extra}
-    manifest['leaves'] = {name: manifests.describe(leaf) for name, leaf in leaves.items()}
+    manifest['leaves'] = {name: checkpointing.describe(leaf) for name, leaf in leaves.items()}
     with contextlib.closing(ocp.Checkpointer(ocp.PyTreeCheckpointHandler())) as writer:
         writer.save(path / 'state', args=ocp.args.PyTreeSave(found.state))
     (path / 'manifest').mkdir()
@@ -502,10 +504,11 @@ def test_a_full_disk_is_reported_in_a_sentence_and_loses_nothing(small_disk, rai
 
 def test_folder_that_cannot_be_written_to(small_disk):
     with Checkpoints(small_disk) as checkpoints:
-        checkpoints.save(1, noise(100), {}, error=None, wait=True)
+        checkpoints.save(1, noise(100), {}, error=None)
+        checkpoints.wait()
         subprocess.run(['mount', '-o', 'remount,ro', str(small_disk)], check=True)
         with pytest.raises(RunError, match=r'step 2 could not be written .*Read-only file system'):
-            checkpoints.save(2, noise(100), {}, error=None, wait=True)
+            checkpoints.save(2, noise(100), {}, error=None)
         assert checkpoints.steps() == [1]
         os.sync()
         assert_same(resumed(checkpoints, noise(100)).state, noise(100))

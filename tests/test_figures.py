@@ -154,7 +154,7 @@ def colourful(tmp_path_factory):
     with checkpoint.Checkpoints(workdir / 'checkpoints') as checkpoints:
         extra = {'config': json.loads(configuration.as_json(config)), 'class_names': ['a'] * 1000}
         tree = {'state': {'params': params}, 'statistics': mean._asdict()}
-        checkpoints.save(0, tree, extra, error=None, wait=True)
+        checkpoints.save(0, tree, extra, error=None)
     return workdir, np.asarray(params['conv1']['kernel'])
 
 

@@ -125,7 +125,7 @@ def test_the_training_mesh_is_used_if_possible(trained, expected, images, tmp_pa
     saved = checkpoint.read(trained / 'checkpoints')
     saved.extra['config']['mesh'] |= mesh
     with checkpoint.Checkpoints(tmp_path / 'checkpoints') as checkpoints:
-        checkpoints.save(saved.step, saved.state, saved.extra, error=None, wait=True)
+        checkpoints.save(saved.step, saved.state, saved.extra, error=None)
     classify = predict.load(tmp_path)
     here = devices if jax.device_count() >= devices else 1
     assert classify.trained.layout.mesh.size == here

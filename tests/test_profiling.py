@@ -6,7 +6,7 @@ import json
 import pytest
 
 from alexnet_jax.training import metrics, train
-from alexnet_jax.training.profiling import StepProfiler
+from alexnet_jax.training.callbacks import StepProfiler
 from tests.conftest import smoke_config
 
 

@@ -1,5 +1,6 @@
 """Metrics of a run, also after a crash in the middle of a line."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -12,18 +13,18 @@ from alexnet_jax.training import metrics
 
 
 def test_means_weigh_uneven_batches():
-    means = metrics.Means({})
-    means.add({'loss': (8.0, 4)})
-    means.add({'loss': (1.0, 1)})
-    assert means.take() == {'loss': 9 / 5}
-    assert means.take() == {}
+    history = metrics.History()
+    history.add({'loss': (8.0, 4)})
+    history.add({'loss': (1.0, 1)})
+    assert history.take_means() == {'loss': 9 / 5}
+    assert history.take_means() == {}
 
 
 def test_means_go_through_json():
-    means = metrics.Means({})
-    means.add({'loss': (0.1, 4), 'top1_error': (3, 4)})
-    again = metrics.Means(json.loads(json.dumps(means.sums)))
-    assert again.take() == means.take()
+    history = metrics.History()
+    history.add({'loss': (0.1, 4), 'top1_error': (3, 4)})
+    again = metrics.History(**json.loads(json.dumps(dataclasses.asdict(history))))
+    assert again.take_means() == history.take_means()
 
 
 def test_resuming_drops_later_records_and_a_torn_line(tmp_path):

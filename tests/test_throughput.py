@@ -12,7 +12,8 @@ from alexnet_jax import config as configuration
 from alexnet_jax.data import datasets
 from alexnet_jax.errors import RunError
 from alexnet_jax.model.alexnet import geometry
-from alexnet_jax.training import metrics, train
+from alexnet_jax.training import metrics
+from alexnet_jax.training.job import open_job
 from configs import alexnet, smoke, variant_torchvision
 from examples import alexnet_plain
 from experiments import scaling, time_to_accuracy
@@ -369,7 +370,7 @@ def test_feeding_runs_the_trainers_loop(data_dir, tmp_path):
 
 def test_feeding_counts_the_steps_and_the_waiting_of_the_loop(data_dir, tmp_path):
     config = tiny(data_dir)
-    job = train.open_job(config, configuration.unpack(config), tmp_path)
+    job = open_job(config, configuration.unpack(config), tmp_path)
     state, secs, waiting_secs = input_pipeline.real(job, job.start(), 3)
     assert int(state.step) == 3
     assert 0 < waiting_secs < 3 * secs

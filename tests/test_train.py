@@ -22,6 +22,7 @@ from alexnet_jax.errors import AlexNetError, RunError, UsageError
 from alexnet_jax.training import checkpoint, train
 from alexnet_jax.training import metrics as run_metrics
 from alexnet_jax.training.callbacks import Callback
+from alexnet_jax.training.job import open_job, resume_or_start
 from alexnet_jax.training.step import inputs
 from alexnet_jax.training.workdir import open_workdir
 from configs import ablation_lrn, alexnet_paper, smoke
@@ -126,7 +127,7 @@ CALM = {'optimizer__weights__rate': 0.0002, 'optimizer__biases__rate': 0.0004}
 def hundred_steps(data_dir, workdir, mesh):
     """The loss of each of a hundred steps, and the velocity behind the first."""
     config = tiny(data_dir, epochs=100.0, **CALM, **on(mesh))
-    job = train.open_job(config, configuration.unpack(config), workdir)
+    job = open_job(config, configuration.unpack(config), workdir)
     state = job.start()
     curve, velocity = [], None
     for step in range(100):
@@ -164,10 +165,10 @@ def test_a_run_resumes_on_another_mesh(reference, data_dir, tmp_path, mesh):
     steps = checkpoint.Checkpoints(workdir / 'checkpoints').steps()
     shutil.rmtree(workdir / 'checkpoints' / str(steps[-1]))
     config = tiny(data_dir, **on(mesh))
-    job = train.open_job(config, configuration.unpack(config), workdir)
+    job = open_job(config, configuration.unpack(config), workdir)
     with checkpoint.Checkpoints(workdir / 'checkpoints') as checkpoints:
         otherwise = jax.tree.map(jax.numpy.zeros_like, job.statistics)  # as of data that changed
-        job, state, *_ = train.resume_or_start(
+        job, state, *_ = resume_or_start(
             dataclasses.replace(job, statistics=otherwise), checkpoints
         )
     found = checkpoint.read(workdir / 'checkpoints').state
@@ -213,7 +214,7 @@ def test_the_ablation_runs(data_dir, tmp_path):
 def test_the_step_compiles_once(data_dir, tmp_path):
     config = tiny(data_dir)
     settings = configuration.unpack(config)
-    job = train.open_job(config, settings, tmp_path)
+    job = open_job(config, settings, tmp_path)
     state = job.start()
     for step in range(3):
         state, _ = job.train_step(state, job.batch(step), job.statistics)
@@ -225,7 +226,7 @@ def test_all_seeds_share_one_program(data_dir, tmp_path):
     texts, starts = [], []
     for seed in (0, 1):
         config = tiny(data_dir, seed=seed)
-        job = train.open_job(config, configuration.unpack(config), tmp_path)
+        job = open_job(config, configuration.unpack(config), tmp_path)
         state = job.start()
         texts.append(job.train_step.lower(state, job.batch(0), job.statistics).as_text())
         starts.append(np.asarray(state.params['conv1']['kernel']))
@@ -285,7 +286,7 @@ def test_infinite_numbers_stop_the_run_and_are_located(data_dir, tmp_path):
 
 def test_the_loop_finds_infinite_numbers_without_a_log(data_dir, tmp_path):
     config = tiny(data_dir, optimizer__weights__rate=1e30, epochs=4.0)
-    job = train.open_job(config, configuration.unpack(config), tmp_path)
+    job = open_job(config, configuration.unpack(config), tmp_path)
     with pytest.raises(RunError, match='not finite'):
         train.train(job, job.start(), run_metrics.History(), [])
 
@@ -311,7 +312,7 @@ class Recorder(Callback):
 
 def test_a_callback_stops_the_loop_after_it_has_saved(data_dir, tmp_path):
     config = tiny(data_dir, loop__checkpoint_every_epochs=9.0)  # evaluation every 4 steps
-    job = train.open_job(config, configuration.unpack(config), tmp_path)
+    job = open_job(config, configuration.unpack(config), tmp_path)
     recorder, history = Recorder(last=5), run_metrics.History()
     state = train.train(job, job.start(), history, [recorder])
     assert int(state.step) == 5
@@ -322,7 +323,7 @@ def test_a_callback_stops_the_loop_after_it_has_saved(data_dir, tmp_path):
 
 def test_the_first_layer_at_fault_is_named(data_dir, tmp_path):
     config = tiny(data_dir)
-    job = train.open_job(config, configuration.unpack(config), tmp_path)
+    job = open_job(config, configuration.unpack(config), tmp_path)
     state = job.start()
     params = dict(state.params)
     params['conv4'] = params['conv4'] | {'bias': params['conv4']['bias'].at[3].set(jnp.inf)}
@@ -332,7 +333,7 @@ def test_the_first_layer_at_fault_is_named(data_dir, tmp_path):
 
 def test_a_step_that_is_not_finite_changes_nothing(data_dir, tmp_path):
     config = tiny(data_dir)
-    job = train.open_job(config, configuration.unpack(config), tmp_path)
+    job = open_job(config, configuration.unpack(config), tmp_path)
     state = job.start()
     params = dict(state.params)
     params['fc8'] = params['fc8'] | {'bias': params['fc8']['bias'].at[0].set(jnp.nan)}
@@ -581,7 +582,7 @@ def test_draws_do_not_depend_on_the_batch_before(data_dir, tmp_path):
     """Step 5 alone sees what step 5 of a run sees: inputs are a function of (seed, step)."""
     config = tiny(data_dir)
     settings = configuration.unpack(config)
-    job = train.open_job(config, settings, tmp_path)
+    job = open_job(config, settings, tmp_path)
     at_5, at_6 = (job.start().replace(step=jnp.int32(step)) for step in (5, 6))
     first = inputs(settings, 256, at_5, job.batch(5), job.statistics)
     trained, _ = job.train_step(job.start(), job.batch(0), job.statistics)

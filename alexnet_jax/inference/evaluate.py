@@ -159,6 +159,7 @@ def open_split(trained: Trained, split: str, data_dir: str = '') -> Dataset:
 # ---------------------------------------------------------------------------------------- scoring
 
 
+@functools.lru_cache(maxsize=4)
 def make_predict(settings: Settings, layout: Layout) -> Predict:
     """Compile (params, statistics, images [B, H, W, C], view 0..9) -> probabilities [B, classes].
 

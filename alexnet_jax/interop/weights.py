@@ -294,7 +294,7 @@ def _save(
         Checkpoints(workdir / 'checkpoints') as checkpoints,
     ):
         tree = {'state': state, 'statistics': statistics._asdict()}
-        checkpoints.save(0, tree, extra, error=None, wait=True)
+        checkpoints.save(0, tree, extra, error=None)
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     return f'{workdir}: {count:,} parameters of {file} as {settings.name}, step 0'
 

@@ -1,21 +1,23 @@
-"""Callbacks of the training loop: logging, checkpoints, and signals that end a run early."""
+"""Callbacks of the training loop: logging, profiling, and signals that end a run early."""
 
 import contextlib
-import dataclasses
 import signal
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import jax
+
+from alexnet_jax.config import Settings
 from alexnet_jax.data import datasets
+from alexnet_jax.data.datasets import Dataset
 from alexnet_jax.errors import RunError
 from alexnet_jax.parallel import distributed
 from alexnet_jax.progress import ProgressBar, duration
-from alexnet_jax.training.checkpoint import Checkpoints
-from alexnet_jax.training.job import Job
-from alexnet_jax.training.metrics import History, Means, MetricWriter, log
-from alexnet_jax.training.step import TrainState
+from alexnet_jax.training.metrics import History, MetricWriter, log
 
 STALL_SHARE = 0.05  # of the training time; the log warns when waiting for input takes more
+SETTLE_STEPS = 10  # the first steps compile, fill the prefetch queue and allocate memory
 
 
 class Callback:
@@ -24,7 +26,7 @@ class Callback:
     def on_step_begin(self, step: int) -> None:
         """Act before a step waits for its batch."""
 
-    def on_step_end(self, step: int, state: TrainState) -> None:
+    def on_step_end(self, step: int, state: Any) -> None:
         """Act when a step has been dispatched; `state` may still be under computation."""
 
     def on_metrics(
@@ -40,60 +42,63 @@ class Callback:
         del step
         return False
 
-    def on_save(self, step: int, state: TrainState, error: float | None) -> None:
-        """Store the state; `error` is this step's validation error, None if not evaluated."""
-
-
-class CheckpointSaver(Callback):
-    """Saves all that is needed to resume, and to classify an image from the checkpoint alone."""
-
-    def __init__(self, job: Job, history: History, checkpoints: Checkpoints):
-        self.job, self.history, self.checkpoints = job, history, checkpoints
-
-    def on_save(self, step: int, state: TrainState, error: float | None) -> None:
-        """Start to save a checkpoint."""
-        tree = {'state': state, 'statistics': self.job.statistics._asdict()}
-        extra = {
-            'config': self.job.config,
-            'history': dataclasses.asdict(self.history),
-            'class_names': list(self.job.train.class_names),
-            'stored': list(self.job.train.images.shape[1:]),
-        }
-        self.checkpoints.save(step, tree, extra, error=error)
+    def on_save(self, step: int, state: Any, error: float | None) -> None:
+        """Store the TrainState; `error` is this step's validation error, None if not evaluated."""
 
 
 class StepLog(Callback):
-    """Writes records of training and validation, and shows progress on the terminal."""
+    """Writes records of training and validation, and shows progress on the terminal.
 
-    def __init__(self, job: Job, history: History, writer: MetricWriter, start: int):
-        self.job, self.history, self.writer = job, history, writer
-        self.bar = ProgressBar(job.total_steps, start, log, shown=distributed.is_first())
-        self.means = Means(history.sums)
+    Args:
+        settings: of the run.
+        train: its training images.
+        rows: images of a batch that this process reads.
+        history: of the run; the means since the last record and the time of training.
+        writer: of the records.
+        start: number of steps trained already.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        train: Dataset,
+        rows: int,
+        history: History,
+        writer: MetricWriter,
+        start: int,
+    ):
+        self.settings, self.train, self.rows = settings, train, rows
+        self.history, self.writer = history, writer
+        self.total = settings.total_steps(len(train))
+        self.bar = ProgressBar(self.total, start, log, shown=distributed.is_first())
         self.steps, self.wait_secs, self.logged_secs = 0, 0.0, history.secs
         self.records, self.warned = 0, False
+
+    def _epoch(self, step: int) -> float:
+        return step / self.settings.steps_per_epoch(len(self.train))
 
     def on_metrics(
         self, step: int, metrics: Mapping[str, tuple[Any, Any]], wait_secs: float
     ) -> None:
         """Add the step to the means; write a record every `log_every_steps`."""
-        self.means.add(metrics)
+        self.history.add(metrics)
         self.steps += 1
         self.wait_secs += wait_secs
         self.bar.to(step)
-        if step % self.job.settings.loop.log_every_steps == 0 or step == self.job.total_steps:
+        if step % self.settings.loop.log_every_steps == 0 or step == self.total:
             self._write(step)
 
     def _write(self, step: int) -> None:
         secs = self.history.secs - self.logged_secs
-        rate = self.steps * self.job.settings.batch_size / max(secs, 1e-9)
-        means = self.means.take()
+        rate = self.steps * self.settings.batch_size / max(secs, 1e-9)
+        means = self.history.take_means()
         timing = {'secs': self.history.secs, 'images_per_sec': rate, 'stall_secs': self.wait_secs}
-        self.writer.write('train', step, epoch=self.job.epoch(step), **means, **timing)
+        self.writer.write('train', step, epoch=self._epoch(step), **means, **timing)
         text = f'loss {means["loss"]:.4f}  {rate:.0f} images/s'
         self.bar.to(step, text)
         if self.bar.plain:
-            left = (self.job.total_steps - step) * self.job.settings.batch_size / rate
-            log(f'step {step}/{self.job.total_steps}  {text}  {duration(left)} left')
+            left = (self.total - step) * self.settings.batch_size / rate
+            log(f'step {step}/{self.total}  {text}  {duration(left)} left')
         self._warn_of_slow_input(secs)
         self.steps, self.wait_secs, self.logged_secs = 0, 0.0, self.history.secs
 
@@ -103,16 +108,14 @@ class StepLog(Callback):
         share = self.wait_secs / max(secs, 1e-9)
         if self.warned or self.records == 1 or share <= STALL_SHARE:  # start-up is in the first
             return
-        size = self.job.settings.batch_size
-        rows = len(range(size)[self.job.layout.local_batch_slice(size)])
-        wanted = self.steps * rows / max(secs - self.wait_secs, 1e-9)
-        if why := datasets.shortage(self.job.train, wanted):
+        wanted = self.steps * self.rows / max(secs - self.wait_secs, 1e-9)
+        if why := datasets.shortage(self.train, wanted):
             self.warned = True
             self.bar.line(f'training is limited by the input {share:.0%} of the time: {why}')
 
     def on_evaluation(self, step: int, scores: Mapping[str, float]) -> None:
         """Write a record of the validation, and print it."""
-        epoch = self.job.epoch(step)
+        epoch = self._epoch(step)
         self.writer.write('validation', step, epoch=epoch, **scores)
         self.bar.line(
             f'epoch {epoch:.2f}: validation error {scores["top1_error"]:.2%}, '
@@ -122,6 +125,52 @@ class StepLog(Callback):
     def close(self) -> None:
         """Restore the terminal."""
         self.bar.close()
+
+
+class StepProfiler(Callback):
+    """Traces some steps of this start of a run, for TensorBoard and Perfetto.
+
+    They follow the first SETTLE_STEPS. A shorter run has its last steps traced, but not the
+    one that is compiled, unless there is no other.
+
+    Args:
+        folder: of the trace, in the form of TensorBoard's profile plugin.
+        steps: their number; 0 traces none.
+        start: number of steps trained already.
+        total: number of steps of the run.
+    """
+
+    def __init__(self, folder: Path, steps: int, start: int, total: int):
+        settle = min(SETTLE_STEPS, max(1, total - start - steps))
+        self.folder, self.running = folder, False
+        self.first = min(start + settle + 1, total) if steps else total + 1
+        self.last = min(self.first + steps - 1, total)
+
+    def on_step_begin(self, step: int) -> None:
+        """Start the trace before its first step; mark each step by its number."""
+        if step == self.first:
+            log(f'tracing steps {self.first} to {self.last}')
+            jax.profiler.start_trace(self.folder)
+            self.running = True
+        self._mark = jax.profiler.StepTraceAnnotation('train', step_num=step)
+        self._mark.__enter__()
+
+    def on_step_end(self, step: int, state: Any) -> None:
+        """End the trace when its last step has been computed."""
+        self._mark.__exit__(None, None, None)
+        if step == self.last and self.running:
+            jax.block_until_ready(state)
+            self.close()
+            log(
+                f'the trace is in {self.folder}: tensorboard --logdir={self.folder.parent}, or '
+                f'open its trace.json.gz at ui.perfetto.dev'
+            )
+
+    def close(self) -> None:
+        """End a trace that is incomplete."""
+        if self.running:
+            self.running = False
+            jax.profiler.stop_trace()
 
 
 class Interrupt(Callback):
@@ -158,12 +207,12 @@ class Interrupt(Callback):
             return distributed.preempted(step)
         return self.signal is not None
 
-    def error(self, step: int, job: Job) -> RunError:
+    def error(self, step: int, total: int, workdir: Path) -> RunError:
         """Return the error that ends the run, with the shell's exit code for the signal."""
         number = signal.Signals(self.signal or signal.SIGTERM)
         error = RunError(
-            f'{number.name}: saved at step {step} of {job.total_steps}; run the same command with '
-            f'--workdir={job.workdir} to resume.'
+            f'{number.name}: saved at step {step} of {total}; run the same command with '
+            f'--workdir={workdir} to resume.'
         )
         error.exit_code = 128 + number
         return error

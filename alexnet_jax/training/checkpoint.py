@@ -17,10 +17,12 @@ checkpoint can be restored to any sharding.
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import itertools
 import json
 import logging
 import math
+import re
 import shutil
 import sys
 import tempfile
@@ -37,15 +39,25 @@ from flax import traverse_util
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN
 
+from alexnet_jax import config_file
 from alexnet_jax.errors import RunError, UsageError
-from alexnet_jax.parallel import distributed, mesh
-from alexnet_jax.training import manifest as manifests
-from alexnet_jax.training.manifest import Damaged, named_leaves, nested
+from alexnet_jax.parallel import distributed
 
 PyTree = Any
 Step = int | str  # a number, 'latest' or 'best'
 
-_NO_STEP = -1
+# Renamed leaves: the names in checkpoints of earlier versions, and the new names.
+RENAMED = {'state/drops': 'state/num_lr_drops', 'state/sound': 'state/all_finite'}
+DISK = re.compile(
+    r'No space left on device|Read-only file system|Permission denied|Not a directory'
+)
+
+
+class Damaged(RunError):
+    """A checkpoint whose files differ from what was saved."""
+
+    def __init__(self, path: Path, reason: object):
+        super().__init__(f'checkpoint {path.name} in {path.parent} is damaged: {reason}')
 
 
 class Restored(NamedTuple):
@@ -56,7 +68,7 @@ class Restored(NamedTuple):
     extra: dict[str, Any]
 
 
-class Checkpoints:
+class Checkpoints(contextlib.AbstractContextManager):
     """The checkpoints of a workdir: saved in the background, verified on restore.
 
     By default the latest two are kept, in case one is damaged. Nothing is created or deleted before
@@ -82,9 +94,6 @@ class Checkpoints:
         self._manager: ocp.CheckpointManager | None = None
         self._saving: int | None = None
 
-    def __enter__(self) -> 'Checkpoints':
-        return self
-
     def __exit__(self, *_: object) -> None:
         self.close()
 
@@ -97,7 +106,6 @@ class Checkpoints:
         extra: Mapping[str, Any],
         *,
         error: float | None,
-        wait: bool = False,
     ) -> None:
         """Start to save `state`, which may be donated or overwritten as soon as this returns.
 
@@ -106,36 +114,31 @@ class Checkpoints:
             state: tree of jax arrays (any sharding) and numpy arrays.
             extra: JSON values that belong to the state (tuples come back as lists).
             error: validation error, minimised by 'best'; None or not finite: not a candidate.
-            wait: return only when the checkpoint is on disk.
 
         Raises:
             RunError: this checkpoint, or the one before it, could not be written; earlier ones are
                 unchanged. Failures in the background are raised by the next save, wait or close.
         """
         self.wait()
-        leaves, extra = named_leaves(state), json.loads(json.dumps(extra))
-        candidate = error is not None and math.isfinite(error)
+        leaves, extra = _named_leaves(state), json.loads(json.dumps(extra))
+        rank = float(error) if error is not None and math.isfinite(error) else None
         with self._report_failure(step):  # gathering fails too when a process is lost
             with futures.ThreadPoolExecutor() as pool:  # a GB/s on each core
                 # As NumPy arrays: Orbax would compile a slice for each array and each device.
-                arrays = {name: manifests.to_host(leaf) for name, leaf in leaves.items()}
-                described = dict(
-                    zip(arrays, pool.map(manifests.describe, arrays.values()), strict=True)
-                )
-            rank = float(error) if candidate else None
-            manifest = manifests.make(step, rank, extra, described)
+                arrays = {name: _to_host(leaf) for name, leaf in leaves.items()}
+                sums = pool.map(describe, arrays.values())
+            described = dict(zip(arrays, sums, strict=True))
+            manifest = {'step': step, 'error': rank, 'extra': extra, 'leaves': described}
             manager = self._manager or self._open()
             # An unwritable folder, if found by Orbax, leaves unawaited coroutines.
             tempfile.TemporaryFile(dir=self.directory).close()
             self._best.errors[step] = rank
             self._saving = step
             args = ocp.args.Composite(
-                state=ocp.args.PyTreeSave(nested(arrays)),
-                manifest=ocp.args.JsonSave(manifest),
+                state=ocp.args.PyTreeSave(_nested(arrays)),
+                manifest=ocp.args.JsonSave(manifest | {'sha256': _sha256_of_json(manifest)}),
             )
             manager.save(step, args=args, force=True)
-        if wait:
-            self.wait()
 
     def wait(self) -> None:
         """Wait until the last save is on disk and superseded checkpoints are deleted.
@@ -181,8 +184,8 @@ class Checkpoints:
                 if manager is not None:
                     manager.close()
             self._sweep()
-            reason = manifests.reason(problem)
-            if distributed.several() and not manifests.DISK.search(reason):
+            reason = _reason(problem)
+            if distributed.several() and not DISK.search(reason):
                 raise  # usually a lost process, which distributed.py reports
             raise RunError(
                 f'the checkpoint of step {step} could not be written to {self.directory} '
@@ -197,7 +200,7 @@ class Checkpoints:
                 shutil.rmtree(path, ignore_errors=True)
             shutil.rmtree(self.directory / 'deleted', ignore_errors=True)
 
-    # -------------------------------------------------------------- list
+    # ---------------------------------------------------------------- list
 
     def steps(self) -> list[int]:
         """Return the steps of the complete checkpoints, ascending."""
@@ -212,10 +215,10 @@ class Checkpoints:
         errors = {}
         for step in self.steps():
             with contextlib.suppress(Damaged):
-                errors[step] = manifests.read(self.directory / str(step))['error']
+                errors[step] = _read_manifest(self.directory / str(step))['error']
         return errors
 
-    # -------------------------------------------------------------- restore
+    # ---------------------------------------------------------------- restore
 
     def extra(self, step: Step = 'latest') -> dict[str, Any]:
         """Return the `extra` of a checkpoint without reading its arrays or initialising devices.
@@ -224,7 +227,7 @@ class Checkpoints:
             UsageError, RunError: see `restore`.
         """
         with self._chosen(step) as path:
-            return manifests.read(path)['extra']
+            return _read_manifest(path)['extra']
 
     def restore(self, target: PyTree | None, step: Step = 'latest') -> Restored:
         """Read and verify one checkpoint.
@@ -240,7 +243,7 @@ class Checkpoints:
             RunError: there is no checkpoint, it is damaged, or a leaf does not fit the target.
         """
         with self._chosen(step) as path:
-            return _placed(_read(path, target), target)
+            return _device_put(_read(path, target), target)
 
     @contextlib.contextmanager
     def _chosen(self, step: Step) -> Generator[Path]:
@@ -264,7 +267,7 @@ class Checkpoints:
         try:
             yield self.directory / str(number)
         except Damaged as damage:
-            raise Damaged(f'{damage}; choose another of the steps {listed}') from damage
+            raise RunError(f'{damage}; choose another of the steps {listed}') from damage
 
     def restore_newest_intact(self, target: PyTree | None) -> Restored | None:
         """Read the newest checkpoint that verifies; None where there is no checkpoint.
@@ -279,33 +282,33 @@ class Checkpoints:
         self.close()  # as Orbax's manager does not expect its checkpoints to be renamed
         found = self._newest_intact(target) if distributed.is_first() else None
         if distributed.several():
-            own = np.int32(_NO_STEP if found is None else found.step)
+            own = np.int32(-1 if found is None else found.step)
             step = int(multihost_utils.broadcast_one_to_all(own))
-            if found is None and step != _NO_STEP:
+            if found is None and step >= 0:
                 # Verified here too: this host may read other bytes than the first one.
                 found = _read(self.directory / str(step), target)
-        return None if found is None else _placed(found, target)
+        return None if found is None else _device_put(found, target)
 
     def _newest_intact(self, target: PyTree | None) -> Restored | None:
-        damaged: list[tuple[Path, Damaged]] = []
+        damaged: dict[Path, Damaged] = {}
         for step in reversed(self.steps()):
             path = self.directory / str(step)
             try:
                 found = _read(path, target)
             except Damaged as damage:
-                damaged.append((path, damage))
+                damaged[path] = damage
                 continue
-            for bad, damage in damaged:
+            for bad, damage in damaged.items():
                 aside = bad.rename(_free(bad.with_name(f'damaged-{bad.name}')))
                 self._report(f'{damage}; it was renamed to {aside.name}; resuming from step {step}')
             return found
-        if not damaged:
-            return None
-        reasons = '; '.join(str(damage) for _, damage in damaged)
-        raise RunError(
-            f'no checkpoint in {self.directory} is intact ({reasons}); '
-            'move them elsewhere to start over'
-        )
+        if damaged:
+            reasons = '; '.join(map(str, damaged.values()))
+            raise RunError(
+                f'no checkpoint in {self.directory} is intact ({reasons}); '
+                'move them elsewhere to start over'
+            )
+        return None
 
 
 def read(directory: Path, step: Step = 'latest') -> Restored:
@@ -337,26 +340,104 @@ def _ranked(errors: Mapping[int, float | None]) -> list[int]:
 
 def _free(path: Path) -> Path:
     """Return `path`, with a number appended if it exists."""
-    names = itertools.chain([path.name], (f'{path.name}-{n}' for n in itertools.count(1)))
-    return next(path.with_name(name) for name in names if not path.with_name(name).exists())
+    numbered = (path.with_name(f'{path.name}-{n}') for n in itertools.count(1))
+    return next(p for p in itertools.chain([path], numbered) if not p.exists())
 
 
-# ------------------------------------------------------------------ reading one
+# -------------------------------------------------------------------- leaves and the manifest
+
+
+def _named_leaves(tree: PyTree) -> dict[str, Any]:
+    """Return the leaves of a tree by their paths, such as 'params/conv1/kernel'."""
+    flat = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(path, simple=True, separator='/'): leaf for path, leaf in flat}
+
+
+def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    return traverse_util.unflatten_dict(dict(leaves), sep='/')
+
+
+def _to_host(leaf: Any) -> np.ndarray:
+    """Return a leaf, however it is sharded, as a NumPy array in every process."""
+    if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated:
+        return np.asarray(leaf)
+    return multihost_utils.process_allgather(leaf, tiled=True)
+
+
+def describe(array: np.ndarray) -> dict[str, Any]:
+    """Return dtype, shape and sha256 (of these two and the bytes in C order) of a leaf."""
+    dtype, shape = array.dtype.name, list(array.shape)
+    digest = hashlib.sha256(f'{dtype}{shape}'.encode())
+    digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return {'dtype': dtype, 'shape': shape, 'sha256': digest.hexdigest()}
+
+
+def _sha256_of_json(tree: Any) -> str:
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """Read and verify the manifest of a checkpoint, given its folder.
+
+    Raises:
+        Damaged: it does not match its sha256 or its folder.
+    """
+    first_format = path / 'manifest' / 'manifest.json'  # until 2026-11; its sha256 beside it
+    try:
+        if first_format.exists():
+            body = first_format.read_bytes()
+            manifest = json.loads(body)
+            digest = f'{hashlib.sha256(body).hexdigest()}  manifest.json\n'
+            expected = first_format.with_name('manifest.json.sha256').read_text()
+        else:
+            manifest = json.loads((path / 'manifest' / 'metadata').read_bytes())
+            expected = manifest.pop('sha256')
+            digest = _sha256_of_json(manifest)
+    except Exception as problem:  # damage may raise anything
+        raise Damaged(path, f'manifest: {_reason(problem)}') from problem
+    if digest != expected:
+        raise Damaged(path, 'its manifest does not match its sha256')
+    if str(manifest['step']) != path.name:
+        raise Damaged(path, f'it is for step {manifest["step"]}')
+    if 'config' in manifest['extra']:
+        manifest['extra']['config'] = config_file.translated(manifest['extra']['config'])
+    return manifest
+
+
+def _reason(problem: BaseException) -> str:
+    """Return an exception's message on one line; Orbax's and TensorStore's run to pages."""
+    text = ' '.join(str(problem).split()) or type(problem).__name__
+    known = DISK.search(text)
+    return known[0] if known else text[:200]
+
+
+# ------------------------------------------------------------------------------ reading one
 
 
 def _read(path: Path, target: PyTree | None) -> Restored:
     """Read and verify all leaves as nested NumPy arrays; `target` is only compared with."""
-    manifest = manifests.read(path)
+    manifest = _read_manifest(path)
     saved = manifest['leaves']
     if target is not None:
-        now = {manifests.RENAMED.get(name, name): leaf for name, leaf in saved.items()}
-        manifests.check_fits(path, now, named_leaves(target))
+        _check_fits(path, saved, _named_leaves(target))
     arrays = _read_arrays(path, list(saved))
     for name, array in arrays.items():
-        if manifests.describe(array) != saved[name]:
-            raise manifests.damaged(path, f'leaf {name} does not match its sha256')
-    arrays = {manifests.RENAMED.get(name, name): array for name, array in arrays.items()}
-    return Restored(manifest['step'], nested(arrays), manifest['extra'])
+        if describe(array) != saved[name]:
+            raise Damaged(path, f'leaf {name} does not match its sha256')
+    arrays = {RENAMED.get(name, name): array for name, array in arrays.items()}
+    return Restored(manifest['step'], _nested(arrays), manifest['extra'])
+
+
+def _check_fits(path: Path, saved: Mapping[str, Any], target: Mapping[str, Any]) -> None:
+    has = {RENAMED.get(name, name): (x['dtype'], x['shape']) for name, x in saved.items()}
+    wants = {name: (np.dtype(x.dtype).name, list(x.shape)) for name, x in target.items()}
+    for name in [*wants, *has]:
+        if has.get(name) != wants.get(name):
+            raise RunError(
+                f'checkpoint {path} does not match this run: {name} is {has.get(name, "absent")} '
+                f'in the checkpoint and {wants.get(name, "absent")} in this run; use the config '
+                f'that it was saved with'
+            )
 
 
 def _read_arrays(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
@@ -365,26 +446,30 @@ def _read_arrays(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
     alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
     handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
     args = ocp.args.PyTreeRestore(
-        item=nested(dict.fromkeys(names, 0)),
-        restore_args=nested(dict.fromkeys(names, ocp.RestoreArgs(restore_type=np.ndarray))),
+        item=_nested(dict.fromkeys(names, 0)),
+        restore_args=_nested(dict.fromkeys(names, ocp.RestoreArgs(restore_type=np.ndarray))),
         partial_restore=True,
     )
     with contextlib.closing(ocp.Checkpointer(handler, multiprocessing_options=alone)) as reader:
         try:
             tree = reader.restore(path / 'state', args=args)
         except Exception as problem:  # damage may raise anything
-            raise manifests.damaged(path, manifests.reason(problem)) from problem
+            raise Damaged(path, _reason(problem)) from problem
     return {k: np.asarray(x) for k, x in traverse_util.flatten_dict(tree, sep='/').items()}
 
 
-def _placed(found: Restored, target: PyTree | None) -> Restored:
+def _device_put(found: Restored, target: PyTree | None) -> Restored:
+    """Return the state in the structure of `target`, its leaves on their shardings."""
     if target is None:
         return found
     arrays = traverse_util.flatten_dict(found.state, sep='/')
-    leaves = [
-        mesh.put_global(arrays[name], like.sharding) if hasattr(like, 'sharding') else arrays[name]
-        for name, like in named_leaves(target).items()
-    ]
+
+    def put(array: np.ndarray, like: Any) -> Any:
+        if not hasattr(like, 'sharding'):
+            return array
+        return jax.make_array_from_callback(array.shape, like.sharding, lambda part: array[part])
+
+    leaves = [put(arrays[name], like) for name, like in _named_leaves(target).items()]
     return found._replace(state=jax.tree.structure(target).unflatten(leaves))
 
 

@@ -1,4 +1,4 @@
-"""A run's data, devices and compiled functions, opened from its config."""
+"""Open a run: its data, devices and compiled functions, and its first or restored state."""
 
 import dataclasses
 import math
@@ -11,20 +11,32 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from alexnet_jax import config as configuration
+from alexnet_jax import config_file
 from alexnet_jax.config import Config, Settings
 from alexnet_jax.data import datasets
 from alexnet_jax.data.batches import TrainStream
 from alexnet_jax.data.datasets import Dataset
-from alexnet_jax.errors import UsageError
-from alexnet_jax.inference import evaluate
+from alexnet_jax.errors import RunError, UsageError
+from alexnet_jax.model import augment
 from alexnet_jax.model.augment import Statistics
 from alexnet_jax.parallel import distributed, mesh
 from alexnet_jax.parallel.mesh import Layout
 from alexnet_jax.training import finetune, splits
-from alexnet_jax.training.step import TrainState, jit_init_state, jit_train_step, make_optimizer
+from alexnet_jax.training import preflight as checks
+from alexnet_jax.training import workdir as workdirs
+from alexnet_jax.training.checkpoint import Checkpoints
+from alexnet_jax.training.metrics import History, log
+from alexnet_jax.training.step import (
+    TrainState,
+    init_state,
+    jit_init_state,
+    jit_train_step,
+    make_optimizer,
+)
 
 Array = jax.Array
+Changes = dict[str, list[Any]]  # {config key: [old value, new value]}
+PREFLIGHT_IMAGES = 128  # enough for a standard deviation, and any one device can hold them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +58,6 @@ class Job:
     optimizer: optax.GradientTransformationExtraArgs
     shardings: Any
     train_step: Callable
-    predict: evaluate.Predict
 
     @property
     def total_steps(self) -> int:
@@ -60,24 +71,9 @@ class Job:
         steps = {math.ceil(interval * i) for i in range(1, times + 1)}
         return frozenset({*steps, self.total_steps})
 
-    def epoch(self, step: int) -> float:
-        """Return how many times the training images have been seen after a step."""
-        return step / self.settings.steps_per_epoch(len(self.train))
-
     def start(self) -> TrainState:
         """Return the state of step 0, on the devices."""
         return jit_init_state(self.settings, self.optimizer, self.shardings)
-
-    def scores(self, params: Any, dataset: Dataset) -> dict[str, float]:
-        """Return the errors on the centre view of every image."""
-        probability = evaluate.probabilities(
-            self.predict, params, self.statistics, dataset, **self.evaluation()
-        )['centre']
-        return evaluate.scores(probability, dataset.labels)
-
-    def evaluation(self) -> dict[str, Any]:
-        """Return the arguments of `evaluate.probabilities` that are the same for all data."""
-        return {'layout': self.layout, 'batch_size': self.settings.loop.eval_batch_size}
 
     def batch(self, step: int) -> dict[str, Array]:
         """Return the global batch of a step, on the devices; a process reads its part only."""
@@ -107,7 +103,7 @@ def open_job(config: Config, settings: Settings, workdir: Path) -> Job:
     train_step, shardings = jit_train_step(settings, layout, optimizer, len(train))
     return Job(
         settings=settings,
-        config=configuration.plain(config),
+        config=config_file.plain(config),
         workdir=workdir,
         layout=layout,
         train=train,
@@ -117,7 +113,6 @@ def open_job(config: Config, settings: Settings, workdir: Path) -> Job:
         optimizer=optimizer,
         shardings=shardings,
         train_step=train_step,
-        predict=evaluate.make_predict(settings, layout),
     )
 
 
@@ -130,27 +125,131 @@ def _statistics(settings: Settings, train: Dataset, workdir: Path) -> Statistics
         basis = measured.colour_vectors * measured.colour_std
         found = Statistics(jnp.asarray(measured.mean_image), jnp.asarray(basis))
     distributed.agree('the training data', f'{len(train)} {np.asarray(found[0]).tobytes()!r}')
-    channels = train.images.shape[-1]
-    if found.mean_image.shape[-1] != channels:
+    channels, theirs = train.images.shape[-1], found.mean_image.shape[-1]
+    if theirs != channels:
         raise UsageError(
-            f'{settings.init_from} was trained on images of {found.mean_image.shape[-1]} '
-            f'channel(s), but {train.name} has {channels}; set init_statistics=data.'
+            f'{settings.init_from} was trained on images of {theirs} channel(s), but {train.name} '
+            f'has {channels}; set init_statistics=data.'
         )
     return found
 
 
 def _check_data(settings: Settings, train: Dataset) -> None:
     classes, channels = len(train.class_names), train.images.shape[-1]
-    if classes != settings.net.classes:
-        last = settings.net.layers[-1].name
-        raise UsageError(
-            f'{train.name} has {classes} classes, but the net has {settings.net.classes}; '
-            f'set model.{last}.features={classes}.'
+    net, problem = settings.net, ''
+    if classes != net.classes:
+        problem = (
+            f'{train.name} has {classes} classes, but the net has {net.classes}; '
+            f'set model.{net.layers[-1].name}.features={classes}.'
         )
-    if channels not in (1, settings.net.channels):
-        raise UsageError(f'{train.name} has {channels} channels; set model.channels={channels}.')
-    if len(train) < settings.batch_size:
-        raise UsageError(
+    elif channels not in (1, net.channels):
+        problem = f'{train.name} has {channels} channels; set model.channels={channels}.'
+    elif len(train) < settings.batch_size:
+        problem = (
             f'{train.split} has {len(train)} images, fewer than one batch of '
             f'{settings.batch_size}; lower batch_size.'
         )
+    if problem:
+        raise UsageError(problem)
+
+
+# ------------------------------------------------------------------------------ the first state
+
+
+def resume_or_start(job: Job, checkpoints: Checkpoints) -> tuple[Job, TrainState, History, Changes]:
+    """Return the newest checkpoint that verifies, or step 0 after its pre-flight check.
+
+    A run keeps the mean image of its first start, however the data has changed since.
+
+    Returns:
+        The job, the state, the history, and the changes of the config since the checkpoint, see
+        `workdir.changes`: any make this an extension.
+
+    Raises:
+        UsageError: an extension that ends before the checkpoint's step.
+    """
+    state = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        jax.eval_shape(lambda: init_state(job.settings, job.optimizer)),
+        job.shardings,
+    )
+    restored = checkpoints.restore_newest_intact(
+        {'state': state, 'statistics': job.statistics._asdict()}
+    )
+    if restored is None:
+        state = _initialise(job)
+        preflight(job, state)
+        return job, state, History(), {}
+    changed = workdirs.changes(restored.extra['config'], job.config)
+    if changed and restored.step >= job.total_steps:
+        raise UsageError(
+            f'{job.workdir} has been trained for {restored.step} steps, but an extension to '
+            f'{job.settings.epochs:g} epochs ends after {job.total_steps} steps; increase epochs.'
+        )
+    log(f'resuming at step {restored.step} of {job.total_steps} in {job.workdir}')
+    job = _match_classes(job, restored.extra['class_names'])
+    job = dataclasses.replace(job, statistics=Statistics(**restored.state['statistics']))
+    return job, restored.state['state'], History(**restored.extra.get('history', {})), changed
+
+
+def _match_classes(job: Job, names: list[str]) -> Job:
+    """Number the classes of the data as the checkpoint does; see `splits.match`."""
+    matched = {
+        split: splits.match(dataset, names, job.settings.data, job.workdir)
+        for split in splits.NAMED
+        if (dataset := getattr(job, split)) is not None
+    }
+    if sorted(job.train.class_names) == sorted(names) and job.train.class_names != tuple(names):
+        log(
+            'warning: the classes of the data are now in a different order; they are mapped by name'
+        )
+    return dataclasses.replace(job, **matched)
+
+
+def _initialise(job: Job) -> TrainState:
+    """Return the state of step 0, with the weights of another run if `init_from` names one."""
+    state, settings = job.start(), job.settings
+    if (where := settings.init_from) == 'none':
+        return state
+    restored, fresh = finetune.read(where), job.layout.to_host(state.params)
+    layers = [layer.name for layer in settings.net.layers]
+    names = [job.train.class_names, splits.class_names(settings.data, words=False)]
+    params, carried = finetune.parameters(
+        fresh, restored, layers, names, where, settings.init_layers
+    )
+    finetune.compare(job.config, restored, where, carried)
+    return state.replace(params=mesh.put_global(params, job.shardings.params))
+
+
+def preflight(job: Job, state: TrainState) -> None:
+    """Log how far the logits differ across images at initialisation; see preflight.py.
+
+    Raises:
+        RunError: the initialisation has collapsed, and `loop.on_collapsed_init` is 'error'.
+    """
+    labels, pixels = first_batch(job)
+    params = job.layout.to_host(state.params)
+    found = checks.preflight(job.settings.net, params, pixels, labels)
+    log(
+        f'pre-flight: standard deviation of the logits across images {found.logit_std:.1e}, loss '
+        f'{found.loss:.4f}, ln({job.settings.net.classes}) = {found.plateau:.4f}'
+    )
+    problem = checks.collapsed_init(found, job.settings.loop.min_logit_std)
+    if problem and job.settings.loop.on_collapsed_init == 'error':
+        raise RunError(problem)
+    if problem:
+        log(f'warning: {problem}')
+
+
+def first_batch(job: Job) -> tuple[Array, Array]:
+    """Return labels [B] and centre crops [B, H, W, C], as conv1 sees them, of the first images."""
+    net, recipe = job.settings.net, job.settings.preprocess
+    batch = jax.tree.map(jnp.asarray, job.host_batch(0, slice(PREFLIGHT_IMAGES)))
+    statistics = job.layout.to_host(job.statistics)
+
+    @jax.jit
+    def crops(images, statistics):
+        draws = augment.fixed(len(images), images.shape[-1], net, recipe)
+        return augment.apply(images, draws, statistics, net, recipe)
+
+    return batch['label'], crops(batch['image'], statistics)

@@ -1,4 +1,4 @@
-"""Metrics of a run: history, means, metrics.jsonl and TensorBoard, and the environment."""
+"""Metrics of a run: its history, metrics.jsonl and TensorBoard, and the environment."""
 
 import contextlib
 import dataclasses
@@ -8,7 +8,6 @@ import platform
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Generator, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -42,46 +41,14 @@ class History:
     sums: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
     secs: float = 0.0
 
-
-class Stopwatch:
-    """Adds the time of training, without evaluation and saving, to a run's history."""
-
-    def __init__(self, history: History):
-        self.history = history
-        self._since: float | None = None
-
-    def tick(self) -> None:
-        """Add the time since the last tick; after a pause, start."""
-        now = time.perf_counter()
-        if self._since is not None:
-            self.history.secs += now - self._since
-        self._since = now
-
-    def pause(self) -> None:
-        """Stop until the next tick."""
-        if self._since is not None:
-            self.tick()
-            self._since = None
-
-
-class Means:
-    """Means of metrics over uneven batches, from their sums and counts by name.
-
-    Args:
-        sums: {metric: (sum, count)} so far; updated in place.
-    """
-
-    def __init__(self, sums: dict[str, tuple[float, float]]):
-        self.sums = sums
-
     def add(self, metrics: Mapping[str, tuple[Any, Any]]) -> None:
-        """Add one batch's {name: (sum, count)}."""
+        """Add a step's {metric: (sum, count)}."""
         for name, (total, count) in metrics.items():
             old_total, old_count = self.sums.get(name, (0.0, 0.0))
             self.sums[name] = (old_total + float(total), old_count + float(count))
 
-    def take(self) -> dict[str, float]:
-        """Return the means, and start again at zero."""
+    def take_means(self) -> dict[str, float]:
+        """Return the mean of each metric over all that it counts, and start again at zero."""
         means = {name: total / count for name, (total, count) in self.sums.items() if count}
         self.sums.clear()
         return means

@@ -21,26 +21,20 @@ from alexnet_jax import config as configuration
 from alexnet_jax import config_file
 from alexnet_jax.config import Config
 from alexnet_jax.data import batches as batching
-from alexnet_jax.errors import RunError, UsageError
+from alexnet_jax.data.datasets import Dataset
+from alexnet_jax.errors import RunError
 from alexnet_jax.inference import evaluate
-from alexnet_jax.model import augment
 from alexnet_jax.model import optimizer as optimizers
-from alexnet_jax.model.augment import Statistics
 from alexnet_jax.parallel import cpu, distributed, mesh
-from alexnet_jax.training import finetune, splits
 from alexnet_jax.training import metrics as run_metrics
 from alexnet_jax.training import preflight as checks
+from alexnet_jax.training import splits
 from alexnet_jax.training import workdir as workdirs
-from alexnet_jax.training.callbacks import Callback, CheckpointSaver, Interrupt, StepLog
+from alexnet_jax.training.callbacks import Callback, Interrupt, StepLog, StepProfiler
 from alexnet_jax.training.checkpoint import Checkpoints
-from alexnet_jax.training.job import Job, open_job
-from alexnet_jax.training.metrics import History, MetricWriter, Stopwatch, log
-from alexnet_jax.training.profiling import StepProfiler
-from alexnet_jax.training.step import TrainState, init_state, inputs
-
-Array = jax.Array
-Changes = dict[str, list[Any]]  # {config key: [old value, new value]}
-PREFLIGHT_IMAGES = 128  # enough for a standard deviation, and any one device can hold them
+from alexnet_jax.training.job import Changes, Job, open_job, resume_or_start
+from alexnet_jax.training.metrics import History, MetricWriter, log
+from alexnet_jax.training.step import TrainState, inputs
 
 
 def run(config: Config, workdir: Path, extend: bool = False) -> str:
@@ -78,49 +72,6 @@ def run(config: Config, workdir: Path, extend: bool = False) -> str:
                 return finish(job, state, history, writer)
 
 
-# ---------------------------------------------------------------------------------------- start
-
-
-def resume_or_start(job: Job, checkpoints: Checkpoints) -> tuple[Job, TrainState, History, Changes]:
-    """Return the newest checkpoint that verifies, or step 0 after its pre-flight check.
-
-    A run keeps the mean image of its first start, however the data has changed since.
-
-    Returns:
-        The job, the state, the history, and the changes of the config since the checkpoint, see
-        `workdir.changes`: any make this an extension.
-
-    Raises:
-        UsageError: an extension that ends before the checkpoint's step.
-    """
-    shapes = jax.eval_shape(lambda: init_state(job.settings, job.optimizer))
-    target = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        shapes,
-        job.shardings,
-    )
-    restored = checkpoints.restore_newest_intact(
-        {'state': target, 'statistics': job.statistics._asdict()}
-    )
-    if restored is None:
-        state = job.start()
-        if job.settings.init_from != 'none':
-            state = initialise_from(job, state)
-        preflight(job, state)
-        return job, state, History(), {}
-    changed = workdirs.changes(restored.extra['config'], job.config)
-    if changed and restored.step >= job.total_steps:
-        raise UsageError(
-            f'{job.workdir} has been trained for {restored.step} steps, but an extension to '
-            f'{job.settings.epochs:g} epochs ends after {job.total_steps} steps; increase epochs.'
-        )
-    log(f'resuming at step {restored.step} of {job.total_steps} in {job.workdir}')
-    job = match_classes(job, restored.extra['class_names'])
-    job = dataclasses.replace(job, statistics=Statistics(**restored.state['statistics']))
-    history = History(**restored.extra.get('history', {}))
-    return job, restored.state['state'], history, changed
-
-
 def record_extension(job: Job, step: int, changed: Changes, writer: MetricWriter) -> None:
     """Write the config of an extension, and a record of its changes and of their first step.
 
@@ -142,69 +93,6 @@ def record_extension(job: Job, step: int, changed: Changes, writer: MetricWriter
         writer.write('extension', step, changed=changed)
 
 
-def match_classes(job: Job, names: list[str]) -> Job:
-    """Number the classes of the data as the checkpoint does; see `splits.match`."""
-    matched = {
-        split: splits.match(dataset, names, job.settings.data, job.workdir)
-        for split in splits.NAMED
-        if (dataset := getattr(job, split)) is not None
-    }
-    if sorted(job.train.class_names) == sorted(names) and job.train.class_names != tuple(names):
-        log(
-            'warning: the classes of the data are now in a different order; they are mapped by name'
-        )
-    return dataclasses.replace(job, **matched)
-
-
-def initialise_from(job: Job, state: TrainState) -> TrainState:
-    """Return the state of step 0 with the weights of another run; see finetune.py."""
-    where = job.settings.init_from
-    restored = finetune.read(where)
-    fresh = job.layout.to_host(state.params)
-    layers = [layer.name for layer in job.settings.net.layers]
-    names = [job.train.class_names, splits.class_names(job.settings.data, words=False)]
-    params, carried = finetune.parameters(
-        fresh, restored, layers, names, where, job.settings.init_layers
-    )
-    finetune.compare(job.config, restored, where, carried)
-    return state.replace(params=mesh.put_global(params, job.shardings.params))
-
-
-def preflight(job: Job, state: TrainState) -> None:
-    """Log how far the logits differ across images at initialisation; see preflight.py.
-
-    Raises:
-        RunError: the initialisation has collapsed, and `loop.on_collapsed_init` is 'error'.
-    """
-    labels, pixels = first_batch(job)
-    params = job.layout.to_host(state.params)
-    found = checks.preflight(job.settings.net, params, pixels, labels)
-    log(
-        f'pre-flight: standard deviation of the logits across images {found.logit_std:.1e}, loss '
-        f'{found.loss:.4f}, ln({job.settings.net.classes}) = {found.plateau:.4f}'
-    )
-    problem = checks.collapsed_init(found, job.settings.loop.min_logit_std)
-    if problem and job.settings.loop.on_collapsed_init == 'error':
-        raise RunError(problem)
-    if problem:
-        log(f'warning: {problem}')
-
-
-def first_batch(job: Job) -> tuple[Array, Array]:
-    """Return labels [B] and centre crops [B, H, W, C], as conv1 sees them, of the first images."""
-    net, recipe = job.settings.net, job.settings.preprocess
-    batch = jax.tree.map(jnp.asarray, job.host_batch(0, slice(PREFLIGHT_IMAGES)))
-    size, *_, channels = batch['image'].shape
-    statistics = job.layout.to_host(job.statistics)
-
-    @jax.jit
-    def crops(images, statistics):
-        draws = augment.fixed(size, channels, net, recipe)
-        return augment.apply(images, draws, statistics, net, recipe)
-
-    return batch['label'], crops(batch['image'], statistics)
-
-
 # --------------------------------------------------------------------------------------- the loop
 
 
@@ -217,19 +105,36 @@ def train_to_end(
         RunError: numbers are not finite; or a signal came, and the run has been saved.
     """
     start, total = int(state.step), job.total_steps
-    profile_steps = job.settings.loop.profile_steps if distributed.is_first() else 0
+    size, settings = job.settings.batch_size, job.settings
+    rows = len(range(size)[job.layout.local_batch_slice(size)])
+    profile_steps = settings.loop.profile_steps if distributed.is_first() else 0
     profiler = StepProfiler(job.workdir / 'profile', profile_steps, start, total)
     saver = CheckpointSaver(job, history, checkpoints)
-    with (
-        contextlib.closing(StepLog(job, history, writer, start)) as step_log,
-        contextlib.closing(profiler),
-        Interrupt() as interrupt,
-    ):
+    step_log = StepLog(settings, job.train, rows, history, writer, start)
+    with contextlib.closing(step_log), contextlib.closing(profiler), Interrupt() as interrupt:
         state = train(job, state, history, [step_log, profiler, saver, interrupt])
         checkpoints.wait()
     if (step := int(state.step)) < total:
-        raise interrupt.error(step, job)
+        raise interrupt.error(step, total, job.workdir)
     return state
+
+
+class CheckpointSaver(Callback):
+    """Saves all that is needed to resume, and to classify an image from the checkpoint alone."""
+
+    def __init__(self, job: Job, history: History, checkpoints: Checkpoints):
+        self.job, self.history, self.checkpoints = job, history, checkpoints
+
+    def on_save(self, step: int, state: TrainState, error: float | None) -> None:
+        """Start to save a checkpoint."""
+        tree = {'state': state, 'statistics': self.job.statistics._asdict()}
+        extra = {
+            'config': self.job.config,
+            'history': dataclasses.asdict(self.history),
+            'class_names': list(self.job.train.class_names),
+            'stored': list(self.job.train.images.shape[1:]),
+        }
+        self.checkpoints.save(step, tree, extra, error=error)
 
 
 def train(
@@ -251,7 +156,7 @@ def train(
     batches = batching.prefetch(job.batch, start, job.total_steps, loop.prefetch_batches, threads=2)
     with contextlib.closing(batches):
         for step in range(start + 1, job.total_steps + 1):
-            reporter.clock.tick()
+            reporter.tick()
             for callback in callbacks:
                 callback.on_step_begin(step)
             begin = time.perf_counter()
@@ -281,8 +186,15 @@ class _Reporter:
     """Reports each step while the next one runs, so that no accelerator waits for the host."""
 
     def __init__(self, job: Job, history: History, callbacks: Sequence[Callback]):
-        self.job, self.callbacks, self.clock = job, callbacks, Stopwatch(history)
+        self.job, self.history, self.callbacks = job, history, callbacks
+        self._since: float | None = None  # time of the last tick; None while evaluating or saving
         self._pending: tuple[int, Any, float] | None = None
+
+    def tick(self) -> None:
+        """Add the time since the last tick to the time of training; after a pause, start."""
+        now = time.perf_counter()
+        self.history.secs += 0.0 if self._since is None else now - self._since
+        self._since = now
 
     def after(self, step: int, metrics: Any, wait_secs: float, state: TrainState) -> None:
         """Report the step before `step`, which has been dispatched."""
@@ -297,13 +209,14 @@ class _Reporter:
             pending, self._pending = self._pending, None
             self._report(*pending, state)
         jax.block_until_ready(state)
-        self.clock.pause()
+        self.tick()
+        self._since = None
 
     def _report(self, step: int, metrics: Any, wait_secs: float, state: TrainState) -> None:
         metrics = jax.device_get(metrics)
         if not math.isfinite(metrics['loss'][0]):
             raise not_finite(self.job, state)
-        self.clock.tick()
+        self.tick()
         for callback in self.callbacks:
             callback.on_metrics(step, metrics, wait_secs)
 
@@ -317,7 +230,7 @@ def validate(
         The state with its number of rate drops, and the top-1 error.
     """
     assert job.validation is not None
-    scores = job.scores(state.params, job.validation)
+    scores = validation_scores(job, state.params, job.validation)
     history.errors.append(scores['top1_error'])
     for callback in callbacks:
         callback.on_evaluation(int(state.step), scores)
@@ -326,6 +239,25 @@ def validate(
     )
     replicated = mesh.put_global(np.int32(drops), job.layout.replicated)
     return state.replace(num_lr_drops=replicated), scores['top1_error']
+
+
+def validation_scores(job: Job, params: Any, dataset: Dataset) -> dict[str, float]:
+    """Return the errors on the centre view of every image."""
+    found = probabilities(job, params, dataset, evaluate.CENTRE)
+    return evaluate.scores(found['centre'], dataset.labels)
+
+
+def probabilities(job: Job, params: Any, dataset: Dataset, views: Any) -> dict[str, np.ndarray]:
+    """Return `evaluate.probabilities` of a data set under a run's net."""
+    return evaluate.probabilities(
+        evaluate.make_predict(job.settings, job.layout),
+        params,
+        job.statistics,
+        dataset,
+        views,
+        layout=job.layout,
+        batch_size=job.settings.loop.eval_batch_size,
+    )
 
 
 def not_finite(job: Job, state: TrainState) -> RunError:
@@ -350,9 +282,7 @@ def not_finite(job: Job, state: TrainState) -> RunError:
 
 def finish(job: Job, state: TrainState, history: History, writer: MetricWriter) -> str:
     """Evaluate on every test image, centre view and ten views, and return the result's sentence."""
-    arrays = evaluate.probabilities(
-        job.predict, state.params, job.statistics, job.test, evaluate.VIEWS, **job.evaluation()
-    )
+    arrays = probabilities(job, state.params, job.test, evaluate.VIEWS)
     arrays['label'] = job.test.labels
     result = evaluate.summary(arrays, job.test.class_names)
     if distributed.is_first():

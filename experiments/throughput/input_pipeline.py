@@ -28,7 +28,7 @@ from alexnet_jax.parallel import cpu
 from alexnet_jax.training import metrics as run_metrics
 from alexnet_jax.training import train
 from alexnet_jax.training.callbacks import Callback
-from alexnet_jax.training.job import Job
+from alexnet_jax.training.job import Job, open_job
 from alexnet_jax.training.metrics import History
 from configs import alexnet
 from experiments.data_bench import reading
@@ -96,7 +96,7 @@ def feed(config: Any, scratch: Path, rounds: int, sample_secs: float) -> dict[st
     config.loop.eval_batch_size = 64
     if config.data.name == 'fashion_mnist':
         config.data.update(validation='train[-64:]', test='test[:64]')
-    job = train.open_job(config, configuration.unpack(config), scratch)
+    job = open_job(config, configuration.unpack(config), scratch)
     batch = job.batch(0)
     state, _ = resident(job, job.start(), batch, 1)
     cpu.keep_freed()
