@@ -25,9 +25,9 @@ DARK = 2.0  # pixels of 0 to 1 differ across images by less, of 0 to 255 by more
 class Preflight:
     """Statistics of a net at initialisation.
 
-    logit_std: standard deviation of the logits across images, root mean square over classes. loss:
-    mean cross-entropy in nats, beside `plateau`, which is ln(classes). signal: of each layer's
-    output, the standard deviation across images, root mean square over
+    logit_std: standard deviation of the logits across images, root mean square over classes.
+    loss: mean cross-entropy in nats, beside `plateau`, which is ln(classes).
+    signal: of each layer's output, the standard deviation across images, root mean square over
         units.
     pixels: the same of the input of conv1; between ten and a hundred for 0-255 units.
     """
@@ -40,13 +40,9 @@ class Preflight:
 
     def weakest(self) -> tuple[str, float]:
         """Return the layer with the smallest gain of the signal, and the gain."""
-        names = list(self.signal)
-        gains = {
-            after: self.signal[after] / max(self.signal[before], 1e-30)
-            for before, after in itertools.pairwise(names)
-        }
-        name = min(gains, key=lambda key: gains[key], default=names[-1])
-        return name, gains.get(name, 0.0)
+        pairs = itertools.pairwise(self.signal.items())
+        gains = {name: after / max(before, 1e-30) for (_, before), (name, after) in pairs}
+        return min(gains.items(), key=lambda item: item[1], default=(next(iter(self.signal)), 0.0))
 
 
 def preflight(net: Net, params: Any, pixels: Array, labels: Array) -> Preflight:

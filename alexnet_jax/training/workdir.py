@@ -10,9 +10,8 @@ from typing import Any
 
 import jax
 
-from alexnet_jax import config as configuration
 from alexnet_jax import config_file, files
-from alexnet_jax.config import Config
+from alexnet_jax.config_file import Config
 from alexnet_jax.errors import RunError, UsageError
 from alexnet_jax.parallel import distributed
 from alexnet_jax.training import metrics
@@ -47,7 +46,8 @@ def open_workdir(config: Config, workdir: Path, extend: bool = False) -> Generat
     With several processes, the first does it, and the others check that they see the same folder.
 
     Args:
-        config: of the run; written to a folder without a checkpoint and without a recorded step.
+        config: of the run; written unless the folder has a checkpoint or a recorded step, which a
+            start that failed does not leave.
         workdir: the folder.
         extend: allow changes of EXTENDABLE; the caller then writes the config by `write_config`.
 
@@ -87,17 +87,12 @@ def _open(config: Config, workdir: Path, extend: bool) -> Generator[None]:
         if not _has_checkpoint(workdir):
             # Left by an earlier start that failed before its first step.
             (workdir / 'source_statistics.npz').unlink(missing_ok=True)
-        if path.exists() and has_run(workdir):
+        if path.exists() and (_has_checkpoint(workdir) or metrics.read(workdir)):
             _check_same(config_file.read_json(path), config, workdir, extend)
         else:
             write_config(config, workdir)
         _write(workdir / 'environment.json', json.dumps(metrics.environment(), indent=2) + '\n')
         yield
-
-
-def has_run(workdir: Path) -> bool:
-    """Return whether there is a checkpoint or a recorded step; a failed start leaves neither."""
-    return _has_checkpoint(workdir) or bool(metrics.read(workdir))
 
 
 def _has_checkpoint(workdir: Path) -> bool:
@@ -106,14 +101,14 @@ def _has_checkpoint(workdir: Path) -> bool:
 
 def write_config(config: Config, workdir: Path) -> None:
     """Write config.json."""
-    _write(workdir / 'config.json', configuration.as_json(config) + '\n')
+    _write(workdir / 'config.json', config_file.as_json(config) + '\n')
 
 
 def changes(old: Config, new: Config) -> dict[str, list[Any]]:
     """Return {dotted key: [old value, new value]} of all keys that a resumed run may not change."""
-    old, new = (configuration.plain(config) for config in (old, new))
-    keys = [key for key in configuration.differences(old, new) if key not in MAY_DIFFER]
-    return {key: [_value(old, key), _value(new, key)] for key in keys}
+    trees = config_file.plain(old), config_file.plain(new)
+    keys = [key for key in config_file.differences(*trees) if key not in MAY_DIFFER]
+    return {key: [_value(tree, key) for tree in trees] for key in keys}
 
 
 def _value(tree: dict, key: str) -> Any:
@@ -138,15 +133,14 @@ def _check_same(old: Config, new: Config, workdir: Path, extend: bool) -> None:
             f'--extend can change {", ".join(EXTENDABLE)} only, but the run in {workdir} differs '
             f'in {", ".join(fixed)}; set these to the values in its config.json.'
         )
-    if not barred or extend:
-        return
-    way = 'the config it was started with (its config.json)'
-    if not fixed and _has_checkpoint(workdir):
-        way += ', or add --extend to continue it with the new one'
-    raise UsageError(
-        f'{workdir} contains a run with a different config: {", ".join(barred)}; choose '
-        f'another --workdir, or {way}.'
-    )
+    if barred and not extend:
+        way = 'the config it was started with (its config.json)'
+        if not fixed and _has_checkpoint(workdir):
+            way += ', or add --extend to continue it with the new one'
+        raise UsageError(
+            f'{workdir} contains a run with a different config: {", ".join(barred)}; choose '
+            f'another --workdir, or {way}.'
+        )
 
 
 def _write(path: Path, text: str) -> None:
