@@ -161,6 +161,9 @@ LEAST = {
 AT_LEAST = {key: least for least, keys in LEAST.items() for key in keys}
 
 
+Rules = Iterable[tuple[bool, str]]  # what must hold, and the sentence if it does not
+
+
 def unpack(config: Config) -> Settings:
     """Return a ConfigDict, or the dict of a config.json, as validated dataclasses.
 
@@ -169,12 +172,17 @@ def unpack(config: Config) -> Settings:
             table describes no net.
     """
     tree = dict(config) if isinstance(config, dict) else plain(config)
-    net = _net(_section(tree.pop('model', None), 'model'))
-    settings = _build(Settings, tree, '', net=net)
-    _check(settings)
-    _check_rates(settings)
-    _check_mesh(settings)
+    settings = _build(Settings, tree, '', net=_net(tree.pop('model', None)))
+    _check(_rules(settings))
+    _check(_rate_rules(settings))
+    _check(_mesh_rules(settings.mesh, settings.net))
     return settings
+
+
+def _check(rules: Rules) -> None:
+    for holds, sentence in rules:
+        if not holds:
+            raise UsageError(sentence)
 
 
 # ------------------------------------------------------------------------- a tree to dataclasses
@@ -182,46 +190,43 @@ def unpack(config: Config) -> Settings:
 
 def _build(cls: Any, tree: Any, path: str, **given: Any) -> Any:
     """Fill dataclass `cls` from `tree`, checking names, types and bounds field by field."""
-    tree = _section(tree, path)
-    hints = typing.get_type_hints(cls)
-    fields = [field for field in dataclasses.fields(cls) if field.name not in given]
-    names = {field.name for field in fields}
-    # Keys that are younger than the first checkpoints have defaults.
-    needed = {field.name for field in fields if field.default is dataclasses.MISSING}
-    where = f'{path}.' if path else ''
-    for key in sorted(set(tree) - names):
-        raise UsageError(f'{where}{key} is not a key of this config; choose one of {_list(names)}.')
-    for key in sorted(needed - set(tree)):
-        raise UsageError(f'{where}{key} is missing from this config; set it.')
-    for key in sorted(names & set(tree)):
-        make = _build if dataclasses.is_dataclass(hints[key]) else _value
-        given[key] = make(hints[key], tree[key], where + key)
+    _check([(isinstance(tree, Mapping), f'{path} must be a group of keys, but is {tree!r}.')])
+    hints, where = typing.get_type_hints(cls), f'{path}.' if path else ''
+    fields = {field.name: field for field in dataclasses.fields(cls) if field.name not in given}
+    for key in sorted(set(tree) - set(fields)):
+        known = ', '.join(sorted(fields))
+        raise UsageError(f'{where}{key} is not a key of this config; choose one of {known}.')
+    for key, field in sorted(fields.items()):
+        if key in tree:
+            make = _build if dataclasses.is_dataclass(hints[key]) else _value
+            given[key] = make(hints[key], tree[key], where + key)
+        elif (
+            field.default is dataclasses.MISSING
+        ):  # keys younger than the first checkpoints have one
+            raise UsageError(f'{where}{key} is missing from this config; set it.')
     return cls(**given)
-
-
-def _section(section: Any, path: str) -> Mapping[str, Any]:
-    if not isinstance(section, Mapping):
-        raise UsageError(f'{path} must be a group of keys, but is {section!r}.')
-    return section
 
 
 def _value(kind: Any, value: Any, path: str) -> Any:
     """Return `value` as `kind`: int, float, bool, str, a Literal, or a tuple of these."""
     if typing.get_origin(kind) is tuple:
         return _tuple(typing.get_args(kind), value, path)
-    if value == 'None':
-        raise UsageError(f"{path} is 'None'; use 'none' instead.")
-    if choices := typing.get_args(kind):
-        return _choice(choices, value, path)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
-    if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
-        raise UsageError(f'{path} must be of type {kind.__name__}, but is {value!r}.')
+    choices = typing.get_args(kind)
+    typed = bool(choices) or (isinstance(value, kind) and (kind is bool) == isinstance(value, bool))
+    _check(
+        [
+            (value != 'None', f"{path} is 'None'; use 'none' instead."),
+            _choice(choices or (value,), value, path),
+            (typed, f'{path} must be of type {getattr(kind, "__name__", "")}, but is {value!r}.'),
+        ]
+    )
     if kind in (int, float):
-        _check_number(value, path)
+        _check(_number_rules(value, path))
     if path in FOLDERS and (value or path != 'init_from'):  # '' there: to be given
         try:
-            value = command.expand(value)
+            value = command.expand(str(value))
         except UsageError as error:
             raise UsageError(f'{path}: {error}') from error
     return value
@@ -230,76 +235,57 @@ def _value(kind: Any, value: Any, path: str) -> Any:
 def _tuple(kinds: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...]:
     if isinstance(value, Mapping):  # a group with any keys, as multipliers
         value = sorted(value.items())
-    if not isinstance(value, (list, tuple)):
-        raise UsageError(f'{path} must be a tuple, but is {value!r}.')
+    _check([(isinstance(value, (list, tuple)), f'{path} must be a tuple, but is {value!r}.')])
     if kinds[-1] is Ellipsis:
         kinds = kinds[:1] * len(value)
-    if len(kinds) != len(value):
-        raise UsageError(f'{path} must have {len(kinds)} values, but is {value!r}.')
+    many = f'{path} must have {len(kinds)} values, but is {value!r}.'
+    _check([(len(kinds) == len(value), many)])
     return tuple(_value(k, v, path) for k, v in zip(kinds, value, strict=True))
 
 
-def _choice(choices: Iterable[str], value: Any, path: str) -> Any:
-    if value not in choices:
-        raise UsageError(f"{path}: '{value}' is not one of {', '.join(choices)}.")
-    return value
+def _choice(choices: Iterable[Any], value: Any, path: str) -> tuple[bool, str]:
+    choices = list(choices)
+    return value in choices, f"{path}: '{value}' is not one of {', '.join(map(str, choices))}."
 
 
-def _check_number(value: float, path: str) -> None:
+def _number_rules(value: float, path: str) -> Rules:
     name = path.rpartition('.')[2]
     least, most = AT_LEAST.get(name, -math.inf), 2**64 if path == 'seed' else 2**31
-    if not math.isfinite(value):
-        raise UsageError(f'{path} must be finite, but is {value!r}.')
-    if isinstance(value, int) and value >= most:
-        raise UsageError(f'{path} must be below {most}, but is {value}.')
-    if name in POSITIVE and value <= 0:
-        raise UsageError(f'{path} must be positive, but is {value}.')
-    if value < least:
-        raise UsageError(f'{path} must be at least {least}, but is {value}.')
-
-
-def _list(names: Iterable[str]) -> str:
-    return ', '.join(sorted(names))
-
-
-def _require(condition: bool, sentence: str) -> None:
-    if not condition:
-        raise UsageError(sentence)
+    yield math.isfinite(value), f'{path} must be finite, but is {value!r}.'
+    yield isinstance(value, float) or value < most, f'{path} must be below {most}, but is {value}.'
+    yield name not in POSITIVE or value > 0, f'{path} must be positive, but is {value}.'
+    yield value >= least, f'{path} must be at least {least}, but is {value}.'
 
 
 # ------------------------------------------------------------------------------ the layer table
 
 
-def _net(section: Mapping[str, Any]) -> Net:
+def _net(section: Any) -> Net:
+    _check([(isinstance(section, Mapping), f'model must be a group of keys, but is {section!r}.')])
     tree = dict(section)
     names = _value(tuple[str, ...], tree.pop('layers', None), 'model.layers')
-    scaling = _choice(('none', 'fan_in'), tree.pop('init_scaling', None), 'model.init_scaling')
+    scaling = _value(
+        Literal['none', 'fan_in'], tree.pop('init_scaling', None), 'model.init_scaling'
+    )
     rows = {name: tree.pop(name) for name in section if _is_layer(section[name])}
-    _require(bool(names), 'model.layers is empty; list at least one layer.')
-    twice = f'model.layers lists a layer twice: {", ".join(names)}.'
-    _require(len(set(names)) == len(names), twice)
-    for name in names:
-        missing = f'there is no model.{name}; the layers are {_list(rows)}.'
-        _require(name in rows, f'model.layers lists {name}, but {missing}')
+    _check(_table_rules(names, rows))
     rows = {name: dict(rows[name]) for name in names}
     fan_ins = [
         _value(int, row.pop('reference_fan_in', None), f'model.{name}.reference_fan_in')
         for name, row in rows.items()
     ]
-    net = _build(Net, tree, 'model', layers=tuple(_layer(*item) for item in rows.items()))
+    layers = tuple(_layer(*item) for item in rows.items())
+    net = _build(Net, tree, 'model', layers=layers)
     net = dataclasses.replace(net, channels=net.channels or 3)  # until the data is known
-    _check_net(net)
+    _check(_net_rules(net))
     stages = alexnet.geometry(net)
     if scaling == 'none':
         return net
     # fan-in * std^2 stays as in run 145's net, and with it the strength of the signal.
-    stds = [
-        stage.layer.init_std * math.sqrt(fan_in / stage.fan_in)
-        for stage, fan_in in zip(stages, fan_ins, strict=True)
-    ]
+    factors = [math.sqrt(ours / s.fan_in) for s, ours in zip(stages, fan_ins, strict=True)]
     scaled = (
-        dataclasses.replace(layer, init_std=std)
-        for layer, std in zip(net.layers, stds, strict=True)
+        dataclasses.replace(layer, init_std=layer.init_std * factor)
+        for layer, factor in zip(layers, factors, strict=True)
     )
     return dataclasses.replace(net, layers=tuple(scaled))
 
@@ -311,80 +297,85 @@ def _is_layer(value: Any) -> bool:
 def _layer(name: str, row: Mapping[str, Any]) -> Layer:
     if row.get('kind') == 'fc':  # has no window
         row = {'kernel_px': 1, 'stride_px': 1, 'padding_px': ((0, 0), (0, 0)), **row}
-    layer = _build(Layer, row, f'model.{name}', name=name)
-    once = f'model.{name}.ops lists an operation twice; each may occur only once.'
-    _require(len(set(layer.ops)) == len(layer.ops), once)
-    return layer
+    return _build(Layer, row, f'model.{name}', name=name)
 
 
-def _check_net(net: Net) -> None:
-    for layer in net.layers[:-1]:  # 0 in the last one: the number of classes in the data
+def _table_rules(names: tuple[str, ...], rows: Mapping[str, Any]) -> Rules:
+    listed, known = ', '.join(names), ', '.join(sorted(rows))
+    yield bool(names), 'model.layers is empty; list at least one layer.'
+    yield len(set(names)) == len(names), f'model.layers lists a layer twice: {listed}.'
+    for name in names:
+        missing = f'there is no model.{name}; the layers are {known}.'
+        yield name in rows, f'model.layers lists {name}, but {missing}'
+
+
+def _net_rules(net: Net) -> Rules:
+    for layer in net.layers:
+        once = f'model.{layer.name}.ops lists an operation twice; each may occur only once.'
+        yield len(set(layer.ops)) == len(layer.ops), once
         empty = f'model.{layer.name}.features must be at least 1, but is {layer.features}.'
-        _require(layer.features > 0, empty)
+        yield layer.features > 0 or layer is net.layers[-1], empty  # 0: the classes of the data
     for name, size in (('lrn', net.lrn.size), ('spatial_norm', net.spatial_norm.size)):
-        _require(size % 2 == 1, f'model.{name}.size must be odd, but is {size}.')
+        yield size % 2 == 1, f'model.{name}.size must be odd, but is {size}.'
     gaps = net.pool.kind != 'max' or net.pool.stride_px > net.pool.window_px
-    _require(
+    yield (
         net.pool.rounding == 'down' or not gaps,
         "model.pool.rounding 'up' needs max-pooling whose windows leave no gaps; set it to 'down'.",
     )
     keep = net.dropout.keep
-    _require(keep <= 1, f'model.dropout.keep must be in (0, 1], but is {keep}.')
+    yield keep <= 1, f'model.dropout.keep must be in (0, 1], but is {keep}.'
 
 
-def _check(settings: Settings) -> None:
-    recipe, names = settings.preprocess, [layer.name for layer in settings.net.layers]
+def _rules(settings: Settings) -> Rules:
+    recipe, crop_px = settings.preprocess, settings.net.input_px
     for px, what in (
-        (settings.net.input_px, f'the crop of model.input_px ({settings.net.input_px})'),
+        (crop_px, f'the crop of model.input_px ({crop_px})'),
         (recipe.resize_px, f'preprocess.resize_px ({recipe.resize_px})'),
     ):
         small = f'preprocess.image_px is {recipe.image_px}, smaller than {what}; increase it'
-        _require(recipe.image_px >= px, f'{small} (2012: 256 for crops of 224).')
+        yield recipe.image_px >= px, f'{small} (2012: 256 for crops of 224).'
     for name in settings.init_layers:
-        _choice(names, name, 'init_layers')
+        yield _choice((layer.name for layer in settings.net.layers), name, 'init_layers')
 
 
-def _check_rates(settings: Settings) -> None:
+def _rate_rules(settings: Settings) -> Rules:
     update, names = settings.optimizer, [layer.name for layer in settings.net.layers]
-    _require(update.momentum < 1, 'optimizer.momentum must be in [0, 1).')
+    yield update.momentum < 1, 'optimizer.momentum must be in [0, 1).'
     for name, schedule in (('weights', update.weights), ('biases', update.biases)):
-        ascend = list(schedule.at_epochs) == sorted(schedule.at_epochs)
-        _require(
-            ascend,
-            f'optimizer.{name}.at_epochs must be in ascending order, but is {schedule.at_epochs}.',
-        )
-    _require(
-        update.biases.kind != 'plateau' or update.weights.kind == 'plateau',
+        epochs = schedule.at_epochs
+        order = f'optimizer.{name}.at_epochs must be in ascending order, but is {epochs}.'
+        yield list(epochs) == sorted(epochs), order
+    plateau = update.weights.kind == 'plateau'
+    yield (
+        plateau or update.biases.kind != 'plateau',
         "optimizer.biases.kind 'plateau' requires the same rule for the weights: also set "
         'optimizer.weights.kind=plateau.',
     )
-    _require(
-        update.weights.kind != 'plateau' or settings.data.validation != 'none',
+    yield (
+        not plateau or settings.data.validation != 'none',
         "optimizer.weights.kind 'plateau' follows the validation error, but data.validation is "
         'none: set it to a split, or choose another schedule.',
     )
-    _choice(('none', *names), update.late_freeze.layer, 'optimizer.late_freeze.layer')
+    yield _choice(('none', *names), update.late_freeze.layer, 'optimizer.late_freeze.layer')
     for name, factor in update.multipliers:
-        _choice(names, name, 'optimizer.multipliers')
+        yield _choice(names, name, 'optimizer.multipliers')
         key = f'optimizer.multipliers.{name}'
-        _require(factor >= 0, f'{key} must be at least 0, but is {factor}.')
+        yield factor >= 0, f'{key} must be at least 0, but is {factor}.'
 
 
-def _check_mesh(settings: Settings) -> None:
-    mesh, towers = settings.mesh, settings.net.towers
-    _require(
-        mesh.data != 0, 'mesh.data must be positive, or -1 for all remaining devices, but is 0.'
-    )
-    _require(
+def _mesh_rules(mesh: MeshShape, net: Net) -> Rules:
+    towers = net.towers
+    yield mesh.data != 0, 'mesh.data must be positive, or -1 for all remaining devices, but is 0.'
+    yield (
         towers % mesh.tower == 0,
         f'mesh.tower is {mesh.tower}, but the net has {towers} tower(s); choose a divisor of '
         f'{towers}.',
     )
     if mesh.placement == 'one_weird_trick':
         alone = 'mesh.placement one_weird_trick has no tower axis; set mesh.tower=1.'
-        _require(mesh.tower == 1, alone)
-        own = [x.name for x in settings.net.layers[:-1] if x.kind == 'fc' and x.reads == 'own']
-        _require(
+        yield mesh.tower == 1, alone
+        own = [x.name for x in net.layers[:-1] if x.kind == 'fc' and x.reads == 'own']
+        yield (
             not own or towers == 1,
             f'mesh.placement one_weird_trick splits fully connected layers, but {", ".join(own)} '
             f'reads only its own tower; set its reads=all, or mesh.placement=towers.',
