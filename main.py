@@ -11,7 +11,6 @@ from alexnet_jax.parallel import distributed, launchers
 MODES = {'step': 'evaluate', 'split': 'evaluate', 'data_dir': 'evaluate', 'extend': 'train'}
 
 
-# argparse rather than absl: absl prints a usage page or a traceback, `config_file` one sentence.
 def parser() -> command.Parser:
     """Return the parser of all flags but `--config.KEY=VALUE`, see `config_file.split`."""
     flags = command.Parser(prog='main.py', description=__doc__, allow_abbrev=False)
@@ -33,9 +32,8 @@ def main(flags: argparse.Namespace, values: dict[str, str]) -> None:
         if getattr(flags, name) and flags.mode != mode:
             raise UsageError(f'--{name} needs --mode={mode}; set that mode, or remove --{name}.')
     if not flags.config and (flags.mode != 'evaluate' or not flags.workdir):
-        if flags.mode == 'evaluate':
-            raise UsageError('no --workdir; name the folder of a run: --workdir=workdirs/NAME.')
-        raise UsageError('no --config; try --config=configs/alexnet.py.')
+        needed = '--workdir=DIR of a run' if flags.mode == 'evaluate' else '--config'
+        raise UsageError(f'no {needed}; try --config=configs/alexnet.py.')
     config = config_file.plain(config_file.load(flags.config, values)) if flags.config else {}
     workdir = flags.workdir or 'workdirs/{name}-{scale}-{seed}'.format(**config)
     where = flags.coordinator_address, flags.num_processes, flags.process_id

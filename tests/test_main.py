@@ -1,16 +1,25 @@
-"""main.py as a person starts it: real processes, exit codes, one sentence, no traceback."""
+"""main.py as a person starts it: exit codes, one sentence, no traceback.
 
+`start_main` starts a process. `run_main` runs the same in this one, where the process does not
+matter: starting one takes seconds.
+"""
+
+import contextlib
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from alexnet_jax import machine
+import main
+from alexnet_jax import command, config_file, machine
 from alexnet_jax.data.prepare import command as prepare
 from tests.conftest import REPOSITORY
 
@@ -18,7 +27,22 @@ CONFIG = '--config=configs/smoke.py'
 
 
 @pytest.fixture(scope='module')
-def run_main(repository, data_dir, cache_dir):
+def run_main(data_dir):
+    def call(*words: str, data: bool = True):
+        if data:
+            where = (f'--config.data.data_dir={data_dir}', '--config.loop.compilation_cache=none')
+            words = (*words, *where)
+        others, values = config_file.split(words)
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = command.run('main.py', main.parser, lambda f: main.main(f, values), others)
+        return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
+
+    return call
+
+
+@pytest.fixture(scope='module')
+def start_main(repository, data_dir, cache_dir):
     def call(*words: str, data: bool = True, **environ: str):
         where = [
             f'--config.data.data_dir={data_dir}',
@@ -75,8 +99,8 @@ def one_sentence(done, code: int, *words: str) -> None:
         ((CONFIG, '--config.data.test=tset', '--workdir={tmp}/w'), 'tset'),
         ((CONFIG, '--config.data.name=fashion_mnist', '--config.model.fc8.features=7',
           '--workdir={tmp}/w'), 'set model.fc8.features=10'),
-        ((CONFIG, '--config.mesh.data=3', '--config.mesh.cpu_devices=1', '--workdir={tmp}/w'),
-         'does not match the 1 device(s)'),
+        ((CONFIG, '--config.mesh.data=3', '--workdir={tmp}/w'),
+         f'does not match the {jax.device_count()} device(s)'),
         ((CONFIG, '--step=best', '--workdir={tmp}/w'), '--step needs --mode=evaluate'),
         (('--config=configs/finetune.py:smoke,nonsense', '--workdir={tmp}/w'), 'nonsense'),
     ],
@@ -85,6 +109,10 @@ def test_what_makes_no_sense(run_main, tmp_path, words, message):
     words = [word.replace('{tmp}', str(tmp_path)) for word in words]
     one_sentence(run_main(*words, data=CONFIG in words), 2, message)
     assert not (REPOSITORY / 'gs:').exists()
+
+
+def test_a_process_ends_with_the_exit_code_and_the_sentence(start_main):
+    one_sentence(start_main(CONFIG, '--config.bach_size=3'), 2, 'did you mean batch_size?')
 
 
 def test_no_data_and_no_way_to_get_it(run_main, tmp_path):
@@ -105,24 +133,24 @@ def test_a_workdir_that_cannot_be_written(run_main, tmp_path):
     one_sentence(done, 1, 'cannot write to', 'choose another --workdir')
 
 
-def test_home_is_expanded(run_main, trained, data_dir, tmp_path):
+def test_home_is_expanded(start_main, trained, data_dir, tmp_path):
     """In a flag that a shell leaves as it is, and in a value of a config; spaces are cut."""
     home = {'HOME': str(tmp_path)}
     few = ('--config.data.train=train[:128]', '--config.data.test=test[:40]', '--config.epochs=1')
     (tmp_path / 'data').symlink_to(data_dir)
     where = ('--config.data.data_dir=~/data', '--config.loop.compilation_cache= ~/cache')
-    done = run_main(CONFIG, '--workdir=~/runs/w', *few, *where, data=False, **home)
+    done = start_main(CONFIG, '--workdir=~/runs/w', *few, *where, data=False, **home)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / 'runs' / 'w' / 'config.json').is_file()
     assert any((tmp_path / 'cache').iterdir())
-    done = run_main('--mode=evaluate', f'--workdir= ~/runs/w , {trained[0]}', data=False, **home)
+    done = start_main('--mode=evaluate', f'--workdir= ~/runs/w , {trained[0]}', data=False, **home)
     one_sentence(done, 2, 'was evaluated on different images')  # so both were found
 
 
 @pytest.mark.parametrize('words', [(CONFIG, '--mode=describe'), ('--mode=evaluate',)])
-def test_a_platform_that_is_not_there(run_main, trained, words):
+def test_a_platform_that_is_not_there(start_main, trained, words):
     words = (*words, f'--workdir={trained[0]}')
-    done = run_main(*words, data=False, JAX_PLATFORMS='cuda')
+    done = start_main(*words, data=False, JAX_PLATFORMS='cuda')
     one_sentence(done, 2, 'the environment variable JAX_PLATFORMS=cuda')
 
 
@@ -136,10 +164,10 @@ def test_a_reader_that_has_seen_enough(repository):
     assert done.stderr == '141\n'
 
 
-def test_the_config_of_a_run_starts_another(run_main, trained, tmp_path):
+def test_the_config_of_a_run_starts_another(start_main, trained, tmp_path):
     """The same numbers come of it."""
     workdir, first = trained
-    done = run_main(f'--config={workdir}/config.json', f'--workdir={tmp_path}/w', data=False)
+    done = start_main(f'--config={workdir}/config.json', f'--workdir={tmp_path}/w', data=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.partition(' on ')[0] == first.stdout.partition(' on ')[0]
     old, new = (json.loads((w / 'config.json').read_text()) for w in (workdir, tmp_path / 'w'))
@@ -182,24 +210,24 @@ def test_describe_prints_a_page(run_main):
 
 
 @pytest.fixture(scope='module')
-def trained(run_main, tmp_path_factory):
+def trained(start_main, tmp_path_factory):
     """A smoke run, from the command line to its last line."""
     workdir = tmp_path_factory.mktemp('runs') / 'smoke'
-    done = run_main(CONFIG, f'--workdir={workdir}')
+    done = start_main(CONFIG, f'--workdir={workdir}', '--config.mesh.data=1')
     assert done.returncode == 0, done.stderr
     return workdir, done
 
 
 @pytest.mark.skipif(machine.cores() < 2, reason='two cores are needed')
 @pytest.mark.parametrize('devices', [1, 2])
-def test_a_cpu_appears_as_several_devices(run_main, tmp_path, devices):
+def test_a_cpu_appears_as_several_devices(start_main, tmp_path, devices):
     """Also to a run, which asks JAX about processes before it makes its mesh."""
     few = ('--config.data.train=train[:128]', '--config.data.test=test[:40]', '--config.epochs=1')
     flags = (f'--config.mesh.cpu_devices={devices}', '--config.loop.tensorboard=False')
-    done = run_main(CONFIG, f'--workdir={tmp_path}/w', *few, *flags)
+    done = start_main(CONFIG, f'--workdir={tmp_path}/w', *few, *flags)
     assert done.returncode == 0, done.stderr
     assert f'on {devices} device(s) of kind cpu: data {devices} x tower 1' in done.stderr
-    done = run_main('--mode=evaluate', f'--workdir={tmp_path}/w', data=False)
+    done = start_main('--mode=evaluate', f'--workdir={tmp_path}/w', data=False)
     assert done.returncode == 0, done.stderr
     assert f'40 images of test[:40], on data {devices} x tower 1' in done.stderr
 
@@ -267,7 +295,7 @@ def test_an_ensemble_of_one_run_twice_is_that_run(run_main, trained):
 def test_a_finished_run_prints_its_result_again(run_main, trained):
     workdir, first = trained
     metrics = (workdir / 'metrics.jsonl').read_text()
-    done = run_main(CONFIG, f'--workdir={workdir}')
+    done = run_main(CONFIG, f'--workdir={workdir}', '--config.mesh.data=1')
     assert done.returncode == 0, done.stderr
     assert done.stdout == first.stdout
     assert (workdir / 'metrics.jsonl').read_text() == metrics
@@ -303,7 +331,7 @@ def test_a_damaged_checkpoint_is_set_aside(run_main, trained, tmp_path):
     array.write_bytes(body)
     done = run_main('--mode=evaluate', f'--workdir={workdir}', data=False)
     one_sentence(done, 1, '32')
-    done = run_main(CONFIG, f'--workdir={workdir}')
+    done = run_main(CONFIG, f'--workdir={workdir}', '--config.mesh.data=1')
     assert done.returncode == 0, done.stderr
     assert 'damaged-32' in done.stderr
     assert 'resuming at step 16' in done.stderr

@@ -7,7 +7,6 @@ a checkpoint therefore passes it through `match`.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -33,20 +32,23 @@ def open_splits(config: Data, splits: Sequence[str], data_dir: str = '') -> list
         UsageError: a split does not exist.
         RunError: the data set does not exist or is damaged.
     """
-    folder = _ensure(config, data_dir)
-    options: Any = {'workers': config.workers, 'resident_gib': config.resident_gib}
-
-    def load(split: str) -> Dataset:
-        if split not in NAMED:
-            return datasets.load(config.name, folder, split, **options)
-        if split == 'validation' and config.validation == 'none':
+    folder, found = _ensure(config, data_dir), []
+    for split in splits:
+        key = f'data.{split}={getattr(config, split)}: ' if split in NAMED else ''
+        if key == 'data.validation=none: ':
             raise UsageError('data.validation is none: choose another split of the data.')
         try:
-            return datasets.load(config.name, folder, getattr(config, split), **options)
+            dataset = datasets.load(
+                config.name,
+                folder,
+                getattr(config, split) if key else split,
+                workers=config.workers,
+                resident_gib=config.resident_gib,
+            )
         except UsageError as error:
-            raise UsageError(f'data.{split}={getattr(config, split)}: {error}') from error
-
-    return [load(split) for split in splits]
+            raise UsageError(f'{key}{error}') from error
+        found.append(dataset)
+    return found
 
 
 def class_names(config: Data, data_dir: str = '', *, words: bool = True) -> tuple[str, ...]:
