@@ -69,13 +69,8 @@ class Layout:
             UsageError: the devices do not divide a layer's units.
         """
         specs = {}
-        reads_maps = False  # no device holds a contiguous share of flattened maps
-        for layer in net.layers:
+        for layer in net.layers[:-1]:
             shard = self.tensor_parallel.of(layer)
-            if layer is net.layers[-1]:
-                kernel = P() if reads_maps else P(shard.axis, None)
-                specs[layer.name] = {'kernel': kernel, 'bias': P()}
-                break
             if layer.features % shard.shards:
                 raise UsageError(
                     f'{layer.name}: its {layer.features} units cannot be divided over '
@@ -84,8 +79,11 @@ class Layout:
             rank = 4 if layer.kind == 'conv' else 2
             kernel = P(*(None,) * (rank - 1), shard.axis)
             specs[layer.name] = {'kernel': kernel, 'bias': P(shard.axis)}
-            reads_maps = layer.kind == 'conv'
-        return specs
+        *before, last = net.layers
+        # No device holds a contiguous share of flattened maps.
+        reads_units = not before or before[-1].kind == 'fc'
+        kernel = P(self.tensor_parallel.of(last).axis, None) if reads_units else P()
+        return specs | {last.name: {'kernel': kernel, 'bias': P()}}
 
     def parameter_shardings(self, net: Net) -> dict[str, dict[str, NamedSharding]]:
         """Return the sharding of each parameter, see `parameter_specs`."""
@@ -197,9 +195,7 @@ def put_global(tree: Any, shardings: Any) -> Any:
         array = np.asarray(array)
         return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
-    if isinstance(shardings, Sharding):
-        return jax.tree.map(lambda array: put(array, shardings), tree)
-    return jax.tree.map(put, tree, shardings)
+    return jax.tree.map(put, tree, jax.tree.broadcast(shardings, tree))
 
 
 # ------------------------------------------------------------------------------- building one
