@@ -37,10 +37,8 @@ def load(where: str, overrides: Mapping[str, Any]) -> Config:
     Raises:
         UsageError: the file does not exist or holds no config, or an override does not fit it.
     """
-    name, _, argument = where.partition(':')
-    if '://' in where:
-        name = where  # `command.path` refuses it
-    file = command.path(name)
+    name, _, argument = (where, '', '') if '://' in where else where.partition(':')
+    file = command.path(name)  # refuses a scheme
     if not file.exists() and (ROOT / name).is_file():  # one of configs/, from any folder
         file = ROOT / name
     config = _read(file, argument)
@@ -60,7 +58,7 @@ def _read(file: Path, argument: str) -> Config:
         if file.suffix == '.json':
             config = read_json(file)
         else:
-            config = runpy.run_path(str(file))['get_config'](*([argument] if argument else []))
+            config = runpy.run_path(str(file))['get_config'](*filter(None, [argument]))
         if file.suffix == '.json' and argument:
             raise ValueError(f"the config of a run does not take an argument such as '{argument}'")
         if not _is_section(config) or not {'name', 'scale', 'seed', 'model', 'data'} <= {*config}:
@@ -145,14 +143,13 @@ def _parse(text: str, old: Any) -> Any:
 def _unknown(config: Config, key: str) -> UsageError:
     """Return the error for an unknown key, with a config that has it or with similar keys."""
     near = difflib.get_close_matches(key, list(_keys(config)), n=2, cutoff=0.75)
-    files = sorted(CONFIGS.glob('[a-z]*.py'))
-    having = next((file.name for file in files if _has(file, key)), None)
-    groups = ', '.join(group for group in config if _is_section(config[group]))
-    hint = f'the groups of keys are {groups}.'
-    if near:
+    if having := next((f for f in sorted(CONFIGS.glob('[a-z]*.py')) if _has(f, key)), None):
+        hint = f'configs/{having.name} has it.'
+    elif near:
         hint = f'did you mean {" or ".join(near)}?'
-    if having:
-        hint = f'configs/{having} has it.'
+    else:
+        groups = ', '.join(group for group in config if _is_section(config[group]))
+        hint = f'the groups of keys are {groups}.'
     return UsageError(f'--config.{key}: this config has no such key; {hint}')
 
 
@@ -217,12 +214,11 @@ def _splits(wanted: Mapping[str, Any], there: Sequence[str]) -> dict[str, str]:
             f"data.{missing[0]} is 'auto', but {wanted['name']} only has the splits "
             f'{", ".join(there)}; choose one of them, or a part of one such as {there[0]}[90%:].'
         )
-    end = 100 - 10 * len(missing)
-    train = found.get('train')
-    for number, key in enumerate(missing):
-        found[key] = f'{train}[{end + 10 * number}%:{end + 10 * (number + 1)}%]'
-    if missing:
+    if missing:  # the last tenths of the training split
+        train, end = found['train'], 100 - 10 * len(missing)
         found['train'] = f'{train}[:{end}%]'
+        for start, key in zip(range(end, 100, 10), missing, strict=True):
+            found[key] = f'{train}[{start}%:{start + 10}%]'
     return found
 
 
