@@ -74,7 +74,7 @@ class Loop:
     compilation_cache: str
     min_logit_std: float
     on_collapsed_init: Literal['warn', 'error']
-    profile_steps: int = 0  # steps that are traced, see profiling.py; 0: none
+    profile_steps: int = 0  # steps that are traced, see callbacks.StepProfiler; 0: none
 
 
 @dataclasses.dataclass(frozen=True)

@@ -522,7 +522,7 @@ WRONG = {
     'model.layers': ((), 'model.layers is empty'),
     'model.layers[2]': (('conv1', 'conv1'), 'twice'),
     'model.layers[9]': (('conv1', 'conv9'), 'there is no model.conv9'),
-    'model.init_scaling': ('None', "'None' is not one of none, fan_in"),
+    'model.init_scaling': ('None', "use 'none' instead"),
     'model.towers': (3, '3 towers do not divide'),
     'model.input_px': (3, 'conv1: a kernel of 11 px does not fit'),
     'model.conv1.features': (13, '2 towers do not divide'),
