@@ -1,7 +1,6 @@
 """Open a run: its data, devices and compiled functions, and its first or restored state."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -30,9 +29,9 @@ from alexnet_jax.training.metrics import History, log
 from alexnet_jax.training.step import (
     TrainState,
     init_state,
+    jit_init_state,
     jit_train_step,
     make_optimizer,
-    seed_of,
 )
 
 Array = jax.Array
@@ -74,8 +73,7 @@ class Job:
 
     def start(self) -> TrainState:
         """Return the state of step 0, on the devices."""
-        start = functools.partial(init_state, self.settings, self.optimizer)
-        return jax.jit(start, out_shardings=self.shardings)(seed_of(self.settings))
+        return jit_init_state(self.settings, self.optimizer, self.shardings)
 
     def batch(self, step: int) -> dict[str, Array]:
         """Return the global batch of a step, on the devices; a process reads its part only."""
