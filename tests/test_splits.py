@@ -1,4 +1,4 @@
-"""Data given with a checkpoint: the same classes in another order, other classes, other channels."""
+"""Data given with a checkpoint: classes in another order, other classes, other channels."""
 
 import dataclasses
 import io
