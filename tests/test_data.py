@@ -70,7 +70,7 @@ def test_every_image_and_label_is_the_original_in_tfds_order(data_dir, split):
     order = sorted(range(len(dataset)), key=hasher.hash_key)
     images, labels = np.empty_like(dataset.images), np.empty(len(dataset), np.uint8)
     images[order], labels[order] = dataset.images, dataset.labels
-    image_file, label_file = fashion_mnist.FILES[split]
+    image_file, label_file = fashion_mnist.FILES['fashion_mnist'][split]
     raw_images = struct.pack('>4I', 0x803, len(dataset), 28, 28) + images.tobytes()
     raw_labels = struct.pack('>2I', 0x801, len(dataset)) + labels.tobytes()
     assert hashlib.sha256(raw_images).hexdigest() == image_file.sha256
@@ -132,7 +132,9 @@ def test_slices_and_sums_of_splits(data_dir, train):
 
 
 def test_unknown_names_and_absent_data(data_dir, tmp_path):
-    with pytest.raises(UsageError, match=r"no data set 'fashion'.*choose from .*--name=fashion "):
+    with pytest.raises(
+        UsageError, match=r"no data set 'fashion'.*found: fashion_mnist.*--name=fashion "
+    ):
         datasets.load('fashion', data_dir, 'train')
     with pytest.raises(UsageError, match=r"Unknown split 'valid': choose from train, test"):
         datasets.load('fashion_mnist', data_dir, 'valid')
@@ -206,7 +208,7 @@ def test_a_truncated_or_missing_record_file_is_refused(small):
         with pytest.raises(RunError, match=r'is damaged .*remove that folder and run `python'):
             datasets.load('fashion_mnist', small, 'train')
     path.unlink()
-    with pytest.raises(RunError, match='is missing'):
+    with pytest.raises(RunError, match='No such file'):
         datasets.load('fashion_mnist', small, 'train')
 
 
@@ -228,7 +230,7 @@ def test_a_flipped_byte_in_a_record_file_never_gives_wrong_images(small):
 
 def test_a_damaged_description_is_refused(small):
     (small / 'fashion_mnist/3.0.1/dataset_info.json').write_text('{"name": ')
-    with pytest.raises(RunError, match=r'is damaged \(dataset_info\.json'):
+    with pytest.raises(RunError, match=r'is damaged \(its description .*JSONDecodeError'):
         datasets.load('fashion_mnist', small, 'train')
 
 

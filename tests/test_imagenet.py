@@ -12,7 +12,7 @@ from PIL import Image
 from alexnet_jax import config as configuration
 from alexnet_jax.data.prepare import archives, imagenet, shards
 from alexnet_jax.data.prepare.imagenet import ILSVRC_2010, ILSVRC_2012
-from alexnet_jax.errors import RunError, UsageError
+from alexnet_jax.errors import RunError
 from configs import alexnet
 from experiments.data_bench import dry_run, process, substitute
 from experiments.data_bench.substitute import tar_bytes, write_devkit, write_tar
@@ -52,7 +52,7 @@ def small(challenge):
         split: dataclasses.replace(archive, images=counts[split], size=None, md5=None)
         for split, archive in challenge.archives.items()
     }
-    return dataclasses.replace(challenge, archives=parts, devkit_md5=None, classes=3)
+    return dataclasses.replace(challenge, archives=parts, classes=3)
 
 
 SMALL_2012, SMALL_2010 = small(ILSVRC_2012), small(ILSVRC_2010)
@@ -192,7 +192,6 @@ def test_validation_pictures_that_do_not_match(year_2012, numbers, message, extr
     [
         (train(wnids=('n01', 'n03')), '5 of 6 images, and 0 of 1 of class n02'),
         (train(count=TRAIN | {'n03': 2}), '5 of 6 images, and 2 of 3 of class n03'),
-        (train(wnids=('n01', 'n02', 'n03', 'n01')), '8 of 6 images, and 4 of 2 of class n01'),
         (train(count={'n01': 3, 'n02': 1, 'n03': 2}), '6 of 6 images, and 3 of 2 of class n01'),
         ([('n04.tar', tar_bytes([('n04_1.JPEG', b'')]))], '0 of 6 images'),
         ([('n01_1.txt', b'')], '0 of 6 images'),
@@ -259,13 +258,6 @@ def test_prepared_from_folders_or_from_archives_the_bytes_are_the_same(year_2012
     assert folders[0] == folders[1]
 
 
-def test_a_picture_in_the_folder_of_another_class(year_2012):
-    extract(year_2012, '', val_by_class=True)
-    path = next((year_2012 / 'val/n01').iterdir())
-    path.rename(year_2012 / 'val/n03' / path.name)
-    refused(SMALL_2012, year_2012, 'is of class n01 in the ground truth, but is in')
-
-
 def test_a_training_picture_that_is_missing(year_2012):
     extract(year_2012, '')
     (year_2012 / 'train/n03/n03_2.JPEG').unlink()
@@ -275,18 +267,16 @@ def test_a_training_picture_that_is_missing(year_2012):
 # ---- the official files ---------------------------------------------------------------------
 
 
-def test_the_real_challenge_wants_the_real_files(year_2012, tmp_path):
+def test_the_real_challenge_wants_the_real_files(year_2012):
     with pytest.raises(
-        RunError, match=r'has [\d,]+ bytes, but the official file has 147,897,477,120: resume'
+        RunError, match=r'has [\d,]+ of 147,897,477,120 bytes: download the official file'
     ):
         imagenet.source(ILSVRC_2012, year_2012)
     with pytest.raises(RunError, match=r'ILSVRC2010_images_train.tar is missing'):
         imagenet.source(ILSVRC_2010, year_2012)
-    with pytest.raises(UsageError, match='is not a folder'):
-        imagenet.source(ILSVRC_2010, tmp_path / 'nothing')
     train_archive = dataclasses.replace(SMALL_2012.archives['train'], size=100)
     larger = SMALL_2012.archives | {'train': train_archive}
-    with pytest.raises(RunError, match='the official file has 100'):
+    with pytest.raises(RunError, match=r'has [\d,]+ of 100 bytes'):
         imagenet.source(dataclasses.replace(SMALL_2012, archives=larger), year_2012)
 
 
@@ -295,7 +285,7 @@ def test_another_md5_is_refused(year_2012):
     assert len(list(imagenet.source(built, year_2012).members())) == 10
     path = year_2012 / 'ILSVRC2012_img_val.tar'
     path.write_bytes(path.read_bytes()[:-1] + b'\1')  # the padding: no picture differs
-    refused(built, year_2012, 'is not the official file')
+    refused(built, year_2012, r'is not the official tar file .*its md5 is')
 
 
 def damaged_kit(folder, synsets=None, truth=VALIDATION, **options):
@@ -306,9 +296,9 @@ def damaged_kit(folder, synsets=None, truth=VALIDATION, **options):
 
 
 def test_wrong_development_kits_are_refused(year_2012):
-    def message(challenge=SMALL_2012):
-        with pytest.raises(RunError, match='is not the official file') as caught:
-            imagenet.source(challenge, year_2012)
+    def message():
+        with pytest.raises(RunError, match='not the official file') as caught:
+            imagenet.source(SMALL_2012, year_2012)
         return str(caught.value)
 
     damaged_kit(year_2012, truth=(3, 1, 1, 9))
@@ -316,11 +306,10 @@ def test_wrong_development_kits_are_refused(year_2012):
     damaged_kit(year_2012, synsets=synsets()[:2])
     assert 'KeyError: 3' in message()
     kit = damaged_kit(year_2012)
-    assert 'its md5 is' in message(dataclasses.replace(SMALL_2012, devkit_md5='0' * 32))
     kit.write_bytes(kit.read_bytes()[:300])
-    assert 'is not the official file' in message()
+    assert 'EOFError' in message()
     kit.write_text('<html>')
-    assert 'is not the official file' in message()
+    assert 'ReadError' in message()
 
 
 def test_a_short_list_of_labels_is_noticed(year_2012):
@@ -331,11 +320,11 @@ def test_a_short_list_of_labels_is_noticed(year_2012):
 def test_a_missing_truth_is_named(year_2010):
     (year_2010 / 'ILSVRC2010_test_ground_truth.txt').unlink()
     with pytest.raises(
-        RunError, match=r'is missing, or ILSVRC2010_test_ground_truth.txt is missing from it'
+        RunError, match=r'is missing, incomplete .*KeyError: .ILSVRC2010_test_ground_truth.txt'
     ):
         imagenet.source(SMALL_2010, year_2010)
     (year_2010 / 'ILSVRC2010_devkit-1.0.tar.gz').unlink()
-    with pytest.raises(RunError, match=r'devkit-1.0.tar.gz is missing'):
+    with pytest.raises(RunError, match=r'devkit-1.0.tar.gz is missing, .*meta.mat'):
         imagenet.source(SMALL_2010, year_2010)
 
 

@@ -166,7 +166,7 @@ def test_a_record_is_parsed_as_protobuf_does():
 
 @pytest.mark.parametrize('record', [b'', b'\x0a', b'\x0a\x05abc', b'\x00\x01', b'\xff' * 20])
 def test_malformed_records_are_refused(record):
-    with pytest.raises((ValueError, IndexError)):
+    with pytest.raises((ValueError, LookupError)):
         records.image_and_label(record)
 
 
@@ -181,11 +181,9 @@ def test_indexing_by_number_slice_and_array(sets):
     mask = np.arange(300) % 50 == 7
     np.testing.assert_array_equal(dataset.images[mask], everything[mask])
     assert dataset.images[5:5].shape == (0, PX, PX, 3)
-    for wrong in (300, -301, (..., 0), 1.5, 'train'):
+    for wrong in (300, -301, 1.5, 'train'):
         with pytest.raises(IndexError):
             dataset.images[wrong]
-    with pytest.raises(UsageError, match='too large for memory'):
-        np.asarray(dataset.images)
 
 
 # ---- batches --------------------------------------------------------------------------------
@@ -291,8 +289,8 @@ def test_descriptions_of_other_data_are_refused(copy):
     good = path.read_text()
     for before, after, expected in (
         ('uint8', 'float32', 'but must be uint8'),
-        ('"image": {', '"picture": {', 'invalid description of its images'),
-        (good, '{"featuresDict"', 'invalid description of its images'),
+        ('"image": {', '"picture": {', 'its description .* is missing or wrong'),
+        (good, '{"featuresDict"', 'its description .* is missing or wrong'),
     ):
         assert before in good
         path.write_text(good.replace(before, after))
@@ -386,7 +384,7 @@ def test_class_words(copy):
     assert large(copy).class_names == names
     assert datasets.class_names('drawn', copy) == names
     words.write_text('tench\n')
-    with pytest.raises(RunError, match='1 descriptions for 5 classes'):
+    with pytest.raises(RunError, match=r'its description .* is missing or wrong'):
         large(copy)
 
 
@@ -471,21 +469,14 @@ def test_a_run_without_validation(smoke_run, data_dir, tmp_path):
         configuration.unpack(config)
 
 
-@pytest.mark.parametrize(
-    ('wanted', 'expected'),
-    [
-        (40_000.0, '8 cores would be enough (data.workers)'),
-        (9_000.0, 'this is enough if nothing else'),
-    ],
-)
-def test_shortage_estimates_the_cores_needed(sets, wanted, expected, monkeypatch):
+def test_shortage_estimates_the_cores_needed(sets):
     dataset = large(sets['picture'])
     assert isinstance(dataset, LargeDataset)
     dataset.images.readers = Readers(2)
     dataset.images.readers._secs.append(2.0 / 10_000)
-    assert expected in datasets.shortage(dataset, wanted)
+    assert '8 cores that do nothing else' in datasets.shortage(dataset, 40_000.0)
     small = datasets.load('drawn', sets['picture'], 'test')
-    assert datasets.shortage(small, wanted) is None
+    assert datasets.shortage(small, 40_000.0) is None
 
 
 @pytest.fixture

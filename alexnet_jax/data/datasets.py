@@ -22,8 +22,9 @@ import numpy as np
 from alexnet_jax import files
 from alexnet_jax.data import prepared
 from alexnet_jax.data import statistics as image_statistics
+from alexnet_jax.data.prepared import Description
 from alexnet_jax.data.readers import Readers, prefetch, readers
-from alexnet_jax.data.records import Records, Segment, image_format
+from alexnet_jax.data.records import Records, Segment
 from alexnet_jax.data.statistics import Statistics, Sums
 from alexnet_jax.errors import RunError, UsageError
 
@@ -40,9 +41,9 @@ RESIDENT_GIB = 4.0  # up to this size a decoded split is kept beside the data an
 class StoredImages:
     """Images in their files, uint8 [N, H, W, C]; indexed along N as an array is."""
 
-    def __init__(self, records: Records, readers: Readers, terms: list[Term]):
-        """Take the records of a split, see `parse_split` for its terms."""
-        self.records, self.readers, self.terms = records, readers, terms
+    def __init__(self, records: Records, readers: Readers):
+        """Take the records of a split, and the threads that read them."""
+        self.records, self.readers = records, readers
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -53,16 +54,9 @@ class StoredImages:
         return len(self.records)
 
     def __getitem__(self, key: Any, /) -> np.ndarray:
-        if isinstance(key, tuple):
-            raise IndexError(
-                'a data set on disk can only be indexed along its first axis, the images'
-            )
         numbers = np.arange(len(self))[key]
         images, _ = self.take(numbers.reshape(-1))
         return images.reshape(*numbers.shape, *self.shape[1:])
-
-    def __array__(self, *_: Any, **__: Any) -> np.ndarray:
-        raise UsageError('this data set is too large for memory: use a slice of its images.')
 
     def take(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return images, uint8 [n, H, W, C], and labels, int32 [n], of those numbers.
@@ -72,35 +66,6 @@ class StoredImages:
             OSError: the system cannot open a file, which may be intact.
         """
         return self.readers.take(self.records, numbers)
-
-    def labels(self) -> np.ndarray:
-        """Return all labels, int32 [N]; reads all records unless a copy is kept."""
-        path = self._kept('labels.npy')
-        with contextlib.suppress(OSError, ValueError, EOFError):
-            return np.load(path)
-        labels = self.records.read(range(len(self)), None)
-        _keep(path, 'the labels', lambda scratch: _save(scratch, labels))
-        return labels
-
-    def statistics(self) -> Statistics:
-        """Return the statistics of all images; computes them unless preparation or a run has."""
-        folder, kept = self.records.folder, self._kept('statistics.npz')
-        for path in (folder / 'statistics.npz', kept):
-            with contextlib.suppress(OSError, ValueError, KeyError):
-                found, count = image_statistics.load(path)
-                if path == kept or self.terms == [('train', 0, count)]:
-                    return found
-        log.warning('%s: computing the mean image of %s images', folder, f'{len(self):,}')
-        found = statistics(self)
-        _keep(kept, 'the statistics', lambda path: image_statistics.save(path, found, len(self)))
-        return found
-
-    def _kept(self, ending: str) -> Path:
-        """Return the path of what depends on the records; the name changes with them."""
-        stamps = [segment.stamp for segment in self.records.segments]
-        about = json.dumps([self.terms, self.records.shape, stamps])
-        folder, digest = self.records.folder, hashlib.sha256(about.encode()).hexdigest()[:16]
-        return _copies(folder) / f'{folder.parent.name}-{folder.name}-{digest}.{ending}'
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,24 +87,53 @@ class Dataset:
 
 
 class LargeDataset(Dataset):
-    """A split that stays in its array_record files; its labels come with the images.
-
-    The first use of `labels` reads all records, and keeps them beside the decoded copies.
-    """
+    """A split that stays in its array_record files; its labels come with the images."""
 
     images: StoredImages
+    terms: list[Term]
 
-    def __init__(self, name: str, split: str, images: StoredImages, names: tuple[str, ...]):
-        vars(self).update(name=name, split=split, images=images, class_names=names)
+    def __init__(
+        self, name: str, split: str, images: StoredImages, names: tuple[str, ...], terms: list[Term]
+    ):
+        """Take the arguments of `Dataset`, and the terms of the split, see `parse_split`."""
+        vars(self).update(name=name, split=split, images=images, class_names=names, terms=terms)
 
     @functools.cached_property
     def labels(self) -> np.ndarray:
-        """Return all labels, int32 [N]."""
-        return self.images.labels()
+        """Return all labels, int32 [N]; the first use reads all records, and keeps a copy."""
+        path = self._kept('labels.npy')
+        try:
+            return np.load(path)
+        except (OSError, ValueError, EOFError):  # missing or damaged
+            labels = self.images.records.read(range(len(self)), None)
+            _keep(path, 'the labels', lambda scratch: _save(scratch, labels))
+            return labels
 
     def take(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return images, uint8 [n, H, W, C], and labels, int32 [n], of those numbers."""
         return self.images.take(numbers)
+
+    def statistics(self) -> Statistics:
+        """Return the statistics of all images; computes them unless preparation or a run has."""
+        folder, path = self.images.records.folder, self._kept('statistics.npz')
+        prepared_ones = image_statistics.load(folder / 'statistics.npz')
+        if prepared_ones and self.terms == [('train', 0, prepared_ones[1])]:
+            return prepared_ones[0]
+        if kept := image_statistics.load(path):
+            return kept[0]
+        log.warning('%s: computing the mean image of %s images', folder, f'{len(self):,}')
+        found = statistics(self.images)
+        _keep(path, 'the statistics', lambda path: image_statistics.save(path, found, len(self)))
+        return found
+
+    def _kept(self, ending: str) -> Path:
+        """Return the path of a copy of what depends on the records; the name changes with them."""
+        records = self.images.records
+        stats = [segment.path.stat() for segment in records.segments]
+        stamps = [(stat.st_size, stat.st_mtime_ns) for stat in stats]
+        about = json.dumps([self.terms, records.shape, stamps])
+        folder, digest = records.folder, hashlib.sha256(about.encode()).hexdigest()[:16]
+        return _copies(folder) / f'{folder.parent.name}-{folder.name}-{digest}.{ending}'
 
 
 # ---- loading --------------------------------------------------------------------------------
@@ -173,17 +167,16 @@ def load(
         RunError: the data set is missing or damaged; the message contains the command to run.
     """
     folder = _folder(name, Path(data_dir))
-    files = prepared.record_files(folder)
-    terms = parse_split(split, {base: [n for _, n in found] for base, found in files.items()})
-    names = class_names(name, data_dir)
-    sizes = {base: sum(n for _, n in found) for base, found in files.items()}
-    shape, _ = image_format(folder)
-    if max(sizes[base] for base, *_ in terms) * math.prod(shape) > resident_gib * 2**30:
-        images = StoredImages(_records(folder, terms), readers(workers), terms)
-        return LargeDataset(name, split, images, names)
+    about = prepared.describe(folder)
+    lengths = {base: [n for _, n in files] for base, files in about.files.items()}
+    terms, names = parse_split(split, lengths), _unique(about)
+    sizes = {base: sum(counts) for base, counts in lengths.items()}
+    if max(sizes[base] for base, *_ in terms) * math.prod(about.shape) > resident_gib * 2**30:
+        images = StoredImages(_records(folder, about, terms), readers(workers))
+        return LargeDataset(name, split, images, names, terms)
     parts = []
     for base, start, stop in terms:
-        images, labels = _decoded(folder, base, sizes[base], workers)
+        images, labels = _decoded(folder, about, base, workers)
         parts.append((images[start:stop], labels[start:stop]))
     if len(parts) == 1:
         return Dataset(name, split, *parts[0], names)
@@ -219,14 +212,13 @@ def parse_split(split: str, shard_lengths: dict[str, list[int]]) -> list[Term]:
             (part.splitname, part.from_ or 0, sizes[part.splitname] if part.to is None else part.to)
             for part in read.to_absolute(tfds.core.SplitDict(infos))
         ]
+        reason = f"Split '{split}' selects no image in one of its parts"
     except ValueError as error:
-        reason = str(error).splitlines()[0].partition('. Should be')[0].rstrip('.')
+        terms, reason = [], str(error).splitlines()[0].partition('. Should be')[0].rstrip('.')
+    if not terms or any(start >= stop for _, start, stop in terms):
         raise UsageError(
             f"{reason}: choose from {', '.join(sizes)}, or a part such as 'train[:90%]'."
-        ) from None
-    for base, start, stop in terms:
-        if start >= stop:
-            raise UsageError(f"Split '{split}' selects none of {base}'s {sizes[base]:,} images.")
+        )
     return terms
 
 
@@ -245,16 +237,12 @@ def _folder(name: str, data_dir: Path) -> Path:
 
     if versions:
         return max(versions, key=rank)
-    if name in (*prepared.FETCHED, *prepared.OFFICIAL):
-        why = ', and its official files require registration' if name in prepared.OFFICIAL else ''
-        raise RunError(
-            f'Data set {name} is not in {data_dir}{why}: run `{prepared.command(name, data_dir)}`.'
-        )
-    known = ', '.join(sorted({*(path.parts[-3] for path in infos), *prepared.FETCHED}))
-    raise UsageError(
-        f"there is no data set '{name}' in {data_dir}: choose from {known}, or prepare your own by "
-        f'`python -m alexnet_jax prepare folder --source=FOLDER --name={name} '
-        f'--data_dir={data_dir}`.'
+    known = (*prepared.FETCHED, *prepared.OFFICIAL)
+    found = ', '.join(sorted({path.parts[-3] for path in infos})) or 'none'
+    error = RunError if name in known else UsageError
+    raise error(
+        f"there is no data set '{name}' in {data_dir} (found: {found}): set data.name to another, "
+        f'or run `{prepared.command(name, data_dir)}`.'
     )
 
 
@@ -268,19 +256,16 @@ def class_names(name: str, data_dir: str | Path, *, words: bool = True) -> tuple
     Raises:
         UsageError, RunError: as `load`.
     """
-    folder = _folder(name, Path(data_dir))
-    try:
-        names = described = _names(folder)
-        if words and (folder / 'label.words.txt').is_file():
-            described = (folder / 'label.words.txt').read_text(encoding='utf-8').splitlines()
-        if len(described) != len(names):
-            raise ValueError(f'{len(described)} descriptions for {len(names)} classes')
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise prepared.damaged(folder, f'invalid description of its labels: {error}') from None
-    counts = collections.Counter(described)
+    about = prepared.describe(_folder(name, Path(data_dir)))
+    return _unique(about) if words else about.class_names
+
+
+def _unique(about: Description) -> tuple[str, ...]:
+    """Return a data set's words, with the name appended where two classes share them."""
+    counts = collections.Counter(about.words)
     return tuple(
         word if counts[word] == 1 else f'{word} ({name})'
-        for word, name in zip(described, names, strict=True)
+        for word, name in zip(about.words, about.class_names, strict=True)
     )
 
 
@@ -290,35 +275,21 @@ def facts(name: str, data_dir: str | Path) -> tuple[int, int, tuple[str, ...]]:
     Raises:
         UsageError, RunError: as `load`.
     """
-    if name == 'none':
-        raise UsageError(
-            'data.name is not set: prepare your images with `python -m alexnet_jax prepare '
-            'folder --source=FOLDER --name=NAME`, and set --config.data.name=NAME.'
-        )
-    folder = _folder(name, Path(data_dir))
-    (*_, channels), _ = image_format(folder)
-    return len(class_names(name, data_dir)), channels, tuple(prepared.record_files(folder))
+    about = prepared.describe(_folder(name, Path(data_dir)))
+    return len(about.class_names), about.shape[2], tuple(about.files)
 
 
-def _names(folder: Path) -> list[str]:
-    names = folder / 'label.labels.txt'
-    if names.is_file():
-        return names.read_text(encoding='utf-8').splitlines()
-    features = json.loads((folder / 'features.json').read_text())['featuresDict']['features']
-    return list(map(str, range(int(features['label']['classLabel']['numClasses']))))
-
-
-def _records(folder: Path, terms: list[Term]) -> Records:
+def _records(folder: Path, about: Description, terms: list[Term]) -> Records:
     """Return the records of a split's terms, file by file."""
-    segments, files = [], prepared.record_files(folder)
+    segments = []
     for base, start, stop in terms:
         first = 0
-        for path, count in files[base]:
+        for path, count in about.files[base]:
             low, high = max(start, first), min(stop, first + count)
             if low < high:
-                segments.append(Segment.of(path, low - first, high - low))
+                segments.append(Segment(path, low - first, high - low))
             first += count
-    return Records(folder, tuple(segments), *image_format(folder))
+    return Records(folder, segments, about.shape, about.encoded)
 
 
 # ---- the decoded copy -----------------------------------------------------------------------
@@ -330,17 +301,20 @@ def _copies(folder: Path) -> Path:
     return folder.parent.parent / 'decoded'
 
 
-def _decoded(folder: Path, split: str, count: int, workers: int) -> tuple[np.ndarray, np.ndarray]:
+def _decoded(
+    folder: Path, about: Description, split: str, workers: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Return images, uint8 [N, H, W, C], and labels, int32 [N], of a base split, decoded once."""
     stem = f'{folder.parent.name}-{folder.name}-{split}'
     kept = [_copies(folder) / f'{stem}.{part}.npy' for part in ('images', 'labels')]
     sums = _copies(folder) / f'{stem}.json'
-    source = [_sha256(path) for path, _ in prepared.record_files(folder)[split]]
+    source = [_sha256(path) for path, _ in about.files[split]]
     with contextlib.suppress(OSError, ValueError):
         if json.loads(sums.read_text()) == [source, [_sha256(path) for path in kept]]:
             images, labels = (np.load(path, mmap_mode='r').view(np.ndarray) for path in kept)
             return images, labels
-    records = _records(folder, [(split, 0, count)])
+    count = sum(n for _, n in about.files[split])
+    records = _records(folder, about, [(split, 0, count)])
     arrays = readers(workers).take(records, np.arange(count))
 
     def write(scratch: Path) -> None:
@@ -359,9 +333,7 @@ def _keep(path: Path, what: str, write: Callable[[Path], None]) -> None:
         with files.atomic_write(path) as scratch:
             write(scratch)
     except OSError as error:
-        log.warning(
-            '%s: cannot store %s (%s); the next start will be slow again', path, what, error
-        )
+        log.warning('%s: cannot store %s (%s); the next start is slow again', path, what, error)
 
 
 def _save(path: Path, array: np.ndarray) -> None:
@@ -379,15 +351,10 @@ def shortage(dataset: Dataset, wanted: float) -> str | None:
     if not isinstance(dataset, LargeDataset):
         return None
     active = dataset.images.readers
-    count, enough = max(active.count, 1), math.ceil(wanted / active.rate)
-    advice = (
-        f'{enough} cores would be enough (data.workers)'
-        if enough > count
-        else 'this is enough if nothing else uses these cores'
-    )
     return (
-        f'{count} reader(s) read {active.rate:,.0f} images/s each, but the training step '
-        f'consumes {wanted:,.0f}/s: {advice}'
+        f'{max(active.count, 1)} reader(s) read {active.rate:,.0f} images/s each, but the training '
+        f'step consumes {wanted:,.0f}/s: {math.ceil(wanted / active.rate)} cores that do nothing '
+        'else would be enough (data.workers)'
     )
 
 
@@ -397,7 +364,7 @@ def shortage(dataset: Dataset, wanted: float) -> str | None:
 def statistics_of(dataset: Dataset) -> Statistics:
     """Return the statistics of a data set's images; kept ones of a large set are reused."""
     if isinstance(dataset, LargeDataset):
-        return dataset.images.statistics()
+        return dataset.statistics()
     return statistics(dataset.images)
 
 

@@ -18,25 +18,9 @@ MOST_PIXELS = 89_478_485
 # Some of those that Pillow reads: its PostScript would start an interpreter.
 FORMATS = ('JPEG', 'PNG', 'GIF', 'BMP', 'PPM', 'TIFF', 'WEBP', 'AVIF', 'JPEG2000')
 
-HEIC = tuple(b'ftyp' + brand for brand in (b'heic', b'heix', b'heim', b'heis', b'hevc', b'mif1'))
-CONVERT_HEIC = (
-    "HEIC is not supported: convert it to JPEG first, for example with libheif's heif-convert"
-)
-
 
 class BadImage(ValueError):
     """Bytes that cannot be decoded; the message completes '<file> ...': 'is not an image'."""
-
-
-class TooLarge(BadImage):
-    """An image with more pixels than are allowed."""
-
-    def __init__(self, width: int, height: int, most_pixels: int):
-        self.pixels = width * height
-        super().__init__(
-            f'has {width:,} x {height:,} pixels; more than {most_pixels:,} may be a '
-            'decompression bomb'
-        )
 
 
 def picture(encoded: bytes, px: int) -> np.ndarray:
@@ -68,29 +52,21 @@ def decode_into(encoded: bytes | memoryview, out: np.ndarray) -> None:
     Raises:
         BadImage: it cannot be decoded, or is too large to be decoded safely.
     """
+    encoded = bytes(encoded)
     with contextlib.suppress(ValueError):  # not a JPEG, or damaged: Pillow decides
         if _is_plain_jpeg(encoded, out.shape):
             space = 'GRAY' if out.shape[2] == 1 else 'RGB'
             simplejpeg.decode_jpeg(encoded, space, buffer=out)
             return
-    out[...] = np.asarray(decode_image(bytes(encoded), out.shape)).reshape(out.shape)
+    out[...] = np.asarray(decode_image(encoded, out.shape)).reshape(out.shape)
 
 
-def _is_plain_jpeg(encoded: bytes | memoryview, shape: tuple[int, ...]) -> bool:
+def _is_plain_jpeg(encoded: bytes, shape: tuple[int, ...]) -> bool:
     """Check that a JPEG's pixels need no conversion to `shape`; ValueError if it is not a JPEG."""
     height, width, space, _ = simplejpeg.decode_jpeg_header(encoded)
     spaces = ('Gray',) if shape[2] == 1 else ('Gray', 'YCbCr', 'RGB')
-    return (height, width) == shape[:2] and space in spaces and not _has_app1(encoded)
-
-
-def _has_app1(encoded: bytes | memoryview) -> bool:
-    """Check for an APP1 segment in a JPEG: its EXIF or XMP may turn the picture."""
-    at = 2
-    while encoded[at : at + 2] != b'\xff\xda':  # start of scan
-        if at + 1 >= len(encoded) or encoded[at] != 0xFF or encoded[at + 1] in (0xE1, 0xFF):
-            return True
-        at += 2 + int.from_bytes(encoded[at + 2 : at + 4])
-    return False
+    # The marker of an APP1 segment, whose EXIF or XMP may turn the picture; never part of a scan.
+    return (height, width) == shape[:2] and space in spaces and b'\xff\xe1' not in encoded
 
 
 def decode_image(
@@ -108,18 +84,17 @@ def decode_image(
     try:
         with Image.open(io.BytesIO(encoded), formats=FORMATS) as found:
             pixels = found.width * found.height
-            if pixels > most_pixels:
-                raise TooLarge(found.width, found.height, most_pixels)
-            return _fitted(found if pixels <= MOST_PIXELS else _shrunk(found, shape), shape)
-    except (BadImage, MemoryError):
-        raise
+            if pixels <= most_pixels:
+                return _fitted(found if pixels <= MOST_PIXELS else _shrunk(found, shape), shape)
     except UnidentifiedImageError:
-        if encoded[4:12] in HEIC:
-            raise BadImage(f'is a HEIC image; {CONVERT_HEIC}') from None
-        raise BadImage('is not an image') from None
+        raise BadImage('is not an image of a known format (HEIC: convert it to JPEG)') from None
     except Exception as error:  # decoders raise many types for damaged files
         reason = str(error) or type(error).__name__
         raise BadImage(f'cannot be read as an image: {reason}') from None
+    raise BadImage(
+        f'has {pixels:,} pixels; more than {most_pixels:,} may be a decompression bomb '
+        f'(`prepare ... --max_megapixels={-(-pixels // 10**6)}` accepts it)'
+    )
 
 
 def stored(picture: Image.Image, shape: tuple[int, int, int]) -> np.ndarray:
@@ -142,10 +117,8 @@ def stored(picture: Image.Image, shape: tuple[int, int, int]) -> np.ndarray:
 def _fitted(picture: Image.Image, shape: tuple[int, int, int]) -> Image.Image:
     height, width, channels = shape
     picture = _upright(picture)
-    if picture.mode.startswith('I'):
+    if picture.mode[0] in 'IF':
         picture = _upper_bits(picture)
-    if picture.mode == 'F':
-        raise ValueError('its pixels are floating-point numbers of unknown range')
     if picture.has_transparency_data:
         picture = picture.convert('RGBA')
         picture = Image.alpha_composite(Image.new('RGBA', picture.size, 'black'), picture)
@@ -177,8 +150,8 @@ def _upright(picture: Image.Image) -> Image.Image:
 def _upper_bits(picture: Image.Image) -> Image.Image:
     """Return the upper 8 bits of 16-bit grey, which Pillow would clip at 255."""
     values = np.asarray(picture)
-    if values.size and not 0 <= values.min() <= values.max() < 2**16:
-        raise ValueError('its pixels are integers of more than 16 bits')
+    if picture.mode == 'F' or not 0 <= values.min() <= values.max() < 2**16:
+        raise ValueError('its pixels have more than 16 bits, and their range is not known')
     return Image.fromarray((values >> 8).astype(np.uint8))
 
 

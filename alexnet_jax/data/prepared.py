@@ -1,4 +1,4 @@
-"""The folder of a prepared data set: its files, their completeness, and the lock to write it."""
+"""The folder of a prepared data set: its description, and the lock to write it."""
 
 import contextlib
 import errno
@@ -7,8 +7,9 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from alexnet_jax.command import log
 from alexnet_jax.errors import RunError
@@ -17,38 +18,67 @@ from alexnet_jax.progress import ProgressBar
 FETCHED = ('fashion_mnist', 'mnist')  # prepared without being given any files
 OFFICIAL = ('imagenet2010', 'imagenet2012')  # their archives are available on request only
 PREPARATION = 'preparation.json'  # beside the records of a set that prepare/shards.py wrote
+PX = 256  # the side to which images of different sizes are brought (paper, section 2)
 LOG_EVERY_SECS = 30
 
 
-def command(name: str, data_dir: str | Path) -> str:
-    """Return the command line that prepares data set `name`."""
-    source = ' --source=FOLDER' if name in OFFICIAL else ''
-    return f'python -m alexnet_jax prepare {name}{source} --data_dir={data_dir}'
+class Description(NamedTuple):
+    """The description of a prepared data set."""
+
+    files: dict[str, list[tuple[Path, int]]]  # {split: [(array_record file, number of examples)]}
+    shape: tuple[int, int, int]  # of the decoded images, [H, W, C]
+    encoded: bool  # JPEG or PNG; False for the uint8 arrays themselves
+    class_names: tuple[str, ...]  # by label: TFDS's names, else '0', '1', ...
+    words: tuple[str, ...]  # longer names of the classes ('tabby, tabby cat'), else `class_names`
 
 
-def record_files(folder: Path) -> dict[str, list[tuple[Path, int]]]:
-    """Return the splits of a prepared data set, from TFDS's `dataset_info.json`.
-
-    Returns:
-        {split: [(array_record file, its number of examples)]}, in order.
+def describe(folder: Path) -> Description:
+    """Read the description of a prepared data set from TFDS's files, without TFDS.
 
     Raises:
-        RunError: the description is missing or unreadable, or array_record files are missing.
+        RunError: the description or a record file is missing, or the set has no uint8 images
+            [H, W, 1 or 3] with class labels.
     """
     try:
         info = json.loads((folder / 'dataset_info.json').read_text())
-        lengths = {s['name']: [int(n) for n in s['shardLengths']] for s in info['splits']}
-        stem = info['name']
+        features = json.loads((folder / 'features.json').read_text())['featuresDict']['features']
+        files: dict[str, list[tuple[Path, int]]] = {}
+        for split in info['splits']:
+            counts = [int(count) for count in split['shardLengths']]
+            names = (
+                shard_name(info['name'], split['name'], i, len(counts)) for i in range(len(counts))
+            )
+            files[split['name']] = [
+                (folder / name, n) for name, n in zip(names, counts, strict=True)
+            ]
+        for path in (path for split in files.values() for path, _ in split):
+            path.stat()
+        classes = int(features['label']['classLabel']['numClasses'])
+        found = _lines(folder / 'label.labels.txt') or tuple(map(str, range(classes)))
+        words = _lines(folder / 'label.words.txt') or found
+        for _ in zip(found, words, strict=True):
+            pass
+        return Description(files, *_image_format(features['image']), found, words)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise damaged(folder, f'dataset_info.json: {error}') from None
-    found = {
-        split: [(folder / shard_name(stem, split, i, len(counts)), n) for i, n in enumerate(counts)]
-        for split, counts in lengths.items()
-    }
-    for path in (path for files in found.values() for path, _ in files):
-        if not path.is_file():
-            raise damaged(folder, f'{path.name} is missing')
-    return found
+        reason = error if isinstance(error, OSError) else f'{type(error).__name__}: {error}'
+        raise damaged(folder, f'its description or a file is missing or wrong, {reason}') from None
+
+
+def _image_format(feature: Any) -> tuple[tuple[int, int, int], bool]:
+    """Return `shape` and `encoded`, see `Description`, of a feature of TFDS."""
+    encoded = 'image' in feature
+    about = feature['image' if encoded else 'tensor']
+    height, width, channels = map(int, about['shape']['dimensions'])
+    readable = encoded or about['encoding'].lower() == 'bytes'
+    if about.get('dtype', 'uint8') != 'uint8' or channels not in (1, 3) or not readable:
+        raise ValueError(f'images are {about}, but must be uint8 [H, W, 1 or 3] as bytes')
+    if encoded and min(height, width) < 1:  # pictures of any size
+        return (PX, PX, 3), encoded
+    return (height, width, channels), encoded
+
+
+def _lines(path: Path) -> tuple[str, ...]:
+    return tuple(path.read_text(encoding='utf-8').splitlines()) if path.is_file() else ()
 
 
 def shard_name(name: str, split: str, number: int, count: int) -> str:
@@ -56,48 +86,25 @@ def shard_name(name: str, split: str, number: int, count: int) -> str:
     return f'{name}-{split}.array_record-{number:05d}-of-{count:05d}'
 
 
-def check_complete(folder: Path, sizes: Mapping[str, int] | None = None) -> None:
-    """Raise RunError unless every file of `folder` contains as many records as described.
-
-    Args:
-        folder: of a data set.
-        sizes: {split: examples} that it must have.
-    """
-    from array_record.python.array_record_module import (  # ty: ignore[import-not-found]
-        ArrayRecordReader,  # a compiled module without stubs
-    )
-
-    splits = record_files(folder)
-    if sizes and {name: sum(n for _, n in files) for name, files in splits.items()} != sizes:
-        raise damaged(folder, 'its splits are not the official ones')
-    for path, count in (file for files in splits.values() for file in files):
-        try:
-            records = ArrayRecordReader(str(path)).num_records()
-        except Exception as error:  # array_record raises whatever its C++ status maps to
-            raise damaged(folder, (str(error).splitlines() or [''])[0]) from None
-        if records != count:
-            raise damaged(folder, f'{path.name} contains {records:,} records, not {count:,}')
+def command(name: str, data_dir: str | Path, *, by_tfds: bool = False) -> str:
+    """Return the command line that prepares data set `name`."""
+    if name in OFFICIAL:
+        name = f'{name} --source=FOLDER'
+    elif name not in FETCHED:
+        name = f'tfds --name={name}' if by_tfds else f'folder --name={name} --source=FOLDER'
+    return f'python -m alexnet_jax prepare {name} --data_dir={data_dir}'
 
 
 def damaged(folder: Path, reason: str) -> RunError:
     """Return the error for a data set that cannot be used: what to remove and to run."""
-    name, data_dir = folder.parent.name, folder.parent.parent
-    again = command(name, data_dir)
-    if name not in (*FETCHED, *OFFICIAL):
-        ours = (folder / PREPARATION).exists()
-        what = f'folder --name={name} --source=FOLDER' if ours else f'tfds --name={name}'
-        again = command(what, data_dir)
+    by_tfds = not (folder / PREPARATION).exists()
+    again = command(folder.parent.name, folder.parent.parent, by_tfds=by_tfds)
     return RunError(
         f'The data set in {folder} is damaged ({reason}): remove that folder and run `{again}`.'
     )
 
 
 # ---- writing one ----------------------------------------------------------------------------
-
-
-def staging_dir(data_dir: Path, name: str) -> Path:
-    """Return the folder in which a data set is written before it gets its final name."""
-    return data_dir / f'.prepare-{name}'
 
 
 @contextlib.contextmanager
@@ -109,7 +116,7 @@ def locked_staging_dir(data_dir: Path, name: str) -> Generator[Path]:
     Raises:
         OSError: `data_dir` cannot be written, or the disk is full.
     """
-    staging = staging_dir(data_dir, name)
+    staging = data_dir / f'.prepare-{name}'
     data_dir.mkdir(parents=True, exist_ok=True)
     with open(f'{staging}.lock', 'w') as lock:
         try:

@@ -4,7 +4,6 @@ They are computed from the decoded records that training reads, because JPEG enc
 mean image by up to one of 255 levels. Preparation and training therefore get identical values.
 """
 
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,31 +74,15 @@ def save(path: Path, statistics: Statistics, count: int) -> None:
         np.savez(file, count_decoded=np.int64(count), **vars(statistics))
 
 
-def load(path: Path) -> tuple[Statistics, int]:
+def load(path: Path) -> tuple[Statistics, int] | None:
     """Return the statistics in a file, and the number of images they were computed from.
 
-    Raises:
-        OSError, ValueError, KeyError: the file is missing, damaged, or of an earlier version.
+    Returns:
+        None if the file is missing, damaged, or of an earlier version.
     """
+    names = ('mean_image', 'colour_std', 'colour_vectors')
     try:
         with np.load(path) as file:
-            names = ('mean_image', 'colour_std', 'colour_vectors')
             return Statistics(*(file[name] for name in names)), int(file['count_decoded'])
-    except (zipfile.BadZipFile, EOFError) as error:
-        raise ValueError(str(error)) from None
-
-
-def far_from(found: Statistics, known: Statistics) -> str | None:
-    """Describe how colours differ from known ones: by a tenth of a deviation, or 10 degrees.
-
-    Returns:
-        None if they do not.
-    """
-    if np.abs(found.colour_std / known.colour_std - 1).max() > 0.1:
-        pairs = zip(found.colour_std, known.colour_std, strict=True)
-        values = ', '.join(f'{ours:.1f} instead of {theirs:.1f}' for ours, theirs in pairs)
-        return f'the standard deviations of the colours are {values}'
-    cosines = np.abs((found.colour_vectors * known.colour_vectors).sum(axis=0))
-    if cosines.min() < np.cos(np.radians(10)):
-        return 'the principal colour directions differ from those of the official images'
-    return None
+    except Exception:  # np.load promises no set of exceptions; the statistics are computed again
+        return None

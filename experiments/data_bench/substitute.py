@@ -86,7 +86,7 @@ def as_built(challenge: Challenge, folder: Path, images: Mapping[str, int]) -> C
         archives[split] = dataclasses.replace(
             archive, images=images[split], size=path.stat().st_size, md5=md5
         )
-    return dataclasses.replace(challenge, archives=archives, devkit_md5=None)
+    return dataclasses.replace(challenge, archives=archives)
 
 
 # ---- pictures -------------------------------------------------------------------------------

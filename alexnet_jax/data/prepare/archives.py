@@ -4,6 +4,8 @@ Nothing is unpacked to disk. An archive's md5 is computed while it is listed, so
 ImageNet's 138 GB once, from front to end.
 """
 
+import contextlib
+import gzip
 import hashlib
 import io
 import os
@@ -11,24 +13,21 @@ import tarfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import IO, NamedTuple, NoReturn
+from typing import IO, NamedTuple
 
 from alexnet_jax.errors import RunError
 
 BLOCK_BYTES = 2**20
-MOST_BYTES = 2**28  # of one encoded picture: ImageNet's largest has a twentieth of it
 # What file systems, desktops and tools leave in folders, besides hidden files; in lower case.
 LEFTOVERS = frozenset((
-    '$recycle.bin', 'system volume information', 'thumbs.db', 'ehthumbs.db', 'desktop.ini',
-    '__macosx', 'network trash folder', 'temporary items', 'icon\r', 'lost+found', '@eadir',
-    '#recycle', '#snapshot', '@recycle', '@recently-snapshot', '@tmp', '__pycache__',
+    '$recycle.bin', 'system volume information', 'thumbs.db', 'desktop.ini', '__macosx',
+    'lost+found', '@eadir', '#recycle', '#snapshot', '__pycache__',
 ))  # fmt: skip
 
 
 class Entry(NamedTuple):
     """A file in an archive or a folder."""
 
-    parent: str  # name of its folder or of the inner tar file, '' for none
     name: str  # without any folder
     path: Path  # of the file on disk
     offset: int
@@ -47,13 +46,14 @@ def folder_entries(folder: Path) -> Iterator[Entry]:
     Raises:
         OSError: a folder or file cannot be read, or links form a loop.
     """
-    for place, inside, names in os.walk(folder, onerror=_raise, followlinks=True):
-        inside[:] = sorted(name for name in inside if not is_leftover(name))
-        parent = '' if Path(place) == folder else os.path.basename(place)
-        for name in sorted(name for name in names if not is_leftover(name)):
-            path = Path(place, name)
-            about = path.stat()
-            yield Entry(parent, name, path, 0, about.st_size, about.st_mtime_ns)
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if is_leftover(entry.name):
+            continue
+        if entry.is_dir():
+            yield from folder_entries(Path(entry.path))
+        else:
+            about = entry.stat()
+            yield Entry(entry.name, Path(entry.path), 0, about.st_size, about.st_mtime_ns)
 
 
 def tar_entries(
@@ -75,21 +75,22 @@ def tar_entries(
             with tarfile.open(fileobj=stream, mode='r|', bufsize=BLOCK_BYTES) as tar:
                 for one in _files(tar):
                     if not one.name.endswith('.tar'):
-                        yield _entry(path, one, PurePosixPath(one.name).parent.name)
+                        yield _entry(path, one)
                         continue
                     inner = tar.extractfile(one)
                     with tarfile.open(fileobj=inner, mode='r|', bufsize=BLOCK_BYTES) as nested:
                         for file_in_it in _files(nested):
-                            yield _entry(path, file_in_it, one.name[:-4], one.offset_data)
+                            yield _entry(path, file_in_it, one.offset_data)
             while stream.read(BLOCK_BYTES):
                 pass  # the padding behind the last file counts for the md5
+            found = stream.md5.hexdigest()
+            reason = '' if md5 in (None, found) else f'its md5 is {found}, not {md5}'
         except (tarfile.TarError, EOFError) as error:
-            raise RunError(
-                f'{path} is not a complete tar file ({error}): resume or repeat its download.'
-            ) from None
-    if md5 not in (None, found := stream.md5.hexdigest()):
+            reason = str(error)
+    if reason:
         raise RunError(
-            f'{path} is not the official file (its md5 is {found}, not {md5}): download it again.'
+            f'{path} is not the official tar file or is incomplete ({reason}): resume or repeat '
+            'its download.'
         )
 
 
@@ -111,13 +112,13 @@ class _Hashed(io.RawIOBase):
 def _files(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     while (member := tar.next()) is not None:
         tar.members.clear()  # ty: ignore[missing-attribute] (else it keeps all of them)
-        if member.isreg() and not member.issparse():
+        if member.isreg():
             yield member
 
 
-def _entry(path: Path, member: tarfile.TarInfo, parent: str, start: int = 0) -> Entry:
+def _entry(path: Path, member: tarfile.TarInfo, start: int = 0) -> Entry:
     name = PurePosixPath(member.name).name
-    return Entry(parent, name, path, start + member.offset_data, member.size)
+    return Entry(name, path, start + member.offset_data, member.size)
 
 
 def read(path: Path, offset: int, size: int) -> bytes:
@@ -128,18 +129,7 @@ def read(path: Path, offset: int, size: int) -> bytes:
     """
     with path.open('rb', buffering=0) as file:
         content = os.pread(file.fileno(), size, offset)
-    return gunzipped(content) if content[:2] == b'\x1f\x8b' else content
-
-
-def gunzipped(content: bytes) -> bytes:
-    """Return a gzipped file's contents up to MOST_BYTES, or `content` where that fails."""
-    try:
-        stream = zlib.decompressobj(wbits=31)
-        plain = stream.decompress(content, MOST_BYTES)
-    except zlib.error:
-        return content  # the decoder reports the fault
-    return plain if stream.eof else content
-
-
-def _raise(error: OSError) -> NoReturn:
-    raise error
+    if content[:2] == b'\x1f\x8b':
+        with contextlib.suppress(OSError, EOFError, zlib.error):  # the decoder reports the fault
+            return gzip.decompress(content)
+    return content

@@ -14,7 +14,6 @@ interrupted run never leaves an incomplete one; the same command resumes it. The
 
 import argparse
 import contextlib
-import importlib.util
 import io
 import json
 import os
@@ -52,28 +51,19 @@ def from_tfds(name: str, data_dir: Path, tfds_dir: Path) -> Path:
         tfds_dir: the folder of the data sets that TFDS prepared.
 
     Raises:
-        UsageError: it has no labelled images, or another config of it is linked already.
-        RunError: it is not prepared, and cannot be.
+        RunError: it is not prepared and TFDS cannot prepare it, or it has no labelled images.
     """
     found = _newest(name, data_dir) or _newest(name, tfds_dir)
     if found is None:
         found = _prepare_by_tfds(name, data_dir, tfds_dir)
-    features = json.loads((found / 'features.json').read_text())['featuresDict']['features']
-    if 'image' not in features or 'classLabel' not in features.get('label', {}):
-        raise UsageError(f'{name} has no labelled images, only the features {", ".join(features)}.')
-    prepared.record_files(found)  # all its files are there
+    prepared.describe(found)
     folder = data_dir / name.partition('/')[0] / found.name
-    if folder.is_symlink() and not folder.exists():
-        folder.unlink()  # its target was moved
+    if folder.is_symlink():
+        folder.unlink()  # its target was moved, or is another config
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         folder.symlink_to(found.resolve(), target_is_directory=True)
         log(f'{name}: linked to {found}')
-    elif folder.resolve() != found.resolve():
-        raise UsageError(
-            f'{folder} already links to another config of {name.partition("/")[0]} '
-            f'({folder.resolve()}): remove that link, or choose another --data_dir.'
-        )
     return folder
 
 
@@ -91,12 +81,6 @@ def _newest(name: str, folder: Path) -> Path | None:
 
 
 def _prepare_by_tfds(name: str, data_dir: Path, tfds_dir: Path) -> Path:
-    if importlib.util.find_spec('tensorflow') is None:
-        raise RunError(
-            f'{name} is not stored as array_record in {data_dir} or {tfds_dir}, and TFDS needs '
-            "TensorFlow to prepare it: pip install 'alexnet_jax[tf]', or set --tfds_dir to the "
-            'folder that contains it.'
-        )
     import tensorflow_datasets as tfds
 
     log(f'{name}: TFDS is downloading and preparing it')
@@ -108,8 +92,9 @@ def _prepare_by_tfds(name: str, data_dir: Path, tfds_dir: Path) -> Path:
     except Exception as error:  # the library promises no set of exceptions
         reason = (str(error).splitlines() or [''])[0]
         raise RunError(
-            f'TFDS cannot prepare {name} ({type(error).__name__}: {reason}): fix this, or '
-            'set --tfds_dir to a folder that contains it as array_record.'
+            f'{name} is not stored as array_record in {data_dir} or {tfds_dir}, and TFDS cannot '
+            f'prepare it ({type(error).__name__}: {reason}): set --tfds_dir to the folder that '
+            "contains it, or pip install 'alexnet_jax[tf]', which TFDS needs to prepare one."
         ) from error
     return Path(builder.data_dir)
 
@@ -182,10 +167,6 @@ def _imagenet(args: argparse.Namespace) -> Path:
 
 def _folder(args: argparse.Namespace) -> Path:
     shares = dict(validation=args.validation, test=args.test)
-    if min(shares.values()) < 0 or sum(shares.values()) >= 1:
-        raise UsageError(
-            '--validation and --test are fractions: they must be at least 0, and their sum below 1.'
-        )
     return _make(image_folder.source(args.source, args.name, **shares), args)
 
 
@@ -205,9 +186,13 @@ def _make(source: shards.Source, args: argparse.Namespace) -> Path:
 
 
 def _act(args: argparse.Namespace) -> None:
+    if (source := getattr(args, 'source', None)) and not source.is_dir():
+        raise UsageError(
+            f'--source={source} is not a folder: give the one with the original files.'
+        )
     for name, least, most in (
         ('px', 8, 4096), ('quality', 1, 100), ('workers', 1, 1024), ('skip_corrupt', 0, 10**9),
-        ('max_megapixels', 1, 10_000),
+        ('max_megapixels', 1, 10_000), ('validation', 0, 1), ('test', 0, 1),
     ):  # fmt: skip
         value = getattr(args, name, None)
         if value is not None and not least <= value <= most:

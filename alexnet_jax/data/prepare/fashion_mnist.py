@@ -8,14 +8,12 @@ import contextlib
 import gzip
 import hashlib
 import io
-import os
 import shutil
 import subprocess
-import sys
 import tempfile
 import urllib.request
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,10 +22,9 @@ import numpy as np
 from alexnet_jax.command import log
 from alexnet_jax.data import prepared
 from alexnet_jax.data.prepare.shards import example, record_writer, write_metadata
-from alexnet_jax.errors import RunError, UsageError
+from alexnet_jax.errors import RunError
 
 Raw = dict[str, tuple[np.ndarray, np.ndarray]]  # {split: (uint8 [N, H, W], uint8 [N])}
-SIZES = {'train': 60_000, 'test': 10_000}
 
 
 class Idx(NamedTuple):
@@ -44,24 +41,26 @@ def _files(*sums: str) -> dict[str, tuple[Idx, Idx]]:
     return {'train': (files[0], files[1]), 'test': (files[2], files[3])}
 
 
-# With upstream's file name and time (31 August 2017) put back into their gzip headers, the files of
-# Debian's package have the sums that TFDS 4.9.10 lists (url_checksums/fashion_mnist).
-FILES = _files(
-    'c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888',
-    'bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9',
-    '5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b',
-    '0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34',
-)
-# Of the files at storage.googleapis.com/cvdf-datasets/mnist, as many public repositories list them.
-DIGITS = _files(
-    'ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db',
-    '65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5',
-    '0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7',
-    'ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2',
-)
+FILES = {
+    # With upstream's file name and time (31 August 2017) put back into their gzip headers, the
+    # files of Debian's package have the sums that TFDS 4.9.10 lists (url_checksums/fashion_mnist).
+    'fashion_mnist': _files(
+        'c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888',
+        'bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9',
+        '5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b',
+        '0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34',
+    ),
+    # Files at storage.googleapis.com/cvdf-datasets/mnist; many public repositories list these sums.
+    'mnist': _files(
+        'ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db',
+        '65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5',
+        '0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7',
+        'ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2',
+    ),
+}
 VERSION = '3.0.1'  # of TFDS's builders
 DEBIAN_PACKAGE = 'dataset-fashion-mnist'
-DEBIAN_FOLDER = Path('datasets', 'fashion-mnist')  # under a share/ folder
+DEBIAN_FOLDER = Path('/usr/share/datasets/fashion-mnist')
 
 
 def prepare(
@@ -82,29 +81,23 @@ def prepare(
         name: 'fashion_mnist', or 'mnist' for the digits.
 
     Raises:
-        UsageError: `source` is no folder.
-        RunError: no source has all files, or the prepared set is damaged.
+        RunError: no source has all files.
         OSError: `data_dir` cannot be written.
     """
     data_dir = Path(data_dir)
     folder = data_dir / name / VERSION
-    if source is not None and not Path(source).is_dir():
-        raise UsageError(f'--source={source} is not a folder: give the one with the raw .gz files.')
-    if not folder.exists():
-        with (
-            prepared.locked_staging_dir(data_dir, name) as staging,
-            tempfile.TemporaryDirectory(dir=staging) as scratch,
-        ):
-            if not folder.exists():  # else another process made it while this one waited
-                if source is None:
-                    raw = _find(name, data_dir, Path(scratch))
-                else:
-                    raw = read_raw(Path(source), DIGITS if name == 'mnist' else FILES)
-                written = write(raw, Path(scratch), name)
-                folder.parent.mkdir(exist_ok=True)
-                written.rename(folder)
-                log(f'{name}: prepared in {folder}')
-    prepared.check_complete(folder, SIZES)
+    if folder.exists():
+        return folder
+    with (
+        prepared.locked_staging_dir(data_dir, name) as staging,
+        tempfile.TemporaryDirectory(dir=staging) as scratch,
+    ):
+        if not folder.exists():  # else another process made it while this one waited
+            raw = read_raw(Path(source), name) if source else _find(name, data_dir, Path(scratch))
+            written = write(raw, Path(scratch), name)
+            folder.parent.mkdir(exist_ok=True)
+            written.rename(folder)
+            log(f'{name}: prepared in {folder}')
     return folder
 
 
@@ -113,66 +106,46 @@ def prepare(
 
 def _find(name: str, data_dir: Path, scratch: Path) -> Raw:
     """Return the verified raw arrays from the first source that has them."""
-    files, package = DIGITS, ''
-    sources: dict[str, Callable[[], Path]] = {f'{data_dir / "raw"}': lambda: data_dir / 'raw'}
+    sources = {f'{data_dir / "raw"}': lambda: data_dir / 'raw'}
     if name == 'fashion_mnist':
-        files, package = FILES, f"install Debian's package {DEBIAN_PACKAGE}, "
         sources |= {
-            f"Debian's package {DEBIAN_PACKAGE}": _installed,
-            f'apt-get download {DEBIAN_PACKAGE}': lambda: _fetch_by_apt(scratch / 'apt'),
+            f"Debian's package {DEBIAN_PACKAGE}": lambda: DEBIAN_FOLDER,
+            f'apt-get download {DEBIAN_PACKAGE}': lambda: _fetch_by_apt(scratch),
         }
-    sources["TFDS's download URL"] = lambda: _download(name, files, scratch)
+    sources["TFDS's download URL"] = lambda: _download(name, scratch)
     for description, find in sources.items():
         try:
-            raw = read_raw(find(), files)
+            raw = read_raw(find(), name)
         except (RunError, OSError, subprocess.SubprocessError) as error:
             log(f'{name}: {description} failed: {error}')
         else:
             log(f'{name}: from {description}, checksums verified')
             return raw
-    again = prepared.command(name, data_dir)
     raise RunError(
-        f'{name} is not in {data_dir} and could not be downloaded: connect to the internet, '
-        f'{package}or put its four raw files ({files["train"][0].name}.gz, ...) into a folder and '
-        f'run `{again} --source=FOLDER`.'
+        f'{name} is not in {data_dir} and could not be downloaded: connect to the internet, or put '
+        f'its four raw files ({FILES[name]["train"][0].name}.gz, ...) into a folder and run '
+        f'`{prepared.command(name, data_dir)} --source=FOLDER`.'
     )
-
-
-def _installed() -> Path:
-    """Return the folder in which a system-wide data package puts the files."""
-    xdg = os.environ.get('XDG_DATA_DIRS') or '/usr/local/share:/usr/share'
-    shares = [Path(sys.base_prefix, 'share'), *map(Path, xdg.split(':')), Path('/usr/share')]
-    found = (share / DEBIAN_FOLDER for share in shares if (share / DEBIAN_FOLDER).is_dir())
-    return next(found, shares[-1] / DEBIAN_FOLDER)
 
 
 def _fetch_by_apt(scratch: Path) -> Path:
     """Download and unpack Debian's package, as any user; nothing is installed."""
-    lists = scratch.resolve() / 'apt'  # our own: the system's may be absent, and belong to root
+    apt = scratch.resolve() / 'apt'  # lists of our own: the system's belong to root
     for part in ('state/lists/partial', 'cache/archives/partial'):
-        (lists / part).mkdir(parents=True)
-
-    def call(*words: str) -> None:
-        subprocess.run(
-            words, cwd=scratch, env=os.environ | {'LC_ALL': 'C'}, stdin=subprocess.DEVNULL,
-            capture_output=True, timeout=600, check=True,
-        )  # fmt: skip
-
-    net = ['-o', 'Acquire::http::Timeout=30', '-o', 'Acquire::Retries=1']
-    own = ['-o', f'Dir::State={lists}/state', '-o', f'Dir::Cache={lists}/cache',
+        (apt / part).mkdir(parents=True)
+    get = ['apt-get', '-o', 'Acquire::http::Timeout=30', '-o', 'Acquire::Retries=1',
+           '-o', f'Dir::State={apt}/state', '-o', f'Dir::Cache={apt}/cache',
            '-o', 'Debug::NoLocking=1']  # fmt: skip
-    try:
-        call('apt-get', *net, 'download', DEBIAN_PACKAGE)
-    except subprocess.CalledProcessError:
-        call('apt-get', *net, *own, 'update')
-        call('apt-get', *net, *own, 'download', DEBIAN_PACKAGE)
-    call('dpkg-deb', '-x', str(next(scratch.resolve().glob('*.deb'))), 'unpacked')
-    return scratch / 'unpacked' / 'usr' / 'share' / DEBIAN_FOLDER
+    for words in ([*get, 'update'], [*get, 'download', DEBIAN_PACKAGE]):
+        subprocess.run(words, cwd=apt, capture_output=True, timeout=600, check=True)
+    unpack = ['dpkg-deb', '-x', str(next(apt.glob('*.deb'))), str(apt)]
+    subprocess.run(unpack, capture_output=True, check=True)
+    return apt / DEBIAN_FOLDER.relative_to('/')
 
 
-def _download(name: str, files: Mapping[str, tuple[Idx, Idx]], folder: Path) -> Path:
+def _download(name: str, folder: Path) -> Path:
     """Download the four files from TFDS's address."""
-    for file in (f'{one.name}.gz' for pair in files.values() for one in pair):
+    for file in (f'{one.name}.gz' for pair in FILES[name].values() for one in pair):
         url = _builder(name).URL + file
         with urllib.request.urlopen(url, timeout=20) as answer, (folder / file).open('wb') as copy:
             shutil.copyfileobj(answer, copy)
@@ -186,12 +159,8 @@ def _builder(name: str) -> Any:
     return mnist.MNIST if name == 'mnist' else mnist.FashionMNIST
 
 
-def read_raw(folder: Path, files: Mapping[str, tuple[Idx, Idx]] | None = None) -> Raw:
+def read_raw(folder: Path, name: str = 'fashion_mnist') -> Raw:
     """Read and verify the four IDX files in `folder`, gzipped or unpacked.
-
-    Args:
-        folder: of the files.
-        files: FILES if not given, or DIGITS.
 
     Returns:
         {split: (images uint8 [N, 28, 28], labels uint8 [N])}.
@@ -201,25 +170,20 @@ def read_raw(folder: Path, files: Mapping[str, tuple[Idx, Idx]] | None = None) -
     """
     return {
         split: (_read_idx(folder, images), _read_idx(folder, labels))
-        for split, (images, labels) in (files or FILES).items()
+        for split, (images, labels) in FILES[name].items()
     }
 
 
 def _read_idx(folder: Path, file: Idx) -> np.ndarray:
-    path = folder / f'{file.name}.gz'
+    path, raw, reason = folder / f'{file.name}.gz', b'', 'its sha256 is another'
     if not path.exists() and (folder / file.name).exists():
         path = folder / file.name
     try:
-        raw = path.read_bytes()
-        raw = gzip.decompress(raw) if path.suffix == '.gz' else raw
-    except FileNotFoundError:
-        raise RunError(f'{path} is missing.') from None
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == '.gz' else path.read_bytes()
     except (OSError, EOFError, zlib.error) as error:
-        raise RunError(f'{path} cannot be read ({error}): download it again.') from None
+        reason = str(error)
     if hashlib.sha256(raw).hexdigest() != file.sha256:
-        raise RunError(
-            f'{path} is damaged (its sha256 is not that of the original): download it again.'
-        )
+        raise RunError(f'{path} is missing or not the original file ({reason}): download it again.')
     axes = raw[3]  # the header: a magic number, then one big-endian int32 an axis
     shape = np.frombuffer(raw, '>i4', count=axes, offset=4)
     return np.frombuffer(raw, np.uint8, offset=4 + 4 * axes).reshape(shape)
@@ -229,9 +193,7 @@ def _read_idx(folder: Path, file: Idx) -> np.ndarray:
 
 
 def write(
-    raw: Mapping[str, tuple[np.ndarray, np.ndarray]],
-    folder: Path,
-    name: str = 'fashion_mnist',
+    raw: Mapping[str, tuple[np.ndarray, np.ndarray]], folder: Path, name: str = 'fashion_mnist'
 ) -> Path:
     """Write `raw` as TFDS's own builder would, but the same bytes in every process.
 

@@ -2,14 +2,12 @@
 
 import collections
 import hashlib
-import itertools
 import os
 import re
 import textwrap
 from pathlib import Path
 
 from alexnet_jax.command import log
-from alexnet_jax.data import images
 from alexnet_jax.data.prepare import archives
 from alexnet_jax.data.prepare.shards import Member, Source
 from alexnet_jax.data.prepared import FETCHED, OFFICIAL
@@ -18,16 +16,15 @@ from alexnet_jax.errors import UsageError
 # Names of folders that are splits, here and elsewhere.
 SPLITS = {'train': 'train', 'training': 'train', 'val': 'validation', 'valid': 'validation',
           'validation': 'validation', 'test': 'test'}  # fmt: skip
+ORDER = ('train', 'validation', 'test', '')
 KINDS = frozenset(
     ('.bmp', '.gif', '.jfif', '.jpe', '.jpeg', '.jpg', '.pgm', '.png', '.ppm', '.tif', '.tiff',
      '.webp', '.avif')
 )  # fmt: skip
-HEIC = ('.heic', '.heif')
 RESERVED = (*FETCHED, *OFFICIAL, 'decoded')
 LIST_WIDTH = 4000  # characters of the list of classes that is reported
 
 Pictures = dict[str, list[Member]]  # {class: its pictures}
-Counts = collections.Counter[str]
 
 
 def source(
@@ -46,25 +43,33 @@ def source(
         test: the share of it that tests, likewise.
 
     Raises:
-        UsageError: there are no pictures, or the folders do not fit together.
+        UsageError: the name is not usable, or the folders are not those of a data set.
         OSError: a folder or picture cannot be read.
     """
-    if not folder.is_dir():
-        raise UsageError(f'--source={folder} is not a folder: give one with a folder per class.')
-    ignored = Counts()
+    ignored = collections.Counter[str]()
     splits, name = _splits(folder, ignored), _name(name, folder)
-    classes = _classes(folder, splits)
-    if list(splits) == ['train']:
+    if splits.keys() == {'train'}:
         splits = _divide(splits['train'], validation=validation, test=test)
-    labelled = {
-        split: [
-            m._replace(label=label) for label, c in enumerate(classes) for m in found.get(c, ())
-        ]
+    classes = sorted(splits.get('train', ()))
+    if reason := _misfit(classes, splits, ignored):
+        raise UsageError(
+            f'{folder} {reason}: give it one folder per class, or train/ (and val/ and test/) with '
+            'one folder per class each, and no other folders.'
+        )
+    every = [
+        (split, member._replace(label=label))
         for split, found in splits.items()
-    }
-    counts = {split: len(members) for split, members in labelled.items()}
-    _list(folder, labelled, classes, ignored)
-    every = [(split, m) for split, members in labelled.items() for m in members]
+        for label, one in enumerate(classes)
+        for member in found.get(one, ())
+    ]
+    counts = {split: sum(map(len, found.values())) for split, found in splits.items()}
+    per_class = collections.Counter(member.label for _, member in every)
+    listed = ', '.join(f'{one} {per_class[label]:,}' for label, one in enumerate(classes))
+    listed = textwrap.shorten(listed, LIST_WIDTH, placeholder=' ...')
+    log(f'{folder}: {len(classes):,} classes: {listed}')
+    log(f'{folder}: ' + ', '.join(f'{split} {count:,} images' for split, count in counts.items()))
+    if ignored:
+        log(f'{folder}: {_endings(ignored)}')
 
     content, times = hashlib.sha256(), hashlib.sha256()
     for split, m in every:  # `content` does not change when pictures are copied elsewhere
@@ -99,62 +104,59 @@ def _name(name: str | None, folder: Path) -> str:
     return made
 
 
-def _splits(folder: Path, ignored: Counts) -> dict[str, Pictures]:
-    """Return {split: {class: pictures}}, 'train' alone if no folder is a split."""
-    inside = _subfolders(folder)
-    named = [(SPLITS[path.name.lower()], path) for path in inside if path.name.lower() in SPLITS]
-    has_train = any(split == 'train' for split, _ in named)
-    if named and has_train != (len(named) == len(inside)):
-        raise UsageError(
-            f'{folder} mixes splits and classes, or has no train: give it one folder per class, '
-            'or train/ (and val/ and test/) with one folder per class each, and no other folders.'
-        )
+def _splits(folder: Path, ignored: collections.Counter[str]) -> dict[str, Pictures]:
+    """Return {split: {class: pictures}}, 'train' alone if no folder is a split.
+
+    If some folders are splits, all others count as split ''.
+    """
+    places = [(SPLITS.get(path.name.lower(), ''), path) for path in _subfolders(folder)]
+    if not any(split for split, _ in places):
+        places = [('train', folder)]
     found: dict[str, Pictures] = {}
-    for split, path in named if has_train else [('train', folder)]:
-        if not (classes := _subfolders(path)):
-            raise UsageError(f'{path} has no folder of pictures in it: make one per class.')
+    for split, place in sorted(places, key=lambda one: ORDER.index(one[0])):
         pictures = found.setdefault(split, {})
-        for one in classes:
-            pictures.setdefault(one.name, []).extend(_pictures(folder, one, ignored))
-        strays = (one for one in path.iterdir() if one.is_file())
-        ignored.update(p.suffix.lower() for p in strays if not archives.is_leftover(p.name))
-    return {split: found[split] for split in ('train', 'validation', 'test') if split in found}
-
-
-def _classes(folder: Path, splits: dict[str, Pictures]) -> list[str]:
-    classes = sorted(splits['train'])
-    for split, found in splits.items():
-        if unknown := sorted(found.keys() - set(classes)):
-            raise UsageError(f'{folder}: {split} has class {unknown[0]!a}, but train does not.')
-    if len(classes) < 2:
-        raise UsageError(
-            f'{folder} has {len(classes)} folder(s) of images: at least two are needed.'
-        )
-    return classes
+        for one in _subfolders(place):
+            pictures.setdefault(one.name, [])
+        for entry in archives.folder_entries(place):
+            label, *inside = entry.path.relative_to(place).parts
+            if inside and entry.path.suffix.lower() in KINDS:
+                file = entry.path.relative_to(folder).as_posix()
+                pictures[label].append(Member(file, -1, file, 0, entry.size, entry.stamp))
+            else:
+                ignored[entry.path.suffix.lower()] += 1
+        for members in pictures.values():
+            members.sort()
+    return found
 
 
 def _subfolders(folder: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if p.is_dir() and not archives.is_leftover(p.name))
 
 
-def _pictures(root: Path, folder: Path, ignored: Counts) -> list[Member]:
-    """Return all pictures of a class, however deep."""
-    members, others = [], Counts()
-    for entry in archives.folder_entries(folder):
-        if entry.path.suffix.lower() in KINDS:
-            file = entry.path.relative_to(root).as_posix()
-            members.append(Member(file, -1, file, 0, entry.size, entry.stamp))
-        else:
-            others[entry.path.suffix.lower()] += 1
-    if not members:
-        advice = images.CONVERT_HEIC if any(map(others.get, HEIC)) else 'add some, or remove it'
-        raise UsageError(f'{folder} contains no images ({_endings(others)}): {advice}.')
-    ignored.update(others)
-    return sorted(members)
+def _misfit(
+    classes: list[str], splits: dict[str, Pictures], ignored: collections.Counter[str]
+) -> str:
+    """Return why folders are not those of a data set, completing '<folder> ...'; '' if they are."""
+    if '' in splits or 'train' not in splits:
+        return 'mixes splits and classes, or has no train'
+    for split, found in splits.items():
+        if unknown := sorted(found.keys() - set(classes)):
+            return f'has class {unknown[0]!a} in {split}, but not in train'
+        if not any(found.values()):
+            return f'has no folder of pictures in {split} ({_endings(ignored)})'
+    if len(classes) < 2:
+        return 'has only one folder of images, and at least two are needed'
+    for one, members in splits['train'].items():
+        if not members:
+            return f'has no or too few images of class {one!a} to train on ({_endings(ignored)})'
+    return ''
 
 
-def _endings(files: Counts) -> str:
-    return ', '.join(f'{end or "no suffix"} {n:,}' for end, n in files.most_common()) or 'empty'
+def _endings(ignored: collections.Counter[str]) -> str:
+    """List the endings of ignored files."""
+    listed = ', '.join(f'{end or "no suffix"} {n:,}' for end, n in ignored.most_common())
+    hint = '; convert HEIC to JPEG first' if {'.heic', '.heif'} & ignored.keys() else ''
+    return f'ignored files: {listed or "none"}{hint}'
 
 
 def _divide(found: Pictures, **shares: float) -> dict[str, Pictures]:
@@ -165,26 +167,7 @@ def _divide(found: Pictures, **shares: float) -> dict[str, Pictures]:
         for split, share in shares.items():
             take = round(share * len(members))
             splits[split][label], rest = rest[:take], rest[take:]
-        if not rest:
-            raise UsageError(
-                f'class {label!a} has too few images ({len(members)}) to split: add some, or '
-                'lower --validation and --test.'
-            )
         splits['train'][label] = rest
-    return {split: parts for split, parts in splits.items() if any(parts.values())}
-
-
-def _list(
-    folder: Path, labelled: dict[str, list[Member]], classes: list[str], ignored: Counts
-) -> None:
-    """Print the classes and splits found, and the files that are ignored."""
-    counts = collections.Counter(m.label for m in itertools.chain(*labelled.values()))
-    listed = ', '.join(f'{name} {counts[label]:,}' for label, name in enumerate(classes))
-    listed = textwrap.shorten(listed, LIST_WIDTH, placeholder=' ...')
-    log(f'{folder}: {len(classes):,} classes: {listed}')
-    for split, members in labelled.items():
-        log(f'{folder}: {split}, {len(members):,} images')
-    if ignored:
-        log(f'{folder}: ignored files that are not images of a class: {_endings(ignored)}')
-    if any(map(ignored.get, HEIC)):
-        log(f'{folder}: {images.CONVERT_HEIC}')
+    return {
+        split: parts for split, parts in splits.items() if split == 'train' or any(parts.values())
+    }

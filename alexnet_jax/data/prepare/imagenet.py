@@ -6,7 +6,7 @@ that number), never from its position in an archive. Every image must be present
 
 import functools
 import hashlib
-import importlib.util
+import importlib.resources
 import io
 import re
 import tarfile
@@ -21,8 +21,7 @@ from alexnet_jax.command import log
 from alexnet_jax.data.prepare import archives
 from alexnet_jax.data.prepare.shards import Member, Source
 from alexnet_jax.data.prepared import progress
-from alexnet_jax.data.statistics import Statistics
-from alexnet_jax.errors import RunError, UsageError
+from alexnet_jax.errors import RunError
 
 # Folders below --source that may contain extracted pictures: as Kaggle packs them, or directly.
 PARENTS = ('', 'ILSVRC/Data/CLS-LOC', 'Data/CLS-LOC', 'CLS-LOC')
@@ -46,7 +45,6 @@ class Challenge:
     year: int
     archives: Mapping[str, Archive]  # by split
     devkit: str
-    devkit_md5: str | None
     truths: Mapping[str, str]  # {split: file of its ground truth, in the kit or beside it}
     classes: int = 1000
 
@@ -72,7 +70,6 @@ ILSVRC_2012 = Challenge(
         ),
     },
     devkit='ILSVRC2012_devkit_t12.tar.gz',
-    devkit_md5='fa75699e90414af021442c21a62c3abf',
     truths={'validation': 'ILSVRC2012_validation_ground_truth.txt'},
 )
 # Counts: the paper's section 2 and the development kit. No official sums are known.
@@ -84,25 +81,12 @@ ILSVRC_2010 = Challenge(
         'test': Archive('ILSVRC2010_images_test.tar', 150_000),
     },
     devkit='ILSVRC2010_devkit-1.0.tar.gz',
-    devkit_md5=None,
     truths={
         'validation': 'ILSVRC2010_validation_ground_truth.txt',
         'test': 'ILSVRC2010_test_ground_truth.txt',
     },
 )
 PATCHES = 'patch_images.tar'  # the organisers' corrections of blank pictures of 2010
-
-# Colours of the ILSVRC training images: roots of the eigenvalues, and the eigenvectors as columns,
-# rows R, G, B. From `make-data/input_meta` of cuda-convnet2: the 2012 program reads them from its
-# data's meta file (`color_pca`), which is not in the release.
-COLOURS = Statistics(
-    mean_image=np.zeros((0, 0, 3), np.float32),  # not known
-    colour_std=np.array([121.78, 37.09, 19.72], np.float32),
-    colour_vectors=np.array(
-        [[-0.5635, -0.7126, 0.4180], [-0.5762, -0.0235, -0.8170], [-0.5920, 0.7012, 0.3973]],
-        np.float32,
-    ),
-)
 
 
 @dataclass(frozen=True)
@@ -124,14 +108,8 @@ def source(challenge: Challenge, folder: Path) -> Source:
     """Return the pictures of a challenge, from its tar files in `folder` or from folders in it.
 
     Raises:
-        UsageError: the folder does not exist.
         RunError: a file is missing, incomplete, or not the official one.
     """
-    if not folder.is_dir():
-        raise UsageError(
-            f'--source={folder} is not a folder: give the one with the official files, or with the '
-            'folders train and val.'
-        )
     paths = {split: _find(challenge, split, folder) for split in challenge.archives}
     classes = _classes(challenge, folder)
     inputs = [one for path in paths.values() for one in (path, *sorted(path.glob('*/')))]
@@ -150,7 +128,6 @@ def source(challenge: Challenge, folder: Path) -> Source:
         images={split: archive.images for split, archive in challenge.archives.items()},
         stamp=hashlib.sha256(repr((stats, classes)).encode()).hexdigest(),
         members=lambda: _members(challenge, folder, paths, classes),
-        colours=COLOURS,
     )
 
 
@@ -158,22 +135,19 @@ def _find(challenge: Challenge, split: str, folder: Path) -> Path:
     """Return the tar file of a split, or the folder of its extracted pictures."""
     archive = challenge.archives[split]
     path = folder / archive.name
-    if not path.is_file():
-        names = (*FOLDERS[split], Path(archive.name).stem)
+    if path.is_file():
+        reason = f'has {path.stat().st_size:,} of {archive.size or 0:,} bytes'
+        if archive.size in (None, path.stat().st_size):
+            return path
+    else:
+        reason = f'is missing, and {folder} has no folder {FOLDERS[split][0]} with its images'
+        names = (*FOLDERS[split], path.stem)
         for found in (folder / parent / name for parent in PARENTS for name in names):
             if found.is_dir():
                 return found
-        raise RunError(
-            f'{path} is missing, and {folder} has no folder {FOLDERS[split][0]} with its images: '
-            'download the official files from image-net.org (after registration) into it.'
-        )
-    size = path.stat().st_size
-    if archive.size not in (None, size):
-        raise RunError(
-            f'{path} has {size:,} bytes, but the official file has {archive.size:,}: resume or '
-            'repeat its download.'
-        )
-    return path
+    raise RunError(
+        f'{path} {reason}: download the official file from image-net.org (after registration).'
+    )
 
 
 # ---- the pictures ---------------------------------------------------------------------------
@@ -189,13 +163,12 @@ def _members(
     elif challenge.year == 2010:
         log(f'{folder / PATCHES} is missing: the few images that it corrects stay blank')
     for split, path in paths.items():
-        counts, numbered = np.zeros(len(classes.wnids), int), set[str]()
+        counts, seen = np.zeros(len(classes.wnids), int), set[str]()
         for entry in _entries(path, challenge.archives[split].md5):
-            label = _label(entry, challenge, split, classes)
-            if label is None or entry.name in numbered:
+            label = _label(entry.name, challenge, split, classes)
+            if label is None or entry.name in seen:
                 continue
-            if split != 'train':  # the counts by class reveal a training picture that is repeated
-                numbered.add(entry.name)
+            seen.add(entry.name)
             counts[label] += 1
             one = patches.get(entry.name, entry)
             file = one.path.relative_to(folder).as_posix()
@@ -212,26 +185,15 @@ def _entries(path: Path, md5: str | None) -> Iterator[archives.Entry]:
         yield from archives.tar_entries(path, md5, update)
 
 
-def _label(entry: archives.Entry, challenge: Challenge, split: str, classes: Classes) -> int | None:
-    """Return the label of a picture by its name; None for a file that is no picture of the split.
-
-    Raises:
-        RunError: the picture is in the folder of another class.
-    """
+def _label(name: str, challenge: Challenge, split: str, classes: Classes) -> int | None:
+    """Return the label of a picture by its name; None for any other file."""
     if split == 'train':
-        match = re.fullmatch(r'(n\d+)_\d+\.JPEG', entry.name)
+        match = re.fullmatch(r'(n\d+)_\d+\.JPEG', name)
         return classes.labels.get(match[1]) if match else None
     part = 'test' if split == 'test' else 'val'
-    match = re.fullmatch(rf'ILSVRC{challenge.year}_{part}_(\d{{8}})\.JPEG', entry.name)
-    if not match or not 1 <= int(match[1]) <= len(classes.truths[split]):
-        return None
-    label = classes.truths[split][int(match[1]) - 1]
-    if classes.labels.get(entry.parent, label) != label:
-        raise RunError(
-            f'{entry.path} is of class {classes.wnids[label]} in the ground truth, but is in '
-            f'{entry.parent}: move it, or remove the class folders.'
-        )
-    return label
+    match = re.fullmatch(rf'ILSVRC{challenge.year}_{part}_(\d{{8}})\.JPEG', name)
+    truth = classes.truths[split]
+    return truth[int(match[1]) - 1] if match and 1 <= int(match[1]) <= len(truth) else None
 
 
 def _check_counts(
@@ -261,37 +223,22 @@ def _classes(challenge: Challenge, folder: Path) -> Classes:
         return tfds_lists()
     wanted = ('meta.mat', *challenge.truths.values())
     paths = (*folder.glob('*'), *extracted.rglob('*'))
-    files = {path.name: path.read_bytes() for path in paths if path.name in wanted}
     try:
+        files = {path.name: path.read_bytes() for path in paths if path.name in wanted}
         if kit.exists():
-            files |= _unpack(kit, challenge.devkit_md5)
-        if missing := [name for name in wanted if name not in files]:
-            raise RunError(
-                f'{kit} is missing, or {missing[0]} is missing from it and its folder: download it.'
-            )
+            with tarfile.open(kit) as tar:
+                kept = ((one.name, tar.extractfile(one)) for one in tar)
+                files |= {PurePosixPath(name).name: file.read() for name, file in kept if file}
         return _read_kit(challenge, files)
     except (ValueError, LookupError, EOFError, OSError, tarfile.TarError, zlib.error) as error:
         raise RunError(
-            f'{kit} is not the official file ({type(error).__name__}: {error}): download it again.'
+            f'{kit} is missing, incomplete or not the official file ({type(error).__name__}: '
+            f'{error}): download it.'
         ) from None
 
 
-def _unpack(kit: Path, md5: str | None) -> dict[str, bytes]:
-    """Return the files of a development kit by their names without folders."""
-    content = kit.read_bytes()
-    found = hashlib.md5(content, usedforsecurity=False).hexdigest()
-    if md5 not in (None, found):
-        raise ValueError(f'its md5 is {found}')
-    with tarfile.open(fileobj=io.BytesIO(content), mode='r:gz') as tar:
-        return {
-            PurePosixPath(member.name).name: file.read()
-            for member in tar
-            if (file := tar.extractfile(member))
-        }
-
-
 def _read_kit(challenge: Challenge, files: Mapping[str, bytes]) -> Classes:
-    from scipy.io import loadmat  # JAX needs SciPy, so it is installed
+    from scipy.io import loadmat  # here: it takes long to import
 
     rows = loadmat(io.BytesIO(files['meta.mat']), squeeze_me=True)['synsets']
     number = f'ILSVRC{challenge.year}_ID'  # the nodes above the classes have larger ones
@@ -311,11 +258,8 @@ def _read_kit(challenge: Challenge, files: Mapping[str, bytes]) -> Classes:
 
 def tfds_lists() -> Classes:
     """Return the lists of 2012 in TFDS: the classes, and those of the validation pictures."""
-    spec = importlib.util.find_spec('tensorflow_datasets')  # an import takes long
-    if spec is None or not spec.submodule_search_locations:
-        raise RunError('tensorflow-datasets, which lists the classes, is not installed.')
-    folder = Path(spec.submodule_search_locations[0], 'datasets', 'imagenet2012')
-    wnids = tuple((folder / 'labels.txt').read_text().split())
+    lists = importlib.resources.files('tensorflow_datasets') / 'datasets/imagenet2012'
+    wnids = tuple((lists / 'labels.txt').read_text().split())
     label = {wnid: place for place, wnid in enumerate(wnids)}
-    truth = [label[wnid] for wnid in (folder / 'validation_labels.txt').read_text().split()]
+    truth = [label[wnid] for wnid in (lists / 'validation_labels.txt').read_text().split()]
     return Classes(wnids, (), (), {'validation': truth})

@@ -1,9 +1,9 @@
 """Write images to array_record shards: resumable, with the same bytes on every run.
 
 A worker process writes one shard at a time with a file of metadata about it, and renames both when
-the shard is complete. The shards of a killed run stay in a staging directory in `data_dir`, and the
-next run of the same command writes the missing ones. Images are ordered by a hash of their names.
-The finished folder is renamed to its final name.
+the shard is complete. The shards of a killed run stay in a staging directory in `data_dir`, one for
+each form of images, and the next run of the same command writes the missing ones. Images are
+ordered by a hash of their names. The finished folder is renamed to its final name.
 """
 
 import dataclasses
@@ -38,7 +38,6 @@ VERSION = '1.0.0'  # of the data sets made here
 PROGRAM = 3  # raise it when the bytes change; since 3, statistics are of the images as stored
 SHARD_IMAGES = 2048  # ImageNet in 626 files: fewer than the 1,024 that may usually be open
 OPTIONS = 'group_size:1,uncompressed'  # a record each, as TFDS has it; JPEG cannot be compressed
-LISTED_AT_ONCE = 100_000  # pictures kept in memory while they are assigned to shards
 
 
 @dataclass(frozen=True)
@@ -85,31 +84,32 @@ class Source:
     images: Mapping[str, int]  # by split
     stamp: str  # changes when `members` does
     members: Callable[[], Iterator[tuple[str, Member]]]  # (split, picture), in any order
-    colours: statistics.Statistics | None = None  # published ones, for comparison
 
 
-@dataclass(frozen=True)
-class Task:
+class Task(NamedTuple):
     """A shard to write."""
 
     split: str
-    plan: Path  # its pictures, a line each
+    plan: Path  # its pictures, a line each, in order
     target: Path
-    facts: Path  # see `Facts`; written before `target` gets its name
     root: Path  # the source's folder
     form: Form
     most_pixels: int  # of a picture
 
     @property
+    def facts(self) -> Path:
+        """The path of the file of `Facts`, which is written before `target` gets its name."""
+        return self.plan.with_suffix('.npz')
+
+    @property
     def members(self) -> list[Member]:
         """The pictures of the shard, in order."""
-        with self.plan.open() as file:
-            return [Member(*json.loads(line[17:])) for line in sorted(file)]
+        return [Member(*json.loads(line[17:])) for line in self.plan.read_text().splitlines()]
 
     @property
     def job(self) -> str:
         """A hash of the pictures."""
-        return hashlib.sha256(b'\n'.join(sorted(self.plan.read_bytes().splitlines()))).hexdigest()
+        return hashlib.sha256(self.plan.read_bytes()).hexdigest()
 
 
 class Facts(NamedTuple):
@@ -143,22 +143,24 @@ def make(
         shard_images: pictures a shard, about.
 
     Raises:
-        UsageError: the folder, or shards of an interrupted run, have another form or pictures.
+        UsageError: the folder exists with another form or other pictures.
         RunError: the source is incomplete, a picture cannot be decoded, the disk is too small, or a
             worker process died. Finished shards are kept.
         OSError: a file cannot be read or written. Finished shards are kept.
     """
     folder = data_dir / source.name / VERSION
-    if not folder.exists() or prepared.staging_dir(data_dir, source.name).exists():
-        with prepared.locked_staging_dir(data_dir, source.name) as staging:
-            if not folder.exists():  # else another process made it while this one waited
-                tasks = _plan(source, form, staging, most_pixels, shard_images)
-                found = _write_shards(source, tasks, workers or machine.cores(), skip_corrupt)
-                _describe(source, found, staging / 'set')
-                folder.parent.mkdir(exist_ok=True)
-                (staging / 'set').rename(folder)
-                log(f'{source.name}: prepared in {folder}')
-    prepared.check_complete(folder)
+    with prepared.locked_staging_dir(data_dir, source.name) as staging:
+        if not folder.exists():
+            versions = f'{form}, Pillow {PIL.__version__}, program {PROGRAM}'
+            work = staging / hashlib.sha256(versions.encode()).hexdigest()[:16]
+            tasks = _plan(source, form, work, most_pixels, shard_images)
+            found = _write_shards(source, tasks, workers or machine.cores(), skip_corrupt)
+            _describe(source, found, work / 'set')
+            os.sync()  # a power cut leaves no empty file under its name
+            folder.parent.mkdir(exist_ok=True)
+            (work / 'set').rename(folder)
+            log(f'{source.name}: prepared in {folder}')
+    prepared.describe(folder)
     about = json.loads((folder / prepared.PREPARATION).read_text())
     wanted = dataclasses.asdict(form) | dict(made_of=source.made_of)
     if different := [key for key, value in wanted.items() if about.get(key) != value]:
@@ -173,40 +175,31 @@ def make(
 
 
 def _plan(
-    source: Source, form: Form, staging: Path, most_pixels: int, shard_images: int
+    source: Source, form: Form, work: Path, most_pixels: int, shard_images: int
 ) -> list[Task]:
     """Assign the pictures to shards; a plan of the same, unchanged files is used again."""
     shards = {split: _shard_count(n, shard_images) for split, n in source.images.items() if n}
+    root = source.folder.resolve()
     tasks = [
         Task(
             split,
-            staging / 'plan' / f'{split}-{number:05d}',
-            staging / 'set' / prepared.shard_name(source.name, split, number, count),
-            staging / 'facts' / f'{split}-{number:05d}.npz',
-            source.folder.resolve(),
+            work / 'plan' / f'{split}-{i:05d}.jsonl',
+            work / 'set' / prepared.shard_name(source.name, split, i, count),
+            root,
             form,
             most_pixels,
         )
         for split, count in shards.items()
-        for number in range(count)
+        for i in range(count)
     ]
-    for part in ('plan', 'facts', 'set'):
-        (staging / part).mkdir(exist_ok=True)
-    now, made = f'{form}, Pillow {PIL.__version__}, program {PROGRAM}', staging / 'form'
-    if made.exists() and (earlier := made.read_text()) != now and any(staging.glob('facts/*')):
-        raise UsageError(
-            f'An interrupted run left finished shards in {staging} ({earlier}; now {now}): use its '
-            '--px, --storage and --quality, or remove that folder to start again.'
-        )
-    made.write_text(now)
-    planned, stamp = staging / 'planned', json.dumps([source.made_of, source.stamp, shards])
+    for part in ('plan', 'set'):
+        (work / part).mkdir(parents=True, exist_ok=True)
+    planned, stamp = work / 'planned', json.dumps([source.made_of, source.stamp, shards])
     if not planned.exists() or planned.read_text() != stamp:
         planned.unlink(missing_ok=True)
-        for path in (staging / 'plan').iterdir():
-            path.unlink()
-        _assign(source, staging / 'plan', shards)
+        _assign(source, tasks)
         planned.write_text(stamp)
-    for other in set((staging / 'set').iterdir()) - {task.target for task in tasks}:
+    for other in set((work / 'set').iterdir()) - {task.target for task in tasks}:
         other.unlink(missing_ok=True)  # unfinished; a worker that ends late removes its own
     return tasks
 
@@ -216,26 +209,19 @@ def _shard_count(images: int, shard_images: int) -> int:
     return max(1, -(-images // shard_images), min(16, -(-images // 256)))
 
 
-def _assign(source: Source, folder: Path, shards: Mapping[str, int]) -> None:
+def _assign(source: Source, tasks: Sequence[Task]) -> None:
     """Write the plan of each shard: its pictures, a line each that begins with their hash."""
-    held: dict[str, list[str]] = {
-        f'{split}-{i:05d}': [] for split, count in shards.items() for i in range(count)
-    }
-
-    def flush() -> None:
-        for name, lines in held.items():
-            with (folder / name).open('a') as file:
-                file.writelines(lines)
-            lines.clear()
-
-    for number, (split, member) in enumerate(source.members(), start=1):
+    plans: dict[str, list[list[str]]] = {task.split: [] for task in tasks}
+    for task in tasks:
+        plans[task.split].append([])
+    for split, member in source.members():
         name = os.fsencode(f'{split}/{member.name}')
         key = hashlib.blake2b(name, digest_size=8).hexdigest()
-        line = f'{key} {json.dumps(member)}\n'
-        held[f'{split}-{int(key, 16) % shards[split]:05d}'].append(line)
-        if number % LISTED_AT_ONCE == 0:
-            flush()
-    flush()
+        own = plans[split]
+        own[int(key, 16) % len(own)].append(f'{key} {json.dumps(member)}\n')
+    every = (lines for own in plans.values() for lines in own)
+    for task, lines in zip(tasks, every, strict=True):
+        task.plan.write_text(''.join(sorted(lines)))
 
 
 # ---- a shard --------------------------------------------------------------------------------
@@ -243,8 +229,8 @@ def _assign(source: Source, folder: Path, shards: Mapping[str, int]) -> None:
 
 def write_shard(task: Task) -> Facts:
     """Write one shard, without the pictures that cannot be decoded, and the facts about it."""
-    px, skipped, images, record_bytes = task.form.px, dict[str, str](), 0, 0
-    sums = statistics.Sums((px, px, 3))
+    skipped, images, record_bytes = dict[str, str](), 0, 0
+    sums = statistics.Sums((task.form.px, task.form.px, 3))
     task.target.unlink(missing_ok=True)  # of an earlier plan: the new facts must not vouch for it
     with files.atomic_write(task.target) as scratch, files.atomic_write(task.facts) as about:
         writer = record_writer(scratch)
@@ -252,7 +238,8 @@ def write_shard(task: Task) -> Facts:
             try:
                 stored = _encode(task, member)
             except image_io.BadImage as error:
-                skipped[member.name] = _reason(member, error)
+                inside = '' if member.name == member.file else f' in {member.file}'
+                skipped[member.name] = f'{member.name}{inside} {error}'
                 continue
             record = example(stored, member.label, member.name)
             writer.write(record)
@@ -264,8 +251,9 @@ def write_shard(task: Task) -> Facts:
         total = sums.total.astype(np.uint32)  # exact: 2,048 bytes of 255
         with about.open('wb') as file:
             np.savez(file, facts=json.dumps(facts), total=total, products=sums.products)
-        sync(scratch)
-        sync(about)
+        for path in (scratch, about):  # a power cut leaves no empty file under its name
+            with path.open('rb') as file:
+                os.fsync(file.fileno())
     return facts
 
 
@@ -274,15 +262,6 @@ def _encode(task: Task, member: Member) -> bytes:
     content = archives.read(task.root / member.file, member.offset, member.size)
     shape = (task.form.px, task.form.px, 3)
     return task.form.encode(image_io.decode_image(content, shape, task.most_pixels))
-
-
-def _reason(member: Member, error: image_io.BadImage) -> str:
-    """Complete the sentence of an error: the file, and the flag that would allow the picture."""
-    inside = '' if member.name == member.file else f' in {member.file}'
-    if isinstance(error, image_io.TooLarge):
-        megapixels = -(-error.pixels // 10**6)
-        return f'{member.name}{inside} {error} (--max_megapixels={megapixels} accepts it)'
-    return f'{member.name}{inside} {error}'
 
 
 def read_facts(task: Task) -> Facts | None:
@@ -305,12 +284,6 @@ def record_writer(path: Path) -> Any:
     )
 
     return ArrayRecordWriter(str(path), OPTIONS)
-
-
-def sync(path: Path) -> None:
-    """Flush a file to the disk, so that a power cut does not leave an empty one under its name."""
-    with path.open('rb') as file:
-        os.fsync(file.fileno())
 
 
 def example(image: bytes, label: int, name: str | None = None) -> bytes:
@@ -417,11 +390,6 @@ def _describe(source: Source, found: Mapping[Task, Facts], folder: Path) -> None
         if task.split == 'train':
             with np.load(task.facts) as file:
                 sums.merge(facts.images, file['total'], file['products'])
-    written = sum(facts.images for facts in found.values())
-    if written + len(skipped) != sum(source.images.values()):
-        raise RunError(
-            f'Images are missing from the shards: remove {folder.parent} and run the command again.'
-        )
     for reason in skipped.values():
         log(f'{source.name}: skipped: {ascii(reason)[1:-1]}')
     features = _features(form, source.class_names)
@@ -441,10 +409,6 @@ def _describe(source: Source, found: Mapping[Task, Facts], folder: Path) -> None
     statistics.save(folder / 'statistics.npz', result, sums.count)
     stds = ', '.join(f'{std:.2f}' for std in result.colour_std)
     log(f'{source.name}: standard deviations along the colour components {stds}')
-    if source.colours and (difference := statistics.far_from(result, source.colours)):
-        log(f'{source.name}: WARNING: {difference}: are these the official images?')
-    for path in folder.glob('*.[jnt]*'):  # descriptions, names, statistics
-        sync(path)
 
 
 def _features(form: Form, class_names: Sequence[str]) -> Any:
