@@ -25,7 +25,6 @@ from alexnet_jax.data import images as image_io
 from alexnet_jax.data import statistics as image_statistics
 from alexnet_jax.data.datasets import LargeDataset
 from alexnet_jax.data.prepare import command as prepare
-from alexnet_jax.data.readers import Readers
 from alexnet_jax.errors import RunError, UsageError
 from alexnet_jax.inference import evaluate
 from alexnet_jax.training import callbacks, metrics, train
@@ -210,7 +209,7 @@ def test_batches_equal_those_of_a_set_in_memory(sets, tmp_path, workers):
 
 def test_concurrent_reads(sets):
     dataset = large(sets['pixels'])
-    everything = Readers(0).take(dataset.images.records, np.arange(300))[0]
+    everything = large(sets['pixels'], workers=0).images[:]
     orders = [np.random.default_rng(i).permutation(300)[:100] for i in range(40)]
     found = batches.prefetch(lambda i: dataset.take(orders[i]), 0, 40, depth=8, threads=8)
     for order, (images, labels) in zip(orders, found, strict=True):
@@ -304,7 +303,7 @@ def test_descriptions_of_other_data_are_refused(copy):
 def test_labels_are_kept_until_the_records_change(copy, monkeypatch):
     expected = large(copy).labels
     read = []
-    monkeypatch.setattr(records.Records, 'read', lambda *_: read.append(1) or 1 / 0)
+    monkeypatch.setattr(records.StoredImages, 'read', lambda *_: read.append(1) or 1 / 0)
     np.testing.assert_array_equal(large(copy).labels, expected)
     assert not read
     path = next((copy / 'drawn/1.0.0').glob('*train*-00001-of-*'))
@@ -390,9 +389,9 @@ def test_class_words(copy):
 
 def test_a_set_prepared_here_is_preferred_to_a_newer_version(copy):
     shutil.copytree(copy / 'drawn/1.0.0', copy / 'drawn/5.1.0')
-    assert large(copy).images.records.folder.name == '5.1.0'
+    assert large(copy).images.folder.name == '5.1.0'
     (copy / 'drawn/1.0.0/preparation.json').write_text('{}')
-    assert large(copy).images.records.folder.name == '1.0.0'
+    assert large(copy).images.folder.name == '1.0.0'
 
 
 # ---- runs -----------------------------------------------------------------------------------
@@ -472,8 +471,7 @@ def test_a_run_without_validation(smoke_run, data_dir, tmp_path):
 def test_shortage_estimates_the_cores_needed(sets):
     dataset = large(sets['picture'])
     assert isinstance(dataset, LargeDataset)
-    dataset.images.readers = Readers(2)
-    dataset.images.readers._secs.append(2.0 / 10_000)
+    dataset.images._secs.append(2.0 / 10_000)
     assert '8 cores that do nothing else' in datasets.shortage(dataset, 40_000.0)
     small = datasets.load('drawn', sets['picture'], 'test')
     assert datasets.shortage(small, 40_000.0) is None

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from alexnet_jax.data.datasets import Dataset
-from alexnet_jax.data.readers import prefetch
+from alexnet_jax.data.prefetch import prefetch
 
 Batch = dict[str, np.ndarray]
 

@@ -15,20 +15,18 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from alexnet_jax import files
 from alexnet_jax.data import prepared
 from alexnet_jax.data import statistics as image_statistics
+from alexnet_jax.data.prefetch import prefetch
 from alexnet_jax.data.prepared import Description
-from alexnet_jax.data.readers import Readers, prefetch, readers
-from alexnet_jax.data.records import Records, Segment
+from alexnet_jax.data.records import StoredImages, Term
 from alexnet_jax.data.statistics import Statistics, Sums
 from alexnet_jax.errors import RunError, UsageError
 
-Term = tuple[str, int, int]  # (base split, first example, one past the last)
 log = logging.getLogger(__name__)
 
 CHUNK_BYTES = 2**26  # of images read into memory at once
@@ -36,36 +34,6 @@ RESIDENT_GIB = 4.0  # up to this size a decoded split is kept beside the data an
 
 
 # ---- data sets ------------------------------------------------------------------------------
-
-
-class StoredImages:
-    """Images in their files, uint8 [N, H, W, C]; indexed along N as an array is."""
-
-    def __init__(self, records: Records, readers: Readers):
-        """Take the records of a split, and the threads that read them."""
-        self.records, self.readers = records, readers
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(N, H, W, C)."""
-        return (len(self.records), *self.records.shape)
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitem__(self, key: Any, /) -> np.ndarray:
-        numbers = np.arange(len(self))[key]
-        images, _ = self.take(numbers.reshape(-1))
-        return images.reshape(*numbers.shape, *self.shape[1:])
-
-    def take(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return images, uint8 [n, H, W, C], and labels, int32 [n], of those numbers.
-
-        Raises:
-            RunError: a record is damaged.
-            OSError: the system cannot open a file, which may be intact.
-        """
-        return self.readers.take(self.records, numbers)
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,13 +58,9 @@ class LargeDataset(Dataset):
     """A split that stays in its array_record files; its labels come with the images."""
 
     images: StoredImages
-    terms: list[Term]
 
-    def __init__(
-        self, name: str, split: str, images: StoredImages, names: tuple[str, ...], terms: list[Term]
-    ):
-        """Take the arguments of `Dataset`, and the terms of the split, see `parse_split`."""
-        vars(self).update(name=name, split=split, images=images, class_names=names, terms=terms)
+    def __init__(self, name: str, split: str, images: StoredImages, names: tuple[str, ...]):
+        vars(self).update(name=name, split=split, images=images, class_names=names)
 
     @functools.cached_property
     def labels(self) -> np.ndarray:
@@ -105,7 +69,7 @@ class LargeDataset(Dataset):
         try:
             return np.load(path)
         except (OSError, ValueError, EOFError):  # missing or damaged
-            labels = self.images.records.read(range(len(self)), None)
+            labels = self.images.read(range(len(self)), None)
             _keep(path, 'the labels', lambda scratch: _save(scratch, labels))
             return labels
 
@@ -115,10 +79,10 @@ class LargeDataset(Dataset):
 
     def statistics(self) -> Statistics:
         """Return the statistics of all images; computes them unless preparation or a run has."""
-        folder, path = self.images.records.folder, self._kept('statistics.npz')
-        prepared_ones = image_statistics.load(folder / 'statistics.npz')
-        if prepared_ones and self.terms == [('train', 0, prepared_ones[1])]:
-            return prepared_ones[0]
+        folder, path = self.images.folder, self._kept('statistics.npz')
+        beside = image_statistics.load(folder / 'statistics.npz')
+        if beside and self.images.terms == [('train', 0, beside[1])]:
+            return beside[0]
         if kept := image_statistics.load(path):
             return kept[0]
         log.warning('%s: computing the mean image of %s images', folder, f'{len(self):,}')
@@ -128,11 +92,11 @@ class LargeDataset(Dataset):
 
     def _kept(self, ending: str) -> Path:
         """Return the path of a copy of what depends on the records; the name changes with them."""
-        records = self.images.records
-        stats = [segment.path.stat() for segment in records.segments]
+        images, folder = self.images, self.images.folder
+        stats = [path.stat() for path, _, _ in images.segments]
         stamps = [(stat.st_size, stat.st_mtime_ns) for stat in stats]
-        about = json.dumps([self.terms, records.shape, stamps])
-        folder, digest = records.folder, hashlib.sha256(about.encode()).hexdigest()[:16]
+        about = json.dumps([images.terms, images.shape[1:], stamps])
+        digest = hashlib.sha256(about.encode()).hexdigest()[:16]
         return _copies(folder) / f'{folder.parent.name}-{folder.name}-{digest}.{ending}'
 
 
@@ -172,8 +136,7 @@ def load(
     terms, names = parse_split(split, lengths), _unique(about)
     sizes = {base: sum(counts) for base, counts in lengths.items()}
     if max(sizes[base] for base, *_ in terms) * math.prod(about.shape) > resident_gib * 2**30:
-        images = StoredImages(_records(folder, about, terms), readers(workers))
-        return LargeDataset(name, split, images, names, terms)
+        return LargeDataset(name, split, StoredImages(folder, about, terms, workers), names)
     parts = []
     for base, start, stop in terms:
         images, labels = _decoded(folder, about, base, workers)
@@ -279,19 +242,6 @@ def facts(name: str, data_dir: str | Path) -> tuple[int, int, tuple[str, ...]]:
     return len(about.class_names), about.shape[2], tuple(about.files)
 
 
-def _records(folder: Path, about: Description, terms: list[Term]) -> Records:
-    """Return the records of a split's terms, file by file."""
-    segments = []
-    for base, start, stop in terms:
-        first = 0
-        for path, count in about.files[base]:
-            low, high = max(start, first), min(stop, first + count)
-            if low < high:
-                segments.append(Segment(path, low - first, high - low))
-            first += count
-    return Records(folder, segments, about.shape, about.encoded)
-
-
 # ---- the decoded copy -----------------------------------------------------------------------
 # Decoding 60,000 PNGs takes seconds, checking and mapping the copy 0.1 s; sweeps start many runs.
 
@@ -314,8 +264,7 @@ def _decoded(
             images, labels = (np.load(path, mmap_mode='r').view(np.ndarray) for path in kept)
             return images, labels
     count = sum(n for _, n in about.files[split])
-    records = _records(folder, about, [(split, 0, count)])
-    arrays = readers(workers).take(records, np.arange(count))
+    arrays = StoredImages(folder, about, [(split, 0, count)], workers).take(np.arange(count))
 
     def write(scratch: Path) -> None:
         for path, array in zip(kept, arrays, strict=True):
@@ -350,11 +299,11 @@ def shortage(dataset: Dataset, wanted: float) -> str | None:
     """Estimate, in a sentence, the cores that read `wanted` images/s; None for a small set."""
     if not isinstance(dataset, LargeDataset):
         return None
-    active = dataset.images.readers
+    count, rate = max(dataset.images.workers, 1), dataset.images.rate
     return (
-        f'{max(active.count, 1)} reader(s) read {active.rate:,.0f} images/s each, but the training '
-        f'step consumes {wanted:,.0f}/s: {math.ceil(wanted / active.rate)} cores that do nothing '
-        'else would be enough (data.workers)'
+        f'{count} reader(s) read {rate:,.0f} images/s each, but the training step consumes '
+        f'{wanted:,.0f}/s: {math.ceil(wanted / rate)} cores that do nothing else would be enough '
+        '(data.workers)'
     )
 
 

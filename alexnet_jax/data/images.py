@@ -74,8 +74,8 @@ def decode_image(
 ) -> Image.Image:
     """Decode a picture by Pillow, converted to `shape`; encoding that image again saves a copy.
 
-    An image of more than MOST_PIXELS, if `most_pixels` allows it, is shrunk while it is read (JPEG)
-    or in strips, to at least twice `shape`.
+    An image of more than MOST_PIXELS, if `most_pixels` allows it, is first shrunk to at least twice
+    `shape`, a JPEG while it is read.
 
     Raises:
         BadImage: it cannot be decoded, or is too large to be decoded safely.
@@ -164,8 +164,4 @@ def _shrunk(picture: Image.Image, shape: tuple[int, int, int]) -> Image.Image:
         return picture
     picture = _upright(picture)
     mode = 'RGBA' if picture.has_transparency_data else 'RGB'
-    small = Image.new(mode, (-(-picture.width // factor), -(-picture.height // factor)))
-    for top in range(0, picture.height, 64 * factor):  # not at once: each step copies its strip
-        strip = picture.crop((0, top, picture.width, min(picture.height, top + 64 * factor)))
-        small.paste(strip.convert(mode).reduce(factor), (0, top // factor))
-    return small
+    return (picture if picture.mode == mode else picture.convert(mode)).reduce(factor)

@@ -1,7 +1,11 @@
-"""Read and decode records of array_record files, as TFDS writes them, by number.
+"""Read and decode records of array_record files, as TFDS writes them, by number and by threads.
 
 Needs neither JAX nor TFDS. A record is a tf.train.Example. TFDS's own reader takes 1.2 to 1.3
 times as long, and if OpenCV is installed it decodes with OpenCV, which gives different pixels.
+
+Decoding releases Python's lock for most of its time (88 % for JPEG), so threads should scale to
+about 8 cores; 2 were measured, see experiments/results/reading. Threads end with their process and
+need no shared memory. Worker processes, our own or grain's, were slower for JPEG.
 """
 
 import bisect
@@ -9,45 +13,83 @@ import contextlib
 import functools
 import itertools
 import resource
+import time
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from alexnet_jax.data import images, prepared
+from alexnet_jax import machine
+from alexnet_jax.data import images as image_io
+from alexnet_jax.data import prepared
+
+Term = tuple[str, int, int]  # (base split, first example, one past the last)
+LEAST = 8  # images a task: starting one costs some 0.05 ms
 
 
-class Segment(NamedTuple):
-    """Consecutive records of one file."""
+class StoredImages:
+    """Images in their files, uint8 [N, H, W, C]; indexed along N as an array is."""
 
-    path: Path
-    skip: int
-    take: int
+    def __init__(self, folder: Path, about: prepared.Description, terms: list[Term], workers: int):
+        """Take the parts of a data set that make up a split, and the number of reader threads.
 
-
-class Records:
-    """Records in a fixed order, read by their numbers in it."""
-
-    def __init__(
-        self, folder: Path, segments: Sequence[Segment], shape: tuple[int, int, int], encoded: bool
-    ):
-        """Take the segments of a split, in order; for `shape` and `encoded` see `Description`."""
-        self.folder, self.segments, self.shape, self.encoded = folder, segments, shape, encoded
-        self._ends = list(itertools.accumulate(segment.take for segment in segments))
+        With `workers` 0 the calling thread reads; -1 stands for one per core.
+        """
+        self.folder, self.terms, self.encoded = folder, terms, about.encoded
+        self.workers = machine.cores() if workers == -1 else workers
+        self.segments: list[tuple[Path, int, int]] = []  # (file, its first record, how many)
+        for base, start, stop in terms:
+            first = 0
+            for path, count in about.files[base]:
+                low, high = max(start, first), min(stop, first + count)
+                if low < high:
+                    self.segments.append((path, low - first, high - low))
+                first += count
+        self._ends = list(itertools.accumulate(take for _, _, take in self.segments))
+        self.shape = (self._ends[-1], *about.shape)  # (N, H, W, C)
         self._readers: dict[Path, Any] = {}  # they stay open
+        self._secs = deque[float](maxlen=1000)  # per image, of the latest tasks
 
     def __len__(self) -> int:
-        return self._ends[-1]
+        return self.shape[0]
 
-    def read(self, numbers: Sequence[int], out: np.ndarray | None) -> np.ndarray:
-        """Decode the images `numbers` into `out`, uint8 [n, H, W, C]; return labels, int32 [n].
+    def __getitem__(self, key: Any, /) -> np.ndarray:
+        numbers = np.arange(len(self))[key]
+        images, _ = self.take(numbers.reshape(-1))
+        return images.reshape(*numbers.shape, *self.shape[1:])
 
-        Without `out` only the labels are read. Any thread may call it.
+    def take(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return images, uint8 [n, H, W, C], and labels, int32 [n]; any thread may call it.
 
         Raises:
             RunError: a record is damaged, or its image is not as described.
             OSError: the system cannot open a file, which may be intact.
+        """
+        images = np.empty((len(numbers), *self.shape[1:]), np.uint8)
+        labels = np.empty(len(numbers), np.int32)
+        size = max(LEAST, -(-len(numbers) // max(1, 2 * self.workers)))
+
+        def read(start: int) -> None:
+            chunk, begin = slice(start, start + size), time.perf_counter()
+            labels[chunk] = self.read(numbers[chunk].tolist(), images[chunk])
+            self._secs.append((time.perf_counter() - begin) / len(labels[chunk]))
+
+        run = _pool(self.workers).map if self.workers else map
+        list(run(read, range(0, len(numbers), size)))
+        return images, labels
+
+    @property
+    def rate(self) -> float:
+        """The recent rate of one thread, in images/s."""
+        return float(1 / np.mean(self._secs))
+
+    def read(self, numbers: Sequence[int], out: np.ndarray | None) -> np.ndarray:
+        """Decode images into `out`, uint8 [n, H, W, C], in this thread; return labels, int32 [n].
+
+        Without `out` only the labels are read. It raises as `take` does.
         """
         labels = np.empty(len(numbers), np.int32)
         for row, number in enumerate(numbers):
@@ -58,9 +100,9 @@ class Records:
                 # One by one: array_record reads a list of records at half the speed.
                 image, labels[row] = image_and_label(self._reader(path).read([position])[0])
                 if out is not None and self.encoded:
-                    images.decode_into(image, out[row])
+                    image_io.decode_into(image, out[row])
                 elif out is not None:
-                    out[row] = np.frombuffer(image, np.uint8).reshape(self.shape)
+                    out[row] = np.frombuffer(image, np.uint8).reshape(self.shape[1:])
             except Exception as error:  # decoders and array_record raise many types
                 path.open('rb').close()  # OSError: too many open files, no permission
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -81,6 +123,12 @@ class Records:
             reader = ArrayRecordReader(str(path), options=options, file_reader_buffer_size=32768)
             self._readers[path] = reader
         return self._readers[path]
+
+
+@functools.cache
+def _pool(count: int) -> ThreadPoolExecutor:
+    """Return the reader threads shared by all splits of this process."""
+    return ThreadPoolExecutor(count, thread_name_prefix='reader')
 
 
 @functools.cache
