@@ -1,7 +1,9 @@
 """Test every source of MNIST's and Fashion-MNIST's raw files, and failures, on real data."""
 
+import fcntl
 import functools
 import gzip
+import hashlib
 import http.server
 import os
 import shutil
@@ -29,33 +31,59 @@ COMMAND = [sys.executable, '-m', 'alexnet_jax', 'prepare', 'fashion_mnist']
 
 
 @pytest.fixture(scope='module')
-def raw_dir(data_dir, tmp_path_factory):
-    """The four raw .gz files, made anew from the prepared data by undoing TFDS's shuffle."""
+def raw(data_dir):
+    """The first 300 images of each split."""
+    parts = {
+        split: datasets.load('fashion_mnist', data_dir, f'{split}[:300]') for split in OFFICIAL
+    }
+    return {split: (part.images[..., 0], part.labels) for split, part in parts.items()}
+
+
+@pytest.fixture(scope='module')
+def raw_dir(raw, tmp_path_factory):
+    """Four raw .gz files that hold `raw`."""
     folder = tmp_path_factory.mktemp('raw')
-    for split, (image_file, label_file) in fashion_mnist.FILES['fashion_mnist'].items():
-        dataset = datasets.load('fashion_mnist', data_dir, split)
-        order = sorted(range(len(dataset)), key=hashing.Hasher(split).hash_key)
-        images, labels = (
-            np.empty((len(dataset), 28, 28), np.uint8),
-            np.empty(len(dataset), np.uint8),
-        )
-        images[order], labels[order] = dataset.images[..., 0], dataset.labels
-        for file, values in ((image_file, images), (label_file, labels)):
+    for split, files in fashion_mnist.FILES['fashion_mnist'].items():
+        for file, values in zip(files, raw[split], strict=True):
             header = struct.pack(f'>{1 + values.ndim}I', 0x800 + values.ndim, *values.shape)
-            content = gzip.compress(header + values.tobytes(), compresslevel=1)
+            content = gzip.compress(header + values.astype(np.uint8).tobytes())
             (folder / f'{file.name}.gz').write_bytes(content)
     return folder
 
 
-@pytest.fixture(scope='module')
-def raw(raw_dir):
-    return fashion_mnist.read_raw(raw_dir)
+def sums_of(folder):
+    """The description of the raw files in a folder, in the place of the official ones."""
+    return {
+        split: tuple(
+            file._replace(sha256=hashlib.sha256(gzip.decompress(path.read_bytes())).hexdigest())
+            for file in files
+            for path in [folder / f'{file.name}.gz']
+        )
+        for split, files in fashion_mnist.FILES['fashion_mnist'].items()
+    }
 
 
-@pytest.fixture(scope='module')
-def few(raw):
-    """The first 300 images of each split."""
-    return {split: (images[:300], labels[:300]) for split, (images, labels) in raw.items()}
+@pytest.fixture(autouse=True)
+def _as_official(raw_dir, monkeypatch):
+    """Take the small files for the official ones."""
+    monkeypatch.setitem(fashion_mnist.FILES, 'fashion_mnist', sums_of(raw_dir))
+
+
+# The same in a process that a test starts, and the command, after more lines.
+SCRIPT = """
+import sys
+from tests import test_fashion_mnist as t
+t.fashion_mnist.FILES['fashion_mnist'] = t.sums_of(t.Path(sys.argv.pop(1)))
+{}
+sys.exit(t.prepare.main(sys.argv[1:]))
+"""
+
+
+def started(raw_dir, data_dir, more=''):
+    words = [sys.executable, '-c', SCRIPT.format(more), raw_dir, 'fashion_mnist',
+             f'--data_dir={data_dir}', f'--source={raw_dir}']  # fmt: skip
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(words, cwd=REPOSITORY, **pipes)
 
 
 # ---- contents -----------------------------------------------------------------------------
@@ -82,53 +110,47 @@ def test_a_prepared_set_is_left_alone(data_dir):
     assert stamps() == before
 
 
-def test_killed_in_the_middle_then_two_at_once_make_one_complete_set(raw_dir, data_dir, tmp_path):
-    words = [*COMMAND, f'--data_dir={tmp_path}', f'--source={raw_dir}']
-    with subprocess.Popen(words, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True) as victim:
-        for line in victim.stderr or ():
-            if 'writing train' in line:
-                victim.send_signal(signal.SIGKILL)
-    assert victim.returncode == -signal.SIGKILL
+def test_killed_in_the_middle_then_two_at_once_make_one_complete_set(raw_dir, raw, tmp_path):
+    stop = """
+import time
+write, t.fashion_mnist.example = t.fashion_mnist.example, lambda *args: (
+    args[1] == 9 and (print('in the middle', file=sys.stderr, flush=True) or time.sleep(600))
+) or write(*args)
+"""
+    with started(raw_dir, tmp_path, stop) as victim:
+        assert any('in the middle' in line for line in victim.stderr)
+        victim.send_signal(signal.SIGKILL)
     assert (tmp_path / '.prepare-fashion_mnist').is_dir()  # what it left
     with pytest.raises(RunError, match='run `python -m'):
         datasets.load('fashion_mnist', tmp_path, 'train')
 
-    pair = [
-        subprocess.Popen(
-            words, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        for _ in range(2)
-    ]
+    with (tmp_path / '.prepare-fashion_mnist.lock').open('w') as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        pair = [started(raw_dir, tmp_path) for _ in range(2)]
+        for process in pair:
+            assert 'waiting for another process' in process.stderr.readline()
     ends = [process.communicate(timeout=300) for process in pair]
     assert [process.returncode for process in pair] == [0, 0]
     folder = tmp_path / 'fashion_mnist/3.0.1'
     assert [out.strip() for out, _ in ends] == [str(folder)] * 2
-    assert sum('waiting for another process' in message for _, message in ends) == 1
-    assert {path.name for path in tmp_path.iterdir()} == {
-        'fashion_mnist',
-        '.prepare-fashion_mnist.lock',
-    }
-    for split in OFFICIAL:
-        made, official = (datasets.load('fashion_mnist', d, split) for d in (tmp_path, data_dir))
-        assert np.array_equal(made.images, official.images)
-        assert np.array_equal(made.labels, official.labels)
+    assert sum('writing train' in message for _, message in ends) == 1
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {'fashion_mnist', '.prepare-fashion_mnist.lock'}
+    for split, (images, labels) in raw.items():
+        made = datasets.load('fashion_mnist', tmp_path, split)
+        order = sorted(range(300), key=hashing.Hasher(split).hash_key)
+        assert np.array_equal(made.images[..., 0], images[order])
+        assert np.array_equal(made.labels, labels[order])
 
 
-def test_every_process_writes_the_same_bytes(few, raw_dir, tmp_path):
+def test_every_process_writes_the_same_bytes(raw_dir, tmp_path):
     """TFDS's writer did not: it serialises a map of features in an order of the process."""
-    script = (
-        'import sys; from alexnet_jax.data.prepare import fashion_mnist\n'
-        f'raw = fashion_mnist.read_raw(fashion_mnist.Path({str(raw_dir)!r}))\n'
-        'few = {k: (x[:300], y[:300]) for k, (x, y) in raw.items()}\n'
-        'fashion_mnist.write(few, fashion_mnist.Path(sys.argv[1]))\n'
-    )
-    for seed in ('1', '2', '3'):
-        words = [sys.executable, '-c', script, str(tmp_path / seed)]
-        env = os.environ | {'PYTHONHASHSEED': seed}
-        subprocess.run(words, cwd=REPOSITORY, env=env, check=True, capture_output=True)
+    for name in '123':
+        with started(raw_dir, tmp_path / name) as process:
+            process.communicate()
     made = [
-        {path.name: path.read_bytes() for path in (tmp_path / seed).rglob('*') if path.is_file()}
-        for seed in '123'
+        {path.name: path.read_bytes() for path in (tmp_path / name).glob('fashion_mnist/*/*')}
+        for name in '123'
     ]
     assert made[0] == made[1] == made[2]
     assert len(made[0]) == 5
@@ -155,7 +177,7 @@ def test_digits_from_a_folder(digits, raw, tmp_path, capsys):
     assert capsys.readouterr().out.strip() == str(tmp_path / 'mnist/3.0.1')
     dataset = datasets.load('mnist', tmp_path, 'test')
     assert dataset.class_names == tuple('0123456789')
-    assert dataset.images.shape == (10_000, 28, 28, 1)
+    assert dataset.images.shape == (300, 28, 28, 1)
     assert np.array_equal(np.bincount(dataset.labels), np.bincount(raw['test'][1]))
     info = tfds.builder_from_directory(tmp_path / 'mnist/3.0.1').info
     assert info.description == mnist.MNIST(data_dir=tmp_path).info.description
@@ -292,22 +314,13 @@ def test_a_damaged_raw_file_is_named(raw_dir, tmp_path, name, damage, sentence):
 
 
 def test_a_full_disk_is_one_sentence_and_leaves_nothing(raw_dir, tmp_path):
-    """A limit on file sizes stands in for the full disk; 300 images stand in for all."""
-    script = (
-        'import resource, sys; from alexnet_jax.data.prepare import command, fashion_mnist\n'
-        'few = {k: (x[:300], y[:300]) for k, (x, y) in fashion_mnist.read_raw('
-        f'fashion_mnist.Path({str(raw_dir)!r})).items()}}\n'
-        'fashion_mnist.read_raw = lambda folder, name: few\n'
-        'resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n'
-        f'words = ["fashion_mnist", "--data_dir={tmp_path}", "--source={tmp_path}"]\n'
-        'sys.exit(command.main(words))\n'
-    )
-    done = subprocess.run(
-        [sys.executable, '-c', script], cwd=REPOSITORY, capture_output=True, text=True
-    )
-    assert done.returncode == 1
-    assert 'File too large' in done.stderr.splitlines()[-1]
-    assert str(tmp_path) in done.stderr.splitlines()[-1]
+    """A limit on file sizes stands in for the full disk."""
+    limit = 'import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))'
+    with started(raw_dir, tmp_path, limit) as process:
+        _, message = process.communicate()
+    assert process.returncode == 1
+    assert 'File too large' in message.splitlines()[-1]
+    assert str(tmp_path) in message.splitlines()[-1]
     assert [path.name for path in tmp_path.iterdir()] == ['.prepare-fashion_mnist.lock']
 
 

@@ -164,7 +164,12 @@ def start(many, data_dir, *more):
     words = [sys.executable, '-m', 'alexnet_jax', 'prepare', 'folder', f'--source={many}',
              f'--data_dir={data_dir}', '--workers=2', '--px=64', '--test=0', *more]  # fmt: skip
     return subprocess.Popen(
-        words, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        words,
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's & ignores it
     )
 
 
@@ -379,7 +384,7 @@ def test_a_bad_picture_is_named_and_allowed_by_number_only(spoilt, tmp_path, cap
     with pytest.raises(RunError, match=message) as caught:
         make(spoilt, data_dir)
     assert '\n' not in str(caught.value)
-    for _ in range(5):  # pictures that an earlier run left out count again
+    for _ in range(2):  # pictures that an earlier run left out count again
         with pytest.raises(RunError, match=r'3 image\(s\) .*cat/0001.jpg.*\(now 2\)'):
             make(spoilt, data_dir, skip_corrupt=2)
     assert not (data_dir / 'pets').exists()
@@ -426,28 +431,13 @@ def test_a_disk_that_fills_up_leaves_nothing_incomplete(pets, small_disk, monkey
     assert not (small_disk / 'pets').exists()
 
 
-def test_a_large_picture_is_read_where_its_size_is_allowed(pets, tmp_path):
-    """100 megapixels: of a JPEG, which is shrunk while it is read, and of a PNG with alpha."""
-    copy = shutil.copytree(pets, tmp_path / 'pets')
-    gradient = Image.linear_gradient('L').convert('RGB')
-    gradient.resize((10_000, 10_000)).save(copy / 'cat/photo.jpg', quality=95)
-    clear = gradient.copy()
-    clear.putalpha(Image.new('L', gradient.size, 128))
-    clear.resize((10_000, 10_000)).save(copy / 'cat/drawing.png', compress_level=1)
-    message = r'has 100,000,000 pixels.* \(`prepare .* --max_megapixels=100` accepts it\)'
-    with pytest.raises(RunError, match=message):
-        make(copy, tmp_path / 'data')
-    folder = make(copy, tmp_path / 'data', most_pixels=10**8)
-    found = {name: image for rows in examples(folder).values() for name, image, _ in rows}
-    expected = np.asarray(gradient.resize((32, 32), Image.Resampling.BICUBIC)).astype(int)
-    assert np.abs(found['cat/photo.jpg'] - expected).max() < 6  # JPEG, and another filter
-    assert np.abs(found['cat/drawing.png'] - expected // 2).max() < 6  # alpha of a half, on black
-
-
 def test_a_shard_that_lacks_pictures_is_written_again(pets, tmp_path):
     """Finished shards that lack a large picture are written again when it is allowed."""
     copy = shutil.copytree(pets, tmp_path / 'pets')
     Image.new('RGB', (1500, 1000)).save(copy / 'cat/large.png')
+    message = r'cat/large.png has 1,500,000 pixels.* \(`prepare .* --max_megapixels=2` accepts it\)'
+    with pytest.raises(RunError, match=message):
+        make(copy, tmp_path / 'data', most_pixels=10**6)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shard_writer, '_describe', interrupt)
         with pytest.raises(InterruptedError):
