@@ -90,11 +90,12 @@ def test_tfds_reads_every_picture(pets, made, tmp_path, storage):
         for name, image, label in rows:
             seen.add(name)
             assert label == ['cat', 'dog'].index(name.split('/')[0])
-            expected = images.picture((pets / name).read_bytes(), 32)
+            expected = images.decode((pets / name).read_bytes(), (32, 32, 3))
             if storage == 'raw':
                 np.testing.assert_array_equal(image, expected)
             else:
-                np.testing.assert_array_equal(image, images.picture(images.jpeg(expected, 90), 32))
+                encoded = images.jpeg(expected, 90)
+                np.testing.assert_array_equal(image, images.decode(encoded, (32, 32, 3)))
     assert len(seen) == 330
     info = tfds.builder_from_directory(folder).info
     assert info.features['image'].shape == (32, 32, 3)

@@ -116,7 +116,7 @@ def load(
     The first call decodes the array_record files and keeps the result in `data_dir/decoded`; later
     calls map that copy into memory, after comparing the sha256 of it and of the files it came from.
     A base split of more than `resident_gib` is not decoded: its images are read on demand. Pictures
-    of different sizes are resized to 256 px by `images.picture`.
+    of different sizes are resized to 256 px by `images.decode`.
 
     Args:
         name: a data set in `data_dir` in TFDS's array_record format, with the features `image`

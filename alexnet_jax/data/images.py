@@ -23,17 +23,8 @@ class BadImage(ValueError):
     """Bytes that cannot be decoded; the message completes '<file> ...': 'is not an image'."""
 
 
-def picture(encoded: bytes, px: int) -> np.ndarray:
-    """Decode a picture to uint8 RGB [px, px, 3]: resized, and the central square kept (section 2).
-
-    Raises:
-        BadImage: it cannot be decoded, or is too large to be decoded safely.
-    """
-    return decode(encoded, (px, px, 3))
-
-
 def decode(encoded: bytes, shape: tuple[int, int, int]) -> np.ndarray:
-    """Decode a picture to uint8 of `shape` [H, W, C]; see `decode_into`.
+    """Decode a picture to uint8 of `shape` [H, W, C], see `decode_into`.
 
     Raises:
         BadImage: it cannot be decoded, or is too large to be decoded safely.

@@ -21,6 +21,7 @@ from PIL import Image
 
 from alexnet_jax.data.prepare import imagenet, shards
 from alexnet_jax.data.prepare.imagenet import ILSVRC_2012, Challenge
+from alexnet_jax.machine import cores
 
 PER_CLASS = 6  # training pictures
 Named = tuple[str, bytes]  # a file's name and contents
@@ -184,7 +185,7 @@ def built(folder: Path) -> Challenge:
 def prepare(folder: Path, data_dir: Path) -> None:
     """Run the real preparation, with the counts of these archives."""
     source = imagenet.source(built(folder), folder)
-    print(shards.make(source, data_dir, shards.Form()))
+    print(shards.make(source, data_dir, shards.Form(), workers=cores()))
 
 
 if __name__ == '__main__':  # a process of its own, which dry_run.py kills

@@ -14,14 +14,12 @@ interrupted run never leaves an incomplete one; the same command resumes it. The
 
 import argparse
 import contextlib
-import io
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from alexnet_jax import command
+from alexnet_jax import command, machine
 from alexnet_jax.command import log
 from alexnet_jax.data import prepared
 from alexnet_jax.data.images import MOST_PIXELS
@@ -41,9 +39,7 @@ def ensure(name: str, data_dir: str | Path) -> None:
 
 
 def from_tfds(name: str, data_dir: Path, tfds_dir: Path) -> Path:
-    """Link to a data set that TFDS has prepared as array_record, or let TFDS prepare it.
-
-    TFDS needs TensorFlow to prepare one; it is written to `data_dir`.
+    """Link to a data set that TFDS has prepared as array_record.
 
     Args:
         name: as TFDS calls it: 'cifar10', or with a config 'imagenet_resized/64x64'.
@@ -51,11 +47,15 @@ def from_tfds(name: str, data_dir: Path, tfds_dir: Path) -> Path:
         tfds_dir: the folder of the data sets that TFDS prepared.
 
     Raises:
-        RunError: it is not prepared and TFDS cannot prepare it, or it has no labelled images.
+        RunError: it is not prepared, or has no labelled images.
     """
     found = _newest(name, data_dir) or _newest(name, tfds_dir)
     if found is None:
-        found = _prepare_by_tfds(name, data_dir, tfds_dir)
+        raise RunError(
+            f'{name} is not stored as array_record in {data_dir} or {tfds_dir}: set --tfds_dir to '
+            f'the folder that contains it, or run `tfds build {name} --file_format=array_record`, '
+            "which needs TensorFlow (pip install 'alexnet_jax[tf]')."
+        )
     prepared.describe(found)
     folder = data_dir / name.partition('/')[0] / found.name
     if folder.is_symlink():
@@ -80,56 +80,40 @@ def _newest(name: str, folder: Path) -> Path | None:
     return max(found)[1] if found else None
 
 
-def _prepare_by_tfds(name: str, data_dir: Path, tfds_dir: Path) -> Path:
-    import tensorflow_datasets as tfds
-
-    log(f'{name}: TFDS is downloading and preparing it')
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints its progress to stdout
-            builder = tfds.builder(name, data_dir=data_dir, file_format='array_record')
-            prepare: Any = builder.download_and_prepare  # wrapt's stubs hide its signature
-            prepare(download_dir=tfds_dir / 'downloads')
-    except Exception as error:  # the library promises no set of exceptions
-        reason = (str(error).splitlines() or [''])[0]
-        raise RunError(
-            f'{name} is not stored as array_record in {data_dir} or {tfds_dir}, and TFDS cannot '
-            f'prepare it ({type(error).__name__}: {reason}): set --tfds_dir to the folder that '
-            "contains it, or pip install 'alexnet_jax[tf]', which TFDS needs to prepare one."
-        ) from error
-    return Path(builder.data_dir)
-
-
 # ---- the command ----------------------------------------------------------------------------
+
+CHALLENGES = {c.name: c for c in (imagenet.ILSVRC_2012, imagenet.ILSVRC_2010)}
+RANGES = {'px': (8, 4096), 'quality': (1, 100), 'workers': (1, 1024), 'skip_corrupt': (0, 10**9),
+          'max_megapixels': (1, 10_000), 'validation': (0, 1), 'test': (0, 1)}  # fmt: skip
 
 
 def _parser() -> command.Parser:
     parser = command.Parser(
         prog='python -m alexnet_jax prepare', description='Prepare a data set.', allow_abbrev=False
     )
-    sets = parser.add_subparsers(dest='name_of_set', required=True, metavar='DATASET')
+    sets = parser.add_subparsers(dest='set', required=True, metavar='DATASET')
 
-    def add(name: str, about: str, prepare: Callable[[Any], Path]) -> argparse.ArgumentParser:
+    def add(name: str, about: str) -> argparse.ArgumentParser:
         one = sets.add_parser(name, help=about, description=about, allow_abbrev=False)
         one.add_data_dir(type=command.path, default=Path('data'), help='folder of all data sets')
-        one.set_defaults(prepare=prepare)
         return one
 
     for name, what in (('fashion_mnist', 'clothes'), ('mnist', 'handwritten digits')):
-        one = add(name, f'70,000 images of {what}, 28 x 28 px', _mnist)
+        one = add(name, f'70,000 images of {what}, 28 x 28 px')
         one.add_argument('--source', type=command.path, help='folder with the four raw .gz files')
     for name, challenge in CHALLENGES.items():
         tars = ', '.join(archive.name for archive in challenge.archives.values())
-        about = f'from {tars} and {challenge.devkit}, or from the extracted folders'
-        one = add(name, about, _imagenet)
+        one = add(name, f'from {tars} and {challenge.devkit}, or from the extracted folders')
         _add_pictures(one, 'folder with these files, or with the folders train and val')
-    about = 'your own pictures: one folder per class, or train/, val/ and test/ with these'
-    one = add('folder', about, _folder)
+    one = add(
+        'folder', 'your own pictures: one folder per class, or train/, val/, test/ with these'
+    )
     _add_pictures(one, 'folder of the pictures')
     one.add_argument('--name', help="name of the data set; the folder's by default")
     for split in ('validation', 'test'):
         share = f'share of the pictures held out for {split}, without split folders (default: 0.1)'
         one.add_argument(f'--{split}', type=float, default=0.1, metavar='SHARE', help=share)
-    one = add('tfds', 'a set that TFDS has prepared as array_record, or can fetch', _tfds)
+    one = add('tfds', 'a set that TFDS has prepared as array_record')
     one.add_argument('--name', required=True, help='as TFDS calls it')
     tfds_dir = command.path(os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets')
     one.add_argument('--tfds_dir', type=command.path, default=tfds_dir, help="TFDS's data folder")
@@ -137,44 +121,31 @@ def _parser() -> command.Parser:
 
 
 def _add_pictures(parser: argparse.ArgumentParser, source: str) -> None:
-    form = Form()
     parser.add_argument('--source', type=command.path, required=True, help=source)
-    parser.add_argument(
-        '--storage',
-        choices=('jpeg', 'raw'),
-        default=form.storage,
-        help='raw is about ten times as large, and faster to read',
-    )
-    parser.add_argument('--quality', type=int, default=form.quality, help='quality of the JPEGs')
-    parser.add_argument('--px', type=int, default=form.px, help='side of the stored images')
-    parser.add_argument('--workers', type=int, help='processes; one per core by default')
-    parser.add_argument('--skip_corrupt', type=int, default=0, metavar='N',
-                        help='skip up to N images that cannot be decoded')  # fmt: skip
-    parser.add_argument('--max_megapixels', type=float, default=MOST_PIXELS / 1e6, metavar='M',
-                        help='largest image to accept, if you trust its source')  # fmt: skip
+    about = 'raw is about ten times as large, and faster to read'
+    parser.add_argument('--storage', choices=('jpeg', 'raw'), default=Form.storage, help=about)
+    for name, default, what in (
+        ('quality', Form.quality, 'quality of the JPEGs'),
+        ('px', Form.px, 'side of the stored images'),
+        ('workers', machine.cores(), 'processes; one per core by default'),
+        ('skip_corrupt', 0, 'skip up to so many images that cannot be decoded'),
+        ('max_megapixels', MOST_PIXELS / 1e6, 'largest image to accept, if you trust its source'),
+    ):
+        parser.add_argument(
+            f'--{name}', type=type(default), default=default, metavar='N', help=what
+        )
 
 
-CHALLENGES = {c.name: c for c in (imagenet.ILSVRC_2012, imagenet.ILSVRC_2010)}
-
-
-def _mnist(args: argparse.Namespace) -> Path:
-    return fashion_mnist.prepare(args.data_dir, args.source, name=args.name_of_set)
-
-
-def _imagenet(args: argparse.Namespace) -> Path:
-    return _make(imagenet.source(CHALLENGES[args.name_of_set], args.source), args)
-
-
-def _folder(args: argparse.Namespace) -> Path:
-    shares = dict(validation=args.validation, test=args.test)
-    return _make(image_folder.source(args.source, args.name, **shares), args)
-
-
-def _tfds(args: argparse.Namespace) -> Path:
-    return from_tfds(args.name, args.data_dir, args.tfds_dir)
-
-
-def _make(source: shards.Source, args: argparse.Namespace) -> Path:
+def _prepare(args: argparse.Namespace) -> Path:
+    if args.set in prepared.FETCHED:
+        return fashion_mnist.prepare(args.data_dir, args.source, name=args.set)
+    if args.set == 'tfds':
+        return from_tfds(args.name, args.data_dir, args.tfds_dir)
+    if args.set == 'folder':
+        shares = dict(validation=args.validation, test=args.test)
+        source = image_folder.source(args.source, args.name, **shares)
+    else:
+        source = imagenet.source(CHALLENGES[args.set], args.source)
     return shards.make(
         source,
         args.data_dir,
@@ -187,17 +158,11 @@ def _make(source: shards.Source, args: argparse.Namespace) -> Path:
 
 def _act(args: argparse.Namespace) -> None:
     if (source := getattr(args, 'source', None)) and not source.is_dir():
-        raise UsageError(
-            f'--source={source} is not a folder: give the one with the original files.'
-        )
-    for name, least, most in (
-        ('px', 8, 4096), ('quality', 1, 100), ('workers', 1, 1024), ('skip_corrupt', 0, 10**9),
-        ('max_megapixels', 1, 10_000), ('validation', 0, 1), ('test', 0, 1),
-    ):  # fmt: skip
-        value = getattr(args, name, None)
-        if value is not None and not least <= value <= most:
+        raise UsageError(f'--source={source} is not a folder: give the one with the images.')
+    for name, (least, most) in RANGES.items():
+        if not least <= (value := getattr(args, name, least)) <= most:
             raise UsageError(f'--{name} must be from {least} to {most:,}, but is {value:,}.')
-    print(args.prepare(args))
+    print(_prepare(args))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -27,7 +27,7 @@ import numpy as np
 import PIL
 from PIL import Image
 
-from alexnet_jax import files, machine
+from alexnet_jax import files
 from alexnet_jax.command import log
 from alexnet_jax.data import images as image_io
 from alexnet_jax.data import prepared, statistics
@@ -126,7 +126,7 @@ def make(
     data_dir: Path,
     form: Form,
     *,
-    workers: int | None = None,
+    workers: int,
     skip_corrupt: int = 0,
     most_pixels: int = image_io.MOST_PIXELS,
     shard_images: int = SHARD_IMAGES,
@@ -137,7 +137,7 @@ def make(
         source: the pictures.
         data_dir: the folder of all data sets.
         form: the size and encoding of stored images.
-        workers: processes; one per core if not given.
+        workers: processes.
         skip_corrupt: number of pictures to skip if they cannot be decoded.
         most_pixels: a picture with more counts as one that cannot be decoded.
         shard_images: pictures a shard, about.
@@ -154,7 +154,7 @@ def make(
             versions = f'{form}, Pillow {PIL.__version__}, program {PROGRAM}'
             work = staging / hashlib.sha256(versions.encode()).hexdigest()[:16]
             tasks = _plan(source, form, work, most_pixels, shard_images)
-            found = _write_shards(source, tasks, workers or machine.cores(), skip_corrupt)
+            found = _write_shards(source, tasks, workers, skip_corrupt)
             _describe(source, found, work / 'set')
             os.sync()  # a power cut leaves no empty file under its name
             folder.parent.mkdir(exist_ok=True)
