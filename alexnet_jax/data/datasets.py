@@ -200,12 +200,14 @@ def _folder(name: str, data_dir: Path) -> Path:
 
     if versions:
         return max(versions, key=rank)
-    known = (*prepared.FETCHED, *prepared.OFFICIAL)
     found = ', '.join(sorted({path.parts[-3] for path in infos})) or 'none'
-    error = RunError if name in known else UsageError
+    problem, wanted = f"there is no data set '{name}' in {data_dir}", name
+    if name == 'none':  # the default of the config of one's own pictures
+        problem, wanted = 'data.name is not set', 'NAME'
+    error = RunError if name in (*prepared.FETCHED, *prepared.OFFICIAL) else UsageError
     raise error(
-        f"there is no data set '{name}' in {data_dir} (found: {found}): set data.name to another, "
-        f'or run `{prepared.command(name, data_dir)}`.'
+        f'{problem} (found: {found}): set data.name to another, or run '
+        f'`{prepared.command(wanted, data_dir)}`.'
     )
 
 
