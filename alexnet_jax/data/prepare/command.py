@@ -30,8 +30,7 @@ from alexnet_jax.errors import RunError, UsageError
 
 def ensure(name: str, data_dir: str | Path) -> None:
     """Prepare data set `name` if it can be downloaded and no version of it exists."""
-    there = {path.parent.name for path in Path(data_dir, name).glob('*/dataset_info.json')}
-    if name in prepared.FETCHED and (not there or fashion_mnist.VERSION in there):
+    if name in prepared.FETCHED and not any(Path(data_dir, name).glob('*/dataset_info.json')):
         fashion_mnist.prepare(data_dir, name=name)
 
 
