@@ -369,7 +369,7 @@ def test_json_lines_and_bad_files_among_good_ones(run_command, trained, expected
     )  # fmt: skip
     assert done.returncode == 1, done.stderr
     assert 'Traceback' not in done.stderr
-    assert f'{tmp_path}/text.png is not an image.' in done.stderr
+    assert f'{tmp_path}/text.png is not an image' in done.stderr
     assert f'{tmp_path}/missing.png cannot be read as an image: No such file' in done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert [line['image'] for line in lines] == [f'{folder}/01.png', f'{folder}/02.png', odd]

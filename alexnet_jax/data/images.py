@@ -142,7 +142,7 @@ def _upper_bits(picture: Image.Image) -> Image.Image:
     """Return the upper 8 bits of 16-bit grey, which Pillow would clip at 255."""
     values = np.asarray(picture)
     if picture.mode == 'F' or not 0 <= values.min() <= values.max() < 2**16:
-        raise ValueError('its pixels have more than 16 bits, and their range is not known')
+        raise ValueError('its pixels are floating-point numbers or have more than 16 bits')
     return Image.fromarray((values >> 8).astype(np.uint8))
 
 
