@@ -57,10 +57,9 @@ def from_tfds(name: str, data_dir: Path, tfds_dir: Path) -> Path:
         )
     prepared.describe(found)
     folder = data_dir / name.partition('/')[0] / found.name
-    if folder.is_symlink():
-        folder.unlink()  # its target was moved, or is another config
-    if not folder.exists():
+    if folder.resolve() != found.resolve():
         folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.unlink(missing_ok=True)  # its target was moved, or is another config
         folder.symlink_to(found.resolve(), target_is_directory=True)
         log(f'{name}: linked to {found}')
     return folder

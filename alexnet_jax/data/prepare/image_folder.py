@@ -139,6 +139,9 @@ def _misfit(
     """Return why folders are not those of a data set, completing '<folder> ...'; '' if they are."""
     if '' in splits or 'train' not in splits:
         return 'mixes splits and classes, or has no train'
+    for one, members in splits['train'].items():
+        if not members:
+            return f'has no or too few images of class {one!a} to train on ({_endings(ignored)})'
     for split, found in splits.items():
         if unknown := sorted(found.keys() - set(classes)):
             return f'has class {unknown[0]!a} in {split}, but not in train'
@@ -146,9 +149,6 @@ def _misfit(
             return f'has no folder of pictures in {split} ({_endings(ignored)})'
     if len(classes) < 2:
         return 'has only one folder of images, and at least two are needed'
-    for one, members in splits['train'].items():
-        if not members:
-            return f'has no or too few images of class {one!a} to train on ({_endings(ignored)})'
     return ''
 
 
