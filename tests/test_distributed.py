@@ -180,8 +180,12 @@ def test_a_process_reads_its_part_of_a_batch_only(repository, tmp_path):
 
 
 def test_two_processes_of_four_devices_are_one_of_eight(command, tmp_path):
-    """Sums over processes are taken in another order, and rounding grows over the 16 steps."""
-    two = Crew(command, tmp_path / 'two', 2, EIGHT, devices=8)
+    """Sums over processes are taken in another order, and rounding grows over the 16 steps.
+
+    The two read their slices of each batch from the record files, the one from memory.
+    """
+    in_files = ('--config.data.resident_gib=0.0', '--config.data.workers=2')
+    two = Crew(command, tmp_path / 'two', 2, (*EIGHT, *in_files), devices=8)
     assert two.wait() == {0: 0, 1: 0}, two.stderr(0) + two.stderr(1)
     one = Crew(command, tmp_path / 'one', 1, EIGHT, devices=8)
     assert one.wait() == {0: 0}, one.stderr(0)

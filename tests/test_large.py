@@ -27,7 +27,7 @@ from alexnet_jax.data.datasets import LargeDataset
 from alexnet_jax.data.prepare import command as prepare
 from alexnet_jax.errors import RunError, UsageError
 from alexnet_jax.inference import evaluate
-from alexnet_jax.training import callbacks, metrics, train
+from alexnet_jax.training import callbacks, train
 from alexnet_jax.training.workdir import MAY_DIFFER
 from tests.conftest import smoke_config
 from tests.test_distributed import Crew
@@ -499,14 +499,3 @@ def test_a_stopped_run_on_a_large_set_resumes(smoke_run, command, tmp_path):
     assert again.wait() == {0: 0}, again.stderr(0)
     assert 'resuming at step' in again.stderr(0)
     assert_same(outcome(smoke_run), outcome(tmp_path / 'run'))
-
-
-def test_two_processes_read_a_slice_each(smoke_run, command, tmp_path):
-    crew = Crew([*command, '--config.mesh.data=2', '--config.epochs=1.0'], tmp_path, 2, devices=2)
-    assert crew.wait() == {0: 0, 1: 0}, crew.stderr(0) + crew.stderr(1)
-    first, expected = (metrics.read(folder)[0] for folder in (tmp_path / 'run', smoke_run))
-    assert first['step'] == 1
-    # The first step's loss is of all 64 images; sums are taken in another order, rounded to 1e-7.
-    assert first['loss'] == pytest.approx(expected['loss'], rel=1e-5)
-    labels = [outcome(folder)[3]['label'] for folder in (tmp_path / 'run', smoke_run)]
-    np.testing.assert_array_equal(*labels)

@@ -156,7 +156,8 @@ def make(
             tasks = _plan(source, form, work, most_pixels, shard_images)
             found = _write_shards(source, tasks, workers, skip_corrupt)
             _describe(source, found, work / 'set')
-            os.sync()  # a power cut leaves no empty file under its name
+            for path in (work / 'set').glob('*.[jnt]*'):  # descriptions, names, statistics
+                _sync(path)
             folder.parent.mkdir(exist_ok=True)
             (work / 'set').rename(folder)
             log(f'{source.name}: prepared in {folder}')
@@ -251,10 +252,15 @@ def write_shard(task: Task) -> Facts:
         total = sums.total.astype(np.uint32)  # exact: 2,048 bytes of 255
         with about.open('wb') as file:
             np.savez(file, facts=json.dumps(facts), total=total, products=sums.products)
-        for path in (scratch, about):  # a power cut leaves no empty file under its name
-            with path.open('rb') as file:
-                os.fsync(file.fileno())
+        _sync(scratch)
+        _sync(about)
     return facts
+
+
+def _sync(path: Path) -> None:
+    """Flush a file to the disk, so that a power cut does not leave an empty one under its name."""
+    with path.open('rb') as file:
+        os.fsync(file.fileno())
 
 
 def _encode(task: Task, member: Member) -> bytes:
