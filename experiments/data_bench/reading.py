@@ -27,7 +27,7 @@ from alexnet_jax.data import datasets
 from alexnet_jax.data import images as image_io
 from alexnet_jax.data.batches import Batch, TrainStream
 from alexnet_jax.data.prefetch import prefetch
-from alexnet_jax.data.prepare import shards
+from alexnet_jax.data.prepare import tfds_format
 from alexnet_jax.machine import cores
 from alexnet_jax.parallel import cpu
 from alexnet_jax.training import metrics
@@ -54,10 +54,10 @@ def write(
     numbers = iter(range(count))
     for i, length in enumerate(lengths):
         name = f'{folder.name}-train.array_record-{i:05d}-of-{files:05d}'
-        writer = shards.record_writer(version / name)
+        writer = tfds_format.record_writer(version / name)
         for _ in range(length):
             number = next(numbers)
-            writer.write(shards.example(encoded(number), number % CLASSES))
+            writer.write(tfds_format.example(encoded(number), number % CLASSES))
         writer.close()
     image = (
         tfds.features.Tensor(shape=(px, px, 3), dtype=np.uint8, encoding='bytes')
@@ -67,7 +67,7 @@ def write(
     label = tfds.features.ClassLabel(num_classes=CLASSES)
     features = tfds.features.FeaturesDict({'image': image, 'label': label})
     about = {'train': [(length, 0) for length in lengths]}
-    shards.write_metadata(version, folder.name, '1.0.0', features, about)
+    tfds_format.write_metadata(version, folder.name, '1.0.0', features, about)
 
 
 def noise(rng: np.random.Generator) -> np.ndarray:

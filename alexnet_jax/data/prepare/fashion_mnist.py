@@ -21,7 +21,7 @@ import numpy as np
 
 from alexnet_jax.command import log
 from alexnet_jax.data import prepared
-from alexnet_jax.data.prepare.shards import example, record_writer, write_metadata
+from alexnet_jax.data.prepare.tfds_format import example, record_writer, write_metadata
 from alexnet_jax.errors import RunError
 
 Raw = dict[str, tuple[np.ndarray, np.ndarray]]  # {split: (uint8 [N, H, W], uint8 [N])}

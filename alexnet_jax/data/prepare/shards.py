@@ -31,13 +31,12 @@ from alexnet_jax import files
 from alexnet_jax.command import log
 from alexnet_jax.data import images as image_io
 from alexnet_jax.data import prepared, statistics
-from alexnet_jax.data.prepare import archives
+from alexnet_jax.data.prepare import archives, tfds_format
 from alexnet_jax.errors import RunError, UsageError
 
 VERSION = '1.0.0'  # of the data sets made here
 PROGRAM = 3  # raise it when the bytes change; since 3, statistics are of the images as stored
 SHARD_IMAGES = 2048  # ImageNet in 626 files: fewer than the 1,024 that may usually be open
-OPTIONS = 'group_size:1,uncompressed'  # a record each, as TFDS has it; JPEG cannot be compressed
 
 
 @dataclass(frozen=True)
@@ -234,7 +233,7 @@ def write_shard(task: Task) -> Facts:
     sums = statistics.Sums((task.form.px, task.form.px, 3))
     task.target.unlink(missing_ok=True)  # of an earlier plan: the new facts must not vouch for it
     with files.atomic_write(task.target) as scratch, files.atomic_write(task.facts) as about:
-        writer = record_writer(scratch)
+        writer = tfds_format.record_writer(scratch)
         for member in task.members:
             try:
                 stored = _encode(task, member)
@@ -242,7 +241,7 @@ def write_shard(task: Task) -> Facts:
                 inside = '' if member.name == member.file else f' in {member.file}'
                 skipped[member.name] = f'{member.name}{inside} {error}'
                 continue
-            record = example(stored, member.label, member.name)
+            record = tfds_format.example(stored, member.label, member.name)
             writer.write(record)
             images, record_bytes = images + 1, record_bytes + len(record)
             if task.split == 'train':
@@ -281,31 +280,6 @@ def read_facts(task: Task) -> Facts | None:
     except Exception:  # it is missing or incomplete; np.load promises no set of exceptions
         return None
     return facts if task.target.exists() and facts.job == task.job and not facts.skipped else None
-
-
-def record_writer(path: Path) -> Any:
-    """Return array_record's writer of a file."""
-    from array_record.python.array_record_module import (  # ty: ignore[import-not-found]
-        ArrayRecordWriter,  # a compiled module without stubs
-    )
-
-    return ArrayRecordWriter(str(path), OPTIONS)
-
-
-def example(image: bytes, label: int, name: str | None = None) -> bytes:
-    """Return a record: a serialised tf.train.Example of `image`, `label` and `file_name`.
-
-    TFDS's own serialiser writes the map of features in an order that varies with the process.
-    """
-    from tensorflow_datasets.proto import tf_example_pb2 as proto
-
-    message: Any = proto.Example()  # ty: ignore[missing-attribute] (made at import)
-    features = message.features.feature
-    features['image'].bytes_list.value.append(image)
-    features['label'].int64_list.value.append(label)
-    if name is not None:
-        features['file_name'].bytes_list.value.append(os.fsencode(name))
-    return message.SerializeToString(deterministic=True)
 
 
 # ---- all shards -----------------------------------------------------------------------------
@@ -398,8 +372,9 @@ def _describe(source: Source, found: Mapping[Task, Facts], folder: Path) -> None
                 sums.merge(facts.images, file['total'], file['products'])
     for reason in skipped.values():
         log(f'{source.name}: skipped: {ascii(reason)[1:-1]}')
-    features = _features(form, source.class_names)
-    write_metadata(folder, source.name, VERSION, features, shards, description=source.description)
+    features = tfds_format.features((form.px, form.px, 3), form.storage, source.class_names)
+    about = dict(description=source.description)
+    tfds_format.write_metadata(folder, source.name, VERSION, features, shards, **about)
     if source.words:
         lines = ''.join(f'{line}\n' for line in source.words)
         (folder / 'label.words.txt').write_text(lines, encoding='utf-8')
@@ -415,53 +390,3 @@ def _describe(source: Source, found: Mapping[Task, Facts], folder: Path) -> None
     statistics.save(folder / 'statistics.npz', result, sums.count)
     stds = ', '.join(f'{std:.2f}' for std in result.colour_std)
     log(f'{source.name}: standard deviations along the colour components {stds}')
-
-
-def _features(form: Form, class_names: Sequence[str]) -> Any:
-    import tensorflow_datasets as tfds
-
-    shape = (form.px, form.px, 3)
-    if form.storage == 'raw':
-        image = tfds.features.Tensor(shape=shape, dtype=np.uint8, encoding='bytes')
-    else:
-        image = tfds.features.Image(shape=shape, encoding_format='jpeg')
-    label = tfds.features.ClassLabel(names=list(class_names))
-    features = {'file_name': tfds.features.Text(), 'image': image, 'label': label}
-    return tfds.features.FeaturesDict(features)
-
-
-def write_metadata(
-    folder: Path,
-    name: str,
-    version: str,
-    features: Any,
-    shards: Mapping[str, Sequence[tuple[int, int]]],
-    **description: Any,
-) -> None:
-    """Describe a folder of array_record files as TFDS does.
-
-    `shards` is {split: (examples, bytes of records) of each file}; `features` is TFDS's
-    FeaturesDict; `description` are further arguments of TFDS's `write_metadata`.
-    """
-    import tensorflow_datasets as tfds
-
-    template = tfds.core.ShardedFileTemplate(
-        dataset_name=name, data_dir=folder, filetype_suffix='array_record'
-    )
-    tfds.folder_dataset.write_metadata(
-        data_dir=folder,
-        version=version,
-        features=features,
-        split_infos=[
-            tfds.core.SplitInfo(
-                name=split,
-                shard_lengths=[images for images, _ in about],
-                num_bytes=sum(size for _, size in about),
-                filename_template=template,
-            )
-            for split, about in shards.items()
-        ],
-        supervised_keys=('image', 'label'),
-        check_data=False,  # it needs TensorFlow
-        **description,
-    )

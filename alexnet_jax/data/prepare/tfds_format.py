@@ -1,0 +1,86 @@
+"""Write records and descriptions in TFDS's format, without TensorFlow."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+OPTIONS = 'group_size:1,uncompressed'  # a record each, as TFDS has it; JPEG cannot be compressed
+
+
+def record_writer(path: Path) -> Any:
+    """Return array_record's writer of a file."""
+    from array_record.python.array_record_module import (  # ty: ignore[import-not-found]
+        ArrayRecordWriter,  # a compiled module without stubs
+    )
+
+    return ArrayRecordWriter(str(path), OPTIONS)
+
+
+def example(image: bytes, label: int, name: str | None = None) -> bytes:
+    """Return a record: a serialised tf.train.Example of `image`, `label` and `file_name`.
+
+    TFDS's own serialiser writes the map of features in an order that varies with the process.
+    """
+    from tensorflow_datasets.proto import tf_example_pb2 as proto
+
+    message: Any = proto.Example()  # ty: ignore[missing-attribute] (made at import)
+    features = message.features.feature
+    features['image'].bytes_list.value.append(image)
+    features['label'].int64_list.value.append(label)
+    if name is not None:
+        features['file_name'].bytes_list.value.append(os.fsencode(name))
+    return message.SerializeToString(deterministic=True)
+
+
+def features(shape: tuple[int, int, int], storage: str, class_names: Sequence[str]) -> Any:
+    """Return TFDS's FeaturesDict of images [H, W, C] stored as 'raw' or 'jpeg'."""
+    import tensorflow_datasets as tfds
+
+    if storage == 'raw':
+        image = tfds.features.Tensor(shape=shape, dtype=np.uint8, encoding='bytes')
+    else:
+        image = tfds.features.Image(shape=shape, encoding_format='jpeg')
+    label = tfds.features.ClassLabel(names=list(class_names))
+    return tfds.features.FeaturesDict(
+        {'file_name': tfds.features.Text(), 'image': image, 'label': label}
+    )
+
+
+def write_metadata(
+    folder: Path,
+    name: str,
+    version: str,
+    features: Any,
+    shards: Mapping[str, Sequence[tuple[int, int]]],
+    **description: Any,
+) -> None:
+    """Describe a folder of array_record files as TFDS does.
+
+    `shards` is {split: (examples, bytes of records) of each file}; `features` is TFDS's
+    FeaturesDict; `description` are further arguments of TFDS's `write_metadata`.
+    """
+    import tensorflow_datasets as tfds
+
+    template = tfds.core.ShardedFileTemplate(
+        dataset_name=name, data_dir=folder, filetype_suffix='array_record'
+    )
+    tfds.folder_dataset.write_metadata(
+        data_dir=folder,
+        version=version,
+        features=features,
+        split_infos=[
+            tfds.core.SplitInfo(
+                name=split,
+                shard_lengths=[images for images, _ in about],
+                num_bytes=sum(size for _, size in about),
+                filename_template=template,
+            )
+            for split, about in shards.items()
+        ],
+        supervised_keys=('image', 'label'),
+        check_data=False,  # it needs TensorFlow
+        **description,
+    )
