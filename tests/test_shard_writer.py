@@ -344,6 +344,14 @@ def test_a_shard_without_its_facts_is_written_again(half, made):
     assert sums(data_dir / 'pets/1.0.0') == sums(made)
 
 
+def test_a_lost_plan_is_noticed(half):
+    copy, data_dir = half
+    next(data_dir.glob('.prepare-pets/*/plan/train-*.jsonl')).write_text('')
+    with pytest.raises(RunError, match='Images are missing from the shards: remove'):
+        make(copy, data_dir)
+    assert not (data_dir / 'pets').exists()
+
+
 def test_finished_shards_are_used_and_not_written_again(half, made):
     copy, data_dir = half
     with pytest.MonkeyPatch.context() as patch:

@@ -370,6 +370,11 @@ def _describe(source: Source, found: Mapping[Task, Facts], folder: Path) -> None
         if task.split == 'train':
             with np.load(task.facts) as file:
                 sums.merge(facts.images, file['total'], file['products'])
+    written = sum(facts.images for facts in found.values())
+    if written + len(skipped) != sum(source.images.values()):  # a power cut may empty a plan
+        raise RunError(
+            f'Images are missing from the shards: remove {folder.parent} and run the command again.'
+        )
     for reason in skipped.values():
         log(f'{source.name}: skipped: {ascii(reason)[1:-1]}')
     features = tfds_format.features((form.px, form.px, 3), form.storage, source.class_names)
