@@ -4,7 +4,6 @@ A small split is decoded once and mapped into memory. A large one stays in its f
 read images on demand. Both have the same order, pixels and interface.
 """
 
-import collections
 import contextlib
 import functools
 import hashlib
@@ -133,7 +132,7 @@ def load(
     folder = _folder(name, Path(data_dir))
     about = prepared.describe(folder)
     lengths = {base: [n for _, n in files] for base, files in about.files.items()}
-    terms, names = parse_split(split, lengths), _unique(about)
+    terms, names = parse_split(split, lengths), about.words
     sizes = {base: sum(counts) for base, counts in lengths.items()}
     if max(sizes[base] for base, *_ in terms) * math.prod(about.shape) > resident_gib * 2**30:
         return LargeDataset(name, split, StoredImages(folder, about, terms, workers), names)
@@ -222,16 +221,7 @@ def class_names(name: str, data_dir: str | Path, *, words: bool = True) -> tuple
         UsageError, RunError: as `load`.
     """
     about = prepared.describe(_folder(name, Path(data_dir)))
-    return _unique(about) if words else about.class_names
-
-
-def _unique(about: Description) -> tuple[str, ...]:
-    """Return a data set's words, with the name appended where two classes share them."""
-    counts = collections.Counter(about.words)
-    return tuple(
-        word if counts[word] == 1 else f'{word} ({name})'
-        for word, name in zip(about.words, about.class_names, strict=True)
-    )
+    return about.words if words else about.class_names
 
 
 def facts(name: str, data_dir: str | Path) -> tuple[int, int, tuple[str, ...]]:

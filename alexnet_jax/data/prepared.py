@@ -1,5 +1,6 @@
 """The folder of a prepared data set: its description, and the lock to write it."""
 
+import collections
 import contextlib
 import errno
 import fcntl
@@ -29,7 +30,7 @@ class Description(NamedTuple):
     shape: tuple[int, int, int]  # of the decoded images, [H, W, C]
     encoded: bool  # JPEG or PNG; False for the uint8 arrays themselves
     class_names: tuple[str, ...]  # by label: TFDS's names, else '0', '1', ...
-    words: tuple[str, ...]  # longer names of the classes ('tabby, tabby cat'), else `class_names`
+    words: tuple[str, ...]  # longer names ('tabby, tabby cat'), unique; else `class_names`
 
 
 def describe(folder: Path) -> Description:
@@ -42,23 +43,25 @@ def describe(folder: Path) -> Description:
     try:
         info = json.loads((folder / 'dataset_info.json').read_text())
         features = json.loads((folder / 'features.json').read_text())['featuresDict']['features']
-        files: dict[str, list[tuple[Path, int]]] = {}
-        for split in info['splits']:
-            counts = [int(count) for count in split['shardLengths']]
-            names = (
-                shard_name(info['name'], split['name'], i, len(counts)) for i in range(len(counts))
-            )
-            files[split['name']] = [
-                (folder / name, n) for name, n in zip(names, counts, strict=True)
+        files = {
+            split['name']: [
+                (folder / shard_name(info['name'], split['name'], i, len(lengths)), int(count))
+                for i, count in enumerate(lengths)
             ]
+            for split in info['splits']
+            for lengths in [split['shardLengths']]
+        }
         for path in (path for split in files.values() for path, _ in split):
-            path.stat()
+            path.stat()  # it is there
         classes = int(features['label']['classLabel']['numClasses'])
         found = _lines(folder / 'label.labels.txt') or tuple(map(str, range(classes)))
         words = _lines(folder / 'label.words.txt') or found
-        for _ in zip(found, words, strict=True):
-            pass
-        return Description(files, *_image_format(features['image']), found, words)
+        counted = collections.Counter(words)
+        unique = tuple(
+            word if counted[word] == 1 else f'{word} ({name})'
+            for word, name in zip(words, found, strict=True)
+        )
+        return Description(files, *_image_format(features['image']), found, unique)
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = error if isinstance(error, OSError) else f'{type(error).__name__}: {error}'
         raise damaged(folder, f'its description or a file is missing or wrong, {reason}') from None
