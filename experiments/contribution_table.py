@@ -1,27 +1,13 @@
-"""Build the contribution table: every ablation over several seeds, with the 2012 results.
+"""Measure what each idea of the paper contributes: every ablation against the base, over seeds.
 
-    python -m experiments.sweep contribution_table --scale=quickstart --seeds=5     # trains
-    python -m experiments.contribution_table --runs=workdirs/contribution_table-quickstart
-    python -m experiments.contribution_table        # rebuild from the archive in the repository
-
-With --runs, the finished runs are archived in experiments/results/contribution_table/<scale>/
-(run_archive.py). table.md, short.md, table.csv, differences.svg and curves.svg there are made from
-the archive alone. Each scale has its own table.
-
-All differences are paired by seed and by test image, with intervals for both (intervals.py).
-A row is "worse" or "better" where its p-value, corrected for the number of rows, is below 0.05;
-otherwise "equivalent" where its top-1 interval is inside +-0.3 points, and else "inconclusive".
-The margin of 0.3 points is the smallest effect that the paper reports (3.4), and was fixed before
-any row was compared with it. Top-5 has no such margin: with ten classes the base's top-5 error
-itself is smaller.
-
-A net that does not train at the base's learning rates is no evidence against its idea. For such
-rows the weight rate is chosen by the validation error of seeds 0 to 2 (contribution_rates.py), and
-the row appears twice: at the base's rate and at its own.
+python -m experiments.sweep contribution_table --scale=quickstart --seeds=5     # trains
+python -m experiments.contribution_table --runs=workdirs/contribution_table-quickstart
+python -m experiments.contribution_table        # rebuild from the archive in the repository
 """
 
 import csv
 import dataclasses
+import functools
 import importlib
 import io
 import itertools
@@ -42,23 +28,36 @@ from alexnet_jax.training import metrics, workdir
 from configs import ABLATIONS, Claim
 from experiments import contribution_bfloat16, contribution_rates, intervals, run_archive
 from experiments.intervals import Difference
+from experiments.output import markdown, write_text
 from experiments.run_archive import MEASURES, ArchivedRun
-from experiments.throughput.tables import markdown
 
 BASE = 'alexnet'
 CONFIGS = (BASE, *ABLATIONS)  # what experiments.sweep runs
 SEEDS = 5
-MARGIN = 0.003  # effects smaller than this are called equivalent; see the head of this file
-# Rows that are a config and an override: {row: (config, overrides)}.
+# Effects within +-MARGIN on top-1 are called equivalent: the smallest that the paper reports (3.4),
+# fixed before any row was compared with it. With ten classes the base's top-5 error is smaller than
+# any such margin, so top-5 has none.
+MARGIN = 0.003
+# Rows that are a config and an override: {row: (config, overrides)}. A net that does not train at
+# the base's rate is no evidence against its idea, so such rows appear twice: at the base's rate and
+# at the one with the lowest validation error of RATE_SEEDS.
 OVERRIDDEN = {
     f'{config}-{name}': (config, values)
     for sweep in (contribution_rates, contribution_bfloat16)
     for config in sweep.CONFIGS
     for name, values in sweep.OVERRIDES.items()
 }
-RATE_SEEDS = (0, 1, 2)  # whose validation errors choose a rate
+RATE_SEEDS = (0, 1, 2)
 RESULTS = Path(__file__).parent / 'results' / 'contribution_table'
 Runs = Mapping[int, ArchivedRun]  # of a row, by seed
+ONE_VIEW = Claim(
+    row='one view instead of ten',
+    source='paper 6; run 145',
+    data='ILSVRC-2010 test',
+    top1=1.55,  # 39.02 - 37.47
+    top5=1.30,  # 18.30 - 17.00
+    words='',
+)
 
 # ----------------------------------------------------------------------------------------- the rows
 
@@ -68,15 +67,13 @@ class Row:
     """Row of the table: a change, its effect here and the effect claimed for it.
 
     Attributes:
-        error: by measure; {} if not run.
-        found: by measure.
-        p: by measure, corrected for the number of rows.
+        claim: the change, and what was reported for it.
+        error, found, p: by measure; {} if not run; p is corrected for the number of rows.
         images_only: the interval is over other images, with these nets.
         dead: seeds that did not train; the figures are of the others, if there are any.
         asked: seeds in all.
     """
 
-    name: str
     claim: Claim
     error: dict[str, float] = dataclasses.field(default_factory=dict)
     found: dict[str, Difference] = dataclasses.field(default_factory=dict)
@@ -84,6 +81,11 @@ class Row:
     images_only: bool = False
     dead: int = 0
     asked: int = 0
+
+    @property
+    def name(self) -> str:
+        """Return the change, as tables show it."""
+        return self.claim.row
 
     def finding(self, measure: str) -> str:
         """Return the row's result in a word."""
@@ -108,10 +110,9 @@ def rows(runs: Sequence[ArchivedRun], folder: Path, view: str = 'ten_views') -> 
     Raises:
         RunError: the base was not run.
     """
-    by_row = {
-        name: {run.seed: run for run in found}
-        for name, found in itertools.groupby(runs, key=lambda run: run.row)
-    }
+    by_row: dict[str, dict[int, ArchivedRun]] = {}
+    for run in runs:
+        by_row.setdefault(run.row, {})[run.seed] = run
     base = by_row.get(BASE)
     if not base:
         raise RunError(f'there is no finished run of {BASE} to compare with.')
@@ -126,7 +127,8 @@ def rows(runs: Sequence[ArchivedRun], folder: Path, view: str = 'ten_views') -> 
         for row in names
     ]
     if view == 'ten_views':
-        result.append(_one_view(base))
+        one, ten = ([base[seed].wrong[v] for seed in sorted(base)] for v in ('centre', 'ten_views'))
+        result.append(_compared(ONE_VIEW, one, ten))
     return corrected(result) + _ensembles(base, folder, view)
 
 
@@ -136,13 +138,21 @@ def _ablation(name: str, own: Runs, base: Runs, view: str, lost: Set[int]) -> Ro
     A seed that did not train is counted, not averaged: its error is not a sample of the same
     distribution.
     """
-    claim = _claim_of(name)
     seeds = sorted({*own} & {*base})
     alive = [seed for seed in seeds if not _is_stuck(own[seed])]
-    pairs = [(own[seed].wrong[view], base[seed].wrong[view]) for seed in alive or seeds]
-    row = _compared(claim, pairs) if pairs else Row(claim.row, claim)
+    ours, bases = ([runs[seed].wrong[view] for seed in alive or seeds] for runs in (own, base))
     dead = len(seeds) - len(alive) + len(lost)
-    return dataclasses.replace(row, dead=dead, asked=len(seeds) + len(lost))
+    return _compared(_claim_of(name), ours, bases, dead=dead, asked=len(seeds) + len(lost))
+
+
+def _compared(claim: Claim, ours: Sequence[Mapping], base: Sequence[Mapping], **more: Any) -> Row:
+    """Return the row of a change; `ours` and `base` are the images missed, by seed."""
+    found, error = {}, {}
+    for measure in MEASURES if ours else ():
+        wrong = [np.stack([missed[measure] for missed in runs]) for runs in (ours, base)]
+        found[measure] = intervals.difference(*wrong)
+        error[measure] = float(wrong[0].mean())
+    return Row(claim, error, found, **more)
 
 
 def chosen_rate(
@@ -164,13 +174,11 @@ def _validation_error(own: Runs, lost: Sequence[int]) -> float | None:
     """Return the mean of the last validation errors of RATE_SEEDS; 1 for a seed that diverged."""
     if not {*RATE_SEEDS} <= {*own, *lost}:
         return None
-    last = [
-        [record for record in own[seed].records if record['kind'] == 'validation'][-1]['top1_error']
-        if seed in own
-        else 1.0
-        for seed in RATE_SEEDS
-    ]
-    return float(np.mean(last))
+    return float(np.mean([_last_error(own[s]) if s in own else 1.0 for s in RATE_SEEDS]))
+
+
+def _last_error(run: ArchivedRun) -> float:
+    return [row['top1_error'] for row in run.records if row['kind'] == 'validation'][-1]
 
 
 def _module(name: str) -> Any:
@@ -203,29 +211,6 @@ def _is_stuck(run: ArchivedRun) -> bool:
     return run.final()['centre']['top1_error'] > 0.99 * chance
 
 
-def _one_view(base: Runs) -> Row:
-    claim = Claim(
-        row='one view instead of ten',
-        source='paper 6; run 145',
-        data='ILSVRC-2010 test',
-        top1=1.55,  # 39.02 - 37.47
-        top5=1.30,  # 18.30 - 17.00
-        words='',
-    )
-    pairs = [(run.wrong['centre'], run.wrong['ten_views']) for _, run in sorted(base.items())]
-    return _compared(claim, pairs)
-
-
-def _compared(claim: Claim, pairs: Sequence[tuple[Mapping, Mapping]]) -> Row:
-    """Return the row of a change; `pairs` are the images missed by it and by the base, by seed."""
-    found, error = {}, {}
-    for measure in MEASURES:
-        ours, base = (np.stack([pair[i][measure] for pair in pairs]) for i in (0, 1))
-        found[measure] = intervals.difference(ours, base)
-        error[measure] = float(ours.mean())
-    return Row(claim.row, claim, error, found)
-
-
 def _ensembles(base: Runs, folder: Path, view: str) -> list[Row]:
     """Compare ensembles of the base's seeds with the mean of their members, one row per size."""
     found: dict[int, list[tuple[tuple[int, ...], Any]]] = {}
@@ -239,24 +224,19 @@ def _ensemble(count: int, own: Sequence[tuple[tuple[int, ...], Any]], base: Runs
     error, differences = {}, {}
     in_all = len({seed for seeds, _ in own for seed in seeds})
     for measure in MEASURES:
-        gains = []
-        for seeds, missed in own:
-            members = np.stack([base[seed].wrong[view][measure] for seed in seeds])
-            gains.append(missed[measure] - members.mean(axis=0))
+        gains = [
+            missed[measure] - np.mean([base[seed].wrong[view][measure] for seed in seeds], axis=0)
+            for seeds, missed in own
+        ]
         error[measure] = float(np.mean([missed[measure] for _, missed in own]))
         mean, low, high = intervals.over_images(np.mean(gains, axis=0))
-        images = len(own[0][1][measure])
-        differences[measure] = Difference(mean, in_all, images, low, high)
-    claimed = count == 5
-    claim = Claim(
-        row=f'{count} nets averaged, of {in_all} seeds',
-        source='paper 6',
-        data='ILSVRC-2012 val' if claimed else 'none',
-        top1=-2.6 if claimed else None,  # 38.1 - 40.7
-        top5=-1.8 if claimed else None,  # 16.4 - 18.2
-        words='' if claimed else '5 nets: -2.6 / -1.8 on ILSVRC-2012 val',
-    )
-    return Row(claim.row, claim, error, differences, images_only=True)
+        differences[measure] = Difference(mean, in_all, len(gains[0]), low, high)
+    claim = Claim(f'{count} nets averaged, of {in_all} seeds', 'paper 6', 'none', None, None, '')
+    if count == 5:  # 38.1 - 40.7 and 16.4 - 18.2
+        claim = claim._replace(data='ILSVRC-2012 val', top1=-2.6, top5=-1.8)
+    else:
+        claim = claim._replace(words='5 nets: -2.6 / -1.8 on ILSVRC-2012 val')
+    return Row(claim, error, differences, images_only=True)
 
 
 def corrected(found: Sequence[Row]) -> list[Row]:
@@ -331,20 +311,11 @@ def count(found: Sequence[Row]) -> str:
 
 
 def _base_cells(runs: Sequence[ArchivedRun]) -> list[str]:
-    base = [run for run in runs if run.row == BASE]
-    top1, top5 = (np.array([run.wrong['ten_views'][m].mean() for run in base]) for m in MEASURES)
-    std = f'{100 * top1.std(ddof=1):.2f}' if len(base) > 1 else ''
-    top5_error = f'*{top5.mean():.2%} top-5 error*'
-    return [
-        '*the recipe as run*',
-        f'{top1.mean():.2%}',
-        '',
-        '',
-        top5_error,
-        str(len(base)),
-        std,
-        '',
-    ]
+    wrong = [run.wrong['ten_views'] for run in runs if run.row == BASE]
+    top1, top5 = (np.array([own[measure].mean() for own in wrong]) for measure in MEASURES)
+    std = f'{100 * top1.std(ddof=1):.2f}' if len(wrong) > 1 else ''
+    errors = f'{top1.mean():.2%}', '', '', f'*{top5.mean():.2%} top-5 error*'
+    return ['*the recipe as run*', *errors, str(len(wrong)), std, '']
 
 
 def _cells(row: Row) -> list[str]:
@@ -450,26 +421,20 @@ def _csv_line(row: Row, view: str, measure: str) -> list[Any]:
 # -------------------------------------------------------------------------------------- the figures
 
 
-def differences_figure(found: Sequence[Row]) -> figures.Figure:
+def differences_figure(figure: figures.Figure, found: Sequence[Row]) -> None:
     """Draw the differences in top-1 error with their intervals, and the claims as diamonds.
 
     Differences beyond the axis are written at its end.
     """
-    height = 0.24 * len(found) + 1.0
-    figure = _figure(height)
     axes = figure.subplots()
     limit = _limit(found)
     for place, row in enumerate(found):
-        if 'top1_error' in row.found:
-            _interval(axes, place, row, limit)
-        else:
-            axes.text(0, place, ' not run', fontsize=7, va='center')
+        _interval(axes, place, row, limit)
         if row.claim.top1 is not None:
             axes.plot(row.claim.top1, place + 0.25, 'D', color=figures.ORANGE, markersize=4)
     axes.axvline(0, color=figures.INK, linewidth=0.8)
-    axes.set_yticks(
-        range(len(found)), [row.name + ' †' * row.images_only for row in found], fontsize=7
-    )
+    names = [row.name + ' †' * row.images_only for row in found]
+    axes.set_yticks(range(len(found)), names, fontsize=7)
     axes.set(ylim=(len(found) - 0.4, -0.6), xlim=(-limit, limit))
     axes.set_xlabel('change of the top-1 error, points; worse to the right', fontsize=8)
     axes.tick_params(axis='x', labelsize=7)
@@ -477,26 +442,25 @@ def differences_figure(found: Sequence[Row]) -> figures.Figure:
     axes.plot([], [], 'D', color=figures.ORANGE, label='claimed in 2012, other data', markersize=4)
     figure.legend(loc='outside upper right', ncols=2, fontsize=7)
     axes.grid(axis='x')
-    return figure
 
 
 def _limit(found: Sequence[Row]) -> float:
     """Return the end of the axis, points: all claims and all intervals, but at most 6."""
-    ends = [abs(row.claim.top1) for row in found if row.claim.top1 is not None]
-    for row in found:
-        if 'top1_error' in row.found:
-            own = row.found['top1_error']
-            ends += [100 * abs(end) for end in (own.mean, own.low, own.high) if end is not None]
-    return min(1.1 * max(ends, default=1.0), 6.0)
+    ends = [row.claim.top1 for row in found]
+    for own in [row.found['top1_error'] for row in found if row.found]:
+        ends += [None if end is None else 100 * end for end in (own.mean, own.low, own.high)]
+    return min(1.1 * max((abs(end) for end in ends if end is not None), default=1.0), 6.0)
 
 
 def _interval(axes: Any, place: int, row: Row, limit: float) -> None:
+    if not row.found:
+        axes.text(0, place, ' not run', fontsize=7, va='center')
+        return
     own, word = row.found['top1_error'], row.finding('top1_error')
     mean = 100 * own.mean
     style = {'color': figures.BLUE, 'alpha': 1.0 if word in ('worse', 'better') else 0.45}
     if abs(mean) > limit:
-        side = 'right' if mean > 0 else 'left'
-        text = f'{mean:+.0f} →' if mean > 0 else f'← {mean:+.0f}'
+        side, text = ('right', f'{mean:+.0f} →') if mean > 0 else ('left', f'← {mean:+.0f}')
         at = 0.98 * limit * np.sign(mean)
         axes.text(at, place, text, ha=side, va='center', fontsize=7, color=figures.BLUE)
         return
@@ -505,14 +469,15 @@ def _interval(axes: Any, place: int, row: Row, limit: float) -> None:
     axes.plot(mean, place, 'o', markersize=4, **style)
 
 
-def curves_figure(runs: Sequence[ArchivedRun]) -> figures.Figure:
+def curves_figure(
+    figure: figures.Figure, runs: Sequence[ArchivedRun], panels: Sequence[str]
+) -> None:
     """Draw training (dashed) and validation error against epochs, every seed; the base in grey."""
-    names = [name for name in CONFIGS if any(run.row == name for run in runs)]
-    panels = names[1:] or names
-    lines = -(-len(panels) // 3)
-    figure = _figure(1.25 * lines + 0.7)
-    grid = figure.subplots(lines, 3, sharex=True, sharey=True, squeeze=False).reshape(-1)
-    for axes, name in itertools.zip_longest(grid, panels):
+    # Twice the base's worst: nets that do not train are above the axis.
+    worst = [100 * r['top1_error'] for run in runs if run.row == BASE for r in run.records[:2]]
+    top = min(100.0, 2 * max(worst, default=50.0))
+    grid = figure.subplots(-(-len(panels) // 3), 3, sharex=True, sharey=True, squeeze=False)
+    for axes, name in itertools.zip_longest(grid.reshape(-1), panels):
         if name is None:
             axes.set_axis_off()
             continue
@@ -520,13 +485,13 @@ def curves_figure(runs: Sequence[ArchivedRun]) -> figures.Figure:
             for run in runs:
                 if run.row == row:
                     _curve(axes, run, colour)
-        axes.set_title(_title(name), fontsize=6, loc='left')
-        axes.set(xlim=(0, None), ylim=(0, _top(runs)))
+        title = 'the recipe' if name == BASE else _claim_of(name).row
+        axes.set_title(title, fontsize=6, loc='left')
+        axes.set(xlim=(0, None), ylim=(0, top))
         axes.grid(axis='y')
         axes.tick_params(labelsize=7)
     figure.supxlabel('epochs', fontsize=8)
     figure.supylabel('error, %: validation, training dashed', fontsize=8)
-    return figure
 
 
 def _curve(axes: Any, run: ArchivedRun, colour: str) -> None:
@@ -536,37 +501,20 @@ def _curve(axes: Any, run: ArchivedRun, colour: str) -> None:
         axes.plot([record['epoch'] for record in chosen], errors, dash, color=colour, linewidth=0.8)
 
 
-def _top(runs: Sequence[ArchivedRun]) -> float:
-    """Return the top of the axis: twice the base's worst; nets that do not train are above it."""
-    worst = [100 * r['top1_error'] for run in runs if run.row == BASE for r in run.records[:2]]
-    return min(100.0, 2 * max(worst, default=50.0))
-
-
-def _title(name: str) -> str:
-    return 'the recipe' if name == BASE else _module(name).CLAIM.row
-
-
-def _figure(height: float) -> figures.Figure:
-    library = command.library('matplotlib.figure', 'figures')
-    return library.Figure(figsize=(figures.WIDTH, height), layout='constrained')
-
-
-def svg(draw: Any, *args: Any) -> str:
+def _svg(draw: Any, height: float, *args: Any) -> str:
     """Return a figure as text, the same bytes for the same runs."""
-    style = command.library('matplotlib.style', 'figures')
+    library, style = (command.library(f'matplotlib.{n}', 'figures') for n in ('figure', 'style'))
     with style.context([figures.STYLE], after_reset=True):
-        return figures.render(draw(*args), 'svg').decode()
+        figure = library.Figure(figsize=(figures.WIDTH, height), layout='constrained')
+        draw(figure, *args)
+        return figures.render(figure, 'svg').decode()
 
 
 # ----------------------------------------------------------------------------------------- command
 
 
 def archive(folder: Path, results: Path) -> Path:
-    """Archive the finished runs of a sweep and the base's ensembles; return their folder.
-
-    Raises:
-        RunError: there is no finished run, or one is damaged.
-    """
+    """Archive the finished runs of a sweep and the base's ensembles; return their folder."""
     target, found = run_archive.archive_all(folder, results, (*CONFIGS, *OVERRIDDEN))
     base = {seed: workdir for (row, seed), workdir in found.items() if row == BASE}
     if base:
@@ -584,15 +532,17 @@ def build(folder: Path) -> str:
     _check_recipes(runs, folder)
     found = rows(runs, folder)
     table = page(found, runs)
+    names = [name for name in CONFIGS if any(run.row == name for run in runs)]
+    panels = names[1:] or names
     bodies = {
         'table.md': table,
         'short.md': short(found),
         'table.csv': table_csv(runs, folder),
-        'differences.svg': svg(differences_figure, found),
-        'curves.svg': svg(curves_figure, runs),
+        'differences.svg': _svg(differences_figure, 0.24 * len(found) + 1.0, found),
+        'curves.svg': _svg(curves_figure, 1.25 * -(-len(panels) // 3) + 0.7, runs, panels),
     }
     for name, body in bodies.items():
-        figures.write(folder / name, body.encode())
+        write_text(folder / name, body)
     return table
 
 
@@ -601,8 +551,7 @@ def _check_recipes(runs: Sequence[ArchivedRun], folder: Path) -> None:
     base = next((run for run in runs if run.row == BASE), None)
     if base is None:
         return
-    rows = {run.row for run in runs}
-    recipes = {row: _config_of(row, base.config['scale']) for row in rows}
+    recipes = {row: _config_of(row, base.config['scale']) for row in {run.row for run in runs}}
     for run in runs:
         should = {*configuration.differences(recipes[BASE], recipes[run.row])}
         does = {*configuration.differences(base.config, run.config)}
@@ -613,14 +562,7 @@ def _check_recipes(runs: Sequence[ArchivedRun], folder: Path) -> None:
             )
 
 
-def _parser() -> command.Parser:
-    return run_archive.parser('contribution_table', RESULTS)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return its exit code."""
-    return run_archive.main(_parser, archive, build, argv)
-
+main = functools.partial(run_archive.main, 'contribution_table', RESULTS, archive, build)
 
 if __name__ == '__main__':
     sys.exit(main())

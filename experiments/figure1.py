@@ -4,17 +4,11 @@
     python -m experiments.figure1 --runs=workdirs/figure1-fashion_mnist
     python -m experiments.figure1                                       # rebuild from the archive
 
-With --scale=cifar10 the same on CIFAR-10, the data of the paper, once `python -m
-alexnet_jax prepare tfds --name=cifar10` has prepared it (TensorFlow and the network are needed).
-
-The net is that of figure1_net.py, with ReLU and with tanh, on the same batches, without
-regularisation. Each activation has its rate chosen from RATES, independently: the one with the
-fewest epochs to 25 %, averaged over all seeds. Training error is that of the batches trained on,
-over windows of `loop.log_every_steps`. Each window counts at its middle, and the curve is linear
-between windows.
+With --scale=cifar10, the paper's data, after `python -m alexnet_jax prepare tfds --name=cifar10`.
 """
 
 import dataclasses
+import functools
 import json
 import math
 import sys
@@ -25,14 +19,14 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from alexnet_jax import command
 from alexnet_jax.analysis import figures
 from alexnet_jax.command import log
 from alexnet_jax.errors import RunError
 from alexnet_jax.training import metrics
 from experiments import run_archive
-from experiments.throughput.tables import markdown
+from experiments.output import markdown, write_text
 
+# Each activation has its own rate: the one with the fewest epochs, averaged over all seeds.
 RATES = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128)
 FUNCTIONS = {'relu': 'ReLU', 'tanh': 'tanh'}
 TARGET = 0.25  # [p 3.1]
@@ -67,15 +61,14 @@ class Curves:
 
     def records(self) -> list[Record]:
         """Return the mean curve over seeds."""
-        several = zip(*self.seeds.values(), strict=False)
-        return [
-            {'kind': 'train', 'epoch': own[0]['epoch'], 'top1_error': _error(own)}
-            for own in several
+        several = [
+            (own[0]['epoch'], [record['top1_error'] for record in own])
+            for own in zip(*self.seeds.values(), strict=False)
         ]
-
-
-def _error(own: Sequence[Record]) -> float:
-    return float(np.mean([record['top1_error'] for record in own]))
+        return [
+            {'kind': 'train', 'epoch': epoch, 'top1_error': float(np.mean(errors))}
+            for epoch, errors in several
+        ]
 
 
 def epochs_to(found: Sequence[Record], target: float) -> float:
@@ -104,27 +97,27 @@ def archive(folder: Path, results: Path) -> Path:
     Raises:
         RunError: there are none, or they are of several scales.
     """
-    found = [path for path in sorted(folder.glob('figure1_net_*-rate*-*')) if _ended(path)]
+    curves = {
+        path: [record for record in metrics.read(path) if record['kind'] == 'train']
+        for path in sorted(folder.glob('figure1_net_*-rate*-*'))
+    }
+    found = [path for path, records in curves.items() if _ended(path, records)]
     target = results / run_archive.only_scale(folder, found)
+    keys = ('kind', 'step', 'epoch', 'loss', 'top1_error')
     for path in found:
-        run_archive.archive_records(path, target / path.name, _small(metrics.read(path)))
+        records = [{key: record[key] for key in keys} for record in curves[path]]
+        run_archive.archive_records(path, target / path.name, records)
     return target
 
 
-def _ended(path: Path) -> bool:
+def _ended(path: Path, records: Sequence[Record]) -> bool:
     """Return whether a run reached its last epoch or infinite numbers; report one that did not."""
-    if (path / 'config.json').exists():
+    if records:
         epochs = json.loads((path / 'config.json').read_text())['epochs']
-        trained = [row['epoch'] for row in metrics.read(path) if row['kind'] == 'train']
-        if run_archive.diverged(path) or (trained and trained[-1] >= epochs - 1e-6):
+        if run_archive.diverged(path) or records[-1]['epoch'] >= epochs - 1e-6:
             return True
     log(f'{path} is not finished, and is skipped.')
     return False
-
-
-def _small(found: Sequence[Record]) -> list[Record]:
-    keys = ('kind', 'step', 'epoch', 'loss', 'top1_error')
-    return [{k: r[k] for k in keys} for r in found if r['kind'] == 'train']
 
 
 def read(folder: Path) -> list[Curves]:
@@ -192,17 +185,16 @@ def page(found: Sequence[Curves], scale: str) -> str:
         for f, own in both.items()
         if own and own.rate in (rates[0], rates[-1])
     ]
-    comparison = _compared(both['relu'], both['tanh'])
     paper = (
         'The paper reports a factor of six on CIFAR-10, for a net that it does not describe (3.1, '
         'figure 1).'
     )
-    return f'{markdown([head, *body])}\n\n{" ".join([comparison, paper, *edges])}\n'
+    return f'{markdown([head, *body])}\n\n{" ".join([_compared(**both), paper, *edges])}\n'
 
 
 def _compared(relu: Curves | None, tanh: Curves | None) -> str:
     if relu is None or tanh is None:
-        missed = [FUNCTIONS[f] for f, own in (('relu', relu), ('tanh', tanh)) if own is None]
+        missed = [name for name, own in (('ReLU', relu), ('tanh', tanh)) if own is None]
         return (
             f'{" and ".join(missed)} did not reach it with all seeds at any rate, so there is no '
             f'ratio: finish the sweep, or run it with a larger --config.epochs.'
@@ -222,8 +214,7 @@ def _cell(curves: Curves | None, best: Curves | None) -> str:
     if curves is None:
         return 'not run'
     values = list(curves.epochs().values())
-    if not all(map(math.isfinite, values)):
-        missed = sum(map(math.isinf, values))
+    if missed := sum(map(math.isinf, values)):
         return f'not reached by {missed} of {len(values)} seeds'
     spread = f' ± {np.std(values, ddof=1):.3f}' if len(values) > 1 else ''
     text = f'{np.mean(values):.3f}{spread}'
@@ -231,29 +222,18 @@ def _cell(curves: Curves | None, best: Curves | None) -> str:
 
 
 def build(folder: Path) -> str:
-    """Write table.md and figure1.svg from the archive in `folder`; return the table.
-
-    Raises:
-        RunError: the archive is damaged.
-    """
+    """Write table.md and figure1.svg from the archive in `folder`; return the table."""
     found = read(folder)
     text = page(found, folder.name)
-    both = [chosen(found, function) for function in FUNCTIONS]
-    curves = {f'{FUNCTIONS[own.function]}, rate {own.rate:g}': own.records() for own in both if own}
-    run_archive.write_text(folder / 'table.md', text)
+    write_text(folder / 'table.md', text)
+    both = [own for function in FUNCTIONS if (own := chosen(found, function))]
+    curves = {f'{FUNCTIONS[own.function]}, rate {own.rate:g}': own.records() for own in both}
     if curves:
-        figures.write(folder / 'figure1.svg', figures.render(figures.fig1(curves), 'svg'))
+        write_text(folder / 'figure1.svg', figures.render(figures.fig1(curves), 'svg').decode())
     return text
 
 
-def _parser() -> command.Parser:
-    return run_archive.parser('figure1', RESULTS)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return its exit code."""
-    return run_archive.main(_parser, archive, build, argv)
-
+main = functools.partial(run_archive.main, 'figure1', RESULTS, archive, build)
 
 if __name__ == '__main__':
     sys.exit(main())

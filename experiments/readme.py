@@ -1,7 +1,7 @@
 """Fill the generated parts of README.md and docs/ from configs and from logs in results/.
 
-python -m experiments.readme            # write them
-python -m experiments.readme --check    # exit code 1 if a page differs from the logs
+    python -m experiments.readme            # write them
+    python -m experiments.readme --check    # exit code 1 if a page differs from the logs
 
 A generated part is enclosed by `<!-- MARK: command -->` and `<!-- end of MARK -->`.
 """
@@ -11,79 +11,80 @@ import importlib
 import json
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from alexnet_jax.training import metrics
 from configs import Claim
+from experiments.output import NOT_RUN, markdown, read_lines
 from experiments.throughput import tables
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / 'results'
 # Folders of RESULTS with runs of the recipe as it is.
 KEPT_RUNS = ('quickstart', 'gpu', 'variants/fashion_mnist')
-NOT_RUN = 'not run'
 
 # ------------------------------------------------------------------------------ runs of the recipe
 
 
-def archived_runs() -> Iterator[tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]]:
-    """Yield (config, environment, records) of each finished run of configs/alexnet.py."""
+class Run(NamedTuple):
+    """A finished run of configs/alexnet.py."""
+
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    final: Mapping[str, Any]  # its last record of kind 'test'
+
+    @property
+    def device(self) -> str:
+        """Return the number and the name of its devices."""
+        count = self.environment['cpus' if self.environment['platform'] == 'cpu' else 'devices']
+        return f'{count} x {self.environment["device"]}'
+
+    def accuracy(self, view: str) -> str:
+        """Return its test accuracy."""
+        return f'{1 - self.final[view]["top1_error"]:.4f}'
+
+
+def archived_runs(scale: str = '') -> Iterator[Run]:
+    """Yield the archived runs, of one scale if it is given."""
     found = (path for folder in KEPT_RUNS for path in RESULTS.glob(f'{folder}/*/config.json'))
     for path in sorted(found):
-        config, records = json.loads(path.read_text()), metrics.read(path.parent)
-        if config['name'] == 'alexnet' and any(row['kind'] == 'test' for row in records):
-            yield config, json.loads((path.parent / 'environment.json').read_text()), records
-
-
-def _test(records: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """Return the last record of kind 'test'."""
-    return [row for row in records if row['kind'] == 'test'][-1]
-
-
-def _device(environment: Mapping[str, Any]) -> str:
-    on_cpu = environment['platform'] == 'cpu'
-    return f'{environment["cpus"] if on_cpu else environment["devices"]} x {environment["device"]}'
+        config = json.loads(path.read_text())
+        finals = [row for row in metrics.read(path.parent) if row['kind'] == 'test']
+        if config['name'] == 'alexnet' and scale in ('', config['scale']) and finals:
+            environment = json.loads((path.parent / 'environment.json').read_text())
+            yield Run(config, environment, finals[-1])
 
 
 def quickstart() -> str:
     """Return the last line that `make` printed in the archived quickstart run on a CPU."""
-    for config, environment, records in archived_runs():
-        if config['scale'] == 'quickstart' and environment['platform'] == 'cpu':
-            return f'```\n{summary(config, records)}\n```\n\nMeasured on {_device(environment)}.'
+    for run in archived_runs('quickstart'):
+        if run.environment['platform'] == 'cpu':
+            return f'```\n{summary(run)}\n```\n\nMeasured on {run.device}.'
     return NOT_RUN
 
 
-def summary(config: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> str:
+def summary(run: Run) -> str:
     """Return what a training run prints at its end, without the name of its folder."""
-    final = _test(records)
+    final = run.final
     return (
-        f'{config["name"]}: test accuracy {_accuracy(final, "centre")} '
-        f'({_accuracy(final, "ten_views")} over ten views) on {final["images"]} images after '
+        f'{run.config["name"]}: test accuracy {run.accuracy("centre")} '
+        f'({run.accuracy("ten_views")} over ten views) on {final["images"]} images after '
         f'{final["step"]} steps, {final["secs"]:.0f} s of training'
     )
 
 
 def runs() -> str:
     """Return the table of all archived runs of the recipe."""
-    rows = [
-        '| scale | device | seed | test accuracy | ten views | training | commit |',
-        '|---|---|---|---|---|---|---|',
-    ]
-    for config, environment, records in archived_runs():
-        final = _test(records)
-        rows.append(
-            f'| {config["scale"]} | {_device(environment)} | {config["seed"]} '
-            f'| {_accuracy(final, "centre")} | {_accuracy(final, "ten_views")} '
-            f'| {final["secs"]:.0f} s, {config["epochs"]:g} epochs '
-            f'| {metrics.short(environment["commit"])} |'
-        )
-    return '\n'.join(rows)
-
-
-def _accuracy(final: Mapping[str, Any], view: str) -> str:
-    return f'{1 - final[view]["top1_error"]:.4f}'
+    head = ['scale', 'device', 'seed', 'test accuracy', 'ten views', 'training', 'commit']
+    body = []
+    for run in archived_runs():
+        config, views = run.config, [run.accuracy(view) for view in ('centre', 'ten_views')]
+        training = f'{run.final["secs"]:.0f} s, {config["epochs"]:g} epochs'
+        commit = metrics.short(run.environment['commit'])
+        body.append([config['scale'], run.device, config['seed'], *views, training, commit])
+    return markdown([head, *body])
 
 
 # ------------------------------------------------------------------------- the results of README
@@ -91,55 +92,60 @@ def _accuracy(final: Mapping[str, Any], view: str) -> str:
 
 def results() -> str:
     """Return README's table: the recipe at three scales, and the speed."""
+    d2l = importlib.import_module('configs.variant_d2l').REPORTED
+    train = 'python main.py --config=configs/alexnet.py'
     rows = [
-        '| result | here | for comparison | command |',
-        '|---|---|---|---|',
-        f'| Fashion-MNIST, a quarter of the width, 112 px: test accuracy '
-        f'| {_scale("quickstart")} | - | `make` |',
-        f'| Fashion-MNIST, full net, 224 px: test accuracy | {_scale("fashion_mnist")} '
-        f'| {importlib.import_module("configs.variant_d2l").REPORTED} (d2l, one tower, no LRN) '
-        f'| `python main.py --config=configs/alexnet.py:fashion_mnist` |',
-        f'| ILSVRC-2012 val, full net: top-1 / top-5 error | {_errors("imagenet2012")} '
-        f'| 42.34 / 19.58 %, ten views 40.53 / 18.05 % (run 170) '
-        f'| `python main.py --config=configs/alexnet.py:imagenet2012` |',
-        f'| training speed, full net | {_speed()} | `python -m experiments.throughput` |',
+        ['result', 'here', 'for comparison', 'command'],
+        [
+            'Fashion-MNIST, a quarter of the width, 112 px: test accuracy',
+            *(_accuracies('quickstart'), '-', '`make`'),
+        ],
+        [
+            'Fashion-MNIST, full net, 224 px: test accuracy',
+            _accuracies('fashion_mnist'),
+            *(f'{d2l} (d2l, one tower, no LRN)', f'`{train}:fashion_mnist`'),
+        ],
+        [
+            'ILSVRC-2012 val, full net: top-1 / top-5 error',
+            _errors('imagenet2012'),
+            '42.34 / 19.58 %, ten views 40.53 / 18.05 % (run 170)',
+            f'`{train}:imagenet2012`',
+        ],
+        ['training speed, full net', *_speed(), '`python -m experiments.throughput`'],
     ]
-    return '\n'.join(rows)
+    return markdown(rows)
 
 
-def _scale(scale: str) -> str:
+def _accuracies(scale: str) -> str:
     """Return 'one view, ten views' of the first archived run at a scale."""
-    for config, _, records in archived_runs():
-        if config['scale'] == scale:
-            final = _test(records)
-            return f'{_accuracy(final, "centre")}, ten views {_accuracy(final, "ten_views")}'
+    for run in archived_runs(scale):
+        return f'{run.accuracy("centre")}, ten views {run.accuracy("ten_views")}'
     return NOT_RUN
 
 
 def _errors(scale: str) -> str:
     """Return 'top-1 / top-5, ten views top-1 / top-5' of the first archived run at a scale."""
-    for config, _, records in archived_runs():
-        if config['scale'] == scale:
-            centre, ten = (
-                f'{100 * view["top1_error"]:.2f} / {100 * view["top5_error"]:.2f} %'
-                for view in (_test(records)['centre'], _test(records)['ten_views'])
-            )
-            return f'{centre}, ten views {ten}'
+    for run in archived_runs(scale):
+        centre, ten = (
+            f'{100 * view["top1_error"]:.2f} / {100 * view["top5_error"]:.2f} %'
+            for view in (run.final['centre'], run.final['ten_views'])
+        )
+        return f'{centre}, ten views {ten}'
     return NOT_RUN
 
 
-def _speed() -> str:
-    """Return two cells: our images/s for the full net on the first CPU, and PyTorch's best."""
-    for line in speed().splitlines()[2:]:
-        device, net, batch, what, ours, torch, ratio, *_ = [
-            cell.strip(' *') for cell in line.strip('|').split('|')
-        ]
+def _speed() -> tuple[str, str]:
+    """Return our images/s for the full net on the first device, and PyTorch's best."""
+    for where, net, batch, what, ours, torch, ratio, *_ in tables.readme_rows(
+        RESULTS / 'throughput'
+    ):
         if net.startswith('2012,') and what == 'train':
+            here, times = ours.strip('*'), ratio.strip('*')
             return (
-                f'{ours} images/s at batch {batch} on {device}, {ratio} times PyTorch '
-                f'| {torch.partition(" ")[0]} images/s (fastest PyTorch variant)'
+                f'{here} images/s at batch {batch} on {where}, {times} times PyTorch',
+                f'{torch.partition(" ")[0]} images/s (fastest PyTorch variant)',
             )
-    return f'{NOT_RUN} | -'
+    return NOT_RUN, '-'
 
 
 # -------------------------------------------------------------------------------- tables of docs/
@@ -147,30 +153,24 @@ def _speed() -> str:
 
 def configs() -> str:
     """Return what each file of configs/ is, and what was reported for its change in 2012."""
-    rows = [
-        '| file | description | reported effect on error, top-1 / top-5, points |',
-        '|---|---|---|',
-    ]
+    head = ['file', 'description', 'reported effect on error, top-1 / top-5, points']
+    body = []
     for path in sorted((ROOT / 'configs').glob('[a-z]*.py')):
-        head = ast.get_docstring(ast.parse(path.read_text()))
-        assert head is not None, path
-        what = head.partition('\n')[0].removeprefix('Ablation: ').rstrip('.')
+        doc = ast.get_docstring(ast.parse(path.read_text())) or ''
+        what = doc.partition('\n')[0].removeprefix('Ablation: ').rstrip('.')
         claim = getattr(importlib.import_module(f'configs.{path.stem}'), 'CLAIM', None)
-        rows.append(f'| `{path.name}` | {what} | {_claim(claim) if claim else "-"} |')
-    return '\n'.join(rows)
+        body.append([f'`{path.name}`', what, _claim(claim) if claim else '-'])
+    return markdown([head, *body])
 
 
 def _claim(claim: Claim) -> str:
-    if claim.top1 is None and claim.top5 is None:
-        return f'{claim.words} ({claim.source})'
     points = ' / '.join('-' if x is None else f'{x:+g}' for x in (claim.top1, claim.top5))
-    return f'{points} ({claim.source})'
+    return f'{claim.words if points == "- / -" else points} ({claim.source})'
 
 
 def contribution_short() -> str:
     """Return README's rows of the contribution table, and the counts."""
-    path = RESULTS / 'contribution_table/quickstart/short.md'
-    return path.read_text().rstrip() if path.exists() else NOT_RUN
+    return (RESULTS / 'contribution_table/quickstart/short.md').read_text().rstrip()
 
 
 def contribution() -> str:
@@ -195,36 +195,25 @@ def variants() -> str:
 def _table(kept: str, drawings: Mapping[str, str]) -> str:
     """Return table.md of a folder of results, and its drawings, {file: caption}."""
     folder = RESULTS / kept
-    if not (folder / 'table.md').exists():
-        return NOT_RUN
-    text = (folder / 'table.md').read_text().rstrip()
-    for file, name in drawings.items():
-        text += f'\n\n![{name}](../{(folder / file).relative_to(ROOT)})'
-    return text
+    shown = [f'![{name}](../{(folder / f).relative_to(ROOT)})' for f, name in drawings.items()]
+    return '\n\n'.join([(folder / 'table.md').read_text().rstrip(), *shown])
 
 
 def speed() -> str:
     """Return our speed beside PyTorch's best, a naive Flax form and the machine's limit."""
-    return tables.readme_table(RESULTS / 'throughput')
+    return markdown([tables.README_HEAD, *tables.readme_rows(RESULTS / 'throughput')])
 
 
 def datasets() -> str:
     """Return the costs of preparation and reading, and of the dry run of ImageNet."""
-    lines = ['| command | result |', '|---|---|']
-    for path in sorted((RESULTS / 'prepare').glob('*.json')):
-        lines += [
-            f'| `experiments.data_bench preparation` | {fact} |'
-            for fact in _prepared(json.loads(path.read_text()))
-        ]
-    for path in sorted((RESULTS / 'reading').glob('*.json')):
-        lines += [
-            f'| `experiments.data_bench reading` | {fact} |'
-            for fact in _read(json.loads(path.read_text()))
-        ]
-    path = RESULTS / 'dry_run.jsonl'
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    lines += [f'| `experiments.data_bench dry_run` | {fact} |' for fact in _dry_run(rows)]
-    return '\n'.join(lines)
+    rows = [['command', 'result']]
+    for measure, facts in (('prepare', _prepared), ('reading', _read)):
+        for path in sorted((RESULTS / measure).glob('*.json')):
+            name = {'prepare': 'preparation'}.get(measure, measure)
+            found = facts(json.loads(path.read_text()))
+            rows += [[f'`experiments.data_bench {name}`', fact] for fact in found]
+    found = _dry_run(read_lines(RESULTS / 'dry_run.jsonl'))
+    return markdown([*rows, *(['`experiments.data_bench dry_run`', fact] for fact in found)])
 
 
 def _prepared(found: dict) -> list[str]:
@@ -253,8 +242,6 @@ def _read(found: dict) -> list[str]:
 
 
 def _dry_run(rows: list[dict]) -> list[str]:
-    if not rows:
-        return [NOT_RUN]
     by_act = {row['act']: row for row in rows}
     made, again = by_act['prepare'], by_act['prepare, the same command again']
     full = by_act['evaluate run on validation[:]']
@@ -272,34 +259,28 @@ def _dry_run(rows: list[dict]) -> list[str]:
 
 def starts() -> str:
     """Return the standard deviation of the logits at initialisation, by recipe."""
-    rows = [
-        '| recipe | scale | init scaled by fan-in | pixels | std of the logits across images |',
-        '|---|---|---|---|---|',
-    ]
-    for line in (RESULTS / 'preflight.jsonl').read_text().splitlines():
-        row = json.loads(line)
-        pixels = '0-255' if row['factor'] == 1 else '0-1'
-        low, high = min(row['logit_std']), max(row['logit_std'])
+    head = ['recipe', 'scale', 'init scaled by fan-in', 'pixels']
+    body = []
+    for row in read_lines(RESULTS / 'preflight.jsonl'):
+        pixels, stds = '0-255' if row['factor'] == 1 else '0-1', row['logit_std']
         scaled = 'no' if row['init_scaling'] == 'none' else 'yes'
-        rows.append(
-            f'| {row["recipe"]} | {row["scale"]} | {scaled} | {pixels} '
-            f'| {low:.1e} to {high:.1e}, {len(row["logit_std"])} seeds |'
-        )
-    return '\n'.join(rows)
+        shown = f'{min(stds):.1e} to {max(stds):.1e}, {len(stds)} seeds'
+        body.append([row['recipe'], row['scale'], scaled, pixels, shown])
+    return markdown([[*head, 'std of the logits across images'], *body])
 
 
 def meshes() -> str:
     """Return how far meshes and placements are from one device."""
-    rows = [
-        "| placement, data x tower | loss | gradients | parameters | loss curve, recipe's rates "
-        '| loss curve, rates / 100 |',
-        '|---|---|---|---|---|---|',
-    ]
-    keys = ('loss', 'gradients', 'parameters', 'curve_recipe', 'curve_hundredth')
-    for line in (RESULTS / 'meshes.jsonl').read_text().splitlines():
-        row = json.loads(line)
-        rows.append(f'| {row["row"]} | ' + ' | '.join(f'{row[key]:.1e}' for key in keys) + ' |')
-    return '\n'.join(rows)
+    columns = {
+        'loss': 'loss',
+        'gradients': 'gradients',
+        'parameters': 'parameters',
+        'curve_recipe': "loss curve, recipe's rates",
+        'curve_hundredth': 'loss curve, rates / 100',
+    }
+    rows = read_lines(RESULTS / 'meshes.jsonl')
+    body = [[row['row'], *(f'{row[key]:.1e}' for key in columns)] for row in rows]
+    return markdown([['placement, data x tower', *columns.values()], *body])
 
 
 def communication() -> str:

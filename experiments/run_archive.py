@@ -2,11 +2,10 @@
 
     <run>/config.json, environment.json, metrics.jsonl (a training record an epoch), wrong.json
 
-A run that ended with infinite numbers has no wrong.json but an empty file `diverged`. wrong.json is
-one JSON object with one bit per image, for one view and ten and for top-1 and top-5: whether the
-net missed it (10,000 images are 1.7 kB of base64). It also has the sha256 of the labels, so that
-only runs on the same images are compared. `ensembles.jsonl` beside the runs has the same for
-ensembles of a row's seeds.
+wrong.json has one bit per image, for one view and ten and for top-1 and top-5: whether the net
+missed it. It also has the sha256 of the labels, so that only runs on the same images are compared.
+A run that ended with infinite numbers has an empty file `diverged` instead. `ensembles.jsonl`
+beside the runs has the same for ensembles of a row's seeds.
 """
 
 import argparse
@@ -15,17 +14,18 @@ import dataclasses
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from alexnet_jax import command, config_file, files
+from alexnet_jax import command, config_file
 from alexnet_jax.command import log
 from alexnet_jax.errors import RunError
 from alexnet_jax.inference import evaluate
 from alexnet_jax.training import metrics
+from experiments.output import lines, read_lines, write_text
 
 MEASURES = {'top1_error': 1, 'top5_error': 5}
 ENSEMBLES = (2, 3, 5)  # sizes, besides that of all seeds
@@ -84,7 +84,6 @@ def archive(workdir: Path, folder: Path) -> None:
 
 def archive_records(workdir: Path, folder: Path, found: Sequence[Record]) -> None:
     """Write a run's config, environment and the records given."""
-    folder.mkdir(parents=True, exist_ok=True)
     config = json.dumps(portable_config(workdir), indent=2, sort_keys=True) + '\n'
     write_text(folder / 'config.json', config)
     write_text(folder / 'environment.json', (workdir / 'environment.json').read_text())
@@ -103,23 +102,23 @@ def archive_all(
         RunError: there is none, one is damaged, or they are of several scales.
     """
     finished, lost = {}, {}
-    for path in sorted(folder.glob('*/metrics.jsonl')):
-        row, seed = name_of(path.parent)
+    for path in sorted(file.parent for file in folder.glob('*/metrics.jsonl')):
+        row, seed = name_of(path)
         if row not in rows:
-            log(f'{path.parent} is not a run of the table, and is skipped.')
-        elif (path.parent / 'predictions_test.npz').exists():
-            finished[row, seed] = path.parent
-        elif diverged(path.parent):
-            lost[row, seed] = path.parent
+            log(f'{path} is not a run of the table, and is skipped.')
+        elif (path / 'predictions_test.npz').exists():
+            finished[row, seed] = path
+        elif diverged(path):
+            lost[row, seed] = path
         else:
-            log(f'{path.parent} is not finished, and is skipped.')
-    target = results / only_scale(folder, [*(finished | lost).values()])
+            log(f'{path} is not finished, and is skipped.')
+    target = results / only_scale(folder, (finished | lost).values())
     for workdir in finished.values():
         archive(workdir, target / workdir.name)
     for workdir in lost.values():
         own = target / workdir.name
         archive_records(workdir, own, thinned(metrics.read(workdir)))
-        write_text(own / 'diverged', '')
+        (own / 'diverged').touch()
         (own / 'wrong.json').unlink(missing_ok=True)
     return target, finished
 
@@ -130,7 +129,7 @@ def name_of(folder: Path) -> tuple[str, int]:
     return (row, int(seed)) if seed.isdigit() else ('', 0)
 
 
-def only_scale(folder: Path, workdirs: Sequence[Path]) -> str:
+def only_scale(folder: Path, workdirs: Iterable[Path]) -> str:
     """Return the scale of all runs.
 
     Raises:
@@ -151,24 +150,15 @@ def diverged(workdir: Path) -> bool:
 
 def missed(arrays: Mapping[str, np.ndarray]) -> Missed:
     """Return which images were missed, ranked as in evaluate.scores."""
-    result = {}
-    for view in evaluate.VIEWS:
-        rank = evaluate.ranks(arrays[view], arrays['label'])
-        result[view] = {measure: rank >= k for measure, k in MEASURES.items()}
-    return result
+    ranks = {view: evaluate.ranks(arrays[view], arrays['label']) for view in evaluate.VIEWS}
+    return {v: {measure: rank >= k for measure, k in MEASURES.items()} for v, rank in ranks.items()}
 
 
 def thinned(found: Sequence[Record]) -> list[Record]:
     """Return validation and test records, and the training record before each validation."""
-    result, last = [], None
-    for record in found:
-        if record['kind'] == 'train':
-            last = record
-            continue
-        if record['kind'] == 'validation' and last is not None:
-            result.append(last)
-        result.append(record)
-    return result
+    kinds = [record['kind'] for record in found[1:]] + ['']
+    pairs = zip(found, kinds, strict=True)
+    return [r for r, after in pairs if r['kind'] != 'train' or after == 'validation']
 
 
 def portable_config(workdir: Path) -> dict[str, Any]:
@@ -200,30 +190,16 @@ def archive_ensembles(workdirs: Mapping[int, Path], path: Path) -> None:
         workdirs: one row's runs, by seed.
         path: a .jsonl file, one ensemble a line.
     """
-    arrays = {
-        seed: evaluate.load_predictions(workdir) for seed, workdir in sorted(workdirs.items())
-    }
-    found = [own for own in _objects(path) if not {*own['seeds']} & {*workdirs}]
-    order = list(arrays)
-    for count in sorted({*ENSEMBLES, len(order)} & {*range(2, len(order) + 1)}):
-        chosen = {tuple(sorted((order[i:] + order[:i])[:count])): None for i in range(len(order))}
-        for seeds in chosen:
+    arrays = {seed: evaluate.load_predictions(own) for seed, own in sorted(workdirs.items())}
+    found = [own for own in read_lines(path) if not {*own['seeds']} & {*workdirs}]
+    order, total = [*arrays] * 2, len(arrays)
+    for count in sorted({*ENSEMBLES, total} & {*range(2, total + 1)}):
+        for seeds in dict.fromkeys(tuple(sorted(order[i : i + count])) for i in range(total)):
             members = [arrays[seed] for seed in seeds]
             mean = {view: np.mean([m[view] for m in members], axis=0) for view in evaluate.VIEWS}
             label = members[0]['label']
             found.append({'seeds': seeds, **packed(missed({'label': label, **mean}), label)})
     write_text(path, lines(found))
-
-
-def lines(found: Sequence[Record]) -> str:
-    """Return JSON, one object per line."""
-    return ''.join(json.dumps(record) + '\n' for record in found)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file atomically."""
-    with files.atomic_write(path) as scratch:
-        scratch.write_text(text)
 
 
 # -------------------------------------------------------------------------------------------- read
@@ -256,7 +232,7 @@ def read(folder: Path, predictions: bool = True) -> list[ArchivedRun]:
 
 def _read(folder: Path) -> ArchivedRun:
     try:
-        (own,) = _objects(folder / 'wrong.json') or ({},)
+        (own,) = read_lines(folder / 'wrong.json') or ({},)
         run = ArchivedRun(
             *name_of(folder),
             config=config_file.read_json(folder / 'config.json'),
@@ -293,13 +269,8 @@ def read_diverged(folder: Path) -> dict[str, list[int]]:
 
 def read_ensembles(path: Path) -> Iterator[tuple[tuple[int, ...], Missed]]:
     """Yield seeds and missed images of each archived ensemble; nothing if there is no file."""
-    for own in _objects(path):
+    for own in read_lines(path):
         yield tuple(own['seeds']), unpacked(own)
-
-
-def _objects(path: Path) -> list[dict[str, Any]]:
-    text = path.read_text() if path.exists() else ''
-    return [json.loads(line) for line in text.splitlines()]
 
 
 # ----------------------------------------------------------------------------------------- command
@@ -312,28 +283,25 @@ def parser(name: str, results: Path) -> command.Parser:
         description='Archive finished runs, and rebuild the tables and figures from the archive.',
         allow_abbrev=False,
     )
-    add = found.add_argument
-    add(
-        '--runs',
-        type=command.path,
-        nargs='+',
-        default=(),
-        help='workdirs of sweeps to archive first',
-    )
-    add('--results', type=command.path, default=results, help='folder of the archive')
+    what = 'workdirs of sweeps to archive first'
+    found.add_argument('--runs', type=command.path, nargs='+', default=(), help=what)
+    what = 'folder of the archive'
+    found.add_argument('--results', type=command.path, default=results, help=what)
     return found
 
 
 def main(
-    parser: Callable[[], command.Parser],
+    name: str,
+    results: Path,
     archive_sweep: Callable[[Path, Path], Path],
     build: Callable[[Path], str],
-    argv: Sequence[str] | None,
+    argv: Sequence[str] | None = None,
 ) -> int:
     """Run the command of a table: archive the runs of sweeps, build the tables and print them.
 
     Args:
-        parser: of the command line, see above.
+        name: of the module in experiments/.
+        results: its archive.
         archive_sweep: (a sweep's folder, results) -> the folder of the scale, archived.
         build: (the folder of a scale) -> its table, written there too.
         argv: the command line; None for the process's own.
@@ -351,4 +319,4 @@ def main(
             print(build(folder))
             log(f'in {folder}')
 
-    return command.run(parser().prog.rpartition('.')[2], parser, act, argv)
+    return command.run(name, lambda: parser(name, results), act, argv)

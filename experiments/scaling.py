@@ -24,7 +24,7 @@ from alexnet_jax.model import ops
 from alexnet_jax.model.alexnet import geometry
 from alexnet_jax.parallel import mesh
 from configs import alexnet, variant_torchvision
-from experiments.throughput.tables import markdown
+from experiments.output import markdown
 
 RESULTS = Path(__file__).parent / 'results' / 'scaling'
 STEPS, TABLES = (RESULTS / name for name in ('steps.jsonl', 'tables.md'))

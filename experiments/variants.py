@@ -1,13 +1,11 @@
 """Write the table of the tutorials' AlexNets and LeNet: results here, and those reported.
 
-    python -m experiments.sweep variants --scale=quickstart --seeds=3      # or fashion_mnist
-    python -m experiments.variants --runs=workdirs/variants-quickstart
-    python -m experiments.variants          # rebuild from the archive in the repository
-
-Writes experiments/results/variants/<scale>/table.md. The reported figures are for the full nets
-on Fashion-MNIST at 224 px, so only that scale's table has them.
+python -m experiments.sweep variants --scale=quickstart --seeds=3      # or fashion_mnist
+python -m experiments.variants --runs=workdirs/variants-quickstart
+python -m experiments.variants          # rebuild from the archive in the repository
 """
 
+import functools
 import importlib
 import itertools
 import sys
@@ -17,68 +15,62 @@ from typing import Any
 
 import numpy as np
 
-from alexnet_jax import command
 from alexnet_jax.training import metrics
 from configs import VARIANTS
 from experiments import run_archive
+from experiments.output import markdown, write_text
 from experiments.run_archive import ArchivedRun
 
 CONFIGS = ('alexnet', *VARIANTS)  # what experiments.sweep runs
 SEEDS = 3
-REPORTED_AT = 'fashion_mnist'
+REPORTED_AT = 'fashion_mnist'  # the full nets at 224 px, as in the tutorials
 RESULTS = Path(__file__).parent / 'results' / 'variants'
 
 
 def table(runs: Sequence[ArchivedRun], scale: str) -> str:
     """Return mean accuracies and their standard deviation over seeds, as Markdown."""
-    rows = [
-        f'| {scale} | seeds | test accuracy | ten views | epochs | reported |',
-        '|---|---|---|---|---|---|',
-    ]
+    body = []
     for name in CONFIGS:
         own = [run for run in runs if run.row == name]
         cells = ['not run'] * 4
         if own:
             epochs = f'{own[0].config["epochs"]:g}'
             cells = [str(len(own)), _accuracy(own, 'centre'), _accuracy(own, 'ten_views'), epochs]
-        rows.append('| ' + ' | '.join([name, *cells, _reported(name, scale)]) + ' |')
+        body.append([name, *cells, _reported(name, scale)])
     commits = ', '.join(sorted({metrics.short(run.environment['commit']) for run in runs}))
     devices = ', '.join(sorted({run.environment['device'] for run in runs}))
     test = runs[0].config['data']['test']
-    rows += ['', f'Mean ± standard deviation over seeds, on all images of `{test}`.']
-    rows += [f'Trained on {devices}; commit {commits}.', '']
-    if scale == REPORTED_AT:
-        rows += by_epoch(runs)
-    return '\n'.join(rows)
+    head = [scale, 'seeds', 'test accuracy', 'ten views', 'epochs', 'reported']
+    parts = [
+        markdown([head, *body]),
+        f'Mean ± standard deviation over seeds, on all images of `{test}`.\n'
+        f'Trained on {devices}; commit {commits}.',
+    ]
+    return '\n\n'.join(parts + by_epoch(runs) * (scale == REPORTED_AT)) + '\n'
 
 
 def by_epoch(runs: Sequence[ArchivedRun]) -> list[str]:
-    """Return a table of the test accuracy after each epoch, beside what a tutorial printed.
+    """Return tables of the test accuracy after each epoch, beside what a tutorial printed.
 
     At the scale of REPORTED_AT the validation split is the test set, as in the tutorials.
     """
-    rows = []
+    parts = []
     for run in runs:
         printed = getattr(_module(run.row), 'REPORTED_BY_EPOCH', {})
+        if not printed:
+            continue
         found = [record for record in run.records if record['kind'] == 'validation']
-        here = [f'{1 - record["top1_error"]:.3f}' for record in found]
         # An evaluation comes after the step that completes the epoch: 1.0005, of 468.75 steps each.
         ends = [round(record['epoch'], 2) for record in found]
-        there = [f'{printed[end]:.3f}' if end in printed else '-' for end in ends]
-        if printed:
-            minutes = run.final()['secs'] / 60
-            epochs = ' | '.join(f'{end:g}' for end in ends)
-            rows += [
-                f'| {run.row}, seed {run.seed}: test accuracy after epoch | {epochs} |',
-                '|---' * (len(here) + 1) + '|',
-                f'| here, {run.environment["device"]}, {minutes:.1f} min | {" | ".join(here)} |',
-                f'| reported | {" | ".join(there)} |',
-                f'| training loss, here | {" | ".join(_training(run, ends))} |',
-                '',
-                _reported_training(run.row),
-                '',
-            ]
-    return rows
+        here = f'here, {run.environment["device"]}, {run.final()["secs"] / 60:.1f} min'
+        rows = [
+            [f'{run.row}, seed {run.seed}: test accuracy after epoch', *(f'{e:g}' for e in ends)],
+            [here, *(f'{1 - record["top1_error"]:.3f}' for record in found)],
+            ['reported', *(f'{printed[end]:.3f}' if end in printed else '-' for end in ends)],
+            ['training loss, here', *_training(run, ends)],
+        ]
+        parts += [markdown(rows), _reported_training(run.row)]
+    return parts
 
 
 def _training(run: ArchivedRun, ends: Sequence[float]) -> list[str]:
@@ -122,18 +114,11 @@ def archive(folder: Path, results: Path) -> Path:
 def build(folder: Path) -> str:
     """Write table.md from the archive in `folder`; return the table."""
     text = table(run_archive.read(folder, predictions=False), folder.name)
-    run_archive.write_text(folder / 'table.md', text)
+    write_text(folder / 'table.md', text)
     return text
 
 
-def _parser() -> command.Parser:
-    return run_archive.parser('variants', RESULTS)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return its exit code."""
-    return run_archive.main(_parser, archive, build, argv)
-
+main = functools.partial(run_archive.main, 'variants', RESULTS, archive, build)
 
 if __name__ == '__main__':
     sys.exit(main())

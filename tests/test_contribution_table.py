@@ -16,7 +16,7 @@ from alexnet_jax.errors import RunError
 from alexnet_jax.inference import evaluate
 from alexnet_jax.training import metrics
 from configs import ABLATIONS, Claim
-from experiments import contribution_table, intervals, run_archive, variants
+from experiments import contribution_table, intervals, output, run_archive, variants
 
 IMAGES, CLASSES, SEEDS = 2000, 10, 3
 # The true change of the top-1 error.
@@ -52,7 +52,7 @@ def fake_run(folder: Path, row: str, seed: int, change: float, scale: str = 'qui
             values = {'epoch': step / 2, 'top1_error': 0.9 / step, 'top5_error': 0.0, 'nll': 1.0}
             lines.append({'kind': 'validation', 'step': step, **values})
     lines.append({'kind': 'test', 'step': 8, 'secs': 3600.0, **scores})
-    (workdir / 'metrics.jsonl').write_text(run_archive.lines(lines))
+    (workdir / 'metrics.jsonl').write_text(output.lines(lines))
     return workdir
 
 
@@ -158,7 +158,7 @@ def test_a_row_that_does_not_train_gets_a_rate_chosen_on_validation(runs, tmp_pa
             for line in lines_:
                 if line['kind'] == 'validation':
                     line['top1_error'] = validation
-            (workdir / 'metrics.jsonl').write_text(run_archive.lines(lines_))
+            (workdir / 'metrics.jsonl').write_text(output.lines(lines_))
             workdir.rename(folder / f'ablation_dropout-rate{rate}-{seed}')
     base = tmp_path / 'base'
     shutil.copytree(runs, base)
@@ -177,9 +177,8 @@ def test_an_interval_inside_the_margin_is_a_finding():
     def row(low: float, high: float, p: float) -> str:
         found = intervals.Difference((low + high) / 2, 5, 100, low, high, p)
         claim = Claim('', '', '', None, None, '')
-        return contribution_table.Row(
-            '', claim, {}, {'top1_error': found}, {'top1_error': p}
-        ).finding('top1_error')
+        row = contribution_table.Row(claim, {}, {'top1_error': found}, {'top1_error': p})
+        return row.finding('top1_error')
 
     assert row(-0.002, 0.001, 0.4) == 'equivalent'
     assert row(-0.004, 0.001, 0.4) == 'inconclusive'
@@ -381,7 +380,7 @@ def test_epochs_of_60000_images_match_the_reported_ones():
         {'kind': 'train', 'epoch': 1.0, 'loss': 2.5},
         *({'kind': 'validation', 'epoch': step / 468.75, 'top1_error': 0.2} for step in steps),
     ]
-    head, _, _, reported, training, *_ = variants.by_epoch([run])
+    head, _, _, reported, training = variants.by_epoch([run])[0].splitlines()
     assert head.endswith('after epoch | 1 | 2 | 3 | 4 | 5 | 6 | 7 | 8 | 9 | 10 |')
     assert reported.startswith('| reported | 0.756 | 0.804 | 0.835 | 0.854 | 0.866 | - |')
     assert training.startswith('| training loss, here | 2.000 | - |')

@@ -11,7 +11,7 @@ import pytest
 from alexnet_jax import config as configuration
 from alexnet_jax.errors import RunError
 from alexnet_jax.model import alexnet
-from experiments import figure1, figure1_net, run_archive, sweep
+from experiments import figure1, figure1_net, output, sweep
 
 SEEDS = 3
 
@@ -40,7 +40,7 @@ def runs(tmp_path):
         run.workdir.mkdir(parents=True)
         (run.workdir / 'config.json').write_text(configuration.as_json(config))
         (run.workdir / 'environment.json').write_text('{}')
-        (run.workdir / 'metrics.jsonl').write_text(run_archive.lines(curve(takes)))
+        (run.workdir / 'metrics.jsonl').write_text(output.lines(curve(takes)))
     return folder
 
 
@@ -125,7 +125,7 @@ def test_nothing_is_archived_yet(tmp_path, capsys):
 
 def test_where_one_never_reaches_the_target_the_other_is_still_shown(runs, tmp_path):
     for path in runs.glob('figure1_net_tanh-*'):
-        (path / 'metrics.jsonl').write_text(run_archive.lines(curve(9.0)))
+        (path / 'metrics.jsonl').write_text(output.lines(curve(9.0)))
     folder = figure1.archive(runs, tmp_path / 'results')
     text = figure1.build(folder)
     assert 'tanh did not reach it with all seeds at any rate, so there is no ratio' in text

@@ -5,7 +5,7 @@ import pytest
 
 import main
 from alexnet_jax import config_file
-from experiments import gpu, gpu_bundle
+from experiments import gpu, gpu_bundle, run_archive
 
 
 @pytest.mark.parametrize('step', gpu.STEPS)
@@ -17,9 +17,12 @@ def test_every_step_is_a_command_line_that_its_program_accepts(step, tmp_path):
         flags = main.parser().parse_args(words)
         assert config_file.load(flags.config, overrides)
     else:
-        module, *words = rest
-        name = module if module != 'experiments.throughput' else f'{module}.__main__'
-        assert importlib.import_module(name)._parser().parse_args(words)
+        (_, name), *words = rest[0].split('.'), *rest[1:]
+        if name in ('contribution_table', 'variants'):
+            assert run_archive.parser(name, tmp_path).parse_args(words)
+        else:
+            name = name.replace('throughput', 'throughput.__main__')
+            assert importlib.import_module(f'experiments.{name}')._parser().parse_args(words)
 
 
 def test_a_step_that_meets_its_limit_is_stopped_and_its_output_kept(tmp_path):

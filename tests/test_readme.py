@@ -244,7 +244,8 @@ def test_the_summary_shown_is_the_one_that_training_prints(smoke_run, tmp_path):
     shutil.copytree(smoke_run, workdir)
     run_config = json.loads((workdir / 'config.json').read_text())
     printed = train.run(run_config, workdir)  # it is finished: this evaluates it again
-    assert printed.startswith(readme.summary(run_config, metrics.read(workdir)))
+    run = readme.Run(run_config, {}, metrics.read(workdir)[-1])
+    assert printed.startswith(readme.summary(run))
 
 
 def test_every_file_of_a_workdir_is_described(smoke_run):

@@ -130,25 +130,22 @@ def _pace(row: Row, name: str) -> str:
     return f'{row["batch_size"] / median(form):.1f}{rounds}'
 
 
-def readme_table(folder: Path) -> str:
+README_HEAD = [
+    'device', 'net', 'batch', 'pass', 'images/s', 'best PyTorch', 'ratio', 'ratio to naive Flax',
+    'fraction of roofline',
+]  # fmt: skip
+
+
+def readme_rows(folder: Path) -> list[list[str]]:
     """Return the main columns of the steps of all devices, for the README."""
-    head = [
-        'device', 'net', 'batch', 'pass', 'images/s', 'best PyTorch', 'ratio',
-        'ratio to naive Flax', 'fraction of roofline',
-    ]  # fmt: skip
     body = []
-    for parts in stored(folder):
-        for row in parts['steps']:
-            if 'secs' in row['forms'].get('ours', {}):
-                net, size, dtype, what, ours, _, torch, ratio, _, naive, _, share, *_ = _step_cells(
-                    row
-                )
-                where = f'{row["cpus"]} x {row["device"]}' if row['platform'] == 'cpu' else ''
-                body.append(
-                    [where or row['device'], f'{net}, {dtype}', size, what, ours, torch, ratio,
-                     naive, share]
-                )  # fmt: skip
-    return markdown([head, *body]) if body else NOT_RUN
+    for row in (row for parts in stored(folder) for row in parts['steps']):
+        if 'secs' in row['forms'].get('ours', {}):
+            net, size, dtype, what, ours, _, torch, ratio, _, naive, _, share, *_ = _step_cells(row)
+            where = f'{row["cpus"]} x ' * (row['platform'] == 'cpu') + row['device']
+            cells = [where, f'{net}, {dtype}', size, what, ours, torch, ratio, naive, share]
+            body.append(cells)
+    return body
 
 
 # ------------------------------------------------------------------------------------------- layers
