@@ -19,7 +19,7 @@ import PIL
 from alexnet_jax.training import metrics
 from experiments.data_bench import substitute
 from experiments.data_bench.process import run
-from experiments.throughput.results import slug
+from experiments.output import slug
 
 RESULTS = Path(__file__).parents[1] / 'results' / 'prepare'
 SIZE_PX = (500, 375)

@@ -46,7 +46,10 @@ def run(
         ended, status, usage = os.wait4(child.pid, os.WNOHANG)
     child.returncode = os.waitstatus_to_exitcode(status)  # Popen would wait for it again
     if child.returncode != (-signal.SIGKILL if kill_when else 0):
-        raise RunError(f'{" ".join(words[:3])} ended with exit code {child.returncode}; see {log}.')
+        last = (log.read_text().strip() or 'nothing was printed').splitlines()[-1]
+        raise RunError(
+            f'{" ".join(words[:3])} ended with exit code {child.returncode}: {last}; see {log}.'
+        )
     return {
         'secs': time.perf_counter() - begin,
         'cpu_secs': usage.ru_utime + usage.ru_stime,

@@ -31,7 +31,7 @@ from alexnet_jax.data.prepare import tfds_format
 from alexnet_jax.machine import cores
 from alexnet_jax.parallel import cpu
 from alexnet_jax.training import metrics
-from experiments.throughput.results import slug
+from experiments.output import slug
 
 RESULTS = Path(__file__).parents[1] / 'results' / 'reading'
 RECORDS, FILES, CLASSES, BATCH, PX, QUALITY = 1_281_167, 626, 1000, 128, 256, 90

@@ -5,32 +5,24 @@
         --kinds=ours,torch --without=compiled --out=quick        # some minutes
     python -m experiments.throughput --page                      # only rewrite the tables
 
-| part | measurement |
-|---|---|
-| steps | training step and forward pass on a batch on the device, for each variant of the net (baselines.py), and the roofline (roofline.py) |
-| layers | each layer's operations alone, forward and backward, with their rooflines (layers.py) |
-| feeding | training on real input, compared with the step on a batch on the device (input_pipeline.py) |
-| start | seconds to the first step, with and without a filled compilation cache (input_pipeline.py) |
-
+Parts: steps (baselines.py, roofline.py), layers (layers.py), feeding and start (input_pipeline.py).
 Benchmarks alternate: each round takes one sample of each, with as many steps as fill --sample_secs.
-Figures are medians over the rounds, and ratios are medians of the ratios in each round. Variants of
-PyTorch that take more than 1.5 times as long as the best in the first round are dropped. On a CPU
-PyTorch's variants run in one process; ours alternates with the best of them in a second process,
-and with naive Flax in a third. Results are stored in experiments/results/throughput/<device>.json,
-row by row: a row that is measured again replaces the old one. tables.md is generated from them.
-"""  # noqa: E501 (a table)
+Figures are medians over the rounds, and ratios are medians of the ratios in each round. A row that
+is measured again replaces the old one in experiments/results/throughput/<device>.json.
+"""
 
 import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
 
-# Half of a GPU's memory for JAX: PyTorch needs some too. Before JAX is imported.
-os.environ.setdefault('XLA_PYTHON_CLIENT_MEM_FRACTION', '0.5')
+# Less than half of a GPU's memory for JAX: PyTorch, or the process of a cold start, needs some too.
+# Before JAX is imported.
+os.environ.setdefault('XLA_PYTHON_CLIENT_MEM_FRACTION', '0.45')
 
 from alexnet_jax import command
-from alexnet_jax.errors import UsageError
 from alexnet_jax.parallel import cpu
+from experiments.output import write_text
 from experiments.throughput import baselines, input_pipeline, layers, steps, tables
 from experiments.throughput.input_pipeline import INPUTS
 from experiments.throughput.results import RESULTS
@@ -68,27 +60,15 @@ def _parser() -> command.Parser:
         ('kinds', KINDS),
     ):
         add(f'--{name}', type=_words(*known), default=known, help=', '.join(known))
-    add(
-        '--batches',
-        type=_numbers,
-        default=(),
-        help='batch sizes (default: 64,128 on a CPU, 128,1024 on a GPU)',
-    )
-    add(
-        '--without',
-        type=_words(),
-        default=(),
-        help='PyTorch variants to skip, for example compiled,NCHW',
-    )
-    add(
-        '--dtype',
-        choices=('float32', 'bfloat16'),
-        help='default: float32 on a CPU, bfloat16 on a GPU',
-    )
-    add('--rounds', type=int, default=5, help='number of rounds')
-    add(
-        '--sample_secs', type=float, default=0.5, help='approximate seconds per benchmark and round'
-    )
+    what = 'batch sizes (default: 64,128 on a CPU, 128,1024 on a GPU)'
+    add('--batches', type=_numbers, default=(), help=what)
+    what = 'PyTorch variants to skip, for example compiled,NCHW'
+    add('--without', type=_words(), default=(), help=what)
+    what = 'default: float32 on a CPU, bfloat16 on a GPU'
+    add('--dtype', choices=('float32', 'bfloat16'), help=what)
+    add('--rounds', type=command.positive, default=5, help='number of rounds')
+    what = 'approximate seconds per benchmark and round'
+    add('--sample_secs', type=float, default=0.5, help=what)
     add('--out', type=command.path, default=RESULTS, help='folder for the results')
     add('--page', action='store_true', help='only write the tables, without measuring')
     return parser
@@ -100,14 +80,12 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 def act(flags: argparse.Namespace) -> None:
     """Measure the parts asked for, store them, and write the tables."""
-    if flags.rounds < 1:
-        raise UsageError('--rounds must be at least 1.')
     if not flags.page:
         cpu.set_up_cpu(0)  # as the trainer does, and before JAX looks at its devices
         flags.dtype = flags.dtype or ('float32' if platform() == 'cpu' else 'bfloat16')
         for part in flags.parts:
             MEASURES[part](flags)
-    tables.write(flags.out)
+    write_text(flags.out / 'tables.md', tables.page(flags.out))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

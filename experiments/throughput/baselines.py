@@ -12,7 +12,8 @@ All take float32 images on the device, except ours in training, which takes the 
 import dataclasses
 import functools
 import importlib.util
-from collections.abc import Callable, Iterator, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -39,6 +40,7 @@ from experiments.throughput.timing import Benchmark
 IMAGES = 1_281_167  # ILSVRC-2012's; only the schedules depend on it
 GREY = 128.0  # taken from each pixel
 PASSES = ('train', 'forward')
+LRN_FORMS = ('module', 'slices')  # see torch_net.py
 NAIVE = ('alexnet', 'imagenet2012')  # the config of the net in examples/alexnet_plain.py
 
 
@@ -106,7 +108,7 @@ def ours(case: Case, what: str) -> Benchmark:
     grey = np.full(case.pixels.shape[1:], GREY, np.float32)
     statistics = Statistics(grey, np.eye(grey.shape[-1], dtype=np.float32))
     statistics = mesh.put_global(statistics, layout.replicated)
-    return _steps(lambda state: step(state, batch, statistics), start, _mean_loss)
+    return stateful(lambda state: step(state, batch, statistics), start, _mean_loss)
 
 
 def _mean_loss(metrics: Mapping[str, tuple[Any, Any]]) -> np.ndarray:
@@ -126,7 +128,7 @@ def repeated(step: Callable[[], Any]) -> Benchmark:
     return Benchmark(run)
 
 
-def _steps(step: Callable, start: Any, value: Callable) -> Benchmark:
+def stateful(step: Callable, start: Any, value: Callable) -> Benchmark:
     """Make a benchmark of a step whose state is donated: (state) -> (state, metrics)."""
     states = [start]
 
@@ -171,7 +173,7 @@ def naive(case: Case, what: str) -> Benchmark:
 
     params = jax.tree.map(jnp.array, case.params)
     start = (params, optimizer.init(params), jax.random.key(0))
-    return _steps(lambda state: step(state, images, labels), start, np.asarray)
+    return stateful(lambda state: step(state, images, labels), start, np.asarray)
 
 
 def _sgd(settings: Settings) -> optax.GradientTransformation:
@@ -201,15 +203,10 @@ def torch_is_here() -> bool:
     return jax.default_backend() == 'cpu' or torch.cuda.is_available()
 
 
-def torch_forms() -> Iterator[tuple[str, str, str]]:
-    """Yield (layout, 'eager' or how it is compiled, form of LRN) of every form."""
-    from experiments.throughput.torch_net import LRN_FORMS
-
+def torch_forms() -> Iterable[tuple[str, str, str]]:
+    """Return (layout, 'eager' or how it is compiled, form of LRN) of every form."""
     modes = ['eager', 'compiled'] + (['CUDA graphs'] if jax.default_backend() == 'gpu' else [])
-    for layout in ('NCHW', 'channels_last'):
-        for mode in modes:
-            for lrn in LRN_FORMS:
-                yield layout, mode, lrn
+    return itertools.product(('NCHW', 'channels_last'), modes, LRN_FORMS)
 
 
 def torch_form(form: tuple[str, str, str], case: Case, what: str) -> Benchmark:
@@ -219,20 +216,17 @@ def torch_form(form: tuple[str, str, str], case: Case, what: str) -> Benchmark:
     from experiments.throughput.torch_net import TorchAlexNet
 
     layout, mode, lrn = form
-    _torch_settings(torch)
     device = 'cuda' if jax.default_backend() == 'gpu' else 'cpu'
-    bf16 = case.net.compute_dtype == 'bfloat16'
     memory: Any = torch.channels_last if layout == 'channels_last' else torch.contiguous_format
     net: Any = TorchAlexNet(case.net, case.params, lrn).to(device, memory_format=memory)
     images = torch.tensor(case.images.transpose(0, 3, 1, 2))
     images = images.to(device).contiguous(memory_format=memory)
     labels = torch.tensor(case.labels, dtype=torch.int64, device=device)
-    graph = net
-    if mode != 'eager':
-        options = {'mode': 'reduce-overhead'} if mode == 'CUDA graphs' else {}
-        graph = torch.compile(net, **options)
+    options = {'mode': 'reduce-overhead'} if mode == 'CUDA graphs' else {}
+    graph = net if mode == 'eager' else torch.compile(net, **options)
     wait = torch.cuda.synchronize if device == 'cuda' else lambda: None
-    autocast = functools.partial(torch.autocast, device, dtype=torch.bfloat16, enabled=bf16)
+    bfloat16 = case.net.compute_dtype == 'bfloat16'
+    autocast = functools.partial(torch.autocast, device, dtype=torch.bfloat16, enabled=bfloat16)
 
     def forward(steps: int):
         net.eval()
@@ -254,40 +248,40 @@ def torch_form(form: tuple[str, str, str], case: Case, what: str) -> Benchmark:
         wait()
         return loss.detach()
 
-    value: Any = lambda result: result.float().cpu().numpy()  # noqa: E731
-    return Benchmark(forward if what == 'forward' else train, value)
+    return Benchmark(
+        forward if what == 'forward' else train, lambda result: result.float().cpu().numpy()
+    )
 
 
-def _torch_settings(torch: Any) -> None:
-    """Use all cores; on a GPU TF32 for float32, as JAX does, and cuDNN's own search."""
+def _set_up_torch() -> None:
+    """Use all cores; on a GPU TF32 for float32, as JAX does, and cuDNN's own search.
+
+    PyTorch runs a module eagerly once it was compiled often; that limit is lifted.
+    """
+    import torch
+
     torch.set_num_threads(machine.cores())
     torch.set_float32_matmul_precision('high')
     torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
-
-
-def _forget_compiled() -> None:
-    """Lift the limit after which PyTorch runs a module eagerly instead of compiling it."""
-    import torch
-
     torch._dynamo.reset()
     torch._dynamo.config.recompile_limit = 64
     torch._dynamo.config.fail_on_recompile_limit_hit = True
 
 
 def _torch_sgd(torch: Any, net: Any, settings: Settings) -> Any:
+    """Return the recipe's constants in torch.optim.SGD: as `_sgd`, fused."""
     recipe, named = settings.optimizer, dict(net.named_parameters())
     groups = [
         {
-            'params': [value for name, value in named.items() if name.endswith('weight')],
-            'lr': recipe.weights.rate,
-            'weight_decay': recipe.weight_decay,
-        },
-        {
-            'params': [value for name, value in named.items() if name.endswith('bias')],
-            'lr': recipe.biases.rate,
-            'weight_decay': 0.0,
-        },
+            'params': [value for name, value in named.items() if name.endswith(kind)],
+            'lr': rate,
+            'weight_decay': decay,
+        }
+        for kind, rate, decay in (
+            ('weight', recipe.weights.rate, recipe.weight_decay),
+            ('bias', recipe.biases.rate, 0.0),
+        )
     ]
     return torch.optim.SGD(groups, momentum=recipe.momentum, fused=True)
 
@@ -301,7 +295,7 @@ def benchmarks(case: Case, what: str) -> Iterator[tuple[str, Callable[[], Benchm
     if (case.settings.name, case.settings.scale) == NAIVE:
         yield 'naive', lambda: naive(case, what)
     if torch_is_here():
-        _forget_compiled()
+        _set_up_torch()
         normed = any(op in ('lrn', 'spatial_norm') for x in case.net.layers for op in x.ops)
         for form in torch_forms():
             if normed or form[2] == 'module':  # without LRN the forms are the same

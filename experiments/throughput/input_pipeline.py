@@ -1,19 +1,12 @@
 """Time training on real input, and the time to the first step.
 
-Feeding: the trainer's own loop, reading and prefetching as in any run, alternates with the same
-compiled step on one batch that stays on the device. A callback adds up the time that the loop waits
-for input.
-
-Start: `main.py` in a process of its own, from the command to the record of its first step, with an
-empty compilation cache and again with the cache filled by the first start. The data is already
-prepared.
+Feeding: the trainer's own loop alternates with the same compiled step on one batch that stays on
+the device. Start: `main.py` in a process of its own, from the command to the record of its first
+step, with an empty compilation cache, and again with the cache filled by the first start.
 """
 
 import argparse
 import dataclasses
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -23,7 +16,7 @@ import jax
 import numpy as np
 
 from alexnet_jax import config as configuration
-from alexnet_jax.errors import AlexNetError, RunError
+from alexnet_jax.errors import AlexNetError
 from alexnet_jax.parallel import cpu
 from alexnet_jax.training import metrics as run_metrics
 from alexnet_jax.training import train
@@ -31,12 +24,11 @@ from alexnet_jax.training.callbacks import Callback
 from alexnet_jax.training.job import Job, open_job
 from alexnet_jax.training.metrics import History
 from configs import alexnet
-from experiments.data_bench import reading
+from experiments.data_bench import process, reading
 from experiments.throughput import baselines
 from experiments.throughput.results import environment, keep
 from experiments.throughput.timing import run_alone
 
-ROOT = Path(__file__).resolve().parents[2]
 INPUTS = {  # the scale of configs/alexnet.py that reads each
     'quickstart': 'quickstart',
     'Fashion-MNIST at 224 px': 'fashion_mnist',
@@ -162,35 +154,19 @@ def start(flags: argparse.Namespace) -> None:
         print(config, {key: row[key] for key in ('cold_secs', 'warm_secs')}, flush=True)
 
 
-def first_step_secs(
-    config: str, scratch: Path, workdir: str, more: tuple[str, ...] = (), limit_secs: float = 600
-) -> float:
+def first_step_secs(config: str, scratch: Path, workdir: str, more: tuple[str, ...] = ()) -> float:
     """Return the seconds until a new process has recorded its first step; it is then killed.
 
     Compiled programs are cached in `scratch`/cache.
 
     Raises:
-        RunError: the process ended, or took too long, before there was a record.
+        RunError: the process ended before there was a record.
     """
     folder = scratch / workdir
-    words = [sys.executable, 'main.py', f'--config={config}', f'--workdir={folder}']
+    words = ['main.py', f'--config={config}', f'--workdir={folder}', *more]
     words += ['--config.loop.log_every_steps=1', f'--config.loop.compilation_cache={scratch}/cache']
-    # On a GPU this process holds half of the memory.
-    variables = os.environ | {'XLA_PYTHON_CLIENT_MEM_FRACTION': '0.4'}
-    with (scratch / f'{workdir}.log').open('w+') as log:
-        begin = time.perf_counter()
-        child = subprocess.Popen(
-            [*words, *more], cwd=ROOT, env=variables, stdout=log, stderr=subprocess.STDOUT
-        )
-        try:
-            while not any(record['kind'] == 'train' for record in run_metrics.read(folder)):
-                secs = time.perf_counter() - begin
-                if child.poll() is not None or secs > limit_secs:
-                    log.seek(0)
-                    last = (log.read().strip().splitlines() or ['nothing'])[-1]
-                    raise RunError(f'no first step of {config} after {secs:.0f} s: {last}')
-                time.sleep(0.01)
-            return time.perf_counter() - begin
-        finally:
-            child.kill()
-            child.wait()
+
+    def trained(secs: float) -> bool:
+        return any(record['kind'] == 'train' for record in run_metrics.read(folder))
+
+    return process.run(words, scratch / f'{workdir}.log', kill_when=trained)['secs']

@@ -2,12 +2,12 @@
 
 An operation is run as the net runs it, jitted by itself, on noise of the real shapes; backward is
 the transposed program alone, given what forward saved. In the complete step the compiler fuses
-neighbours, so that it may take less than the sum; what it takes more is spent between the
-operations.
+neighbours, so that it may take less than the sum.
 """
 
 import argparse
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,10 +21,10 @@ from alexnet_jax.parallel import cpu
 from alexnet_jax.training.step import make_optimizer
 from experiments.throughput import baselines, roofline, steps
 from experiments.throughput.baselines import Case
-from experiments.throughput.results import environment, keep
+from experiments.throughput.results import Row, environment, keep, median
 from experiments.throughput.roofline import Work
 from experiments.throughput.tables import layer_table
-from experiments.throughput.timing import Benchmark, alternate, median, run_alone
+from experiments.throughput.timing import Benchmark, alternate, run_alone
 
 BATCH = {'cpu': 64, 'gpu': 128}
 
@@ -57,7 +57,7 @@ def measure_all(flags: argparse.Namespace) -> None:
         print(layer_table(row), flush=True)
 
 
-def measure(net: str, batch_size: int, flags: argparse.Namespace) -> dict[str, Any]:
+def measure(net: str, batch_size: int, flags: argparse.Namespace) -> Row:
     """Measure one net: every piece and the complete step, in turn."""
     module, scale = steps.NETS[net]
     case = baselines.case_of(module.get_config(scale), batch_size, flags.dtype)
@@ -66,7 +66,7 @@ def measure(net: str, batch_size: int, flags: argparse.Namespace) -> dict[str, A
     makers |= {what: lambda what=what: baselines.ours(case, what) for what in baselines.PASSES}
     makers |= {'product': lambda: roofline.product(flags.dtype), 'copy': roofline.copying}
     rows, _ = alternate(makers, flags.rounds, min(flags.sample_secs, 0.1))
-    secs = {name: median(row) for name, row in rows.items()}
+    secs = {name: median(row['secs']) for name, row in rows.items()}
     rates = roofline.rates(secs['product'], secs['copy'])
     return {
         'net': net,
@@ -118,71 +118,52 @@ def _linear(stage: Stage, case: Case) -> Iterator[Piece]:
     module: Any = Linear(layer, stage.groups)
     inputs = stage.input if layer.kind == 'conv' else (stage.fan_in * stage.groups,)
 
-    def run(params, x):
-        return module.apply({'params': params}, x)
-
     def make(direction: str) -> Benchmark:
         params, x = jax.device_put(case.params[layer.name]), _noise((size, *inputs), net)
-        if direction == 'forward':
-            return _forward(run, params, x)
-        if layer is net.layers[0]:  # the image needs no gradient
-            return _backward(lambda params: run(params, x), params)
-        return _backward(run, params, x)
+        if direction == 'backward' and layer is net.layers[0]:  # the image needs no gradient
+            return _backward(lambda params: module.apply({'params': params}, x), params)
+        run = {'forward': _forward, 'backward': _backward}[direction]
+        return run(lambda params, x: module.apply({'params': params}, x), params, x)
 
     for direction in ('forward', 'backward'):
         work = roofline.linear(stage, net, size, direction)
-        yield Piece(layer.name, 'linear', direction, work, lambda d=direction: make(d))
+        yield Piece(layer.name, 'linear', direction, work, functools.partial(make, direction))
 
 
 def _op(layer: Layer, op: str, before: Shape, after: Shape, case: Case) -> Iterator[Piece]:
     net, size = case.net, case.settings.batch_size
-    module = AlexNet(net)
 
-    def make(direction: str) -> Benchmark:
+    def make(measure: Callable[..., Benchmark]) -> Benchmark:
         x = _noise((size, *before), net)
         masks = {layer.name: x > 0}
+        return measure(lambda x: AlexNet(net).apply({}, op, x, layer, masks, method='apply_op'), x)
 
-        def run(x):
-            return module.apply({}, op, x, layer, masks, method='apply_op')
-
-        return _forward(run, x) if direction == 'forward' else _backward(run, x)
-
-    for direction in ('forward', 'backward'):
+    for direction, measure in (('forward', _forward), ('backward', _backward)):
         work = roofline.follower(before, after, net, size, direction)
-        yield Piece(layer.name, op, direction, work, lambda d=direction: make(d))
+        yield Piece(layer.name, op, direction, work, functools.partial(make, measure))
 
 
 def _masks(net: Net, size: int) -> Piece:
     draw = jax.jit(lambda key: alexnet.draw_masks(key, net, size))
-    run = lambda: _repeat(lambda: draw(jax.random.key(0)))  # noqa: E731
     units = sum(mask.size for mask in jax.eval_shape(draw, jax.random.key(0)).values())
-    return Piece('all', 'masks', 'forward', Work(bytes=units), run)
+    make = lambda: _repeat(lambda: draw(jax.random.key(0)))  # noqa: E731
+    return Piece('all', 'masks', 'forward', Work(bytes=units), make)
 
 
 def _update(case: Case) -> Piece:
     optimizer = make_optimizer(case.settings, baselines.IMAGES)
 
+    def update(state, grads):
+        params, opt_state = state
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return (jax.tree.map(jnp.add, params, updates), opt_state), jnp.zeros(())
+
     def make() -> Benchmark:
         params = jax.device_put(case.params)
         grads = jax.tree.map(lambda p: 1e-3 * p, params)
-        states = [(jax.tree.map(jnp.copy, params), optimizer.init(params))]
-
-        def update(state, grads):
-            params, opt_state = state
-            updates, opt_state = optimizer.update(grads, opt_state, params)
-            return jax.tree.map(jnp.add, params, updates), opt_state
-
-        options = cpu.compiler_options()
-        step = jax.jit(update, donate_argnums=0, compiler_options=options)
-
-        def run(steps: int):
-            state = states.pop()
-            for _ in range(steps):
-                state = step(state, grads)
-            states.append(jax.block_until_ready(state))
-            return jnp.zeros(())
-
-        return Benchmark(run)
+        start = jax.tree.map(jnp.copy, params), optimizer.init(params)
+        step = jax.jit(update, donate_argnums=0, compiler_options=cpu.compiler_options())
+        return baselines.stateful(lambda state: step(state, grads), start, np.asarray)
 
     return Piece('all', 'update', 'backward', roofline.update(case.net), make)
 

@@ -1,13 +1,10 @@
 """Compute a lower bound on a step's time from its operations and bytes: a roofline.
 
-Layer by layer and direction by direction, each takes at least
-
-    max(FLOPs / rate of matrix products, bytes / rate of copying)
-
-and a step at least their sum. FLOPs: two per multiply-add, once forward and twice backward; the
-first layer needs no gradient of its input. Bytes: what must come from memory and go back if all
-that follows a layer's linear operation were fused with it, and nothing stayed in a cache between
-layers:
+Each layer takes at least max(FLOPs / rate of matrix products, bytes / rate of copying) in each
+direction, and a step at least their sum. FLOPs: two per multiply-add, once forward and twice
+backward; the first layer needs no gradient of its input. Bytes: what must come from memory and go
+back if all that follows a layer's linear operation were fused with it, and nothing stayed in a
+cache between layers:
 
     forward   input and parameters read, result written
     backward  gradient of the result, input and parameters read; gradients of input and

@@ -12,9 +12,9 @@ from alexnet_jax.errors import RunError
 from configs import ablation_lrn, alexnet, variant_torchvision
 from experiments.throughput import baselines, roofline
 from experiments.throughput.baselines import Case
-from experiments.throughput.results import environment, keep
+from experiments.throughput.results import Row, environment, keep, median
 from experiments.throughput.tables import forms_table, steps_table
-from experiments.throughput.timing import Row, alternate, best_torch, median, ratio, run_alone
+from experiments.throughput.timing import alternate, best_torch, ratio, run_alone
 
 KINDS = ('ours', 'naive', 'torch')
 NETS: dict[str, tuple[Any, str]] = {
@@ -45,11 +45,11 @@ def measure(net: str, batch_size: int, what: str, flags: argparse.Namespace) -> 
     found, kinds = [], {*flags.kinds}
     if 'torch' in kinds and baselines.torch_is_here():
         found.append(run('torch'))
-    best = found[0]['torch'] if found else None
+    best = [found[0]['torch']] if found and found[0]['torch'] else []
     if 'naive' in kinds and (module, scale) == NETS['2012']:
         found.append(run(*(kind for kind in ('ours', 'naive') if kind in kinds)))
     if not found or ('ours' in kinds and best):
-        found.append(run('ours', *([best] if best else [])))
+        found.append(run('ours', *best))
     row: Row = {'forms': {}, 'ratios': {}}
     for one in found:
         row |= one | {key: row[key] | one.get(key, {}) for key in ('forms', 'ratios')}
@@ -70,7 +70,7 @@ def sample(
     }
     makers |= {'product': lambda: roofline.product(flags.dtype), 'copy': roofline.copying}
     rows, values = alternate(makers, flags.rounds, flags.sample_secs)
-    rates = roofline.rates(*(median(rows.pop(name)) for name in ('product', 'copy')))
+    rates = roofline.rates(*(median(rows.pop(name)['secs']) for name in ('product', 'copy')))
     best = best_torch(rows)
     row = {'net': net, 'batch_size': batch_size, 'dtype': flags.dtype, 'pass': what}
     row |= {
@@ -91,20 +91,18 @@ def sample(
 
 def _check(row: Row, values: Mapping[str, np.ndarray], case: Case) -> None:
     """Check that the forms compute the same logits; in training, that losses are finite."""
-    if row['pass'] == 'forward':
-        names = [name for name in row['forms'] if name in values]
-        reference = values[names[0]]
-        for name in names:
-            error = np.linalg.norm(values[name] - reference) / np.linalg.norm(reference)
-            row['forms'][name]['off_by'] = float(error)  # relative, of the logits
-        most = 1e-3 if case.net.compute_dtype == 'float32' else 5e-2  # bfloat16 has 8 bits
-        off = [name for name in names if not row['forms'][name]['off_by'] < most]
-        if off:
-            raise RunError(f'{row["net"]}: the logits of {off} are not those of {names[0]}.')
-    else:
-        lost = [n for n in row['forms'] if n in values and not np.isfinite(values[n]).all()]
-        if lost:
+    found = {name: values[name] for name in row['forms'] if name in values}
+    if row['pass'] == 'train':
+        if lost := [name for name, loss in found.items() if not np.isfinite(loss).all()]:
             raise RunError(f'{row["net"]}: the loss of {lost} is not finite.')
+        return
+    first, reference = next(iter(found.items()))
+    most = 1e-3 if case.net.compute_dtype == 'float32' else 5e-2  # bfloat16 has 8 bits
+    for name, logits in found.items():
+        error = np.linalg.norm(logits - reference) / np.linalg.norm(reference)
+        row['forms'][name]['off_by'] = float(error)  # relative
+        if not error < most:
+            raise RunError(f'{row["net"]}: the logits of {name} are not those of {first}.')
 
 
 def measure_all(flags: argparse.Namespace) -> None:

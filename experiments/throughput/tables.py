@@ -1,4 +1,4 @@
-"""Write tables.md from the stored rows.
+"""Format the stored rows as tables.
 
 python -m experiments.throughput --page
 """
@@ -7,20 +7,18 @@ import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from alexnet_jax import files
 from alexnet_jax.training import metrics
+from experiments.output import NOT_RUN, markdown
 from experiments.throughput import results
-from experiments.throughput.timing import Row, median
+from experiments.throughput.results import Row, median
 
-NOT_RUN = 'not run'
 TIME_TO_ACCURACY = 'time_to_accuracy_*.json'
-
-
-def write(folder: Path) -> None:
-    """Write tables.md from the JSON files of a folder."""
-    with files.atomic_write(folder / 'tables.md') as scratch:
-        scratch.write_text(page(folder))
+README_HEAD = [
+    'device', 'net', 'batch', 'pass', 'images/s', 'best PyTorch', 'ratio', 'ratio to naive Flax',
+    'fraction of roofline',
+]  # fmt: skip
 
 
 def stored(folder: Path) -> list[dict[str, list[Row]]]:
@@ -40,8 +38,7 @@ def page(folder: Path) -> str:
     ]
     for rows in stored(folder):
         parts += _device(rows)
-    parts += ['## Time to accuracy', accuracy_table(folder)]
-    return '\n\n'.join(parts) + '\n'
+    return '\n\n'.join([*parts, '## Time to accuracy', accuracy_table(folder)]) + '\n'
 
 
 def _device(rows: dict[str, list[Row]]) -> list[str]:
@@ -50,12 +47,8 @@ def _device(rows: dict[str, list[Row]]) -> list[str]:
     if not found:
         return []
     parts = [f'## {found[0]["device"]}, {found[0]["cpus"]} cores', _versions(found)]
-    parts += [
-        '### Steps',
-        steps_table(rows['steps']),
-        '### All variants',
-        forms_table(rows['steps']),
-    ]
+    parts += ['### Steps', steps_table(rows['steps'])]
+    parts += ['### All variants', forms_table(rows['steps'])]
     for row in rows['layers']:
         parts += [f'### Time by layer: {_named(row)}', layer_table(row)]
     parts += ['### Feeding', feeding_table(rows['feeding'])]
@@ -82,8 +75,6 @@ def _named(row: Row) -> str:
 
 def steps_table(rows: Sequence[Row]) -> str:
     """Compare ours with PyTorch, naive Flax and the roofline: a row a net, batch and pass."""
-    if not rows:
-        return NOT_RUN
     head = [
         'net', 'batch', 'dtype', 'pass', 'ours, images/s', 'spread', 'best PyTorch', 'ratio',
         'naive Flax', 'ratio', 'roofline', 'fraction of it', 'GFLOP/s reached',
@@ -94,7 +85,7 @@ def steps_table(rows: Sequence[Row]) -> str:
 
 def _step_cells(row: Row) -> list[str]:
     size, forms = row['batch_size'], row['forms']
-    pace = {name: size / median(form) for name, form in forms.items() if 'secs' in form}
+    pace = {name: size / median(form['secs']) for name, form in forms.items() if 'secs' in form}
     ratios, torch = row.get('ratios', {}), row['torch']
     cells = [row['net'], str(size), row['dtype'], row['pass']]
     if 'ours' not in pace:
@@ -105,19 +96,16 @@ def _step_cells(row: Row) -> list[str]:
     cells += [f'**{ratios[torch]:.2f}**' if torch else NOT_RUN]
     cells += [f'{pace["naive"]:.1f}' if 'naive' in pace else NOT_RUN]
     cells += [f'{ratios["naive"]:.2f}' if 'naive' in ratios else NOT_RUN]
-    limit, ours = row['limit_secs'], median(forms['ours'])
+    limit, ours = row['limit_secs'], median(secs)
     cells += [f'{size / limit:.1f}', f'{limit / ours:.0%}']
     return [*cells, f'{row["flops"] / ours / 1e9:.0f}', str(len(secs))]
 
 
 def forms_table(rows: Sequence[Row]) -> str:
     """Return images/s of every form; those with one round were too slow for more."""
-    if not rows:
-        return NOT_RUN
-    names = list(dict.fromkeys(name for row in rows for name in row['forms']))
+    names = dict.fromkeys(name for row in rows for name in row['forms'])
     head = ['form', *(f'{_named(row)}, {row["pass"]}' for row in rows)]
-    body = [[name, *(_pace(row, name) for row in rows)] for name in names]
-    return markdown([head, *body])
+    return markdown([head, *([name, *(_pace(row, name) for row in rows)] for name in names)])
 
 
 def _pace(row: Row, name: str) -> str:
@@ -127,13 +115,7 @@ def _pace(row: Row, name: str) -> str:
     if 'failed' in form:
         return f'failed: {form["failed"].split(":")[0]}'
     rounds = '' if len(form['secs']) > 1 else ', one round'
-    return f'{row["batch_size"] / median(form):.1f}{rounds}'
-
-
-README_HEAD = [
-    'device', 'net', 'batch', 'pass', 'images/s', 'best PyTorch', 'ratio', 'ratio to naive Flax',
-    'fraction of roofline',
-]  # fmt: skip
+    return f'{row["batch_size"] / median(form["secs"]):.1f}{rounds}'
 
 
 def readme_rows(folder: Path) -> list[list[str]]:
@@ -156,11 +138,15 @@ def layer_table(row: Row) -> str:
     head = ['layer', 'operation', 'pass', 'ms', 'roofline, ms', 'bound by', 'share', 'gap, ms']
     body = []
     for piece in row['pieces']:
-        secs, limit = statistics.median(piece['secs']), piece['limit_secs']
-        cells = [piece['layer'], piece['word'], piece['direction'], f'{1e3 * secs:.2f}']
-        cells += [f'{1e3 * limit:.2f}', piece['bound'], f'{limit / secs:.0%}']
-        body.append([*cells, f'{1e3 * (secs - limit):.2f}'])
-    body += _sums(row)
+        name = piece['layer'], piece['word'], piece['direction']
+        cells = _against(median(piece['secs']), piece['limit_secs'], piece['bound'], 2)
+        body.append([*name, *cells])
+    for what in ('forward', 'train'):
+        alone = [piece for piece in row['pieces'] if what == 'train' or _at_test_time(piece)]
+        secs, limits = zip(*((median(p['secs']), p['limit_secs']) for p in alone), strict=True)
+        body.append(['sum', 'all', what, *_against(sum(secs), sum(limits), '', 1)])
+        complete = row['step_secs'][what], row['step_limit_secs'][what]
+        body.append(['as run', 'all', what, *_against(*complete, '', 1)])
     return markdown([head, *body]) + (
         f'\n\nProducts {row["flops_per_sec"] / 1e9:.0f} GFLOP/s, copy '
         f'{row["bytes_per_sec"] / 1e9:.1f} GB/s. The roofline of a complete step has each layer '
@@ -168,23 +154,14 @@ def layer_table(row: Row) -> str:
     )
 
 
-def _sums(row: Row) -> list[list[str]]:
-    """Return the sums of the operations, and the complete step as it is run."""
-    pieces = row['pieces']
-    lines = []
-    for what in ('forward', 'train'):
-        chosen = [p for p in pieces if what == 'train' or p['direction'] == 'forward']
-        if what == 'forward':
-            chosen = [p for p in chosen if p['word'] not in ('masks', 'dropout')]
-        alone = sum(statistics.median(p['secs']) for p in chosen)
-        limit, complete = sum(p['limit_secs'] for p in chosen), row['step_secs'][what]
-        fused = row['step_limit_secs'][what]
-        for name, secs, least in (('sum', alone, limit), ('as run', complete, fused)):
-            lines.append(
-                [name, 'all', what, f'{1e3 * secs:.1f}', f'{1e3 * least:.1f}', '',
-                 f'{least / secs:.0%}', f'{1e3 * (secs - least):.1f}']
-            )  # fmt: skip
-    return lines
+def _against(secs: float, limit: float, bound: str, digits: int) -> list[str]:
+    """Return milliseconds, those of the roofline, what bounds it, the share and the gap."""
+    times = (f'{1e3 * value:.{digits}f}' for value in (secs, limit))
+    return [*times, bound, f'{limit / secs:.0%}', f'{1e3 * (secs - limit):.{digits}f}']
+
+
+def _at_test_time(piece: Row) -> bool:
+    return piece['direction'] == 'forward' and piece['word'] not in ('masks', 'dropout')
 
 
 # ----------------------------------------------------------------------- feeding, start, accuracy
@@ -192,42 +169,29 @@ def _sums(row: Row) -> list[list[str]]:
 
 def feeding_table(rows: Sequence[Row]) -> str:
     """Return training on real input beside the step on a resident batch."""
-    if not rows:
-        return NOT_RUN
     head = [
         'input', 'batch', 'training, images/s', 'resident batch', 'ratio', 'waiting for input',
         'rounds',
     ]  # fmt: skip
-    body = []
-    for row in rows:
-        if 'not_run' in row:
-            body.append([row['input'], f'{NOT_RUN}: {row["not_run"]}', *[''] * 5])
-            continue
-        real, resident = (statistics.median(row[key]) for key in ('real_secs', 'resident_secs'))
-        pairs = zip(row['resident_secs'], row['real_secs'], strict=True)
-        size = row['batch_size']
-        body.append(
-            [
-                row['input'],
-                str(size),
-                f'{size / real:.1f}',
-                f'{size / resident:.1f}',
-                f'**{statistics.median(a / b for a, b in pairs):.3f}**',
-                f'{statistics.median(row["stall_share"]):.1%}',
-                str(len(row['real_secs'])),
-            ]
-        )
-    return markdown([head, *body])
+    return markdown([head, *map(_feeding_cells, rows)])
+
+
+def _feeding_cells(row: Row) -> list[Any]:
+    if 'not_run' in row:
+        return [row['input'], f'{NOT_RUN}: {row["not_run"]}', *[''] * 5]
+    size, real, resident = row['batch_size'], row['real_secs'], row['resident_secs']
+    ratio = statistics.median(a / b for a, b in zip(resident, real, strict=True))
+    speeds = (f'{size / median(secs):.1f}' for secs in (real, resident))
+    waiting = f'{median(row["stall_share"]):.1%}'
+    return [row['input'], size, *speeds, f'**{ratio:.3f}**', waiting, len(real)]
 
 
 def start_table(rows: Sequence[Row]) -> str:
     """Return the seconds from the command to the end of the first step, in a fresh process."""
-    if not rows:
-        return NOT_RUN
     head = ['config', 'nothing compiled, s', 'compiled before, s', 'warm / cold', 'starts']
     body = []
     for row in rows:
-        cold, warm = (statistics.median(row[key]) for key in ('cold_secs', 'warm_secs'))
+        cold, warm = (median(row[key]) for key in ('cold_secs', 'warm_secs'))
         starts = f'{len(row["cold_secs"])} + {len(row["warm_secs"])}'
         body.append([row['config'], f'{cold:.1f}', f'{warm:.1f}', f'{warm / cold:.2f}', starts])
     return markdown([head, *body])
@@ -239,17 +203,10 @@ def accuracy_table(folder: Path) -> str:
     body = []
     for path in sorted(folder.glob(TIME_TO_ACCURACY)):
         row = json.loads(path.read_text())
-        net = f'{row["config"]}, {row["dtype"]}'
-        cells = [net, row['device'], f'{row["target"]:.4f}']
         if row['secs'] is None:
-            cells += ['not reached', '', f'{max(row["test_accuracy"]):.4f}']
+            cells = ['not reached', '', f'{max(row["test_accuracy"]):.4f}']
         else:
-            cells += [f'{row["secs"]:.1f}', str(row['epoch']), f'{row["reached"]:.4f}']
-        body.append(cells)
-    return markdown([head, *body]) if body else NOT_RUN
-
-
-def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table; the first row is its head."""
-    lines = ['| ' + ' | '.join(row) + ' |' for row in rows]
-    return '\n'.join([lines[0], '|' + '---|' * len(rows[0]), *lines[1:]])
+            cells = [f'{row["secs"]:.1f}', row['epoch'], f'{row["reached"]:.4f}']
+        net = f'{row["config"]}, {row["dtype"]}'
+        body.append([net, row['device'], f'{row["target"]:.4f}', *cells])
+    return markdown([head, *body])

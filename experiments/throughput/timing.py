@@ -4,7 +4,6 @@ import dataclasses
 import gc
 import multiprocessing
 import os
-import statistics
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -14,9 +13,9 @@ import jax
 import numpy as np
 
 from alexnet_jax.parallel import cpu
+from experiments.throughput.results import Row, median
 
 SLOW = 1.5  # a form of PyTorch that takes this many times its best form's time is dropped
-Row = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +34,7 @@ class Benchmark:
 def alternate(
     makers: Mapping[str, Callable[[], Benchmark]], rounds: int, sample_secs: float
 ) -> tuple[dict[str, Row], dict[str, np.ndarray]]:
-    """Run benchmarks in turn; one that cannot be made or run is a row with the reason.
+    """Run benchmarks in turn; one of PyTorch's that cannot be made or run is a row with the reason.
 
     Returns:
         {name: {'secs': [of a step, a value a round], 'cpu_secs': [...], 'steps': in a sample}} or
@@ -52,10 +51,8 @@ def alternate(
                 raise
             rows[name] = {'failed': f'{type(error).__name__}: {str(error).strip()[:200]}'}
     for number in range(rounds):
-        if number:
-            ready = {name: ready[name] for name in _still_running(rows)}
         gc.collect()
-        for name in ready:
+        for name in _still_running(rows) if number else ready:
             values[name] = _sample(ready[name], rows[name])
     return rows, values
 
@@ -83,12 +80,10 @@ def _sample(benchmark: Benchmark, row: Row) -> np.ndarray:
 
 def _still_running(rows: Mapping[str, Row]) -> list[str]:
     """Return all but the forms of PyTorch that were slow in the first round."""
-    best = min((rows[name]['secs'][0] for name in _torch(rows)), default=0.0)
-    return [
-        name
-        for name, row in rows.items()
-        if 'secs' in row and not (name in _torch(rows) and row['secs'][0] > SLOW * best)
-    ]
+    torch = _torch(rows)
+    best = min((rows[name]['secs'][0] for name in torch), default=0.0)
+    dropped = [name for name in torch if rows[name]['secs'][0] > SLOW * best]
+    return [name for name, row in rows.items() if 'secs' in row and name not in dropped]
 
 
 def _torch(rows: Mapping[str, Row]) -> list[str]:
@@ -96,21 +91,17 @@ def _torch(rows: Mapping[str, Row]) -> list[str]:
     return [name for name, row in rows.items() if name.startswith('torch') and 'secs' in row]
 
 
-def median(row: Row) -> float:
-    """Return the seconds of a step."""
-    return statistics.median(row['secs'])
-
-
 def ratio(slow: Row, fast: Row) -> float:
     """Return how many times as fast, the median of the rounds' own ratios."""
-    return statistics.median(a / b for a, b in zip(slow['secs'], fast['secs'], strict=False))
+    return median(a / b for a, b in zip(slow['secs'], fast['secs'], strict=False))
 
 
 def best_torch(rows: Mapping[str, Row]) -> str | None:
     """Return the fastest form of PyTorch among those that ran in every round."""
-    most = max((len(rows[name]['secs']) for name in _torch(rows)), default=0)
-    complete = [name for name in _torch(rows) if len(rows[name]['secs']) == most]
-    return min(complete, key=lambda name: median(rows[name])) if complete else None
+    torch = _torch(rows)
+    most = max((len(rows[name]['secs']) for name in torch), default=0)
+    complete = [name for name in torch if len(rows[name]['secs']) == most]
+    return min(complete, key=lambda name: median(rows[name]['secs']), default=None)
 
 
 def run_alone(cpu_devices: int, function: Callable[..., Any], *arguments: Any) -> Any:

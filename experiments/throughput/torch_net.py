@@ -20,7 +20,6 @@ from torch import nn
 
 from alexnet_jax.model.alexnet import Layer, Net, Norm, geometry
 
-LRN_FORMS = ('module', 'slices')
 SIMPLE = {'relu': F.relu, 'tanh': torch.tanh, 'sigmoid': torch.sigmoid}
 
 
