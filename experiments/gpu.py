@@ -36,8 +36,8 @@ STEPS = {
     'forward': (120, f'{TORCH} --passes=forward'),
     'time_to_accuracy': (
         90,
-        '-m experiments.time_to_accuracy --workdir={workdirs}/time_to_accuracy '
-        '--out={out}/throughput',
+        'main.py --config=configs/alexnet.py:fashion_mnist --config.data.validation=test '
+        '--config.model.compute_dtype=bfloat16 --workdir={workdirs}/time_to_accuracy',
     ),
     'layers': (90, f'{THROUGHPUT} --parts=layers --nets=2012'),
     'quickstart': (60, 'main.py --config=configs/alexnet.py --workdir={workdirs}/quickstart'),

@@ -4,7 +4,7 @@
     python -m experiments.sweep my_sweep.py --dry_run        # print the commands
     python -m experiments.sweep contribution_table --launcher=slurm --partition=gpu --gpus=1
 
-A sweep is a small Python file of plain values, in experiments/ or named by its path:
+A sweep is a Python file of plain values, in experiments/ or named by its path:
 
     CONFIGS = ('alexnet', 'ablation_lrn')       # of configs/, or files; 'ablation_depth:conv3' with
                                                 # an argument behind the scale
@@ -14,15 +14,15 @@ A sweep is a small Python file of plain values, in experiments/ or named by its 
     }
     SCALE, SEEDS = 'quickstart', 3              # optional: the defaults of --scale and --seeds
 
-`--config.KEY=VALUE` overrides a value of all configs. A run's workdir is
-workdirs/<sweep>-<scale>/<config>[-<override>]-<seed>, with its output in log.txt there. Finished
-runs are skipped. A run that fails is reported and does not stop the rest. After a Ctrl-C, a SIGTERM
-or a power cut the same command resumes. Runs share a cache of compiled programs.
+A run's workdir is workdirs/<sweep>-<scale>/<config>[-<override>]-<seed>, with its output in log.txt
+there. Finished runs are skipped; a run that fails does not stop the rest. After a Ctrl-C, a SIGTERM
+or a power cut the same command resumes.
 """
 
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import os
 import runpy
 import shlex
@@ -98,21 +98,22 @@ def plan(name: str, folder: Path, scale: str, seeds: int, common: Mapping[str, A
     sweep = load(name)
     scale = scale or sweep.get('SCALE', 'quickstart')
     folder = folder.absolute() / f'{Path(name).stem}-{scale}'
-    runs = []
-    for seed in range(seeds or sweep.get('SEEDS', 3)):
-        for entry in sweep['CONFIGS']:
-            for variant, values in sweep.get('OVERRIDES', {'': {}}).items():
-                overrides = {**values, **common, 'seed': seed}
-                stem = '_'.join(Path(part).stem for part in entry.split(':'))
-                row = f'{stem}-{variant}' if variant else stem
-                config = where(entry, scale)
-                resolve(config, overrides, row)
-                runs.append(Run(row, seed, config, overrides, folder / f'{row}-{seed}'))
-    if len({run.name for run in runs}) < len(runs):
-        raise UsageError(
-            f'{name}: two runs have the same name; give CONFIGS and OVERRIDES distinct names.'
-        )
-    return runs
+    rows: dict[str, tuple[str, dict[str, Any]]] = {}
+    variants = sweep.get('OVERRIDES', {'': {}})
+    for entry, variant in itertools.product(sweep['CONFIGS'], variants):
+        stem = '_'.join(Path(part).stem for part in entry.split(':'))
+        row = f'{stem}-{variant}' if variant else stem
+        if row in rows:
+            raise UsageError(
+                f'{name}: two runs have the same name; give CONFIGS and OVERRIDES distinct names.'
+            )
+        rows[row] = where(entry, scale), {**variants[variant], **common}
+        resolve(*rows[row], row)
+    return [
+        Run(row, seed, config, {**overrides, 'seed': seed}, folder / f'{row}-{seed}')
+        for seed in range(seeds or sweep.get('SEEDS', 3))
+        for row, (config, overrides) in rows.items()
+    ]
 
 
 def load(name: str) -> dict[str, Any]:
@@ -155,10 +156,10 @@ def resolve(config: str, overrides: Mapping[str, Any], row: str) -> Any:
 
 
 class Slot(NamedTuple):
-    """Share of this machine for a run: its own cores, or a device."""
+    """Share of this machine for a run."""
 
-    cores: tuple[int, ...] = ()  # () for any
-    environment: Mapping[str, str] = {}
+    prefix: tuple[str, ...] = ()  # of the command: taskset and the run's own cores
+    environment: Mapping[str, str] = {}  # the run's own device
 
 
 def slots(parallel: int | None) -> list[Slot]:
@@ -176,13 +177,12 @@ def slots(parallel: int | None) -> list[Slot]:
         if parallel > len(cores):
             raise UsageError(f'--parallel={parallel} exceeds the {len(cores)} cores; lower it.')
         share = len(cores) // parallel
-        return [Slot(tuple(cores[i * share : (i + 1) * share])) for i in range(parallel)]
+        shares = (cores[i * share : (i + 1) * share] for i in range(parallel))
+        return [Slot(('taskset', '-c', ','.join(map(str, own)))) for own in shares]
     each = -(-parallel // len(devices))
     memory = {'XLA_CLIENT_MEM_FRACTION': f'{0.9 / each:.3f}'} if each > 1 else {}
-    return [
-        Slot(environment={'CUDA_VISIBLE_DEVICES': devices[i % len(devices)]} | memory)
-        for i in range(parallel)
-    ]
+    shared = [memory | {'CUDA_VISIBLE_DEVICES': device} for device in devices]
+    return [Slot(environment=shared[i % len(devices)]) for i in range(parallel)]
 
 
 def gpus() -> list[str]:
@@ -202,21 +202,16 @@ def gpus() -> list[str]:
 def start(run: Run, slot: Slot) -> subprocess.Popen:
     """Start a run in its slot, in a session of its own: Ctrl-C reaches the sweep alone."""
     run.workdir.mkdir(parents=True, exist_ok=True)
-    all_cores = os.sched_getaffinity(0)
-    try:
-        os.sched_setaffinity(0, slot.cores or all_cores)  # a child inherits it
-        with run.log.open('ab') as out:
-            return subprocess.Popen(
-                run.command,
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=out,
-                cwd=REPOSITORY,
-                env={**os.environ, **slot.environment},
-                start_new_session=True,
-            )
-    finally:
-        os.sched_setaffinity(0, all_cores)
+    with run.log.open('ab') as out:
+        return subprocess.Popen(
+            [*slot.prefix, *run.command],
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=out,
+            cwd=REPOSITORY,
+            env={**os.environ, **slot.environment},
+            start_new_session=True,
+        )
 
 
 def run_here(runs: Sequence[Run], free: list[Slot]) -> Outcomes:
@@ -290,24 +285,18 @@ def run_by_submitit(runs: Sequence[Run], cluster: str, folder: Path, **parameter
 
     Raises:
         RunError: submitit or Slurm is missing, or Slurm refuses the jobs.
-        UsageError: a parameter is invalid.
     """
     os.environ.setdefault('SUBMITIT_LOG_LEVEL', 'NOCONFIG')  # it would log to stdout
     submitit = command.library('submitit', 'sweep')
     try:
         executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
         executor.update_parameters(**parameters)
-    except RuntimeError as error:
-        raise RunError(
-            f'{cluster} is not available ({error}); try --launcher=processes.'
-        ) from error
-    except (NameError, TypeError, ValueError) as error:
-        raise UsageError(f'submitit: {error}.') from error
-    try:
         jobs = executor.map_array(Job.__call__, [Job(run.command, run.log) for run in runs])
     except Exception as error:  # submitit's own kinds, from sbatch's messages
-        what = ' '.join(str(error).split())
-        raise RunError(f'the jobs could not be submitted: {what[-300:]}') from error
+        what = ' '.join(str(error).split())[-300:]
+        raise RunError(
+            f'the jobs could not be submitted ({what}); correct this, or try --launcher=processes.'
+        ) from error
     waiting = list(zip(runs, jobs, strict=True))
     log(f'{len(waiting)} jobs submitted')
     try:
@@ -353,14 +342,14 @@ def outcome(run: Run, code: int) -> str:
     """Return the outcome of a run: 'done', 'in training elsewhere', or 'failed' and the error."""
     if run.finished:
         return 'done'
-    lines = run.log.read_text(errors='replace').splitlines() if run.log.exists() else []
-    last = next((line.strip() for line in reversed(lines) if line.strip()), 'no output')
+    text = run.log.read_text(errors='replace').strip() if run.log.exists() else ''
+    last = text.rpartition('\n')[2].removeprefix('main.py: ') or 'no output'
     if BUSY in last:
         return 'in training elsewhere'
     if code < 0:
         memory = ', as the system does when memory runs out' if code == -signal.SIGKILL else ''
         last = f'ended by {signal.Signals(-code).name}{memory}.'
-    return f'failed: {last.removeprefix("main.py: ")} See {run.log}'
+    return f'failed: {last} See {run.log}'
 
 
 def act(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
@@ -370,8 +359,6 @@ def act(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
         UsageError: the plan is invalid.
         RunError: nothing can be started here.
     """
-    if args.seeds < 0 or (args.parallel is not None and args.parallel < 1):
-        raise UsageError('--seeds and --parallel must be at least 1.')
     runs = plan(args.sweep, args.workdirs, args.scale, args.seeds, overrides)
     left = [run for run in runs if not run.finished]
     if args.dry_run:
@@ -399,16 +386,17 @@ def launch(args: argparse.Namespace, runs: Sequence[Run]) -> Outcomes:
     if args.launcher == 'processes' or not runs:
         return run_here(runs, slots(args.parallel))
     folder = runs[0].workdir.parent
-    parameters: dict[str, Any] = {'name': folder.name, 'timeout_min': args.minutes}
-    parameters |= {'cpus_per_task': args.cpus, 'gpus_per_node': args.gpus}
-    if args.launcher == 'slurm':
-        named = {
-            'slurm_partition': args.partition,
-            'slurm_account': args.account,
-            'slurm_array_parallelism': args.parallel,
-        }
-        parameters |= {key: value for key, value in named.items() if value}
-    return run_by_submitit(runs, args.launcher, folder / '.submitit', **parameters)
+    parameters = {
+        'name': folder.name,
+        'timeout_min': args.minutes,
+        'cpus_per_task': args.cpus,
+        'gpus_per_node': args.gpus,
+        'slurm_partition': args.partition,
+        'slurm_account': args.account,
+        'slurm_array_parallelism': args.parallel,
+    }
+    given = {key: value for key, value in parameters.items() if value is not None}
+    return run_by_submitit(runs, args.launcher, folder / '.submitit', **given)
 
 
 def _parser() -> command.Parser:
@@ -418,28 +406,22 @@ def _parser() -> command.Parser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add(
-        'sweep',
-        type=command.expand,
-        help='name of a sweep in experiments/, for example figure1, or a file',
-    )
+    what = 'name of a sweep in experiments/, for example figure1, or a file'
+    add('sweep', type=command.expand, help=what)
     add('--scale', default='', help='scale of the configs, for example quickstart')
-    add('--seeds', type=int, default=0, help='number of seeds, starting at 0')
-    add('--parallel', type=int, help='concurrent runs (default: one per GPU, or one)')
+    add('--seeds', type=command.positive, default=0, help='number of seeds, starting at 0')
+    what = 'concurrent runs (default: one per GPU, or one)'
+    add('--parallel', type=command.positive, help=what)
     add('--workdirs', type=command.path, default=Path('workdirs'), help='folder for all sweeps')
     add('--dry_run', action='store_true', help='print the commands of unfinished runs')
     kinds = ('processes', 'local', 'slurm')
     add('--launcher', choices=kinds, default=kinds[0], help='local and slurm use submitit')
-    add('--partition', default='', help='Slurm partition')
-    add('--account', default='', help='Slurm account')
+    add('--partition', help='Slurm partition')
+    add('--account', help='Slurm account')
     add('--gpus', type=int, default=0, help='GPUs per submitit job')
     add('--cpus', type=int, default=1, help='CPUs per submitit job')
-    add(
-        '--minutes',
-        type=int,
-        default=1440,
-        help='time limit of a job, after which it saves and requeues',
-    )
+    what = 'time limit of a job, after which it saves and requeues'
+    add('--minutes', type=int, default=1440, help=what)
     add('--config.KEY', metavar='VALUE', help='override one value in all configs; may be repeated')
     return parser
 

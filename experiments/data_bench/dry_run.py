@@ -1,13 +1,11 @@
 """Run the ImageNet pipeline from tar files to an error rate, on substitute photographs.
 
-Archives in the official layout are made of the photographs (substitute.py), prepared, and trained
-on with the recipe of imagenet2012 and a narrow net. Preparation and training each run twice:
-undisturbed, and killed with SIGKILL and started again by the same command. Then both nets are
-evaluated, one of them on all 50,000 images. Each step is a row of
-experiments/results/dry_run.jsonl. The error rates are meaningless: with six pictures per class,
-cut from a few dozen photographs, nothing can be learnt.
+Preparation and training each run twice: undisturbed, and killed with SIGKILL and started again by
+the same command. Each step is a row of experiments/results/dry_run.jsonl. The error rates are
+meaningless: with six pictures per class nothing can be learnt.
 """
 
+import argparse
 import hashlib
 import json
 import random
@@ -17,6 +15,7 @@ from typing import Any
 from alexnet_jax.training import metrics
 from experiments.data_bench import substitute
 from experiments.data_bench.process import run
+from experiments.output import lines, write_text
 
 RESULTS = Path(__file__).parents[1] / 'results' / 'dry_run.jsonl'
 LAYERS = {'conv1': 16, 'conv2': 32, 'conv3': 48, 'conv4': 48, 'conv5': 32, 'fc6': 256, 'fc7': 256}
@@ -31,7 +30,6 @@ TRAINING = {
     'loop.evaluate_every_epochs': 5,
     'loop.tensorboard': False,
 } | {f'model.{name}.features': count for name, count in LAYERS.items()}
-SCORES = ('images', 'centre', 'ten_views')
 
 
 def hash_folder(folder: Path) -> str:
@@ -55,14 +53,11 @@ def prepare(tars: Path, scratch: Path) -> list[dict[str, Any]]:
     resumed = run([*words, str(again)], log)
     images = json.loads((tars / 'counts.json').read_text())
     size = sum(path.stat().st_size for path in data.rglob('*') if path.is_file())
+    same = {'same_bytes': hash_folder(data) == hash_folder(again)}
     return [
         {'act': 'prepare', 'images': images, 'bytes': size, **undisturbed},
         {'act': 'prepare, killed', **killed},
-        {
-            'act': 'prepare, the same command again',
-            **resumed,
-            'same_bytes': hash_folder(data) == hash_folder(again),
-        },
+        {'act': 'prepare, the same command again', **resumed, **same},
     ]
 
 
@@ -92,27 +87,22 @@ def _checkpoints(workdir: Path) -> int:
 def evaluate(scratch: Path) -> list[dict[str, Any]]:
     """Evaluate both nets on 2,000 pictures and one on all 50,000, by one view and by ten."""
     rows = []
-    # 'validation' alone would be the thousand of the config.
-    for workdir, split in (
-        ('run', 'validation[:2000]'),
-        ('cut_off', 'validation[:2000]'),
-        ('run', 'validation[:]'),
-    ):
-        log = scratch / f'evaluate_{len(rows)}.log'
+    for workdir, images in (('run', ':2000'), ('cut_off', ':2000'), ('run', ':')):
+        log, split = scratch / f'evaluate_{len(rows)}.log', f'validation[{images}]'
         words = ['main.py', '--mode=evaluate', f'--workdir={scratch / workdir}', f'--split={split}']
         taken = run(words, log)
         printed = json.loads(log.read_text().splitlines()[-1])
-        scores = {name: printed[name] for name in SCORES}
+        scores = {name: printed[name] for name in ('images', 'centre', 'ten_views')}
         rows.append({'act': f'evaluate {workdir} on {split}', **taken, **scores})
     return rows
 
 
-def measure_all(pictures: Path, scratch: Path) -> None:
+def measure_all(flags: argparse.Namespace) -> None:
     """Build the archives, prepare, train, evaluate, and write the record."""
-    tars = scratch / 'tars'
+    tars = flags.scratch / 'tars'
     tars.mkdir(parents=True)
-    substitute.build(substitute.photographs(pictures), tars)
-    rows = prepare(tars, scratch) + train(scratch) + evaluate(scratch)
-    RESULTS.write_text(''.join(json.dumps(row | metrics.environment()) + '\n' for row in rows))
-    for row in rows:
-        print(row)
+    substitute.build(substitute.photographs(flags.pictures), tars)
+    rows = [*prepare(tars, flags.scratch), *train(flags.scratch), *evaluate(flags.scratch)]
+    text = lines(row | metrics.environment() for row in rows)
+    print(text, end='')
+    write_text(RESULTS, text)

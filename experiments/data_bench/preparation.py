@@ -1,15 +1,13 @@
 """Measure `prepare folder`: images/s, CPU time per image, memory and start-up.
 
-JPEGs of 500 x 375 px, the commonest size in ImageNet, are cut out of photographs into two folders,
-one with five times as many images as the other. Each is prepared by one worker. The difference
-gives the time per image, and the remainder is the start-up time. Medians over rounds are written to
-experiments/results/prepare/bench_<device>.json.
+JPEGs of 500 x 375 px, the commonest size in ImageNet, are cut out of photographs into a small and a
+large folder. One worker prepares each; the difference gives the time per image.
 """
 
+import argparse
 import json
 import os
 import shutil
-import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -18,8 +16,8 @@ import PIL
 
 from alexnet_jax.training import metrics
 from experiments.data_bench import substitute
-from experiments.data_bench.process import run
-from experiments.output import slug
+from experiments.data_bench.process import medians, run
+from experiments.output import slug, write_text
 
 RESULTS = Path(__file__).parents[1] / 'results' / 'prepare'
 SIZE_PX = (500, 375)
@@ -27,32 +25,24 @@ CLASSES = 4
 COUNTS = (300, 1500)
 
 
-def measure_all(pictures: Path, rounds: int) -> None:
-    """Measure preparation as JPEG and as raw pixels, and write the record."""
+def measure_all(flags: argparse.Namespace) -> None:
+    """Measure preparation as JPEG and as raw pixels; medians over rounds are the record."""
     device = f'{os.cpu_count()} x {metrics.device_name()}'
-    record: dict[str, Any] = dict(
-        device=device, pillow=PIL.__version__, images=COUNTS, rounds=rounds
-    )
+    record: dict[str, Any] = {'device': device, 'pillow': PIL.__version__}
+    record |= {'images': COUNTS, 'rounds': flags.rounds}
+    photos = substitute.photographs(flags.pictures)
     with tempfile.TemporaryDirectory() as name:
         for count in COUNTS:
-            write_pictures(pictures, Path(name, f'photos_{count}'), count)
+            for i, content in enumerate(substitute.crops(photos, count, SIZE_PX, seed=count)):
+                path = Path(name, f'photos_{count}', f'class_{i % CLASSES}', f'{i}.jpg')
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(content)
         for storage in ('jpeg', 'raw'):
-            found = [measure(Path(name), storage) for _ in range(rounds)]
-            medians = {key: statistics.median(row[key] for row in found) for key in found[0]}
-            record[storage] = {'ours': medians}
+            found = [measure(Path(name), storage) for _ in range(flags.rounds)]
+            record[storage] = {'ours': medians(found)}
     text = json.dumps(record, indent=2) + '\n'
     print(text, end='')
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / f'bench_{slug(device)}.json').write_text(text)
-
-
-def write_pictures(pictures: Path, folder: Path, count: int) -> None:
-    """Fill `folder` with `count` JPEGs in CLASSES classes."""
-    photos = substitute.photographs(pictures)
-    for i, content in enumerate(substitute.crops(photos, count, SIZE_PX, seed=count)):
-        path = folder / f'class_{i % CLASSES}' / f'{i}.jpg'
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
+    write_text(RESULTS / f'bench_{slug(device)}.json', text)
 
 
 def measure(folder: Path, storage: str) -> dict[str, float]:

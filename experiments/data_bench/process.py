@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -71,3 +72,8 @@ def _peak_mib(pid: int | str) -> int:
     except OSError:
         return 0
     return int(match[1]) // 1024 if match else 0
+
+
+def medians(rows: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Return the median of each key over rounds."""
+    return {key: statistics.median(row[key] for row in rows) for key in rows[0]}

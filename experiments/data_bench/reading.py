@@ -1,13 +1,13 @@
 """Measure reading: start-up at the size of ImageNet, images/s and CPU time per image.
 
 Start-up: a fresh process opens a set of 1,281,167 records in 626 files, as ImageNet's training
-split is prepared but with images of 8 x 8 px, and makes its first batch.
-
-Rates: batches of 128 in random order from images of 256 x 256 px, raw and JPEG, in the page cache.
-The images are noise of several scales. Each number of reader threads takes its turn in each round.
-Medians over rounds are written to experiments/results/reading/<device>.json.
+split is prepared but with images of 8 x 8 px, and makes its first batch. Rates: batches of 128 in
+random order from images of 256 x 256 px, raw and JPEG, in the page cache, by several numbers of
+reader threads in turn.
 """
 
+import argparse
+import itertools
 import json
 import os
 import statistics
@@ -31,7 +31,8 @@ from alexnet_jax.data.prepare import tfds_format
 from alexnet_jax.machine import cores
 from alexnet_jax.parallel import cpu
 from alexnet_jax.training import metrics
-from experiments.output import slug
+from experiments.data_bench.process import medians
+from experiments.output import slug, write_text
 
 RESULTS = Path(__file__).parents[1] / 'results' / 'reading'
 RECORDS, FILES, CLASSES, BATCH, PX, QUALITY = 1_281_167, 626, 1000, 128, 256, 90
@@ -55,8 +56,7 @@ def write(
     for i, length in enumerate(lengths):
         name = f'{folder.name}-train.array_record-{i:05d}-of-{files:05d}'
         writer = tfds_format.record_writer(version / name)
-        for _ in range(length):
-            number = next(numbers)
+        for number in itertools.islice(numbers, length):
             writer.write(tfds_format.example(encoded(number), number % CLASSES))
         writer.close()
     image = (
@@ -173,25 +173,18 @@ def sample(stream: Iterator[Batch], count: int) -> Row:
     }
 
 
-def medians(rows: list[Row]) -> Row:
-    """Return the median of each key over rounds."""
-    return {key: statistics.median(row[key] for row in rows) for key in rows[0]}
-
-
-def measure_all(scratch: Path, rounds: int) -> None:
-    """Write the data sets, measure, and write the record."""
-    result: dict[str, Any] = {'cores': cores(), 'rounds': rounds, 'files': FILES}
+def measure_all(flags: argparse.Namespace) -> None:
+    """Write the data sets, measure, and write the record: medians over rounds."""
+    result: dict[str, Any] = {'cores': cores(), 'rounds': flags.rounds, 'files': FILES}
     cpu.keep_freed()
-    with tempfile.TemporaryDirectory(dir=scratch) as name:
+    with tempfile.TemporaryDirectory() as name:  # takes 2 GB
         folder = Path(name)
         result['bytes_an_image'] = write_all(folder)
-        result['start_up'] = start_up(folder, rounds)
+        result['start_up'] = start_up(folder, flags.rounds)
         for storage in IMAGES:
-            result[storage] = rates(folder, storage, rounds)
+            result[storage] = rates(folder, storage, flags.rounds)
     versions = {name: metadata.version(name) for name in ('array-record', 'pillow', 'simplejpeg')}
     result |= {'environment': metrics.environment() | versions, 'load_average': os.getloadavg()}
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    path = RESULTS / f'{slug(metrics.device_name())}.json'
     text = json.dumps(result, indent=1) + '\n'
-    path.write_text(text)
-    print(text + str(path))
+    print(text, end='')
+    write_text(RESULTS / f'{slug(metrics.device_name())}.json', text)

@@ -1,9 +1,8 @@
 """Create archives in the official layout of ILSVRC-2012 from arbitrary photographs.
 
 1000 classes, six training pictures each, and 50,000 validation pictures, with the unusual files of
-the real archives: CMYK, a PNG named JPEG, grey, rotated by EXIF, and very narrow and very large
-pictures. Training pictures are 500 x 375 px crops of the photographs; most others are small, so
-that everything takes minutes. The same photographs give the same bytes.
+the real archives. Training pictures are 500 x 375 px crops of the photographs; most others are
+small, so that everything takes minutes. The same photographs give the same bytes.
 """
 
 import dataclasses
@@ -21,6 +20,7 @@ from PIL import Image
 
 from alexnet_jax.data.prepare import imagenet, shards
 from alexnet_jax.data.prepare.imagenet import ILSVRC_2012, Challenge
+from alexnet_jax.errors import UsageError
 from alexnet_jax.machine import cores
 
 PER_CLASS = 6  # training pictures
@@ -120,7 +120,11 @@ def odd_ones(photo: Image.Image) -> dict[str, bytes]:
 
 
 def photographs(folder: Path) -> list[Image.Image]:
-    """Return the pictures below a folder of at least 256 px, at most 1600 x 1200 px, by name."""
+    """Return the pictures below a folder of at least 256 px, at most 1600 x 1200 px, by name.
+
+    Raises:
+        UsageError: there is none.
+    """
     found = []
     for path in sorted(folder.rglob('*')):
         if path.suffix.lower() in ('.jpg', '.jpeg', '.png', '.webp') and not path.is_symlink():
@@ -128,6 +132,8 @@ def photographs(folder: Path) -> list[Image.Image]:
                 if min(picture.size) >= 256:
                     picture.thumbnail((1600, 1200))
                     found.append(picture.convert('RGB'))
+    if not found:
+        raise UsageError(f'{folder} has no photographs of at least 256 px; name a folder of some.')
     return found
 
 

@@ -50,24 +50,30 @@ def measure_all(flags: argparse.Namespace) -> None:
     for net in flags.nets:
         usual = steps.QUICKSTART_BATCH if net == 'quickstart' else BATCH[steps.platform()]
         batch_size = (flags.batches or (usual,))[0]
-        module, scale = steps.NETS[net]
-        devices = module.get_config(scale).mesh.cpu_devices
-        row = run_alone(devices, measure, net, batch_size, flags)
+        row = run_alone(steps.config_of(net).mesh.cpu_devices, measure, net, batch_size, flags)
         keep(flags.out, 'layers', row)
         print(layer_table(row), flush=True)
 
 
 def measure(net: str, batch_size: int, flags: argparse.Namespace) -> Row:
     """Measure one net: every piece and the complete step, in turn."""
-    module, scale = steps.NETS[net]
-    case = baselines.case_of(module.get_config(scale), batch_size, flags.dtype)
+    case = baselines.case_of(steps.config_of(net), batch_size, flags.dtype)
     found = list(pieces(case))
     makers = {piece.name: piece.make for piece in found}
     makers |= {what: lambda what=what: baselines.ours(case, what) for what in baselines.PASSES}
-    makers |= {'product': lambda: roofline.product(flags.dtype), 'copy': roofline.copying}
+    makers |= roofline.benchmarks(flags.dtype)
     rows, _ = alternate(makers, flags.rounds, min(flags.sample_secs, 0.1))
-    secs = {name: median(row['secs']) for name, row in rows.items()}
-    rates = roofline.rates(secs['product'], secs['copy'])
+    rates = roofline.take_rates(rows)
+
+    def row(piece: Piece) -> Row:
+        times = {key: rows[piece.name][key] for key in ('secs', 'cpu_secs')}
+        names = {'layer': piece.layer, 'word': piece.op, 'direction': piece.direction}
+        bound = {'limit_secs': piece.work.secs(rates), 'bound': piece.work.bound(rates)}
+        return {**names, **times, **bound, **dataclasses.asdict(piece.work)}
+
+    limits = {
+        what: roofline.step_secs(case.net, batch_size, what, rates) for what in baselines.PASSES
+    }
     return {
         'net': net,
         'batch_size': batch_size,
@@ -75,24 +81,9 @@ def measure(net: str, batch_size: int, flags: argparse.Namespace) -> Row:
         'rounds': flags.rounds,
         'flops_per_sec': rates.flops,
         'bytes_per_sec': rates.bytes,
-        'step_secs': {what: secs[what] for what in baselines.PASSES},
-        'step_limit_secs': {
-            what: roofline.step_secs(case.net, batch_size, what, rates) for what in baselines.PASSES
-        },
-        'pieces': [
-            {
-                'layer': piece.layer,
-                'word': piece.op,
-                'direction': piece.direction,
-                'secs': rows[piece.name]['secs'],
-                'cpu_secs': rows[piece.name]['cpu_secs'],
-                'limit_secs': piece.work.secs(rates),
-                'bound': piece.work.bound(rates),
-                'flops': piece.work.flops,
-                'bytes': piece.work.bytes,
-            }
-            for piece in found
-        ],
+        'step_secs': {what: median(rows[what]['secs']) for what in baselines.PASSES},
+        'step_limit_secs': limits,
+        'pieces': [row(piece) for piece in found],
         **environment(),
     }
 
@@ -103,80 +94,81 @@ def measure(net: str, batch_size: int, flags: argparse.Namespace) -> Row:
 def pieces(case: Case) -> Iterator[Piece]:
     """Yield every operation of the step in the order of the net, then masks and update."""
     net, size = case.net, case.settings.batch_size
+    bind = functools.partial
     for stage in geometry(net):
-        yield from _linear(stage, case)
-        shape = stage.output
-        for op, after in zip(stage.layer.ops, stage.after, strict=True):
-            yield from _op(stage.layer, op, shape, after, case)
+        layer, shape = stage.layer, stage.output
+        work = bind(roofline.linear, stage, net, size)
+        yield from _both(layer.name, 'linear', work, bind(_linear, stage, case))
+        for op, after in zip(layer.ops, stage.after, strict=True):
+            work = bind(roofline.follower, shape, after, net, size)
+            yield from _both(layer.name, op, work, bind(_op, layer, op, shape, case))
             shape = after
-    yield _masks(net, size)
-    yield _update(case)
+    draw = jax.jit(lambda key: alexnet.draw_masks(key, net, size))
+    units = sum(mask.size for mask in jax.eval_shape(draw, jax.random.key(0)).values())
+    masks = bind(_forward, draw, (jax.random.key(0),))
+    yield Piece('all', 'masks', 'forward', Work(bytes=units), masks)
+    yield Piece('all', 'update', 'backward', roofline.update(net), bind(_update, case))
 
 
-def _linear(stage: Stage, case: Case) -> Iterator[Piece]:
+def _both(
+    layer: str, op: str, work: Callable[[str], Work], arguments: Callable[[], tuple]
+) -> Iterator[Piece]:
+    for direction, make in (('forward', _forward), ('backward', _backward)):
+        yield Piece(layer, op, direction, work(direction), lambda make=make: make(*arguments()))
+
+
+def _linear(stage: Stage, case: Case) -> tuple[Callable, tuple, tuple]:
+    """Return a layer's linear operation, its differentiable arguments and its constants."""
     layer, net, size = stage.layer, case.net, case.settings.batch_size
     module: Any = Linear(layer, stage.groups)
     inputs = stage.input if layer.kind == 'conv' else (stage.fan_in * stage.groups,)
+    params, x = jax.device_put(case.params[layer.name]), _noise((size, *inputs), net)
 
-    def make(direction: str) -> Benchmark:
-        params, x = jax.device_put(case.params[layer.name]), _noise((size, *inputs), net)
-        if direction == 'backward' and layer is net.layers[0]:  # the image needs no gradient
-            return _backward(lambda params: module.apply({'params': params}, x), params)
-        run = {'forward': _forward, 'backward': _backward}[direction]
-        return run(lambda params, x: module.apply({'params': params}, x), params, x)
+    def run(params, x):
+        return module.apply({'params': params}, x)
 
-    for direction in ('forward', 'backward'):
-        work = roofline.linear(stage, net, size, direction)
-        yield Piece(layer.name, 'linear', direction, work, functools.partial(make, direction))
+    first = layer is net.layers[0]  # the image needs no gradient
+    return (run, (params,), (x,)) if first else (run, (params, x), ())
 
 
-def _op(layer: Layer, op: str, before: Shape, after: Shape, case: Case) -> Iterator[Piece]:
-    net, size = case.net, case.settings.batch_size
+def _op(layer: Layer, op: str, before: Shape, case: Case) -> tuple[Callable, tuple, tuple]:
+    """Return one of a layer's ops, its differentiable arguments and its constants."""
+    x = _noise((case.settings.batch_size, *before), case.net)
 
-    def make(measure: Callable[..., Benchmark]) -> Benchmark:
-        x = _noise((size, *before), net)
-        masks = {layer.name: x > 0}
-        return measure(lambda x: AlexNet(net).apply({}, op, x, layer, masks, method='apply_op'), x)
+    def run(x, masks):
+        return AlexNet(case.net).apply({}, op, x, layer, masks, method='apply_op')
 
-    for direction, measure in (('forward', _forward), ('backward', _backward)):
-        work = roofline.follower(before, after, net, size, direction)
-        yield Piece(layer.name, op, direction, work, functools.partial(make, measure))
+    return run, (x,), ({layer.name: x > 0},)
 
 
-def _masks(net: Net, size: int) -> Piece:
-    draw = jax.jit(lambda key: alexnet.draw_masks(key, net, size))
-    units = sum(mask.size for mask in jax.eval_shape(draw, jax.random.key(0)).values())
-    make = lambda: _repeat(lambda: draw(jax.random.key(0)))  # noqa: E731
-    return Piece('all', 'masks', 'forward', Work(bytes=units), make)
-
-
-def _update(case: Case) -> Piece:
+def _update(case: Case) -> Benchmark:
     optimizer = make_optimizer(case.settings, baselines.IMAGES)
+    params = jax.device_put(case.params)
+    grads = jax.tree.map(lambda p: 1e-3 * p, params)
 
     def update(state, grads):
         params, opt_state = state
         updates, opt_state = optimizer.update(grads, opt_state, params)
         return (jax.tree.map(jnp.add, params, updates), opt_state), jnp.zeros(())
 
-    def make() -> Benchmark:
-        params = jax.device_put(case.params)
-        grads = jax.tree.map(lambda p: 1e-3 * p, params)
-        start = jax.tree.map(jnp.copy, params), optimizer.init(params)
-        step = jax.jit(update, donate_argnums=0, compiler_options=cpu.compiler_options())
-        return baselines.stateful(lambda state: step(state, grads), start, np.asarray)
-
-    return Piece('all', 'update', 'backward', roofline.update(case.net), make)
+    step = jax.jit(update, donate_argnums=0, compiler_options=cpu.compiler_options())
+    start = jax.tree.map(jnp.copy, params), optimizer.init(params)
+    return baselines.stateful(lambda state: step(state, grads), start, np.asarray)
 
 
-def _forward(function: Callable, *arguments: Any) -> Benchmark:
+def _forward(function: Callable, arguments: tuple, constants: tuple = ()) -> Benchmark:
     run = jax.jit(function, compiler_options=cpu.compiler_options())
-    return _repeat(lambda: run(*arguments))
+    return _repeat(lambda: run(*arguments, *constants))
 
 
-def _backward(function: Callable, *arguments: Any) -> Benchmark:
+def _backward(function: Callable, arguments: tuple, constants: tuple) -> Benchmark:
     """Make the transposed program alone: the second result of `jax.vjp` is a pytree."""
+
+    def both(arguments, constants):
+        return jax.vjp(lambda *arguments: function(*arguments, *constants), *arguments)
+
     options = cpu.compiler_options()
-    y, back = jax.jit(lambda *a: jax.vjp(function, *a), compiler_options=options)(*arguments)
+    y, back = jax.jit(both, compiler_options=options)(arguments, constants)
     run = jax.jit(lambda back, dy: back(dy), compiler_options=options)
     return _repeat(lambda: run(back, y))  # any gradient will do
 

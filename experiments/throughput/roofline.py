@@ -19,11 +19,13 @@ adding one to a large array in place.
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from alexnet_jax.model.alexnet import Net, Shape, Stage, geometry
+from experiments.throughput.results import Row, median
 from experiments.throughput.timing import Benchmark
 
 FLOAT32_BYTES = 4
@@ -55,7 +57,7 @@ class Work:
 
 def layer(stage: Stage, net: Net, batch_size: int, direction: str) -> Work:
     """Return the work of a layer fused with its ops."""
-    return linear(stage, net, batch_size, direction, result=stage.result)
+    return linear(stage, net, batch_size, direction, stage.result)
 
 
 def linear(
@@ -107,6 +109,17 @@ def step_flops(net: Net, batch_size: int, what: str) -> int:
 # ------------------------------------------------------------------------------ the machine's rates
 
 
+def benchmarks(dtype: str) -> dict[str, Callable[[], Benchmark]]:
+    """Return the benchmarks that `take_rates` needs."""
+    return {'product': lambda: product(dtype), 'copy': copying}
+
+
+def take_rates(rows: dict[str, Row]) -> Rates:
+    """Remove the rows of `benchmarks`, and return the rates."""
+    product_secs, copy_secs = (median(rows.pop(name)['secs']) for name in ('product', 'copy'))
+    return Rates(2 * product_side() ** 3 / product_secs, copy_bytes() / copy_secs)
+
+
 def product_side() -> int:
     """Return the side of the square matrices, large enough that the rate no longer grows."""
     return 2048 if jax.default_backend() == 'cpu' else 8192
@@ -145,8 +158,3 @@ def copying() -> Benchmark:
         return x[0]
 
     return Benchmark(run)
-
-
-def rates(product_secs: float, copy_secs: float) -> Rates:
-    """Return the rates from the seconds that a step of each took."""
-    return Rates(2 * product_side() ** 3 / product_secs, copy_bytes() / copy_secs)

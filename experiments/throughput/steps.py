@@ -12,7 +12,7 @@ from alexnet_jax.errors import RunError
 from configs import ablation_lrn, alexnet, variant_torchvision
 from experiments.throughput import baselines, roofline
 from experiments.throughput.baselines import Case
-from experiments.throughput.results import Row, environment, keep, median
+from experiments.throughput.results import Row, environment, keep
 from experiments.throughput.tables import forms_table, steps_table
 from experiments.throughput.timing import alternate, best_torch, ratio, run_alone
 
@@ -27,6 +27,12 @@ BATCHES = {'cpu': (64, 128), 'gpu': (128, 1024)}
 QUICKSTART_BATCH = 128  # its config's
 
 
+def config_of(net: str) -> Any:
+    """Return the config of a net of NETS."""
+    module, scale = NETS[net]
+    return module.get_config(scale)
+
+
 def measure(net: str, batch_size: int, what: str, flags: argparse.Namespace) -> Row:
     """Measure every form of a net in one pass: a row of the part 'steps'.
 
@@ -34,10 +40,9 @@ def measure(net: str, batch_size: int, what: str, flags: argparse.Namespace) -> 
     the best of PyTorch in a third, as each large program in a process slows the others down. Each
     ratio is of one process. The figures of ours are those beside PyTorch.
     """
-    module, scale = NETS[net]
-    devices = module.get_config(scale).mesh.cpu_devices
 
     def run(*forms: str) -> Row:
+        devices = config_of(net).mesh.cpu_devices
         return run_alone(devices, sample, net, batch_size, what, forms, flags)
 
     if platform() != 'cpu':
@@ -46,7 +51,7 @@ def measure(net: str, batch_size: int, what: str, flags: argparse.Namespace) -> 
     if 'torch' in kinds and baselines.torch_is_here():
         found.append(run('torch'))
     best = [found[0]['torch']] if found and found[0]['torch'] else []
-    if 'naive' in kinds and (module, scale) == NETS['2012']:
+    if 'naive' in kinds and NETS[net] == NETS['2012']:
         found.append(run(*(kind for kind in ('ours', 'naive') if kind in kinds)))
     if not found or ('ours' in kinds and best):
         found.append(run('ours', *best))
@@ -60,18 +65,17 @@ def sample(
     net: str, batch_size: int, what: str, forms: tuple[str, ...], flags: argparse.Namespace
 ) -> Row:
     """Measure some forms in turn, in this process; `forms` are names or kinds."""
-    module, scale = NETS[net]
-    case = baselines.case_of(module.get_config(scale), batch_size, flags.dtype)
+    case = baselines.case_of(config_of(net), batch_size, flags.dtype)
     makers = {
         name: make
         for name, make in baselines.benchmarks(case, what)
-        if (name in forms or name.split(',')[0] in forms)
+        if {name, name.partition(',')[0]} & {*forms}
         and not any(word in name for word in flags.without)
     }
-    makers |= {'product': lambda: roofline.product(flags.dtype), 'copy': roofline.copying}
-    rows, values = alternate(makers, flags.rounds, flags.sample_secs)
-    rates = roofline.rates(*(median(rows.pop(name)['secs']) for name in ('product', 'copy')))
-    best = best_torch(rows)
+    rows, values = alternate(
+        makers | roofline.benchmarks(flags.dtype), flags.rounds, flags.sample_secs
+    )
+    rates, best = roofline.take_rates(rows), best_torch(rows)
     row = {'net': net, 'batch_size': batch_size, 'dtype': flags.dtype, 'pass': what}
     row |= {
         'forms': rows,
