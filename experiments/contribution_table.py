@@ -105,11 +105,7 @@ class Row:
 
 
 def rows(runs: Sequence[ArchivedRun], folder: Path, view: str = 'ten_views') -> list[Row]:
-    """Return the rows of the ablations, of one view against ten, and of the base's ensembles.
-
-    Raises:
-        RunError: the base was not run.
-    """
+    """Return the rows of the ablations, of one view against ten, and of the base's ensembles."""
     by_row: dict[str, dict[int, ArchivedRun]] = {}
     for run in runs:
         by_row.setdefault(run.row, {})[run.seed] = run
@@ -523,11 +519,7 @@ def archive(folder: Path, results: Path) -> Path:
 
 
 def build(folder: Path) -> str:
-    """Write tables and figures from the archive in `folder`; return the table.
-
-    Raises:
-        RunError: the archive is empty or damaged, or its runs are of several recipes.
-    """
+    """Write tables and figures from the archive in `folder`; return the table."""
     runs = run_archive.read(folder)
     _check_recipes(runs, folder)
     found = rows(runs, folder)

@@ -93,9 +93,6 @@ def archive(folder: Path, results: Path) -> Path:
     """Archive the curves of all ended runs of a sweep; return the folder of their scale.
 
     A run that ended with infinite numbers is archived as far as it came.
-
-    Raises:
-        RunError: there are none, or they are of several scales.
     """
     curves = {
         path: [record for record in metrics.read(path) if record['kind'] == 'train']
@@ -121,11 +118,7 @@ def _ended(path: Path, records: Sequence[Record]) -> bool:
 
 
 def read(folder: Path) -> list[Curves]:
-    """Return the curves in the archive of a scale, by activation and rate.
-
-    Raises:
-        RunError: the archive is damaged.
-    """
+    """Return the curves in the archive of a scale, by activation and rate."""
     found: dict[tuple[str, float], dict[int, list[Record]]] = {}
     for path in sorted(folder.glob('*/config.json')):
         try:

@@ -60,11 +60,7 @@ def _last_test(found: Sequence[Record]) -> Any:
 
 
 def archive(workdir: Path, folder: Path) -> None:
-    """Write the archive of a finished run into `folder`.
-
-    Raises:
-        RunError: the run is not finished or damaged, or its predictions are of another step.
-    """
+    """Write the archive of a finished run into `folder`."""
     found = metrics.read(workdir)
     final = _last_test(found)
     if final is None:
@@ -97,9 +93,6 @@ def archive_all(
 
     Returns:
         The archive's folder, results/<scale>, and the finished workdirs by row and seed.
-
-    Raises:
-        RunError: there is none, one is damaged, or they are of several scales.
     """
     finished, lost = {}, {}
     for path in sorted(file.parent for file in folder.glob('*/metrics.jsonl')):
@@ -130,11 +123,7 @@ def name_of(folder: Path) -> tuple[str, int]:
 
 
 def only_scale(folder: Path, workdirs: Iterable[Path]) -> str:
-    """Return the scale of all runs.
-
-    Raises:
-        RunError: there is no run, or they are of several scales.
-    """
+    """Return the scale of all runs."""
     scales = {portable_config(workdir)['scale'] for workdir in workdirs}
     if len(scales) != 1:
         what = f'runs of {len(scales)} scales' if scales else 'no finished run'
@@ -211,9 +200,6 @@ def read(folder: Path, predictions: bool = True) -> list[ArchivedRun]:
     Args:
         folder: results/<scale>.
         predictions: leave out runs without wrong.json.
-
-    Raises:
-        RunError: there is none, one is damaged, or they are of several scales or test sets.
     """
     found = folder.glob('*/wrong.json' if predictions else '*/metrics.jsonl')
     ended = (path.parent for path in found if not (path.parent / 'diverged').exists())

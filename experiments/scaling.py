@@ -3,15 +3,11 @@
     python -m experiments.scaling            # the tables, from the stored rows
     python -m experiments.scaling --compile  # compile for 1 to 64 devices; store rows and tables
 
-Weak scaling, 128 images per device. FLOPs, bytes and messages of one device are read from XLA's
-program (alexnet_jax/analysis/communication.py). It is compiled by a CPU's XLA from the forms that
-accelerators get (`ops.traced_for`): a CPU's own forms of LRN and convolution count some 10 %
-more operations, and not as many on every mesh. Speeds are not estimated: none was measured.
+A CPU's XLA compiles the forms that accelerators get (`ops.traced_for`): a CPU's own forms of LRN
+and convolution count some 10 % more operations, and not as many on every mesh.
 """
 
 import argparse
-import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +17,10 @@ from alexnet_jax import config
 from alexnet_jax.analysis import communication
 from alexnet_jax.config import Settings
 from alexnet_jax.model import ops
-from alexnet_jax.model.alexnet import geometry
 from alexnet_jax.parallel import mesh
 from configs import alexnet, variant_torchvision
-from experiments.output import markdown
+from experiments.output import lines, markdown, read_lines, write_text
+from experiments.throughput import roofline
 
 RESULTS = Path(__file__).parent / 'results' / 'scaling'
 STEPS, TABLES = (RESULTS / name for name in ('steps.jsonl', 'tables.md'))
@@ -39,6 +35,7 @@ PLACEMENTS = {
     'towers': 'towers, (N/2, 2): a tower a device',
     'one_weird_trick': 'one_weird_trick, (N, 1)',
 }
+Row = dict[str, Any]
 
 # ------------------------------------------------------------------------------ the compiled steps
 
@@ -53,38 +50,37 @@ def settings_of(net: str, placement: str, devices: int) -> Settings:
     return config.unpack(source)
 
 
-def cases() -> Iterator[tuple[str, str, int]]:
-    """Yield (net, placement, devices) of every step that is compiled."""
-    for net in NETS:
-        for placement in PLACEMENTS:
-            if net == '2014' and placement == 'towers':
-                continue  # it has one tower
-            for devices in DEVICES:
-                if devices > 1 or placement == 'data':
-                    yield net, placement, devices
+def cases() -> list[tuple[str, str, int]]:
+    """Return (net, placement, devices) of every step that is compiled."""
+    single = [(net, 'data', 1) for net in NETS]  # on one device every placement is the same
+    several = [(net, name, n) for net in NETS for name in placements(net) for n in DEVICES[1:]]
+    return single + several
 
 
-def compile_step(net: str, placement: str, devices: int) -> dict[str, Any]:
+def placements(net: str) -> list[str]:
+    """Return the placements of a net; that of 2014 has one tower."""
+    return [name for name in PLACEMENTS if (net, name) != ('2014', 'towers')]
+
+
+def compile_step(net: str, placement: str, devices: int) -> Row:
     """Return a row of steps.jsonl: what one device computes, holds and sends in a step."""
     settings = settings_of(net, placement, devices)
     layout = mesh.make_layout(settings.mesh, settings.batch_size)
     with ops.traced_for('gpu'):
         found = communication.read_step(settings, layout)
-    messages: dict[str, dict[str, Any]] = {}
+    messages: dict[str, Row] = {}
     for row in found.collectives:
-        message = messages.setdefault(
-            row.instruction,
-            {'kind': row.kind, 'axis': row.axis, 'devices': row.devices, 'phases': {}},
-        )
+        about = {'kind': row.kind, 'axis': row.axis, 'devices': row.devices, 'phases': {}}
+        phases = messages.setdefault(row.instruction, about)['phases']
         phase = row.phase or communication.BOOKKEEPING
-        message['phases'][phase] = message['phases'].get(phase, 0) + row.sent_bytes
+        phases[phase] = phases.get(phase, 0) + row.sent_bytes
     held = found.memory
     return {
         'net': net,
         'placement': placement,
         'devices': devices,
         'flops': found.flops,
-        'flops_by_hand': flops_by_hand(settings) / devices,
+        'flops_by_hand': roofline.step_flops(settings.net, settings.batch_size, 'train') / devices,
         'bytes_accessed': found.bytes_accessed,
         'state_bytes': sum(held.parameters.values()) + sum(held.velocity.values()),
         'activation_bytes': sum(held.activations.values()),
@@ -92,66 +88,55 @@ def compile_step(net: str, placement: str, devices: int) -> dict[str, Any]:
     }
 
 
-def flops_by_hand(settings: Settings) -> int:
-    """Count two FLOPs a multiply-add, three passes; the first layer needs no input gradient."""
-    first, *rest = [stage.multiply_adds for stage in geometry(settings.net)]
-    return 2 * settings.batch_size * (2 * first + 3 * sum(rest))
-
-
-def compile_all() -> list[dict[str, Any]]:
+def compile_all() -> list[Row]:
     """Compile every case on virtual CPU devices, before JAX has looked for devices."""
     jax.config.update('jax_num_cpu_devices', max(DEVICES))
     jax.config.update('jax_platforms', 'cpu')
     rows = []
     for case in cases():
         rows.append(compile_step(*case))
-        print(*case, f'{sent(rows[-1]) / 2**20:.1f} MiB sent', flush=True)
+        print(*case, f'{_mib(sent(rows[-1]))} MiB sent', flush=True)
     return rows
 
 
-def read() -> list[dict[str, Any]]:
+def read() -> list[Row]:
     """Return the stored rows."""
-    return [json.loads(line) for line in STEPS.read_text().splitlines()]
+    return read_lines(STEPS)
 
 
-def find(rows: list[dict[str, Any]], net: str, placement: str, devices: int) -> dict[str, Any]:
+def find(rows: list[Row], net: str, placement: str, devices: int) -> Row:
     """Return the row of a case; on one device every placement is the same."""
     key = (net, placement if devices > 1 else 'data', devices)
     (row,) = [row for row in rows if (row['net'], row['placement'], row['devices']) == key]
     return row
 
 
-def sent(row: dict[str, Any], *phases: str) -> int:
+def sent(row: Row, *phases: str) -> int:
     """Return the bytes that each device sends in a step, or in some phases of it."""
-    return sum(
-        size
-        for message in row['messages']
-        for phase, size in message['phases'].items()
-        if not phases or phase in phases
-    )
+    sizes = [item for message in row['messages'] for item in message['phases'].items()]
+    return sum(size for phase, size in sizes if not phases or phase in phases)
 
 
 # ----------------------------------------------------------------------------------- the tables
 
 
-def communication_table(rows: list[dict[str, Any]], net: str) -> str:
+def communication_table(rows: list[Row], net: str) -> str:
     """Return a table of MiB sent by each device in a step, the least in bold, and of its state."""
-    known = [name for name in PLACEMENTS if any(_is(row, net, name) for row in rows)]
+    known = placements(net)
     head = ['devices', *(f'{name}: sent' for name in known), *(f'{name}: state' for name in known)]
     body = []
     for devices in DEVICES[1:]:
         chosen = [find(rows, net, name, devices) for name in known]
-        least = min(map(sent, chosen))
-        cells = []
+        least, cells = min(map(sent, chosen)), []
         for row in chosen:
-            total = f'**{_mib(sent(row))}**' if sent(row) == least else _mib(sent(row))
+            bold = '**' * (sent(row) == least)
             activations, gradients = sent(row, 'forward', 'backward'), sent(row, 'gradient')
-            cells.append(f'{_mib(activations)} + {_mib(gradients)} = {total}')
-        body.append([str(devices), *cells, *(_mib(row['state_bytes']) for row in chosen)])
+            cells.append(f'{_mib(activations)} + {_mib(gradients)} = {bold}{_mib(sent(row))}{bold}')
+        body.append([devices, *cells, *(_mib(row['state_bytes']) for row in chosen)])
     return markdown([head, *body])
 
 
-def flops_table(rows: list[dict[str, Any]]) -> str:
+def flops_table(rows: list[Row]) -> str:
     """Return a table of XLA's count of operations and the count by hand, on one device."""
     body = []
     for net, name in NETS.items():
@@ -162,15 +147,11 @@ def flops_table(rows: list[dict[str, Any]]) -> str:
     return markdown([head, *body])
 
 
-def _is(row: dict[str, Any], net: str, placement: str) -> bool:
-    return (row['net'], row['placement']) == (net, placement)
-
-
 def _mib(size: float) -> str:
     return f'{size / 2**20:.1f}'
 
 
-def tables(rows: list[dict[str, Any]]) -> str:
+def tables(rows: list[Row]) -> str:
     """Return the text of tables.md."""
     parts = [
         '# Scaling: what each device sends and computes',
@@ -196,14 +177,12 @@ def tables(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Compile or read the rows, and print the tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or '').splitlines()[0])
-    parser.add_argument(
-        '--compile', action='store_true', help='compile the steps again (takes minutes)'
-    )
+    what = 'compile the steps again (takes minutes)'
+    parser.add_argument('--compile', action='store_true', help=what)
     if parser.parse_args().compile:
         rows = compile_all()
-        RESULTS.mkdir(parents=True, exist_ok=True)
-        STEPS.write_text(''.join(json.dumps(row) + '\n' for row in rows))
-        TABLES.write_text(tables(rows))
+        write_text(STEPS, lines(rows))
+        write_text(TABLES, tables(rows))
     print(tables(read()))
 
 

@@ -91,9 +91,6 @@ def plan(name: str, folder: Path, scale: str, seeds: int, common: Mapping[str, A
         scale: of the configs; '' for the sweep's own.
         seeds: 0 to seeds - 1; 0 for the sweep's own.
         common: overrides of all runs.
-
-    Raises:
-        UsageError: the sweep, a config or an override is invalid.
     """
     sweep = load(name)
     scale = scale or sweep.get('SCALE', 'quickstart')
@@ -117,11 +114,7 @@ def plan(name: str, folder: Path, scale: str, seeds: int, common: Mapping[str, A
 
 
 def load(name: str) -> dict[str, Any]:
-    """Return the values of a sweep's file.
-
-    Raises:
-        UsageError: there is none of that name, or it lists no CONFIGS.
-    """
+    """Return the values of a sweep's file."""
     path = Path(name) if name.endswith('.py') else Path(__file__).parent / f'{name}.py'
     if not path.is_file():
         raise UsageError(f'there is no sweep {path}; see python -m experiments.sweep --help.')
@@ -139,11 +132,7 @@ def where(entry: str, scale: str) -> str:
 
 
 def resolve(config: str, overrides: Mapping[str, Any], row: str) -> Any:
-    """Return the ConfigDict that main.py will make of a config, validated.
-
-    Raises:
-        UsageError: it is invalid.
-    """
+    """Return the ConfigDict that main.py will make of a config, validated."""
     try:
         found = config_file.load(str(REPOSITORY / config), overrides)
         configuration.unpack(found)
@@ -167,9 +156,6 @@ def slots(parallel: int | None) -> list[Slot]:
 
     On CPUs each run gets its own cores, as runs that share all cores wait for each other at every
     operation. Runs that share a GPU get equal parts of its memory.
-
-    Raises:
-        UsageError: more runs than cores.
     """
     devices, cores = gpus(), sorted(os.sched_getaffinity(0))
     parallel = parallel or len(devices) or 1
@@ -282,9 +268,6 @@ def run_by_submitit(runs: Sequence[Run], cluster: str, folder: Path, **parameter
         cluster: 'slurm', or 'local' for submitit's local executor.
         folder: for submitit's files, on a disk that all nodes share.
         parameters: of submitit's AutoExecutor.update_parameters.
-
-    Raises:
-        RunError: submitit or Slurm is missing, or Slurm refuses the jobs.
     """
     os.environ.setdefault('SUBMITIT_LOG_LEVEL', 'NOCONFIG')  # it would log to stdout
     submitit = command.library('submitit', 'sweep')
@@ -353,12 +336,7 @@ def outcome(run: Run, code: int) -> str:
 
 
 def act(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
-    """Plan, and run or print; return 1 if a run failed.
-
-    Raises:
-        UsageError: the plan is invalid.
-        RunError: nothing can be started here.
-    """
+    """Plan, and run or print; return 1 if a run failed."""
     runs = plan(args.sweep, args.workdirs, args.scale, args.seeds, overrides)
     left = [run for run in runs if not run.finished]
     if args.dry_run:

@@ -29,9 +29,6 @@ def run(
     Returns:
         'secs', 'cpu_secs' (with its children's), 'main_process_mib' and 'worker_mib': the peak
         memory of the process and of its largest child.
-
-    Raises:
-        RunError: the command failed, or ended before it could be killed.
     """
     begin, ended, main_mib, worker_mib = time.perf_counter(), 0, 0, 0
     with log.open('a') as file:

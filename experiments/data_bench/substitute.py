@@ -120,11 +120,7 @@ def odd_ones(photo: Image.Image) -> dict[str, bytes]:
 
 
 def photographs(folder: Path) -> list[Image.Image]:
-    """Return the pictures below a folder of at least 256 px, at most 1600 x 1200 px, by name.
-
-    Raises:
-        UsageError: there is none.
-    """
+    """Return the pictures below a folder of at least 256 px, at most 1600 x 1200 px, by name."""
     found = []
     for path in sorted(folder.rglob('*')):
         if path.suffix.lower() in ('.jpg', '.jpeg', '.png', '.webp') and not path.is_symlink():

@@ -158,9 +158,6 @@ def first_step_secs(config: str, scratch: Path, workdir: str, more: tuple[str, .
     """Return the seconds until a new process has recorded its first step; it is then killed.
 
     Compiled programs are cached in `scratch`/cache.
-
-    Raises:
-        RunError: the process ended before there was a record.
     """
     folder = scratch / workdir
     words = ['main.py', f'--config={config}', f'--workdir={folder}', *more]
