@@ -3,12 +3,9 @@
     python main.py --config=experiments/figure1_net.py:fashion_mnist,relu
     python main.py --config=experiments/figure1_net.py:cifar10,tanh       # the paper's data
 
-The paper (3.1): "a four-layer convolutional neural network with ReLUs reaches a 25 % training
-error rate on CIFAR-10 six times faster than an equivalent network with tanh neurons", with "the
-learning rates for each network chosen independently to make training as fast as possible" and "no
-regularization of any kind". It does not specify the net. This one has the widths, kernels and pools
-(all maxima here) of the CIFAR-10 nets that came with cuda-convnet: three convolutions of 5 x 5 with
-32, 32 and 64 maps, each pooled 3/2, and ten outputs. Constant rates: see experiments/figure1.py.
+The paper (3.1) does not specify "a four-layer convolutional neural network". This one has the
+widths, kernels and pools (all maxima here) of the CIFAR-10 nets that came with cuda-convnet: three
+convolutions of 5 x 5 with 32, 32 and 64 maps, each pooled 3/2, and ten outputs.
 """
 
 from configs import alexnet

@@ -2,10 +2,8 @@
 
     python -m experiments.gpu [--steps=smoke,ours] [--secs=540] [--archive=FILE.tar.gz]
 
-Each step is a command with its own time limit. Its output goes to <out>/<step>.log, and a step that
-fails does not stop the rest. A run that reaches its limit saves a checkpoint, and the same command
-resumes it. The logs of runs and the tables are stored in <out>, and after each step also in the
-archive. `experiments/gpu_bundle.py` packs what a machine without a network lacks.
+A step that fails does not stop the rest. A run that reaches its limit saves a checkpoint, and the
+same command resumes it. `experiments/gpu_bundle.py` packs what a machine without a network lacks.
 """
 
 import argparse
@@ -106,11 +104,12 @@ def pack(out: Path, archive: Path) -> None:
 def main() -> None:
     """Run the steps asked for until the time is over, and print what became of each."""
     parser = argparse.ArgumentParser(description=(__doc__ or '').splitlines()[0])
-    parser.add_argument('--out', type=Path, default=Path('experiments/results/gpu'))
-    parser.add_argument('--workdirs', type=Path, default=Path('workdirs'))
-    parser.add_argument('--steps', default=','.join(STEPS), help='comma-separated names of steps')
-    parser.add_argument('--secs', type=float, default=540, help='time limit for all steps together')
-    parser.add_argument('--archive', type=Path, help='.tar.gz of --out, updated after each step')
+    add = parser.add_argument
+    add('--out', type=Path, default=Path('experiments/results/gpu'))
+    add('--workdirs', type=Path, default=Path('workdirs'))
+    add('--steps', default=','.join(STEPS), help='comma-separated names of steps')
+    add('--secs', type=float, default=540, help='time limit for all steps together')
+    add('--archive', type=Path, help='.tar.gz of --out, updated after each step')
     args = parser.parse_args()
     end = time.monotonic() + args.secs
     args.out.mkdir(parents=True, exist_ok=True)
@@ -121,9 +120,8 @@ def main() -> None:
             print(f'{name}: not run, no time left', flush=True)
             continue
         command = command.format(workdirs=args.workdirs, out=args.out)
-        print(
-            f'{name}: {run(command, args.out / f"{name}.log", min(limit_secs, left))}', flush=True
-        )
+        outcome = run(command, args.out / f'{name}.log', min(limit_secs, left))
+        print(f'{name}: {outcome}', flush=True)
         keep(args.workdirs / name, args.out / name)
         if args.archive:
             pack(args.out, args.archive)

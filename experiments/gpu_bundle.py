@@ -3,10 +3,8 @@
     python -m experiments.gpu_bundle         # makes gpu_bundle/, under 64 MiB
     bash gpu_bundle/start.sh [RESULTS.tar.gz] [flags of experiments.gpu]     # there, from the root
 
-The bundle contains wheels of the dependencies that such a machine lacks, the prepared
-Fashion-MNIST, and the repository's last commit, so that runs can record their code version. The
-machine is expected to have jax with CUDA, flax, optax, orbax-checkpoint, rich, scipy and pillow. If
-PyTorch is installed, it is compared as well.
+The machine is expected to have jax with CUDA, flax, optax, orbax-checkpoint, rich, scipy and
+pillow. If PyTorch is installed, it is compared as well.
 """
 
 import re
@@ -57,9 +55,8 @@ def wheels(folder: Path) -> None:
 
 def pinned(names: tuple[str, ...]) -> list[str]:
     """Return 'name==version' of each."""
-    versions = dict(
-        re.findall(r'^([\w-]+)==([\w.]+)', (ROOT / 'constraints.txt').read_text(), re.M)
-    )
+    text = (ROOT / 'constraints.txt').read_text()
+    versions = dict(re.findall(r'^([\w-]+)==([\w.]+)', text, re.M))
     return [f'{name}=={versions[name]}' for name in names]
 
 

@@ -2,15 +2,11 @@
 
     python -m experiments.meshes [--steps=100]
 
-The smoke net on real images, the same seed, on eight virtual CPU devices: the first step's loss,
-gradient and parameters against those on one device, and the largest distance of the loss curves, at
-the recipe's rates and at a hundredth of them. The last row is one device with the smallest possible
-change: every weight of conv1 changed by one unit in the last place. It shows how far a rounding
-error grows. Writes experiments/results/meshes.jsonl, one object per row.
+Each row is compared with one device. The last one shows how far a rounding error grows: one device
+with every weight of conv1 changed by one unit in the last place.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import jax
@@ -23,6 +19,7 @@ from alexnet_jax.training import job as jobs
 from alexnet_jax.training import metrics as run_metrics
 from alexnet_jax.training import step
 from configs import smoke
+from experiments.output import lines, write_text
 
 RESULTS = Path(__file__).parent / 'results' / 'meshes.jsonl'
 ROUNDING = 'one device, conv1 off by a rounding error'
@@ -96,7 +93,7 @@ def main() -> None:
     parser.add_argument('--steps', type=int, default=100)
     steps = parser.parse_args().steps
     jax.config.update('jax_num_cpu_devices', 8)
-    lines, references = [], {}
+    records, references = [], {}
     for row in ROWS:
         record = {'row': row, 'steps': steps}
         for rate, factor in RATES.items():
@@ -109,9 +106,9 @@ def main() -> None:
                 record['gradients'] = distance(grads, ours[1])
                 record['parameters'] = distance(params, ours[3])
             record[f'curve_{rate}'] = float(np.max(np.abs(losses - ours[2])))
-        print(json.dumps(record), flush=True)
-        lines.append(json.dumps(record | run_metrics.environment()) + '\n')
-    RESULTS.write_text(''.join(lines))
+        print(record, flush=True)
+        records.append(record | run_metrics.environment())
+    write_text(RESULTS, lines(records))
 
 
 if __name__ == '__main__':

@@ -2,13 +2,10 @@
 
     python -m experiments.preflight [--seeds=3]
 
-The standard deviation of the logits across 128 images of Fashion-MNIST, for the recipe as run and
-as written, at both of its scales, with and without the init scaled by the fan-in. Writes
-experiments/results/preflight.jsonl, one object per row.
+For the recipe as run and as written, at both of its scales, with and without init scaled by fan-in.
 """
 
 import argparse
-import json
 import statistics
 from pathlib import Path
 
@@ -17,6 +14,7 @@ from alexnet_jax.model import alexnet as model
 from alexnet_jax.training import job as jobs
 from alexnet_jax.training import metrics, preflight, step
 from configs import alexnet, alexnet_paper
+from experiments.output import lines, write_text
 
 RESULTS = Path(__file__).parent / 'results' / 'preflight.jsonl'
 RECIPES = {'as run': alexnet, 'as written': alexnet_paper}
@@ -49,14 +47,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--seeds', type=int, default=3)
     seeds = range(parser.parse_args().seeds)
-    lines = []
+    records = []
     for row in ROWS:
         found = [measure(*row, seed=seed) for seed in seeds]
-        keys = ('recipe', 'scale', 'init_scaling', 'factor')
-        record = dict(zip(keys, row, strict=True)) | {'logit_std': found}
+        record = dict(zip(('recipe', 'scale', 'init_scaling', 'factor'), row, strict=True))
         print(*row, f'median {statistics.median(found):.1e}', sep=' | ')
-        lines.append(json.dumps(record | metrics.environment()) + '\n')
-    RESULTS.write_text(''.join(lines))
+        records.append(record | {'logit_std': found} | metrics.environment())
+    write_text(RESULTS, lines(records))
 
 
 if __name__ == '__main__':

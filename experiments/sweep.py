@@ -228,10 +228,10 @@ def run_here(runs: Sequence[Run], free: list[Slot]) -> Outcomes:
 
 
 class Job:
-    """Work of a submitit job. It is pickled, so it has plain values while it waits."""
+    """Work of a submitit job, pickled while it waits."""
 
-    def __init__(self, command: Sequence[str], log: Path):
-        self.command, self.log = list(command), str(log)
+    def __init__(self, run: Run):
+        self.run = run
         self.child: subprocess.Popen | None = None
 
     def __call__(self) -> int:
@@ -239,9 +239,7 @@ class Job:
         # Slurm sends SIGUSR2 to all processes of a job, and it would end main.py. A child inherits
         # that it is ignored.
         ours = signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-        Path(self.log).parent.mkdir(parents=True, exist_ok=True)
-        with open(self.log, 'ab') as out:
-            self.child = subprocess.Popen(self.command, stdout=out, stderr=out, cwd=REPOSITORY)
+        self.child = start(self.run, Slot())
         signal.signal(signal.SIGUSR2, ours)
         try:
             while self.child.poll() is None:  # wait() would deadlock with a handler that waits
@@ -257,7 +255,7 @@ class Job:
         if self.child is not None:
             self.child.terminate()
             os.waitid(os.P_PID, self.child.pid, os.WEXITED | os.WNOWAIT)
-        return submitit.helpers.DelayedSubmission(Job(self.command, Path(self.log)))
+        return submitit.helpers.DelayedSubmission(Job(self.run))
 
 
 def run_by_submitit(runs: Sequence[Run], cluster: str, folder: Path, **parameters: Any) -> Outcomes:
@@ -274,7 +272,7 @@ def run_by_submitit(runs: Sequence[Run], cluster: str, folder: Path, **parameter
     try:
         executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
         executor.update_parameters(**parameters)
-        jobs = executor.map_array(Job.__call__, [Job(run.command, run.log) for run in runs])
+        jobs = executor.map_array(Job.__call__, [Job(run) for run in runs])
     except Exception as error:  # submitit's own kinds, from sbatch's messages
         what = ' '.join(str(error).split())[-300:]
         raise RunError(
