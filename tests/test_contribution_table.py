@@ -99,6 +99,12 @@ def lines(built) -> dict[tuple[str, str, str], dict[str, str]]:
         return {(r['change'], r['view'], r['measure']): r for r in csv.DictReader(file)}
 
 
+@pytest.fixture
+def no_figures(monkeypatch) -> None:
+    """Leave out the figures, which take a second."""
+    monkeypatch.setattr(contribution_table, '_svg', lambda *args: '')
+
+
 def test_findings_match_the_known_changes(lines):
     for change, true, finding in (
         ('no normalisation', 0.08, 'worse'),
@@ -144,7 +150,7 @@ def test_seeds_that_did_not_train_are_counted_and_not_averaged(lines):
     assert (row['seeds'], row['p_holm']) == ('2', '')
 
 
-def test_a_row_that_does_not_train_gets_a_rate_chosen_on_validation(runs, tmp_path):
+def test_a_row_that_does_not_train_gets_a_rate_chosen_on_validation(runs, tmp_path, no_figures):
     """Choose by the validation error of seeds 0 to 2, whatever the test errors are."""
     folder = tmp_path / 'rates'
     for rate, validation, change in ((0.01, 0.2, 0.05), (0.005, 0.3, 0.0)):
@@ -187,7 +193,7 @@ def test_an_interval_inside_the_margin_is_a_finding():
     assert row(-0.0025, -0.001, 0.01) == 'better'
 
 
-def test_all_seeds_lost(runs, tmp_path):
+def test_all_seeds_lost(runs, tmp_path, no_figures):
     folder = tmp_path / 'sweep'
     shutil.copytree(runs, folder)
     for seed in range(SEEDS):
@@ -286,7 +292,7 @@ def test_predictions_of_another_step_are_refused(smoke_run, tmp_path):
         (lambda run: [shutil.rmtree(p) for p in run.parent.glob('alexnet-*')], 'no finished run'),
     ],
 )
-def test_damage_is_reported(built, tmp_path, capsys, damage, message):
+def test_damage_is_reported(built, tmp_path, capsys, no_figures, damage, message):
     folder = tmp_path / 'quickstart'
     shutil.copytree(built, folder)
     damage(folder / 'ablation_lrn-0')
@@ -305,7 +311,7 @@ def test_other_images_are_not_compared(built, tmp_path):
         run_archive.read(tmp_path / 'quickstart')
 
 
-def test_recipes_do_not_share_a_table(built, tmp_path, capsys):
+def test_recipes_do_not_share_a_table(built, tmp_path, capsys, no_figures):
     shutil.copytree(built, tmp_path / 'quickstart')
     path = tmp_path / 'quickstart' / 'ablation_lrn-0' / 'config.json'
     config = json.loads(path.read_text())
@@ -329,7 +335,7 @@ def test_scales_do_not_share_a_table(runs, tmp_path, capsys):
     assert not (tmp_path / 'results').exists()
 
 
-def test_one_seed_has_no_interval(runs, tmp_path):
+def test_one_seed_has_no_interval(runs, tmp_path, no_figures):
     few = tmp_path / 'few'
     for row in KNOWN:
         shutil.copytree(runs / f'{row}-0', few / f'{row}-0')

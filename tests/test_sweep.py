@@ -1,7 +1,6 @@
 """Run sweeps in real processes: stopped, failing, shared and resumed."""
 
 import contextlib
-import fcntl
 import json
 import os
 import re
@@ -16,8 +15,8 @@ import pytest
 
 from alexnet_jax import config as configuration
 from alexnet_jax.errors import RunError, UsageError
-from alexnet_jax.training import metrics
-from configs import ABLATIONS
+from alexnet_jax.training import metrics, workdir
+from configs import ABLATIONS, smoke
 from experiments import sweep
 from tests.test_train import assert_same, outcome
 
@@ -123,17 +122,16 @@ def test_stopped_all_are_saved_and_none_is_left(stopped):
     assert 40 <= reached < 400
 
 
-def test_resumed_it_ends_in_the_same_bits(stopped, start, folder):
+def test_resumed_it_ends_in_the_same_bits(stopped, folder, data_dir, cache_dir):
     workdirs, (_, _, _, reached), (_, err, _) = stopped
     log = (workdirs / 'tiny-0' / 'log.txt').read_text()
     (saved,) = re.findall(r'SIGTERM: saved at step (\d+) of 400', log)
     assert f'resuming at step {saved} of 400' in log
     assert int(saved) >= reached
-    process = start('one', folder / 'undisturbed', '--parallel=2')  # on one core too
-    process.communicate(timeout=LIMIT_SECS)
-    assert process.returncode == 0
-    undisturbed = folder / 'undisturbed' / 'one-quickstart' / 'tiny-0'
-    assert_same(outcome(undisturbed), outcome(workdirs / 'tiny-0'))
+    common = {'data.data_dir': data_dir, 'loop.compilation_cache': cache_dir}
+    (undisturbed,) = sweep.plan(str(folder / 'one.py'), folder / 'undisturbed', '', 0, common)
+    assert sweep.start(undisturbed, sweep.slots(2)[0]).wait(LIMIT_SECS) == 0  # on one core too
+    assert_same(outcome(undisturbed.workdir), outcome(workdirs / 'tiny-0'))
     assert 'tiny-0: done' in err
 
 
@@ -166,16 +164,17 @@ def test_the_planned_config_is_the_trained_config(stopped, folder):
     assert keys == ['data.data_dir', 'loop.compilation_cache']  # which `start` gives
 
 
-def test_a_run_that_another_process_trains_is_skipped(start, folder):
-    workdir = folder / 'locked' / 'one-quickstart' / 'tiny-0'
-    workdir.mkdir(parents=True)
-    with (workdir / '.lock').open('w') as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        process = start('one', folder / 'locked')
-        out, err = process.communicate(timeout=LIMIT_SECS)
-    assert process.returncode == 0, err
-    assert 'tiny-0: in training elsewhere' in err
-    assert out.startswith('0 of 1 done, 0 failed')
+def test_a_run_that_another_process_trains_is_not_a_failure(tmp_path):
+    config = smoke.get_config()
+    with (
+        workdir.open_workdir(config, tmp_path),
+        pytest.raises(RunError) as refused,
+        workdir.open_workdir(config, tmp_path),
+    ):
+        pass
+    run = sweep.Run('tiny', 0, 'c', {}, tmp_path)
+    run.log.write_text(f'main.py: {refused.value}\n')
+    assert sweep.outcome(run, 1) == 'in training elsewhere'
 
 
 def test_through_submitit(start, folder):
