@@ -39,9 +39,8 @@ MEASURES = {
 def _words(*known: str) -> Callable[[str], tuple[str, ...]]:
     def words(text: str) -> tuple[str, ...]:
         found = tuple(text.split(','))
-        for word in found:
-            if known and word not in known:
-                raise argparse.ArgumentTypeError(f"'{word}' is not one of {', '.join(known)}")
+        if known and (odd := {*found} - {*known}):
+            raise argparse.ArgumentTypeError(f"'{odd.pop()}' is not one of {', '.join(known)}")
         return found
 
     return words

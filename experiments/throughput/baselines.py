@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import importlib.util
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -35,7 +35,7 @@ from alexnet_jax.training.step import (
     seed_of,
 )
 from examples import alexnet_plain
-from experiments.throughput.timing import Benchmark
+from experiments.throughput.timing import Benchmark, repeated, stateful
 
 IMAGES = 1_281_167  # ILSVRC-2012's; only the schedules depend on it
 GREY = 128.0  # taken from each pixel
@@ -108,39 +108,8 @@ def ours(case: Case, what: str) -> Benchmark:
     grey = np.full(case.pixels.shape[1:], GREY, np.float32)
     statistics = Statistics(grey, np.eye(grey.shape[-1], dtype=np.float32))
     statistics = mesh.put_global(statistics, layout.replicated)
-    return stateful(lambda state: step(state, batch, statistics), start, _mean_loss)
-
-
-def _mean_loss(metrics: Mapping[str, tuple[Any, Any]]) -> np.ndarray:
-    total, count = metrics['loss']
-    return np.float32(total) / np.float32(count)
-
-
-def repeated(step: Callable[[], Any]) -> Benchmark:
-    """Make a benchmark that repeats a computation and keeps only the last result."""
-
-    def run(steps: int) -> Any:
-        for _ in range(steps):
-            result = step()
-            cpu.block_on_cpu(result)
-        return jax.block_until_ready(result)
-
-    return Benchmark(run)
-
-
-def stateful(step: Callable, start: Any, value: Callable) -> Benchmark:
-    """Make a benchmark of a step whose state is donated: (state) -> (state, metrics)."""
-    states = [start]
-
-    def run(steps: int) -> Any:
-        state, metrics = states.pop(), None
-        for _ in range(steps):
-            state, metrics = step(state)
-            cpu.block_on_cpu(metrics)
-        states.append(jax.block_until_ready(state))
-        return metrics
-
-    return Benchmark(run, value)
+    mean_loss = lambda metrics: np.divide(*map(np.float32, metrics['loss']))  # noqa: E731
+    return stateful(lambda state: step(state, batch, statistics), start, mean_loss)
 
 
 # ------------------------------------------------------------------------------------- naive Flax
@@ -173,7 +142,7 @@ def naive(case: Case, what: str) -> Benchmark:
 
     params = jax.tree.map(jnp.array, case.params)
     start = (params, optimizer.init(params), jax.random.key(0))
-    return stateful(lambda state: step(state, images, labels), start, np.asarray)
+    return stateful(lambda state: step(state, images, labels), start)
 
 
 def _sgd(settings: Settings) -> optax.GradientTransformation:

@@ -27,6 +27,7 @@ from configs import alexnet
 from experiments.data_bench import process, reading
 from experiments.throughput import baselines
 from experiments.throughput.results import environment, keep
+from experiments.throughput.tables import feeding_table, start_table
 from experiments.throughput.timing import run_alone
 
 INPUTS = {  # the scale of configs/alexnet.py that reads each
@@ -67,7 +68,7 @@ def feeding(flags: argparse.Namespace) -> None:
         devices = alexnet.get_config(INPUTS[name]).mesh.cpu_devices
         row = run_alone(devices, measure_input, name, flags)
         keep(flags.out, 'feeding', row)
-        print({key: row.get(key) for key in ('input', 'real_secs', 'resident_secs', 'not_run')})
+        print(feeding_table([row]), flush=True)
 
 
 def measure_input(name: str, flags: argparse.Namespace) -> dict[str, Any]:
@@ -151,7 +152,7 @@ def start(flags: argparse.Namespace) -> None:
                     secs = first_step_secs(config, Path(scratch), kind)
                     row[f'{kind}_secs'].append(secs)
         keep(flags.out, 'start', row | environment())
-        print(config, {key: row[key] for key in ('cold_secs', 'warm_secs')}, flush=True)
+        print(start_table([row]), flush=True)
 
 
 def first_step_secs(config: str, scratch: Path, workdir: str, more: tuple[str, ...] = ()) -> float:

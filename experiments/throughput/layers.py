@@ -24,7 +24,13 @@ from experiments.throughput.baselines import Case
 from experiments.throughput.results import Row, environment, keep, median
 from experiments.throughput.roofline import Work
 from experiments.throughput.tables import layer_table
-from experiments.throughput.timing import Benchmark, alternate, run_alone
+from experiments.throughput.timing import (
+    Benchmark,
+    alternate,
+    repeated,
+    run_alone,
+    stateful,
+)
 
 BATCH = {'cpu': 64, 'gpu': 128}
 
@@ -149,16 +155,16 @@ def _update(case: Case) -> Benchmark:
     def update(state, grads):
         params, opt_state = state
         updates, opt_state = optimizer.update(grads, opt_state, params)
-        return (jax.tree.map(jnp.add, params, updates), opt_state), jnp.zeros(())
+        return (jax.tree.map(jnp.add, params, updates), opt_state), ()
 
     step = jax.jit(update, donate_argnums=0, compiler_options=cpu.compiler_options())
     start = jax.tree.map(jnp.copy, params), optimizer.init(params)
-    return baselines.stateful(lambda state: step(state, grads), start, np.asarray)
+    return stateful(lambda state: step(state, grads), start)
 
 
 def _forward(function: Callable, arguments: tuple, constants: tuple = ()) -> Benchmark:
     run = jax.jit(function, compiler_options=cpu.compiler_options())
-    return _repeat(lambda: run(*arguments, *constants))
+    return repeated(lambda: run(*arguments, *constants), _nothing)
 
 
 def _backward(function: Callable, arguments: tuple, constants: tuple) -> Benchmark:
@@ -170,12 +176,11 @@ def _backward(function: Callable, arguments: tuple, constants: tuple) -> Benchma
     options = cpu.compiler_options()
     y, back = jax.jit(both, compiler_options=options)(arguments, constants)
     run = jax.jit(lambda back, dy: back(dy), compiler_options=options)
-    return _repeat(lambda: run(back, y))  # any gradient will do
+    return repeated(lambda: run(back, y), _nothing)  # any gradient will do
 
 
-def _repeat(step: Callable[[], Any]) -> Benchmark:
-    """Make a benchmark whose result is not used."""
-    return dataclasses.replace(baselines.repeated(step), value=lambda result: np.zeros(()))
+def _nothing(result: Any) -> np.ndarray:
+    return np.zeros(())
 
 
 def _noise(shape: tuple[int, ...], net: Net) -> jax.Array:

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 
 from alexnet_jax.model.alexnet import Net, Shape, Stage, geometry
 from experiments.throughput.results import Row, median
-from experiments.throughput.timing import Benchmark
+from experiments.throughput.timing import Benchmark, stateful
 
 FLOAT32_BYTES = 4
 
@@ -127,17 +127,9 @@ def product_side() -> int:
 
 def product(dtype: str) -> Benchmark:
     """Make products of square matrices, each fed by the one before: 2 * side ** 3 FLOPs."""
-    side = product_side()
-    a = jnp.full((side, side), 1 / side, dtype)
+    a = jnp.full((product_side(), product_side()), 1 / product_side(), dtype)
     multiply = jax.jit(lambda a, b: a @ b)
-
-    def run(steps: int):
-        b = a
-        for _ in range(steps):
-            b = multiply(a, b)
-        return jax.block_until_ready(b)
-
-    return Benchmark(run)
+    return stateful(lambda b: (multiply(a, b), ()), a)
 
 
 def copy_bytes() -> int:
@@ -148,13 +140,5 @@ def copy_bytes() -> int:
 def copying() -> Benchmark:
     """Add one to a large float32 array in place: it is read once and written once."""
     increment = functools.partial(jax.jit, donate_argnums=0)(lambda x: x + 1)
-    arrays = [jnp.zeros(copy_bytes() // 2 // FLOAT32_BYTES, jnp.float32)]
-
-    def run(steps: int):
-        x = arrays.pop()
-        for _ in range(steps):
-            x = increment(x)
-        arrays.append(jax.block_until_ready(x))
-        return x[0]
-
-    return Benchmark(run)
+    zeros = jnp.zeros(copy_bytes() // 2 // FLOAT32_BYTES, jnp.float32)
+    return stateful(lambda x: (increment(x), ()), zeros)

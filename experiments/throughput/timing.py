@@ -18,6 +18,11 @@ from experiments.throughput.results import Row, median
 SLOW = 1.5  # a form of PyTorch that takes this many times its best form's time is dropped
 
 
+def as_array(result: Any) -> np.ndarray:
+    """Return a loss or logits."""
+    return np.asarray(result, np.float32)
+
+
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
     """A computation to time.
@@ -28,7 +33,34 @@ class Benchmark:
     """
 
     run: Callable[[int], Any]
-    value: Callable[[Any], np.ndarray] = lambda result: np.asarray(result, np.float32)
+    value: Callable[[Any], np.ndarray] = as_array
+
+
+def repeated(step: Callable[[], Any], value: Callable = as_array) -> Benchmark:
+    """Make a benchmark that repeats a computation and keeps only the last result."""
+
+    def run(steps: int) -> Any:
+        for _ in range(steps):
+            result = step()
+            cpu.block_on_cpu(result)
+        return jax.block_until_ready(result)
+
+    return Benchmark(run, value)
+
+
+def stateful(step: Callable, start: Any, value: Callable = as_array) -> Benchmark:
+    """Make a benchmark of a step whose state may be donated: (state) -> (state, result)."""
+    states = [start]
+
+    def run(steps: int) -> Any:
+        state, result = states.pop(), None
+        for _ in range(steps):
+            state, result = step(state)
+            cpu.block_on_cpu(result)
+        states.append(jax.block_until_ready(state))
+        return result
+
+    return Benchmark(run, value)
 
 
 def alternate(
