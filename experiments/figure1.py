@@ -86,9 +86,6 @@ def epochs_to(found: Sequence[Record], target: float) -> float:
     return math.inf
 
 
-# ----------------------------------------------------------------------------------------- archive
-
-
 def archive(folder: Path, results: Path) -> Path:
     """Archive the curves of all ended runs of a sweep; return the folder of their scale.
 
@@ -130,9 +127,6 @@ def read(folder: Path) -> list[Curves]:
             raise RunError(f'{path.parent} is damaged ({error!r}); archive it again.') from error
     order = sorted(found, key=lambda key: (list(FUNCTIONS).index(key[0]), key[1]))
     return [Curves(*key, seeds=dict(sorted(found[key].items()))) for key in order]
-
-
-# ------------------------------------------------------------------------------------------- table
 
 
 def chosen(found: Sequence[Curves], function: str) -> Curves | None:

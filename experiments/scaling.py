@@ -37,8 +37,6 @@ PLACEMENTS = {
 }
 Row = dict[str, Any]
 
-# ------------------------------------------------------------------------------ the compiled steps
-
 
 def settings_of(net: str, placement: str, devices: int) -> Settings:
     """Return the settings of a net on that many devices."""
@@ -115,9 +113,6 @@ def sent(row: Row, *phases: str) -> int:
     """Return the bytes that each device sends in a step, or in some phases of it."""
     sizes = [item for message in row['messages'] for item in message['phases'].items()]
     return sum(size for phase, size in sizes if not phases or phase in phases)
-
-
-# ----------------------------------------------------------------------------------- the tables
 
 
 def communication_table(rows: list[Row], net: str) -> str:

@@ -40,8 +40,6 @@ IMAGES = {'raw': 2000, 'jpeg': 4000}  # 400 MB and about 120 MB
 BATCHES = {'raw': 60, 'jpeg': 20}  # a round
 Row = dict[str, float]
 
-# --------------------------------------------------------------------------------------- data sets
-
 
 def write(
     folder: Path, count: int, files: int, px: int, storage: str, encoded: Callable[[int], bytes]
@@ -104,8 +102,6 @@ def write_all(scratch: Path) -> dict[str, int]:
         mean_bytes[storage] = round(statistics.mean(map(len, some)))
     return mean_bytes
 
-
-# ------------------------------------------------------------------------------------ measurements
 
 START = """
 import json, re, sys, time

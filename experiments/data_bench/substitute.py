@@ -26,8 +26,6 @@ from alexnet_jax.machine import cores
 PER_CLASS = 6  # training pictures
 Named = tuple[str, bytes]  # a file's name and contents
 
-# ---- archives -------------------------------------------------------------------------------
-
 
 def write_tar(path: Path, named: Iterable[Named]) -> None:
     """Write a tar file; `named` are its files in order."""
@@ -90,9 +88,6 @@ def as_built(challenge: Challenge, folder: Path, images: Mapping[str, int]) -> C
     return dataclasses.replace(challenge, archives=archives)
 
 
-# ---- pictures -------------------------------------------------------------------------------
-
-
 def jpeg(picture: Image.Image, **options: object) -> bytes:
     """Return a picture as a JPEG file."""
     buffer = io.BytesIO()
@@ -146,9 +141,6 @@ def crops(
         top = int(rng.integers(0, photo.height - height + 1))
         found.append(jpeg(photo.resize(size, box=(left, top, left + width, top + height))))
     return found
-
-
-# ---- the archives of 2012 -------------------------------------------------------------------
 
 
 def build(photos: Sequence[Image.Image], folder: Path, per_class: int = PER_CLASS) -> None:

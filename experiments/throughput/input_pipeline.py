@@ -39,9 +39,6 @@ STORED, STORED_IMAGES = 'stored_images', 1024
 FEWEST_STEPS = 5  # of a sample
 
 
-# ----------------------------------------------------------------------------------------- feeding
-
-
 def config_of(name: str, scratch: Path) -> Any:
     """Return the config that trains on an input; images of 256 x 256 px are noise, made here."""
     scale = INPUTS[name]
@@ -134,9 +131,6 @@ class _Waits(Callback):
     def on_metrics(self, step: int, metrics: Any, wait_secs: float) -> None:
         """Add a step's time."""
         self.secs += wait_secs
-
-
-# ----------------------------------------------------------------------------------------- start-up
 
 
 def start(flags: argparse.Namespace) -> None:

@@ -94,9 +94,6 @@ def measure(net: str, batch_size: int, flags: argparse.Namespace) -> Row:
     }
 
 
-# -------------------------------------------------------------------------------------- the pieces
-
-
 def pieces(case: Case) -> Iterator[Piece]:
     """Yield every operation of the step in the order of the net, then masks and update."""
     net, size = case.net, case.settings.batch_size

@@ -106,9 +106,6 @@ def step_flops(net: Net, batch_size: int, what: str) -> int:
     return sum(part.flops for part in step(net, batch_size, what))
 
 
-# ------------------------------------------------------------------------------ the machine's rates
-
-
 def benchmarks(dtype: str) -> dict[str, Callable[[], Benchmark]]:
     """Return the benchmarks that `take_rates` needs."""
     return {'product': lambda: product(dtype), 'copy': copying}

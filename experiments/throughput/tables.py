@@ -72,9 +72,6 @@ def _named(row: Row) -> str:
     return f'{row["net"]}, batch {row["batch_size"]}, {row["dtype"]}'
 
 
-# ------------------------------------------------------------------------------------------- steps
-
-
 def steps_table(rows: Sequence[Row]) -> str:
     """Compare ours with PyTorch, naive Flax and the roofline: a row a net, batch and pass."""
     head = [
@@ -132,9 +129,6 @@ def readme_rows(folder: Path) -> list[list[str]]:
     return body
 
 
-# ------------------------------------------------------------------------------------------- layers
-
-
 def layer_table(row: Row) -> str:
     """Return the time of each operation and direction, its roofline, and the gap between them."""
     head = ['layer', 'operation', 'pass', 'ms', 'roofline, ms', 'bound by', 'share', 'gap, ms']
@@ -164,9 +158,6 @@ def _against(secs: float, limit: float, bound: str, digits: int) -> list[str]:
 
 def _at_test_time(piece: Row) -> bool:
     return piece['direction'] == 'forward' and piece['word'] not in ('masks', 'dropout')
-
-
-# ----------------------------------------------------------------------- feeding, start, accuracy
 
 
 def feeding_table(rows: Sequence[Row]) -> str:
