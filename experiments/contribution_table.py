@@ -271,17 +271,15 @@ def short(found: Sequence[Row]) -> str:
     The rows with a figure of 2012 come first, then the rows that are decided, by size of effect.
     """
     single = [row for row in found if row.found and not row.images_only and not row.dead]
-    claimed = [row for row in single if row.claim.top1 is not None]
-    decided = [
-        row
-        for row in single
-        if row not in claimed and not row.finding('top1_error').startswith(('inconcl', 'too few'))
-    ]
+    undecided = 'inconclusive', 'too few'
+    decided = [row for row in single if not row.finding('top1_error').startswith(undecided)]
     decided.sort(key=lambda row: -abs(row.found['top1_error'].mean))
+    chosen = [row for row in single if row.claim.top1 is not None]
+    chosen += [row for row in decided if row.claim.top1 is None]
     head = ['change', 'top-1 error, points', 'seeds', 'reported in 2012, points']
     cells = [
-        [row.name, _difference(row, 'top1_error'), str(row.found['top1_error'].seeds), _top1(row)]
-        for row in (*claimed, *decided)[:10]
+        [row.name, _difference(row, 'top1_error'), row.found['top1_error'].seeds, _top1(row)]
+        for row in chosen[:10]
     ]
     return f'{markdown([head, *cells])}\n\n{count(found)}\n'
 
@@ -350,10 +348,7 @@ def _claim(claim: Claim) -> str:
 
 
 def _points(value: float | None) -> str:
-    if value is None:
-        return '-'
-    text = f'{value:+.2f}'
-    return text.removesuffix('0')
+    return '-' if value is None else f'{value:+.2f}'.removesuffix('0')
 
 
 def notes(found: Sequence[Row], runs: Sequence[ArchivedRun]) -> str:
@@ -392,26 +387,21 @@ def table_csv(runs: Sequence[ArchivedRun], folder: Path) -> str:
     writer = csv.writer(out, lineterminator='\n')
     writer.writerow(names.split(','))
     for view in evaluate.VIEWS:
-        for row in rows(runs, folder, view):
-            for measure in MEASURES:
-                writer.writerow(_csv_line(row, view, measure))
+        for row, measure in itertools.product(rows(runs, folder, view), MEASURES):
+            writer.writerow([row.name, view, measure, *_csv_values(row, measure)])
     return out.getvalue()
 
 
-def _csv_line(row: Row, view: str, measure: str) -> list[Any]:
-    own = row.found.get(measure)
-    claimed = row.claim.top1 if measure == 'top1_error' else row.claim.top5
-
-    def text(value: float | None) -> str:
-        return '' if value is None else f'{value:.6f}'
-
+def _csv_values(row: Row, measure: str) -> list[Any]:
     values: list[Any] = [''] * 9
-    if own is not None:
-        numbers = (own.mean, own.low, own.high, own.p, row.p.get(measure), own.spread)
-        values = [own.seeds, own.images, text(row.error[measure]), *map(text, numbers)]
+    if own := row.found.get(measure):
+        numbers = own.mean, own.low, own.high, own.p, row.p.get(measure), own.spread
+        texts = ('' if x is None else f'{x:.6f}' for x in (row.error[measure], *numbers))
+        values = [own.seeds, own.images, *texts]
     over = 'images' if row.images_only else 'seeds and images'
-    claim = ['' if claimed is None else claimed, row.claim.data, row.claim.source]
-    return [row.name, view, measure, *values, over, row.finding(measure), *claim]
+    claim = row.claim
+    claimed = {'top1_error': claim.top1, 'top5_error': claim.top5}[measure]
+    return [*values, over, row.finding(measure), claimed, claim.data, claim.source]
 
 
 # -------------------------------------------------------------------------------------- the figures

@@ -17,7 +17,7 @@ from pathlib import Path
 # No jax here: the parent would hold the memory that its children want.
 THROUGHPUT = '-m experiments.throughput --rounds=3 --sample_secs=0.3 --out={out}/throughput'
 # PyTorch as it is fastest on a GPU: channels_last, compiled, autocast. Each form takes its time to
-# compile, and all twelve do not fit.
+# compile, and not all fit.
 TORCH = f'{THROUGHPUT} --parts=steps --nets=2012 --kinds=ours,torch --without=NCHW,eager'
 SWEEP = '-m experiments.sweep {name} --scale=quickstart --workdirs={{workdirs}} --parallel=12'
 KEEP = (

@@ -170,14 +170,10 @@ def packed(wrong: Missed, label: np.ndarray) -> dict[str, Any]:
 
 
 def archive_ensembles(workdirs: Mapping[int, Path], path: Path) -> None:
-    """Write which images are missed by ensembles of seeds, their probabilities averaged.
+    """Write which images are missed by ensembles of a row's seeds, their probabilities averaged.
 
     For each size in ENSEMBLES there are as many ensembles as seeds, of seeds that follow each other
     in a circle, so that every seed counts as often. Ensembles of other seeds in the file stay.
-
-    Args:
-        workdirs: one row's runs, by seed.
-        path: a .jsonl file, one ensemble a line.
     """
     arrays = {seed: evaluate.load_predictions(own) for seed, own in sorted(workdirs.items())}
     found = [own for own in read_lines(path) if not {*own['seeds']} & {*workdirs}]
@@ -195,22 +191,18 @@ def archive_ensembles(workdirs: Mapping[int, Path], path: Path) -> None:
 
 
 def read(folder: Path, predictions: bool = True) -> list[ArchivedRun]:
-    """Return all archived runs of a folder, by row and seed.
+    """Return all archived runs of results/<scale>, by row and seed.
 
-    Args:
-        folder: results/<scale>.
-        predictions: leave out runs without wrong.json.
+    With `predictions`, runs without wrong.json are left out.
     """
     found = folder.glob('*/wrong.json' if predictions else '*/metrics.jsonl')
     ended = (path.parent for path in found if not (path.parent / 'diverged').exists())
-    paths = sorted(ended, key=name_of)
-    if not paths:
+    runs = [_read(path) for path in sorted(ended, key=name_of)]
+    if not runs:
         raise RunError(f'no run is archived in {folder}; give the workdirs of a sweep with --runs.')
-    runs = [_read(path) for path in paths]
-    for what, values in (
-        ('scales', {run.config['scale'] for run in runs}),
-        ('test images', {run.labels_sha256 for run in runs} - {''}),
-    ):
+    scales = {run.config['scale'] for run in runs}
+    labels = {run.labels_sha256 for run in runs} - {''}
+    for what, values in (('scales', scales), ('test images', labels)):
         if len(values) > 1:
             raise RunError(f'the runs in {folder} are of {len(values)} {what}; separate them.')
     return runs
@@ -247,8 +239,7 @@ def unpacked(own: Record) -> Missed:
 def read_diverged(folder: Path) -> dict[str, list[int]]:
     """Return the seeds of each row that ended with infinite numbers."""
     found: dict[str, list[int]] = {}
-    for path in sorted(folder.glob('*/diverged')):
-        row, seed = name_of(path.parent)
+    for row, seed in sorted(name_of(path.parent) for path in folder.glob('*/diverged')):
         found.setdefault(row, []).append(seed)
     return found
 
@@ -285,12 +276,8 @@ def main(
 ) -> int:
     """Run the command of a table: archive the runs of sweeps, build the tables and print them.
 
-    Args:
-        name: of the module in experiments/.
-        results: its archive.
-        archive_sweep: (a sweep's folder, results) -> the folder of the scale, archived.
-        build: (the folder of a scale) -> its table, written there too.
-        argv: the command line; None for the process's own.
+    `archive_sweep` takes a sweep's folder and the archive, and returns the folder of the scale
+    there; `build` writes the tables of such a folder, and returns the main one.
     """
 
     def act(args: argparse.Namespace) -> None:

@@ -128,7 +128,7 @@ def test_resumed_it_ends_in_the_same_bits(stopped, folder, data_dir, cache_dir):
     (saved,) = re.findall(r'SIGTERM: saved at step (\d+) of 400', log)
     assert f'resuming at step {saved} of 400' in log
     assert int(saved) >= reached
-    common = {'data.data_dir': data_dir, 'loop.compilation_cache': cache_dir}
+    common = {'data.data_dir': str(data_dir), 'loop.compilation_cache': str(cache_dir)}
     (undisturbed,) = sweep.plan(str(folder / 'one.py'), folder / 'undisturbed', '', 0, common)
     assert sweep.start(undisturbed, sweep.slots(2)[0]).wait(LIMIT_SECS) == 0  # on one core too
     assert_same(outcome(undisturbed.workdir), outcome(workdirs / 'tiny-0'))

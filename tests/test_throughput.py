@@ -58,11 +58,11 @@ def forms(case: baselines.Case, what: str) -> dict[str, Benchmark]:
 # --------------------------------------------------------------------------------- the same net
 
 
-@pytest.mark.parametrize(('net', 'count'), [('2012', 5), ('torchvision', 3)])
-def test_every_form_gives_the_same_logits(net, count):
+@pytest.mark.parametrize('net', NETS)
+def test_every_form_gives_the_same_logits(net):
     case = small(net)
     logits = {name: form.value(form.run(1)) for name, form in forms(case, 'forward').items()}
-    assert len(logits) == (count if baselines.torch_is_here() else 1)
+    assert len(logits) == (3 if baselines.torch_is_here() else 1)
     for name, found in logits.items():
         error = np.linalg.norm(found - logits['ours']) / np.linalg.norm(logits['ours'])
         assert error < 1e-5, name  # float32 summed in other orders; found: 1e-6 at most

@@ -3,8 +3,8 @@
 * ours: the trainer's own jitted step (its finiteness check and metrics included), and the net as
   evaluation runs it.
 * naive: examples/alexnet_plain.py with `optax.sgd`, for the net of 2012 alone.
-* torch, ...: PyTorch in {NCHW, channels_last} x {eager, compiled, on a GPU with CUDA graphs too} x
-  {the library's LRN, a faster one}, SGD with momentum and decay in its fused form.
+* torch, ...: PyTorch in {NCHW, channels_last} x {eager, compiled, on a GPU with CUDA graphs too},
+  SGD with momentum and decay in its fused form.
 
 All take float32 images on the device, except ours in training, which takes the images as uint8.
 """
@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import importlib.util
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -40,7 +40,6 @@ from experiments.throughput.timing import Benchmark, repeated, stateful
 IMAGES = 1_281_167  # ILSVRC-2012's; only the schedules depend on it
 GREY = 128.0  # taken from each pixel
 PASSES = ('train', 'forward')
-LRN_FORMS = ('module', 'slices')  # see torch_net.py
 NAIVE = ('alexnet', 'imagenet2012')  # the config of the net in examples/alexnet_plain.py
 
 
@@ -172,22 +171,15 @@ def torch_is_here() -> bool:
     return jax.default_backend() == 'cpu' or torch.cuda.is_available()
 
 
-def torch_forms() -> Iterable[tuple[str, str, str]]:
-    """Return (layout, 'eager' or how it is compiled, form of LRN) of every form."""
-    modes = ['eager', 'compiled'] + (['CUDA graphs'] if jax.default_backend() == 'gpu' else [])
-    return itertools.product(('NCHW', 'channels_last'), modes, LRN_FORMS)
-
-
-def torch_form(form: tuple[str, str, str], case: Case, what: str) -> Benchmark:
+def torch_form(layout: str, mode: str, case: Case, what: str) -> Benchmark:
     """Make a form of PyTorch's; see the head of the file."""
     import torch
 
     from experiments.throughput.torch_net import TorchAlexNet
 
-    layout, mode, lrn = form
     device = 'cuda' if jax.default_backend() == 'gpu' else 'cpu'
     memory: Any = torch.channels_last if layout == 'channels_last' else torch.contiguous_format
-    net: Any = TorchAlexNet(case.net, case.params, lrn).to(device, memory_format=memory)
+    net: Any = TorchAlexNet(case.net, case.params).to(device, memory_format=memory)
     images = torch.tensor(case.images.transpose(0, 3, 1, 2))
     images = images.to(device).contiguous(memory_format=memory)
     labels = torch.tensor(case.labels, dtype=torch.int64, device=device)
@@ -265,8 +257,7 @@ def benchmarks(case: Case, what: str) -> Iterator[tuple[str, Callable[[], Benchm
         yield 'naive', lambda: naive(case, what)
     if torch_is_here():
         _set_up_torch()
-        normed = any(op in ('lrn', 'spatial_norm') for x in case.net.layers for op in x.ops)
-        for form in torch_forms():
-            if normed or form[2] == 'module':  # without LRN the forms are the same
-                shown = form if normed else form[:2]
-                yield ', '.join(('torch', *shown)), lambda form=form: torch_form(form, case, what)
+        modes = ['eager', 'compiled'] + (['CUDA graphs'] if jax.default_backend() == 'gpu' else [])
+        for layout, mode in itertools.product(('NCHW', 'channels_last'), modes):
+            make = functools.partial(torch_form, layout, mode, case, what)
+            yield f'torch, {layout}, {mode}', make

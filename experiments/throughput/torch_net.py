@@ -1,12 +1,7 @@
 """AlexNet in fast, idiomatic PyTorch, built from the same layer table.
 
-The reference that values are checked against is tests/golden/make_net.py, which takes parameters in
-our layout and is slower for it. Here parameters are in PyTorch's layout, the convolutions pad, and
-LRN has two forms:
-
-* 'module': `nn.LocalResponseNorm`, the library's.
-* 'slices': the sum of the window as a sum of shifted slices, and the power as two roots; twice as
-  fast on a CPU.
+LRN is a sum of shifted slices, and its power two roots: on a CPU twice as fast as
+`nn.LocalResponseNorm`. The reference that values are checked against is tests/golden/make_net.py.
 """
 
 import functools
@@ -29,9 +24,9 @@ class TorchAlexNet(nn.Module):
     Its parameters are NumPy's `params`, the canonical tree, converted to PyTorch's layout.
     """
 
-    def __init__(self, net: Net, params: Mapping[str, Mapping[str, np.ndarray]], lrn: str):
+    def __init__(self, net: Net, params: Mapping[str, Mapping[str, np.ndarray]]):
         super().__init__()
-        self.net, self.lrn = net, lrn
+        self.net = net
         for stage in geometry(net):
             name, values = stage.layer.name, params[stage.layer.name]
             if stage.layer.kind == 'conv':
@@ -65,10 +60,11 @@ class TorchAlexNet(nn.Module):
         if op in SIMPLE:
             return SIMPLE[op](x)
         if op == 'lrn':
-            towers = net.towers if net.lrn_reads == 'own' else 1
-            return (_lrn_slices if self.lrn == 'slices' else _lrn_module)(x, towers, net.lrn)
+            return _lrn(x, net.towers if net.lrn_reads == 'own' else 1, net.lrn)
         if op == 'spatial_norm':
-            return _spatial_norm(x, net.spatial_norm, roots=self.lrn == 'slices')
+            norm = net.spatial_norm  # the sum over a window is its average times its size
+            mean = F.avg_pool2d(x * x, norm.size, stride=1, padding=norm.size // 2)
+            return x * _power(norm.k + norm.alpha * norm.size**2 * mean, norm.beta)
         if op == 'pool':
             pool = F.max_pool2d if net.pool.kind == 'max' else F.avg_pool2d
             return pool(x, net.pool.window_px, net.pool.stride_px)
@@ -97,27 +93,13 @@ def _channels_first(kernel: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     return kernel.reshape(*shape, -1).transpose(3, 2, 0, 1).reshape(kernel.shape[1], -1)
 
 
-def _lrn_module(x, towers: int, norm: Norm):
-    """Apply LRN tower by tower; PyTorch divides alpha by the size of the window."""
-    how = (norm.size, norm.alpha * norm.size, norm.beta, norm.k)
-    parts = [F.local_response_norm(part, *how) for part in x.chunk(towers, dim=1)]
-    return torch.cat(parts, dim=1) if towers > 1 else parts[0]
-
-
-def _lrn_slices(x, towers: int, norm: Norm):
+def _lrn(x, towers: int, norm: Norm):
     """Apply LRN with the towers as an axis: one pass for both."""
     split = x.unflatten(1, (towers, -1))
     before, width = norm.size // 2, split.shape[2]
     squares = F.pad(split * split, (0, 0, 0, 0, before, norm.size - 1 - before))
     total = functools.reduce(torch.add, [squares[:, :, i : i + width] for i in range(norm.size)])
     return (split * _power(norm.k + norm.alpha * total, norm.beta)).flatten(1, 2)
-
-
-def _spatial_norm(x, norm: Norm, *, roots: bool):
-    """Apply spatial normalisation; the sum over a window is its average times its size."""
-    mean = F.avg_pool2d(x * x, norm.size, stride=1, padding=norm.size // 2)
-    scale = norm.k + norm.alpha * norm.size**2 * mean
-    return x * _power(scale, norm.beta) if roots else x / scale**norm.beta
 
 
 def _power(scale, beta: float):
