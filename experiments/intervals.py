@@ -24,9 +24,7 @@ too little, so an interval needs three.
 """
 
 import dataclasses
-import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 from scipy import stats
@@ -59,53 +57,35 @@ class Difference:
         return self.low is not None and self.high is not None and not self.low <= 0 <= self.high
 
     def within(self, margin: float) -> bool:
-        """Return whether the interval is inside +-margin."""
-        return (
-            self.low is not None
-            and self.high is not None
-            and (-margin <= self.low and self.high <= margin)
-        )
+        """Return whether the interval exists and is inside +-margin."""
+        ends = self.low, self.high
+        return all(end is not None and abs(end) <= margin for end in ends)
 
 
-def difference(ours: np.ndarray, base: np.ndarray, level: float = LEVEL) -> Difference:
+def difference(ours: np.ndarray, base: np.ndarray) -> Difference:
     """Compare ours with the base, paired by seed and by image.
 
     Args:
         ours, base: bool [S, N], wrong or not; row s has the same seed in both.
-        level: of the interval.
     """
     d = ours.astype(np.float64) - base.astype(np.float64)
     seeds, images = d.shape
-    found = Difference(
-        mean=float(d.mean()),
-        seeds=seeds,
-        images=images,
-        spread=float(d.mean(axis=1).std(ddof=1)) if seeds > 1 else None,
-    )
+    spread = float(d.mean(axis=1).std(ddof=1)) if seeds > 1 else None
+    found = Difference(float(d.mean()), seeds, images, spread=spread)
     if seeds < FEWEST_SEEDS:
         return found
-    variance, freedom = (float(value) for value in variance_of_mean(d)[1:])
+    if not d.any():
+        return dataclasses.replace(found, low=0.0, high=0.0, p=1.0)
+    _, variance, freedom = variance_of_mean(d)
     if variance < ROUNDING:
-        low = high = p = None
-        if not d.any():
-            low, high, p = 0.0, 0.0, 1.0
-    else:
-        half = float(half_width(variance, freedom, level))
-        low, high = found.mean - half, found.mean + half
-        p = float(2 * stats.t.sf(abs(found.mean) / math.sqrt(variance), freedom))
-    return dataclasses.replace(found, low=low, high=high, p=p)
+        return found
+    half = float(half_width(variance, freedom))
+    p = float(2 * stats.t.sf(abs(found.mean) / np.sqrt(variance), freedom))
+    return dataclasses.replace(found, low=found.mean - half, high=found.mean + half, p=p)
 
 
-class Estimate(NamedTuple):
-    """Mean, its variance and the degrees of freedom of the variance; [...] each."""
-
-    mean: np.ndarray
-    variance: np.ndarray
-    freedom: np.ndarray
-
-
-def variance_of_mean(d: np.ndarray) -> Estimate:
-    """Estimate mean and variance of d [..., S, N], over seeds and images."""
+def variance_of_mean(d: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the mean of d [..., S, N], its variance and that one's degrees of freedom: [...]."""
     seeds, images = d.shape[-2:]
     mean, by_seed, by_image = d.mean(axis=(-2, -1)), d.mean(axis=-1), d.mean(axis=-2)
     rest = d - by_seed[..., None] - by_image[..., None, :] + mean[..., None, None]
@@ -115,12 +95,12 @@ def variance_of_mean(d: np.ndarray) -> Estimate:
     c = np.sum(rest**2, axis=(-2, -1)) / rest_freedom / (seeds * images)
     variance = np.maximum(a + b - c, a)
     spread = a**2 / (seeds - 1) + b**2 / (images - 1) + c**2 / rest_freedom
-    return Estimate(mean, variance, variance**2 / np.where(spread > 0, spread, 1))
+    return mean, variance, variance**2 / np.where(spread > 0, spread, 1)
 
 
-def half_width(variance: np.ndarray | float, freedom: np.ndarray | float, level: float = LEVEL):
+def half_width(variance: np.ndarray, freedom: np.ndarray) -> np.ndarray:
     """Return half the width of the interval: [...]."""
-    return stats.t.ppf((1 + level) / 2, freedom) * np.sqrt(variance)
+    return stats.t.ppf((1 + LEVEL) / 2, freedom) * np.sqrt(variance)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -137,8 +117,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
-def over_images(gain: np.ndarray, level: float = LEVEL) -> tuple[float, float, float]:
+def over_images(gain: np.ndarray) -> tuple[float, float, float]:
     """Return (mean, low, high) of [N]: the interval over other images, with these very nets."""
     mean = float(gain.mean())
-    half = float(stats.norm.ppf((1 + level) / 2) * gain.std(ddof=1) / math.sqrt(len(gain)))
+    half = float(stats.norm.ppf((1 + LEVEL) / 2) * gain.std(ddof=1) / np.sqrt(len(gain)))
     return mean, mean - half, mean + half
