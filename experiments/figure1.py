@@ -21,7 +21,6 @@ from scipy import stats
 
 from alexnet_jax.analysis import figures
 from alexnet_jax.command import log
-from alexnet_jax.errors import RunError
 from alexnet_jax.training import metrics
 from experiments import run_archive
 from experiments.output import markdown, write_text
@@ -117,14 +116,11 @@ def _ended(path: Path, records: Sequence[Record]) -> bool:
 def read(folder: Path) -> list[Curves]:
     """Return the curves in the archive of a scale, by activation and rate."""
     found: dict[tuple[str, float], dict[int, list[Record]]] = {}
-    for path in sorted(folder.glob('*/config.json')):
-        try:
-            config = json.loads(path.read_text())
-            function = config['name'].removeprefix('figure1_')
-            key = (function, config['optimizer']['weights']['rate'])
-            found.setdefault(key, {})[config['seed']] = list(metrics.read(path.parent))
-        except (OSError, ValueError, KeyError) as error:
-            raise RunError(f'{path.parent} is damaged ({error!r}); archive it again.') from error
+    for path in folder.glob('*/config.json'):
+        run = run_archive.read_run(path.parent)
+        function = run.config['name'].removeprefix('figure1_')
+        seeds = found.setdefault((function, run.config['optimizer']['weights']['rate']), {})
+        seeds[run.seed] = run.records
     order = sorted(found, key=lambda key: (list(FUNCTIONS).index(key[0]), key[1]))
     return [Curves(*key, seeds=dict(sorted(found[key].items()))) for key in order]
 

@@ -13,11 +13,12 @@ import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from alexnet_jax.training import metrics
 from configs import Claim
+from experiments import run_archive
 from experiments.output import NOT_RUN, markdown, read_lines
+from experiments.run_archive import ArchivedRun
 from experiments.throughput import tables
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,49 +29,38 @@ KEPT_RUNS = ('quickstart', 'gpu', 'variants/fashion_mnist')
 # ------------------------------------------------------------------------------ runs of the recipe
 
 
-class Run(NamedTuple):
-    """A finished run of configs/alexnet.py."""
-
-    config: dict[str, Any]
-    environment: dict[str, Any]
-    final: Mapping[str, Any]  # its last record of kind 'test'
-
-    @property
-    def device(self) -> str:
-        """Return the number and the name of its devices."""
-        count = self.environment['cpus' if self.environment['platform'] == 'cpu' else 'devices']
-        return f'{count} x {self.environment["device"]}'
-
-    def accuracy(self, view: str) -> str:
-        """Return its test accuracy."""
-        return f'{1 - self.final[view]["top1_error"]:.4f}'
+def archived_runs(scale: str = '') -> Iterator[ArchivedRun]:
+    """Yield the finished runs of configs/alexnet.py in KEPT_RUNS, of one scale if it is given."""
+    found = (path.parent for kept in KEPT_RUNS for path in RESULTS.glob(f'{kept}/*/config.json'))
+    for run in map(run_archive.read_run, sorted(found)):
+        config = run.config
+        if config['name'] == 'alexnet' and scale in ('', config['scale']) and run.final():
+            yield run
 
 
-def archived_runs(scale: str = '') -> Iterator[Run]:
-    """Yield the archived runs, of one scale if it is given."""
-    found = (path for folder in KEPT_RUNS for path in RESULTS.glob(f'{folder}/*/config.json'))
-    for path in sorted(found):
-        config = json.loads(path.read_text())
-        finals = [row for row in metrics.read(path.parent) if row['kind'] == 'test']
-        if config['name'] == 'alexnet' and scale in ('', config['scale']) and finals:
-            environment = json.loads((path.parent / 'environment.json').read_text())
-            yield Run(config, environment, finals[-1])
+def _device(run: ArchivedRun) -> str:
+    on_cpu = run.environment['platform'] == 'cpu'
+    return f'{run.environment["cpus" if on_cpu else "devices"]} x {run.environment["device"]}'
+
+
+def _accuracy(run: ArchivedRun, view: str) -> str:
+    return f'{run.accuracy(view):.4f}'
 
 
 def quickstart() -> str:
     """Return the last line that `make` printed in the archived quickstart run on a CPU."""
     for run in archived_runs('quickstart'):
         if run.environment['platform'] == 'cpu':
-            return f'```\n{summary(run)}\n```\n\nMeasured on {run.device}.'
+            return f'```\n{summary(run)}\n```\n\nMeasured on {_device(run)}.'
     return NOT_RUN
 
 
-def summary(run: Run) -> str:
+def summary(run: ArchivedRun) -> str:
     """Return what a training run prints at its end, without the name of its folder."""
-    final = run.final
+    final = run.final()
     return (
-        f'{run.config["name"]}: test accuracy {run.accuracy("centre")} '
-        f'({run.accuracy("ten_views")} over ten views) on {final["images"]} images after '
+        f'{run.config["name"]}: test accuracy {_accuracy(run, "centre")} '
+        f'({_accuracy(run, "ten_views")} over ten views) on {final["images"]} images after '
         f'{final["step"]} steps, {final["secs"]:.0f} s of training'
     )
 
@@ -80,10 +70,10 @@ def runs() -> str:
     head = ['scale', 'device', 'seed', 'test accuracy', 'ten views', 'training', 'commit']
     body = []
     for run in archived_runs():
-        config, views = run.config, [run.accuracy(view) for view in ('centre', 'ten_views')]
-        training = f'{run.final["secs"]:.0f} s, {config["epochs"]:g} epochs'
+        config, views = run.config, [_accuracy(run, view) for view in ('centre', 'ten_views')]
+        training = f'{run.final()["secs"]:.0f} s, {config["epochs"]:g} epochs'
         commit = metrics.short(run.environment['commit'])
-        body.append([config['scale'], run.device, config['seed'], *views, training, commit])
+        body.append([config['scale'], _device(run), config['seed'], *views, training, commit])
     return markdown([head, *body])
 
 
@@ -119,7 +109,7 @@ def results() -> str:
 def _accuracies(scale: str) -> str:
     """Return 'one view, ten views' of the first archived run at a scale."""
     for run in archived_runs(scale):
-        return f'{run.accuracy("centre")}, ten views {run.accuracy("ten_views")}'
+        return f'{_accuracy(run, "centre")}, ten views {_accuracy(run, "ten_views")}'
     return NOT_RUN
 
 
@@ -128,7 +118,7 @@ def _errors(scale: str) -> str:
     for run in archived_runs(scale):
         centre, ten = (
             f'{100 * view["top1_error"]:.2f} / {100 * view["top5_error"]:.2f} %'
-            for view in (run.final['centre'], run.final['ten_views'])
+            for view in (run.final()['centre'], run.final()['ten_views'])
         )
         return f'{centre}, ten views {ten}'
     return NOT_RUN

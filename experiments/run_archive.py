@@ -46,14 +46,14 @@ class ArchivedRun:
     wrong: Missed  # {} where no predictions were archived
     labels_sha256: str
 
-    def final(self) -> dict[str, Any]:
-        """Return its record of all test images."""
-        return _last_test(self.records)
+    def final(self) -> Any:
+        """Return its last record of all test images (an extended run has several), or None."""
+        tests = (record for record in reversed(self.records) if record['kind'] == 'test')
+        return next(tests, None)
 
-
-def _last_test(found: Sequence[Record]) -> Any:
-    """Return the last record of all test images (an extended run has several), or None."""
-    return next((record for record in reversed(found) if record['kind'] == 'test'), None)
+    def accuracy(self, view: str) -> float:
+        """Return its test accuracy."""
+        return 1 - self.final()[view]['top1_error']
 
 
 # ----------------------------------------------------------------------------------------- archive
@@ -61,8 +61,8 @@ def _last_test(found: Sequence[Record]) -> Any:
 
 def archive(workdir: Path, folder: Path) -> None:
     """Write the archive of a finished run into `folder`."""
-    found = metrics.read(workdir)
-    final = _last_test(found)
+    run = read_run(workdir)
+    final = run.final()
     if final is None:
         raise RunError(f'{workdir} is not finished; the same sweep resumes it.')
     arrays = evaluate.load_predictions(workdir)
@@ -73,7 +73,7 @@ def archive(workdir: Path, folder: Path) -> None:
                 f'{workdir}/predictions_test.npz is not from the end of the run (its {measure} '
                 f'differs from metrics.jsonl); make it with --mode=evaluate --step=latest.'
             )
-    archive_records(workdir, folder, thinned(found))
+    archive_records(workdir, folder, thinned(run.records))
     write_text(folder / 'wrong.json', lines([packed(wrong, arrays['label'])]))
     (folder / 'diverged').unlink(missing_ok=True)  # the code has changed since
 
@@ -197,9 +197,12 @@ def read(folder: Path, predictions: bool = True) -> list[ArchivedRun]:
     """
     found = folder.glob('*/wrong.json' if predictions else '*/metrics.jsonl')
     ended = (path.parent for path in found if not (path.parent / 'diverged').exists())
-    runs = [_read(path) for path in sorted(ended, key=name_of)]
+    runs = [read_run(path) for path in sorted(ended, key=name_of)]
     if not runs:
         raise RunError(f'no run is archived in {folder}; give the workdirs of a sweep with --runs.')
+    for run in runs:
+        if run.final() is None:
+            raise RunError(f'{folder}/{run.row}-{run.seed} is damaged (no test record).')
     scales = {run.config['scale'] for run in runs}
     labels = {run.labels_sha256 for run in runs} - {''}
     for what, values in (('scales', scales), ('test images', labels)):
@@ -208,10 +211,11 @@ def read(folder: Path, predictions: bool = True) -> list[ArchivedRun]:
     return runs
 
 
-def _read(folder: Path) -> ArchivedRun:
+def read_run(folder: Path) -> ArchivedRun:
+    """Return the run of a folder, archived or not."""
     try:
         (own,) = read_lines(folder / 'wrong.json') or ({},)
-        run = ArchivedRun(
+        return ArchivedRun(
             *name_of(folder),
             config=config_file.read_json(folder / 'config.json'),
             environment=json.loads((folder / 'environment.json').read_text()),
@@ -219,11 +223,8 @@ def _read(folder: Path) -> ArchivedRun:
             wrong=unpacked(own) if own else {},
             labels_sha256=own['labels_sha256'] if own else '',
         )
-        if run.final() is None:
-            raise ValueError('metrics.jsonl has no test record')
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(f'{folder} is damaged ({error!r}); archive the run again.') from error
-    return run
 
 
 def unpacked(own: Record) -> Missed:

@@ -96,7 +96,7 @@ def _module(name: str) -> Any:
 
 
 def _accuracy(own: Sequence[ArchivedRun], view: str) -> str:
-    values = np.array([1 - run.final()[view]['top1_error'] for run in own])
+    values = np.array([run.accuracy(view) for run in own])
     spread = f' ± {values.std(ddof=1):.4f}' if len(values) > 1 else ''
     return f'{values.mean():.4f}{spread}'
 

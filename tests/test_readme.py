@@ -18,9 +18,9 @@ from PIL import Image
 
 import main
 from alexnet_jax import config, config_file
-from alexnet_jax.training import metrics, train
+from alexnet_jax.training import train
 from configs import alexnet
-from experiments import readme
+from experiments import readme, run_archive
 
 ROOT = readme.ROOT
 PAGES = sorted(
@@ -244,8 +244,7 @@ def test_the_summary_shown_is_the_one_that_training_prints(smoke_run, tmp_path):
     shutil.copytree(smoke_run, workdir)
     run_config = json.loads((workdir / 'config.json').read_text())
     printed = train.run(run_config, workdir)  # it is finished: this evaluates it again
-    run = readme.Run(run_config, {}, metrics.read(workdir)[-1])
-    assert printed.startswith(readme.summary(run))
+    assert printed.startswith(readme.summary(run_archive.read_run(workdir)))
 
 
 def test_every_file_of_a_workdir_is_described(smoke_run):

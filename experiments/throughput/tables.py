@@ -3,7 +3,6 @@
 python -m experiments.throughput --page
 """
 
-import json
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 
 from alexnet_jax.training import metrics
 from experiments.output import NOT_RUN, markdown
+from experiments.run_archive import read_run
 from experiments.throughput import results
 from experiments.throughput.results import Row, median
 
@@ -201,13 +201,12 @@ def accuracy_table(folders: Iterable[Path]) -> str:
 
 
 def _accuracy_cells(folder: Path) -> list[Any]:
-    config = json.loads((folder / 'config.json').read_text())
-    device = json.loads((folder / 'environment.json').read_text())['device']
-    records = metrics.read(folder)
+    run = read_run(folder)
+    config, records = run.config, run.records
     timed = [(row['step'], row['secs']) for row in records if row['kind'] == 'train']
     found = [row for row in records if row['kind'] == 'validation']
-    cells = [f'{config["name"]}:{config["scale"]}, {config["model"]["compute_dtype"]}', device]
-    cells.append(f'{TARGET:.4f}')
+    net = f'{config["name"]}:{config["scale"]}, {config["model"]["compute_dtype"]}'
+    cells = [net, run.environment['device'], f'{TARGET:.4f}']
     for row in found:
         if 1 - row['top1_error'] >= TARGET:
             secs = np.interp(row['step'], *zip((0, 0.0), *timed, strict=True))
