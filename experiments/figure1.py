@@ -9,7 +9,6 @@ With --scale=cifar10, the paper's data, after `python -m alexnet_jax prepare tfd
 
 import dataclasses
 import functools
-import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -20,8 +19,6 @@ import numpy as np
 from scipy import stats
 
 from alexnet_jax.analysis import figures
-from alexnet_jax.command import log
-from alexnet_jax.training import metrics
 from experiments import run_archive
 from experiments.output import markdown, write_text
 
@@ -86,31 +83,17 @@ def epochs_to(found: Sequence[Record], target: float) -> float:
 
 
 def archive(folder: Path, results: Path) -> Path:
-    """Archive the curves of all ended runs of a sweep; return the folder of their scale.
+    """Archive the training curves of all ended runs of a sweep; return the folder of their scale.
 
     A run that ended with infinite numbers is archived as far as it came.
     """
-    curves = {
-        path: [record for record in metrics.read(path) if record['kind'] == 'train']
-        for path in sorted(folder.glob('figure1_net_*-rate*-*'))
-    }
-    found = [path for path, records in curves.items() if _ended(path, records)]
-    target = results / run_archive.only_scale(folder, found)
+    rows = [f'figure1_net_{function}-{name}' for function in FUNCTIONS for name in OVERRIDES]
+    return run_archive.archive_all(folder, results, rows, _curve)[0]
+
+
+def _curve(records: Sequence[Record]) -> list[Record]:
     keys = ('kind', 'step', 'epoch', 'loss', 'top1_error')
-    for path in found:
-        records = [{key: record[key] for key in keys} for record in curves[path]]
-        run_archive.archive_records(path, target / path.name, records)
-    return target
-
-
-def _ended(path: Path, records: Sequence[Record]) -> bool:
-    """Return whether a run reached its last epoch or infinite numbers; report one that did not."""
-    if records:
-        epochs = json.loads((path / 'config.json').read_text())['epochs']
-        if run_archive.diverged(path) or records[-1]['epoch'] >= epochs - 1e-6:
-            return True
-    log(f'{path} is not finished, and is skipped.')
-    return False
+    return [{key: r[key] for key in keys} for r in records if r['kind'] == 'train']
 
 
 def read(folder: Path) -> list[Curves]:

@@ -14,7 +14,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ MEASURES = {'top1_error': 1, 'top5_error': 5}
 ENSEMBLES = (2, 3, 5)  # sizes, besides that of all seeds
 Missed = dict[str, dict[str, np.ndarray]]  # view, measure -> bool [N]
 Record = Mapping[str, Any]
+Keep = Callable[[Sequence[Record]], Sequence[Record]]  # which records are archived
+Archived = tuple[Path, dict[tuple[str, int], Path]]
 PORTABLE = {'data.data_dir': 'data', 'loop.compilation_cache': 'beside'}  # no paths of a machine
 
 
@@ -59,61 +61,68 @@ class ArchivedRun:
 # ----------------------------------------------------------------------------------------- archive
 
 
-def archive(workdir: Path, folder: Path) -> None:
-    """Write the archive of a finished run into `folder`."""
+def thinned(found: Sequence[Record]) -> list[Record]:
+    """Return validation and test records, and the training record before each validation."""
+    kinds = [record['kind'] for record in found[1:]] + ['']
+    pairs = zip(found, kinds, strict=True)
+    return [r for r, after in pairs if r['kind'] != 'train' or after == 'validation']
+
+
+def archive(workdir: Path, folder: Path, keep: Keep = thinned) -> None:
+    """Archive a run that has ended: its logs, as `keep` leaves them, and which images it missed."""
     run = read_run(workdir)
-    final = run.final()
-    if final is None:
-        raise RunError(f'{workdir} is not finished; the same sweep resumes it.')
+    contents = {
+        'config.json': json.dumps(portable_config(workdir), indent=2, sort_keys=True) + '\n',
+        'environment.json': (workdir / 'environment.json').read_text(),
+        'metrics.jsonl': lines(keep(run.records)),
+    }
+    if finished(workdir):
+        contents['wrong.json'] = lines([_missed_by(workdir, run)])
+    else:
+        contents['diverged'] = ''
+    for name in ('wrong.json', 'diverged'):  # the code may have changed since the last time
+        (folder / name).unlink(missing_ok=True)
+    for name, text in contents.items():
+        write_text(folder / name, text)
+
+
+def _missed_by(workdir: Path, run: ArchivedRun) -> Record:
     arrays = evaluate.load_predictions(workdir)
     wrong = missed(arrays)
     for view, measure in itertools.product(evaluate.VIEWS, MEASURES):
-        if float(np.mean(wrong[view][measure])) != final[view][measure]:
+        if float(np.mean(wrong[view][measure])) != run.final()[view][measure]:
             raise RunError(
                 f'{workdir}/predictions_test.npz is not from the end of the run (its {measure} '
                 f'differs from metrics.jsonl); make it with --mode=evaluate --step=latest.'
             )
-    archive_records(workdir, folder, thinned(run.records))
-    write_text(folder / 'wrong.json', lines([packed(wrong, arrays['label'])]))
-    (folder / 'diverged').unlink(missing_ok=True)  # the code has changed since
-
-
-def archive_records(workdir: Path, folder: Path, found: Sequence[Record]) -> None:
-    """Write a run's config, environment and the records given."""
-    config = json.dumps(portable_config(workdir), indent=2, sort_keys=True) + '\n'
-    write_text(folder / 'config.json', config)
-    write_text(folder / 'environment.json', (workdir / 'environment.json').read_text())
-    write_text(folder / 'metrics.jsonl', lines(found))
+    return packed(wrong, arrays['label'])
 
 
 def archive_all(
-    folder: Path, results: Path, rows: Sequence[str]
-) -> tuple[Path, dict[tuple[str, int], Path]]:
-    """Archive every finished run in a sweep's folder whose row is in `rows`.
+    folder: Path, results: Path, rows: Container[str], keep: Keep = thinned
+) -> Archived:
+    """Archive every ended run in a sweep's folder whose row is in `rows`.
 
     Returns:
         The archive's folder, results/<scale>, and the finished workdirs by row and seed.
     """
-    finished, lost = {}, {}
+    found = {}
     for path in sorted(file.parent for file in folder.glob('*/metrics.jsonl')):
         row, seed = name_of(path)
         if row not in rows:
             log(f'{path} is not a run of the table, and is skipped.')
-        elif (path / 'predictions_test.npz').exists():
-            finished[row, seed] = path
-        elif diverged(path):
-            lost[row, seed] = path
+        elif finished(path) or diverged(path):
+            found[row, seed] = path
         else:
             log(f'{path} is not finished, and is skipped.')
-    target = results / only_scale(folder, (finished | lost).values())
-    for workdir in finished.values():
-        archive(workdir, target / workdir.name)
-    for workdir in lost.values():
-        own = target / workdir.name
-        archive_records(workdir, own, thinned(metrics.read(workdir)))
-        (own / 'diverged').touch()
-        (own / 'wrong.json').unlink(missing_ok=True)
-    return target, finished
+    scales = {portable_config(path)['scale'] for path in found.values()}
+    if len(scales) != 1:
+        what = f'runs of {len(scales)} scales' if scales else 'no finished run'
+        raise RunError(f'{folder} contains {what}; build the table from one sweep at one scale.')
+    target = results / scales.pop()
+    for path in found.values():
+        archive(path, target / path.name, keep)
+    return target, {key: path for key, path in found.items() if finished(path)}
 
 
 def name_of(folder: Path) -> tuple[str, int]:
@@ -122,13 +131,10 @@ def name_of(folder: Path) -> tuple[str, int]:
     return (row, int(seed)) if seed.isdigit() else ('', 0)
 
 
-def only_scale(folder: Path, workdirs: Iterable[Path]) -> str:
-    """Return the scale of all runs."""
-    scales = {portable_config(workdir)['scale'] for workdir in workdirs}
-    if len(scales) != 1:
-        what = f'runs of {len(scales)} scales' if scales else 'no finished run'
-        raise RunError(f'{folder} contains {what}; build the table from one sweep at one scale.')
-    return scales.pop()
+def finished(workdir: Path) -> bool:
+    """Return whether a run was evaluated on the test images at its end."""
+    final = any(record['kind'] == 'test' for record in metrics.read(workdir))
+    return final and (workdir / 'predictions_test.npz').exists()
 
 
 def diverged(workdir: Path) -> bool:
@@ -141,13 +147,6 @@ def missed(arrays: Mapping[str, np.ndarray]) -> Missed:
     """Return which images were missed, ranked as in evaluate.scores."""
     ranks = {view: evaluate.ranks(arrays[view], arrays['label']) for view in evaluate.VIEWS}
     return {v: {measure: rank >= k for measure, k in MEASURES.items()} for v, rank in ranks.items()}
-
-
-def thinned(found: Sequence[Record]) -> list[Record]:
-    """Return validation and test records, and the training record before each validation."""
-    kinds = [record['kind'] for record in found[1:]] + ['']
-    pairs = zip(found, kinds, strict=True)
-    return [r for r, after in pairs if r['kind'] != 'train' or after == 'validation']
 
 
 def portable_config(workdir: Path) -> dict[str, Any]:

@@ -39,7 +39,7 @@ from alexnet_jax import command, config_file
 from alexnet_jax import config as configuration
 from alexnet_jax.command import log
 from alexnet_jax.errors import RunError, UsageError
-from alexnet_jax.training import metrics
+from experiments import run_archive
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 POLL_SECS = 0.5
@@ -77,9 +77,8 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Return whether it has its final record and its predictions."""
-        final = any(record['kind'] == 'test' for record in metrics.read(self.workdir))
-        return final and (self.workdir / 'predictions_test.npz').exists()
+        """Return whether it was evaluated on the test images at its end."""
+        return run_archive.finished(self.workdir)
 
 
 def plan(name: str, folder: Path, scale: str, seeds: int, common: Mapping[str, Any]) -> list[Run]:

@@ -10,6 +10,7 @@ import pytest
 
 from alexnet_jax import config as configuration
 from alexnet_jax.errors import RunError
+from alexnet_jax.inference import evaluate
 from alexnet_jax.model import alexnet
 from experiments import figure1, figure1_net, output, sweep
 
@@ -30,6 +31,9 @@ def curve(epochs_to_target: float, end: float = 2.0, every: float = 0.1) -> list
 def runs(tmp_path):
     """Make a sweep's folder: ReLU is fastest at 0.016, tanh, three times slower, at 0.008."""
     folder = tmp_path / 'figure1-fashion_mnist'
+    label = np.arange(4, dtype=np.int32)
+    arrays = {'label': label, **{view: np.eye(4, dtype=np.float32) for view in evaluate.VIEWS}}
+    scores = evaluate.summary(arrays, list('abcd'))
     for run in sweep.plan('figure1', tmp_path, '', SEEDS, {}):
         function = 'relu' if 'relu' in run.row else 'tanh'
         rate = run.overrides['optimizer.weights.rate']
@@ -40,7 +44,9 @@ def runs(tmp_path):
         run.workdir.mkdir(parents=True)
         (run.workdir / 'config.json').write_text(configuration.as_json(config))
         (run.workdir / 'environment.json').write_text('{}')
-        (run.workdir / 'metrics.jsonl').write_text(output.lines(curve(takes)))
+        records = [*curve(takes), {'kind': 'test', 'step': 20, **scores}]
+        (run.workdir / 'metrics.jsonl').write_text(output.lines(records))
+        evaluate.save_predictions(run.workdir / 'predictions_test.npz', arrays)
     return folder
 
 
@@ -125,7 +131,8 @@ def test_nothing_is_archived_yet(tmp_path, capsys):
 
 def test_where_one_never_reaches_the_target_the_other_is_still_shown(runs, tmp_path):
     for path in runs.glob('figure1_net_tanh-*'):
-        (path / 'metrics.jsonl').write_text(output.lines(curve(9.0)))
+        end = path.joinpath('metrics.jsonl').read_text().splitlines()[-1]
+        (path / 'metrics.jsonl').write_text(output.lines(curve(9.0)) + end + '\n')
     folder = figure1.archive(runs, tmp_path / 'results')
     text = figure1.build(folder)
     assert 'tanh did not reach it with all seeds at any rate, so there is no ratio' in text
