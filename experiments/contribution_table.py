@@ -70,8 +70,8 @@ class Row:
         claim: the change, and what was reported for it.
         error, found, p: by measure; {} if not run; p is corrected for the number of rows.
         images_only: the interval is over other images, with these nets.
-        dead: seeds that did not train; the figures are of the others, if there are any.
-        asked: seeds in all.
+        untrained: seeds that did not train; the figures are of the others, if there are any.
+        total: seeds in all.
     """
 
     claim: Claim
@@ -79,8 +79,8 @@ class Row:
     found: dict[str, Difference] = dataclasses.field(default_factory=dict)
     p: dict[str, float] = dataclasses.field(default_factory=dict)
     images_only: bool = False
-    dead: int = 0
-    asked: int = 0
+    untrained: int = 0
+    total: int = 0
 
     @property
     def name(self) -> str:
@@ -89,8 +89,10 @@ class Row:
 
     def finding(self, measure: str) -> str:
         """Return the row's result in a word."""
-        if self.dead:
-            count = '' if self.dead == self.asked else f'{self.dead} of {self.asked} seeds '
+        if self.untrained:
+            count = (
+                '' if self.untrained == self.total else f'{self.untrained} of {self.total} seeds '
+            )
             return f'{count}did not train'
         if measure not in self.found:
             return 'not run'
@@ -137,8 +139,10 @@ def _ablation(name: str, own: Runs, base: Runs, view: str, lost: Set[int]) -> Ro
     seeds = sorted({*own} & {*base})
     alive = [seed for seed in seeds if not _is_stuck(own[seed])]
     ours, bases = ([runs[seed].wrong[view] for seed in alive or seeds] for runs in (own, base))
-    dead = len(seeds) - len(alive) + len(lost)
-    return _compared(_claim_of(name), ours, bases, dead=dead, asked=len(seeds) + len(lost))
+    untrained = len(seeds) - len(alive) + len(lost)
+    return _compared(
+        _claim_of(name), ours, bases, untrained=untrained, total=len(seeds) + len(lost)
+    )
 
 
 def _compared(claim: Claim, ours: Sequence[Mapping], base: Sequence[Mapping], **more: Any) -> Row:
@@ -239,15 +243,15 @@ def corrected(found: Sequence[Row]) -> list[Row]:
     """Return the rows with p-values corrected for their number (Holm), by measure."""
     result = list(found)
     for measure in MEASURES:
-        asked = [i for i, row in enumerate(result) if _p(row, measure) is not None]
-        values = intervals.holm([_p(result[i], measure) or 0.0 for i in asked])
-        for i, value in zip(asked, values, strict=True):
+        total = [i for i, row in enumerate(result) if _p(row, measure) is not None]
+        values = intervals.holm([_p(result[i], measure) or 0.0 for i in total])
+        for i, value in zip(total, values, strict=True):
             result[i] = dataclasses.replace(result[i], p={**result[i].p, measure: value})
     return result
 
 
 def _p(row: Row, measure: str) -> float | None:
-    return row.found[measure].p if measure in row.found and not row.dead else None
+    return row.found[measure].p if measure in row.found and not row.untrained else None
 
 
 # ---------------------------------------------------------------------------------------- the table
@@ -270,7 +274,7 @@ def short(found: Sequence[Row]) -> str:
 
     The rows with a figure of 2012 come first, then the rows that are decided, by size of effect.
     """
-    single = [row for row in found if row.found and not row.images_only and not row.dead]
+    single = [row for row in found if row.found and not row.images_only and not row.untrained]
     undecided = 'inconclusive', 'too few'
     decided = [row for row in single if not row.finding('top1_error').startswith(undecided)]
     decided.sort(key=lambda row: -abs(row.found['top1_error'].mean))
@@ -292,15 +296,15 @@ def _top1(row: Row) -> str:
 
 def count(found: Sequence[Row]) -> str:
     """Return how many rows are significant, equivalent and inconclusive, in a sentence."""
-    asked = [row for row in found if (row.found or row.dead) and not row.images_only]
-    words = [row.finding('top1_error') for row in asked]
+    tested = [row for row in found if (row.found or row.untrained) and not row.images_only]
+    words = [row.finding('top1_error') for row in tested]
     significant = sum(word in ('worse', 'better') for word in words)
-    dead = sum('did not train' in word for word in words)
+    untrained = sum('did not train' in word for word in words)
     open_ = sum(word.startswith(('inconclusive', 'too few')) for word in words)
     return (
-        f'Top-1, of the {len(asked)} rows that were run: {significant} significant, '
+        f'Top-1, of the {len(total)} rows that were run: {significant} significant, '
         f'{words.count("equivalent")} equivalent (no effect larger than {100 * MARGIN:g} points), '
-        f'{open_} inconclusive, {dead} with seeds that did not train.'
+        f'{open_} inconclusive, {untrained} with seeds that did not train.'
     )
 
 
@@ -331,7 +335,7 @@ def _cells(row: Row) -> list[str]:
 def _difference(row: Row, measure: str) -> str:
     own = row.found[measure]
     word = row.finding(measure)
-    if row.dead == row.asked > 0:  # constant predictions: an interval would have no meaning
+    if row.untrained == row.total > 0:  # constant predictions: an interval would have no meaning
         return word
     if own.low is None or own.high is None:
         return f'{100 * own.mean:+.2f}, {word}'
