@@ -243,9 +243,9 @@ def corrected(found: Sequence[Row]) -> list[Row]:
     """Return the rows with p-values corrected for their number (Holm), by measure."""
     result = list(found)
     for measure in MEASURES:
-        total = [i for i, row in enumerate(result) if _p(row, measure) is not None]
-        values = intervals.holm([_p(result[i], measure) or 0.0 for i in total])
-        for i, value in zip(total, values, strict=True):
+        tested = [i for i, row in enumerate(result) if _p(row, measure) is not None]
+        values = intervals.holm([_p(result[i], measure) or 0.0 for i in tested])
+        for i, value in zip(tested, values, strict=True):
             result[i] = dataclasses.replace(result[i], p={**result[i].p, measure: value})
     return result
 
@@ -302,7 +302,7 @@ def count(found: Sequence[Row]) -> str:
     untrained = sum('did not train' in word for word in words)
     open_ = sum(word.startswith(('inconclusive', 'too few')) for word in words)
     return (
-        f'Top-1, of the {len(total)} rows that were run: {significant} significant, '
+        f'Top-1, of the {len(tested)} rows that were run: {significant} significant, '
         f'{words.count("equivalent")} equivalent (no effect larger than {100 * MARGIN:g} points), '
         f'{open_} inconclusive, {untrained} with seeds that did not train.'
     )
