@@ -275,8 +275,8 @@ def short(found: Sequence[Row]) -> str:
     The rows with a figure of 2012 come first, then the rows that are decided, by size of effect.
     """
     single = [row for row in found if row.found and not row.images_only and not row.untrained]
-    undecided = 'inconclusive', 'too few'
-    decided = [row for row in single if not row.finding('top1_error').startswith(undecided)]
+    without = 'inconclusive', 'too few'
+    decided = [row for row in single if not row.finding('top1_error').startswith(without)]
     decided.sort(key=lambda row: -abs(row.found['top1_error'].mean))
     chosen = [row for row in single if row.claim.top1 is not None]
     chosen += [row for row in decided if row.claim.top1 is None]
