@@ -26,6 +26,7 @@ from alexnet_jax.errors import RunError
 from alexnet_jax.inference import evaluate
 from alexnet_jax.training import metrics
 from experiments.output import lines, read_lines, write_text
+from experiments.sweep import finished
 
 MEASURES = {'top1_error': 1, 'top5_error': 5}
 ENSEMBLES = (2, 3, 5)  # sizes, besides that of all seeds
@@ -129,12 +130,6 @@ def name_of(folder: Path) -> tuple[str, int]:
     """Return row and seed of a run's folder; ('', 0) for a folder of another name."""
     row, _, seed = folder.name.rpartition('-')
     return (row, int(seed)) if seed.isdigit() else ('', 0)
-
-
-def finished(workdir: Path) -> bool:
-    """Return whether a run was evaluated on the test images at its end."""
-    final = any(record['kind'] == 'test' for record in metrics.read(workdir))
-    return final and (workdir / 'predictions_test.npz').exists()
 
 
 def diverged(workdir: Path) -> bool:

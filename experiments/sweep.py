@@ -39,7 +39,7 @@ from alexnet_jax import command, config_file
 from alexnet_jax import config as configuration
 from alexnet_jax.command import log
 from alexnet_jax.errors import RunError, UsageError
-from experiments import run_archive
+from alexnet_jax.training import metrics
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 POLL_SECS = 0.5
@@ -78,7 +78,13 @@ class Run:
     @property
     def finished(self) -> bool:
         """Return whether it was evaluated on the test images at its end."""
-        return run_archive.finished(self.workdir)
+        return finished(self.workdir)
+
+
+def finished(workdir: Path) -> bool:
+    """Return whether a run was evaluated on the test images at its end."""
+    final = any(record['kind'] == 'test' for record in metrics.read(workdir))
+    return final and (workdir / 'predictions_test.npz').exists()
 
 
 def plan(name: str, folder: Path, scale: str, seeds: int, common: Mapping[str, Any]) -> list[Run]:
