@@ -3,6 +3,7 @@
 import dataclasses
 import gzip
 import json
+import os
 import tarfile
 
 import numpy as np
@@ -370,6 +371,20 @@ def test_a_command_is_killed_and_waited_for(tmp_path):
     for code, kill_when in (('1 / 0', None), ('print("by itself")', lambda secs: False)):
         with pytest.raises(RunError, match=r'exit code (1: ZeroDivisionError|0: by itself)'):
             process.run(['-c', code], log, kill_when=kill_when)
+
+
+def test_no_command_outlives_a_ctrl_c(tmp_path):
+    log = tmp_path / 'log'
+
+    def stop(secs):
+        if log.read_text():
+            raise KeyboardInterrupt
+
+    asleep = ['-c', 'import os, time; print(os.getpid(), flush=True); time.sleep(60)']
+    with pytest.raises(KeyboardInterrupt):
+        process.run(asleep, log, kill_when=stop)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(log.read_text()), 0)
 
 
 def test_a_data_set_s_digest_sees_names_and_bytes(tmp_path):

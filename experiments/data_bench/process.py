@@ -35,13 +35,18 @@ def run(
         child = subprocess.Popen(
             [sys.executable, *words], cwd=ROOT, stdout=file, stderr=file, start_new_session=True
         )
-    while not ended:
-        time.sleep(POLL_SECS)
-        main_mib = max(main_mib, _peak_mib(child.pid))
-        worker_mib = max([worker_mib, *map(_peak_mib, _children(child.pid))])
-        if kill_when and kill_when(time.perf_counter() - begin):
-            os.kill(child.pid, signal.SIGKILL)  # Popen.kill would wait for it
-        ended, status, usage = os.wait4(child.pid, os.WNOHANG)
+    try:
+        while not ended:
+            time.sleep(POLL_SECS)
+            main_mib = max(main_mib, _peak_mib(child.pid))
+            worker_mib = max([worker_mib, *map(_peak_mib, _children(child.pid))])
+            if kill_when and kill_when(time.perf_counter() - begin):
+                os.kill(child.pid, signal.SIGKILL)  # Popen.kill would wait for it
+            ended, status, usage = os.wait4(child.pid, os.WNOHANG)
+    except BaseException:  # such as Ctrl-C, which does not reach the child
+        child.kill()
+        child.wait()
+        raise
     child.returncode = os.waitstatus_to_exitcode(status)  # Popen would wait for it again
     if child.returncode != (-signal.SIGKILL if kill_when else 0):
         last = (log.read_text().strip() or 'nothing was printed').splitlines()[-1]
