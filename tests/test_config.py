@@ -11,13 +11,13 @@ import pytest
 
 import configs
 from alexnet_jax import config as configuration
-from alexnet_jax import config_file
 from alexnet_jax.analysis import describe
 from alexnet_jax.config import MeshShape, Settings
 from alexnet_jax.errors import UsageError
 from alexnet_jax.model.alexnet import Net, geometry
 from alexnet_jax.model.augment import Statistics
 from alexnet_jax.parallel import mesh
+from alexnet_jax.training import splits
 from alexnet_jax.training.step import init_state, make_optimizer, make_train_step
 from configs import (
     ablation_depth,
@@ -97,7 +97,7 @@ def test_every_config_has_a_training_step(name):
     """Forward, backward and update fit together: all of it evaluated but for the numbers."""
     config = module_of(name).get_config('quickstart')
     config.batch_size = 4
-    config = config_file.with_data(config, 10)
+    config = splits.with_data(config, 10)
     step, state, batch, statistics = start(configuration.unpack(config), images=1000)
     before = jax.eval_shape(state)
     after, metrics = jax.eval_shape(step, before, batch, statistics)

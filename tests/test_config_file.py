@@ -163,49 +163,6 @@ def test_what_is_wrong_with_an_override(key, text, words):
     assert '\n' not in str(caught.value)
 
 
-# ------------------------------------------------------------------------- what the data decides
-
-
-def splits(there, **wanted):
-    tree = {'model': {'layers': ['fc8'], 'fc8': {'features': 0}, 'channels': 0}}
-    tree['data'] = dict(name='d', train='auto', validation='auto', test='auto') | wanted
-    assert config_file.is_open(tree)
-    found = config_file.with_data(tree, 22, 3, there)
-    assert not config_file.is_open(found)
-    assert found['model'] == {'layers': ['fc8'], 'fc8': {'features': 22}, 'channels': 3}
-    return tuple(found['data'][key] for key in ('train', 'validation', 'test'))
-
-
-def test_splits_are_those_of_the_data():
-    assert splits(('train', 'validation', 'test')) == ('train', 'validation', 'test')
-    assert splits(('train', 'val', 'test')) == ('train', 'val', 'test')
-
-
-def test_a_split_that_is_not_there_is_a_tenth_of_training():
-    assert splits(('train', 'test')) == ('train[:90%]', 'train[90%:100%]', 'test')
-    assert splits(('train', 'validation')) == ('train[:90%]', 'validation', 'train[90%:100%]')
-    tenths = ('[:80%]', '[80%:90%]', '[90%:100%]')
-    assert splits(('train',)) == tuple(f'train{tenth}' for tenth in tenths)
-    assert splits(('all',)) == tuple(f'all{tenth}' for tenth in tenths)
-
-
-def test_splits_that_are_named_stay():
-    assert splits(('train', 'test'), validation='test') == ('train', 'test', 'test')
-    assert splits(('a', 'b'), train='a', validation='b', test='b') == ('a', 'b', 'b')
-
-
-@pytest.mark.parametrize(
-    ('there', 'wanted', 'key'),
-    [
-        (('a', 'b'), {}, 'train'),
-        (('train', 'test'), {'train': 'train[:100]'}, 'validation'),
-    ],
-)
-def test_there_is_nothing_to_take_a_split_from(there, wanted, key):
-    with pytest.raises(UsageError, match=f"data.{key} is 'auto'"):
-        splits(there, **wanted)
-
-
 # ------------------------------------------------------------------------------------------- JSON
 
 

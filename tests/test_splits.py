@@ -291,3 +291,46 @@ def test_images_of_other_channels(smoke_run, shades):
     trained = dataclasses.replace(trained, settings=dataclasses.replace(settings, data=other))
     with pytest.raises(UsageError, match=r'images of 3 channels, but the net in .* takes 1'):
         evaluate.open_split(trained, 'test[:3]')
+
+
+# ------------------------------------------------------------------------- what the data decides
+
+
+def taken(there, **wanted):
+    tree = {'model': {'layers': ['fc8'], 'fc8': {'features': 0}, 'channels': 0}}
+    tree['data'] = dict(name='d', train='auto', validation='auto', test='auto') | wanted
+    assert splits.is_open(tree)
+    found = splits.with_data(tree, 22, 3, there)
+    assert not splits.is_open(found)
+    assert found['model'] == {'layers': ['fc8'], 'fc8': {'features': 22}, 'channels': 3}
+    return tuple(found['data'][key] for key in ('train', 'validation', 'test'))
+
+
+def test_splits_are_those_of_the_data():
+    assert taken(('train', 'validation', 'test')) == ('train', 'validation', 'test')
+    assert taken(('train', 'val', 'test')) == ('train', 'val', 'test')
+
+
+def test_a_split_that_is_not_there_is_a_tenth_of_training():
+    assert taken(('train', 'test')) == ('train[:90%]', 'train[90%:100%]', 'test')
+    assert taken(('train', 'validation')) == ('train[:90%]', 'validation', 'train[90%:100%]')
+    tenths = ('[:80%]', '[80%:90%]', '[90%:100%]')
+    assert taken(('train',)) == tuple(f'train{tenth}' for tenth in tenths)
+    assert taken(('all',)) == tuple(f'all{tenth}' for tenth in tenths)
+
+
+def test_splits_that_are_named_stay():
+    assert taken(('train', 'test'), validation='test') == ('train', 'test', 'test')
+    assert taken(('a', 'b'), train='a', validation='b', test='b') == ('a', 'b', 'b')
+
+
+@pytest.mark.parametrize(
+    ('there', 'wanted', 'key'),
+    [
+        (('a', 'b'), {}, 'train'),
+        (('train', 'test'), {'train': 'train[:100]'}, 'validation'),
+    ],
+)
+def test_there_is_nothing_to_take_a_split_from(there, wanted, key):
+    with pytest.raises(UsageError, match=f"data.{key} is 'auto'"):
+        taken(there, **wanted)

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 
 from alexnet_jax import config as configuration
-from alexnet_jax import config_file
 from alexnet_jax.analysis import communication
 from alexnet_jax.analysis.communication import Collective, Memory
 from alexnet_jax.config import Config, MeshShape, Settings
@@ -19,6 +18,7 @@ from alexnet_jax.errors import UsageError
 from alexnet_jax.model.alexnet import Net, Stage, geometry
 from alexnet_jax.parallel import mesh
 from alexnet_jax.parallel.mesh import Layout
+from alexnet_jax.training import splits
 
 COLUMNS = (
     'layer', 'reads', 'input', 'kernel/stride/pad', 'output', 'init std', 'bias', 'parameters',
@@ -42,7 +42,7 @@ def run(config: Config) -> str:
     settings = configuration.unpack(config)
     data = settings.data
     if not settings.net.classes and data.name != 'none':
-        config = config_file.with_data(config, *datasets.facts(data.name, data.data_dir))
+        config = splits.with_data(config, *datasets.facts(data.name, data.data_dir))
         settings = configuration.unpack(config)
     if not settings.net.classes:
         raise UsageError(

@@ -1,15 +1,17 @@
-"""Splits of a run's data set, with labels numbered as in the run's checkpoint.
+"""Splits of a run's data set, and the values that a config takes from it.
 
-A checkpoint numbers its classes by their order in its training data. Data that was
-prepared again, or elsewhere, may number the same classes differently. All code that uses data with
-a checkpoint therefore passes it through `match`.
+A checkpoint numbers its classes by their order in its training data. Data that was prepared again,
+or elsewhere, may number the same classes differently. All code that uses data with a checkpoint
+therefore passes it through `match`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from alexnet_jax import config_file
 from alexnet_jax.config import Data
 from alexnet_jax.data import datasets
 from alexnet_jax.data.datasets import Dataset
@@ -132,3 +134,59 @@ def _ensure(config: Data, data_dir: str) -> str:
         prepare.ensure(config.name, folder)
     distributed.wait_for_all('data')
     return folder
+
+
+# ---------------------------------------------------------------- a config's values from the data
+
+
+def is_open(config: config_file.Config) -> bool:
+    """Return true if the config takes values from the data, see `with_data`."""
+    net, splits = config['model'], config['data']
+    last = net[net['layers'][-1]]
+    return not last['features'] or not net['channels'] or 'auto' in dict(splits).values()
+
+
+def with_data(
+    config: config_file.Config, classes: int, channels: int = 0, splits: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Return the config with its open values taken from the data.
+
+    Args:
+        config: open are `features` of the last layer and `channels` if they are 0, and a split
+            that is 'auto'.
+        classes: the number of classes in the data.
+        channels: of the stored images.
+        splits: the names of the data's splits.
+
+    Raises:
+        UsageError: a split is 'auto', and there is no split to take it from.
+    """
+    tree = config_file.plain(config)
+    net = tree['model']
+    last = net[net['layers'][-1]]
+    last['features'] = last['features'] or classes
+    net['channels'] = net['channels'] or channels
+    tree['data'] |= _auto_splits(tree['data'], splits)
+    return tree
+
+
+def _auto_splits(wanted: Mapping[str, Any], there: Sequence[str]) -> dict[str, str]:
+    """Return {key: split} for each 'auto': the split of that name, or a tenth of the training's."""
+    names = dict(train=('train',), validation=('validation', 'val', 'valid'), test=('test',))
+    auto = [key for key in names if wanted[key] == 'auto']
+    found = {key: name for key in auto for name in names[key] if name in there}
+    missing = [key for key in auto if key not in found]
+    if missing and 'train' not in found and len(there) == 1:  # one split, by any name
+        found['train'] = there[0]
+        missing = [key for key in missing if key != 'train']
+    if missing and 'train' not in found:
+        raise UsageError(
+            f"data.{missing[0]} is 'auto', but {wanted['name']} only has the splits "
+            f'{", ".join(there)}; choose one of them, or a part of one such as {there[0]}[90%:].'
+        )
+    if missing:  # the last tenths of the training split
+        train, end = found['train'], 100 - 10 * len(missing)
+        found['train'] = f'{train}[:{end}%]'
+        for start, key in zip(range(end, 100, 10), missing, strict=True):
+            found[key] = f'{train}[{start}%:{start + 10}%]'
+    return found

@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from alexnet_jax import config as configuration
-from alexnet_jax import config_file
 from alexnet_jax.config import Config
 from alexnet_jax.data import batches as batching
 from alexnet_jax.data.datasets import Dataset
@@ -53,8 +52,8 @@ def run(config: Config, workdir: Path, extend: bool = False) -> str:
         RunError: data or disk fail, numbers are not finite, or a signal came.
     """
     settings = configuration.unpack(config)
-    if config_file.is_open(config):
-        config = config_file.with_data(config, *splits.facts(settings.data))
+    if splits.is_open(config):
+        config = splits.with_data(config, *splits.facts(settings.data))
         settings = configuration.unpack(config)
     cpu.set_up_cpu(settings.mesh.cpu_devices)
     with workdirs.open_workdir(config, workdir, extend):
