@@ -126,7 +126,7 @@ def _add_pictures(parser: argparse.ArgumentParser, source: str) -> None:
         ('quality', Form.quality, 'quality of the JPEGs'),
         ('px', Form.px, 'side of the stored images'),
         ('workers', machine.cores(), 'processes; one per core by default'),
-        ('skip_corrupt', 0, 'skip up to so many images that cannot be decoded'),
+        ('skip_corrupt', 0, 'skip at most this number of images that cannot be decoded'),
         ('max_megapixels', MOST_PIXELS / 1e6, 'largest image to accept, if you trust its source'),
     ):
         parser.add_argument(
