@@ -42,7 +42,7 @@ def fake_run(folder: Path, row: str, seed: int, change: float, scale: str = 'qui
     (workdir / 'environment.json').write_text(json.dumps(environment))
     arrays = predictions(row, seed, 0.1 + change)
     scores = evaluate.summary(arrays, [str(i) for i in range(CLASSES)])
-    evaluate.save_predictions(workdir / 'predictions_test.npz', arrays)
+    np.savez(workdir / 'predictions_test.npz', **arrays)
     lines = []
     for step in range(1, 9):
         lines.append(
@@ -276,7 +276,7 @@ def test_predictions_of_another_step_are_refused(smoke_run, tmp_path):
     with np.load(copy / 'predictions_test.npz') as file:
         arrays = dict(file)
     arrays['centre'] = np.roll(arrays['centre'], 1, axis=1)
-    evaluate.save_predictions(copy / 'predictions_test.npz', arrays)
+    np.savez(copy / 'predictions_test.npz', **arrays)
     with pytest.raises(RunError, match='not from the end of the run'):
         run_archive.archive(copy, tmp_path / 'kept')
     assert not (tmp_path / 'kept').exists()

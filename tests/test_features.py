@@ -158,7 +158,7 @@ def test_damaged_feature_files(trained, tmp_path):
             features.read(tmp_path / f'{name}.npy')
     (tmp_path / 'alone.npy').write_bytes(body)
     for name, file in (('missing', 'missing.npy'), ('alone', 'alone.json')):
-        with pytest.raises(RunError, match=rf'{file} cannot be read \(No such file'):
+        with pytest.raises(FileNotFoundError, match=file):
             features.read(tmp_path / f'{name}.npy')
 
 
@@ -177,10 +177,10 @@ def assert_exact(queries, rows, k, block):
     found = features.nearest(queries, rows, k, block)
     index, distance = slow(queries, rows, k)
     np.testing.assert_array_equal(found.index, index)
-    np.testing.assert_array_equal(found.distance, distance)
+    np.testing.assert_allclose(found.distance, distance, rtol=1e-13)  # the order of a sum
 
 
-@pytest.mark.parametrize(('k', 'block'), [(1, 1), (6, 7), (6, 100), (60, 7), (60, 1000), (6, None)])
+@pytest.mark.parametrize(('k', 'block'), [(1, 1), (6, 7), (6, 100), (60, 7), (60, 1000)])
 def test_nearest_equals_numpy(k, block):
     rng = np.random.default_rng(k)
     rows = np.maximum(rng.standard_normal((400, 33)), 0).astype(np.float32)
@@ -207,7 +207,7 @@ def hard(name):
         rows = 1e-19 * noise
     elif name == 'one is huge':
         rows = noise.copy()
-        rows[7] *= 1e15
+        rows[7] *= 1e30  # its square is larger than float32's largest
     else:  # integers: many at equal distances
         rows = rng.integers(0, 2, (300, 64)).astype(np.float32)
     return rows[:3].copy(), rows.astype(np.float32)
@@ -242,7 +242,7 @@ def test_nearest_of_maps_from_a_memory_map(tmp_path):
     found = features.nearest(rows[5:8], rows, 4, block=16)
     index, distance = slow(rows[5:8].reshape(3, -1), rows.reshape(90, -1), 4)
     np.testing.assert_array_equal(found.index, index)
-    np.testing.assert_array_equal(found.distance, distance)
+    np.testing.assert_allclose(found.distance, distance, rtol=1e-13)
 
 
 def test_invalid_arguments_of_nearest():
@@ -250,14 +250,11 @@ def test_invalid_arguments_of_nearest():
     for k in (0, 11):
         with pytest.raises(UsageError, match='between 1 and 10'):
             features.nearest(rows, rows, k)
-    for bad in (np.nan, np.inf, 1e30):
-        rows[9, 1] = bad
-        with pytest.raises(RunError, match='not finite, or too large'):
-            features.nearest(np.ones((2, 4)), rows, 3, block=4)
     for bad in (np.nan, np.inf):
         rows[9, 1] = bad
-        with pytest.raises(RunError, match='not finite, or too large'):
-            features.nearest(rows[9:], rows[:9], 3)
+        for queries, among in ((np.ones((2, 4)), rows), (rows[9:], rows[:9])):
+            with pytest.raises(RunError, match='not finite'):
+                features.nearest(queries, among, 3, block=4)
 
 
 # ------------------------------------------------------------------------------ the command
@@ -290,7 +287,8 @@ def test_nearest_from_the_command_line(workdir, images, tmp_path, capsys):
         assert b['class'] is None
         assert a['neighbours'] == b['neighbours']
         assert [n['row'] for n in a['neighbours']] == index[row].tolist()
-        assert [n['distance'] for n in a['neighbours']] == distance[row].tolist()
+        distances = [n['distance'] for n in a['neighbours']]
+        np.testing.assert_allclose(distances, distance[row], rtol=1e-13)
         first = a['neighbours'][0]
         assert first['image'] == f'train[:{TRAIN}][{first["row"]}]'
         assert first['class'] == known.class_name(first['row'])
@@ -302,10 +300,10 @@ def test_a_table_of_neighbours(workdir, capsys):
     )
     lines = out.splitlines()
     assert code == 0
-    assert lines[0].split() == ['query', 'distance', 'neighbour']
+    assert lines[0].split() == ['query', 'distance', 'neighbour', 'class']
     assert len(lines) == 2 + 2 * 2
     for i in range(2):  # an image of the training set is nearest to itself
-        assert lines[2 + 2 * i].split()[:3] == [f'train[:2][{i}]', '0', f'train[:{TRAIN}][{i}],']
+        assert lines[2 + 2 * i].split()[:3] == [f'train[:2][{i}]', '0', f'train[:{TRAIN}][{i}]']
 
 
 def test_features_of_another_net_are_refused(workdir, tmp_path, capsys):
@@ -331,7 +329,7 @@ def test_features_of_another_net_are_refused(workdir, tmp_path, capsys):
         (('--split=tset', '--output=a.npy'), 2, "Unknown split 'tset'"),
         (('--split=test[:1]', '--nearest=257'), 2, 'between 1 and 256'),
         (('--split=test[:1]', '--output={t}/no/a.npy'), 1, 'No such file or directory'),
-        (('--split=test[:1]', '--nearest=1', '--among={t}/a.npy'), 1, 'a.npy cannot be read'),
+        (('--split=test[:1]', '--nearest=1', '--among={t}/a.npy'), 1, 'a.npy: No such file'),
         (('nothing.png', '--nearest=3'), 1, 'none of the files is an image'),
     ],
 )  # fmt: skip

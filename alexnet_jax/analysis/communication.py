@@ -4,11 +4,10 @@ The step is compiled from shapes alone, without data, and the compiled program's
 shows what the compiler added, merged or removed, and thus tests the claims about the two towers.
 """
 
-import contextlib
 import dataclasses
 import math
 import re
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +21,7 @@ from alexnet_jax.errors import RunError
 from alexnet_jax.model import alexnet
 from alexnet_jax.model.augment import Statistics
 from alexnet_jax.parallel.mesh import Layout
-from alexnet_jax.training.step import init_state, jit_train_step, make_optimizer
+from alexnet_jax.training.step import TrainState, init_state, jit_train_step, make_optimizer
 
 IMAGES = 1_281_167  # ILSVRC-2012; only constants of the schedules depend on it
 BOOKKEEPING = 'bookkeeping'  # scalars: loss, error count, the check for finite values
@@ -91,54 +90,50 @@ class Reading:
 
 def read_step(settings: Settings, layout: Layout) -> Reading:
     """Compile the training step for this layout and read it; takes some seconds."""
-    compiled = compile_step(settings, layout)
+    compiled, state = compile_step(settings, layout)
     layers = [layer.name for layer in settings.net.layers]
     cost: Any = compiled.cost_analysis()  # a dict; the stubs are wrong
-    return Reading(
-        collectives=collectives(compiled.as_text() or '', layout.mesh, layers),
-        memory=_memory(settings, layout, compiled),
-        flops=cost['flops'],
-        bytes_accessed=cost['bytes accessed'],
+    held: Any = compiled.memory_analysis()  # not None for a compiled program
+    memory = Memory(
+        parameters=_by_layer(state.params),
+        velocity=_by_layer(state.opt_state),
+        activations=activations(settings, layout),
+        arguments=held.argument_size_in_bytes,
+        outputs=held.output_size_in_bytes,
+        temporaries=held.temp_size_in_bytes,
     )
+    sent = collectives(compiled.as_text() or '', layout.mesh, layers)
+    return Reading(sent, memory, cost['flops'], cost['bytes accessed'])
 
 
-def compile_step(settings: Settings, layout: Layout, images: int = IMAGES) -> jax.stages.Compiled:
+def compile_step(settings: Settings, layout: Layout) -> tuple[jax.stages.Compiled, TrainState]:
     """Compile the training step as the trainer does, from shapes alone.
 
-    Args:
-        settings: the run's.
-        layout: from `mesh.make_layout`.
-        images: number of training images.
+    Returns:
+        The compiled step, and the shapes and shardings of its state.
     """
-    optimizer = make_optimizer(settings, images)
-    step, shardings = jit_train_step(settings, layout, optimizer, images, **QUICK_COMPILE)
-    state = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        jax.eval_shape(lambda: init_state(settings, optimizer)),
-        shardings,
-    )
+
+    def shaped(shape: Sequence[int], dtype: Any, sharding: Any) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    optimizer = make_optimizer(settings, IMAGES)
+    step, shardings = jit_train_step(settings, layout, optimizer, IMAGES, **QUICK_COMPILE)
+    state = jax.eval_shape(lambda: init_state(settings, optimizer))
+    state = jax.tree.map(lambda leaf, own: shaped(leaf.shape, leaf.dtype, own), state, shardings)
     px, channels, size = settings.preprocess.resize_px, settings.net.channels, settings.batch_size
-    split, replicated = layout.batch_sharding, layout.replicated
     batch = {
-        'image': jax.ShapeDtypeStruct((size, px, px, channels), jnp.uint8, sharding=split),
-        'label': jax.ShapeDtypeStruct((size,), jnp.int32, sharding=split),
+        'image': shaped((size, px, px, channels), jnp.uint8, layout.batch_sharding),
+        'label': shaped((size,), jnp.int32, layout.batch_sharding),
     }
-    statistics: Any = (
-        jax.ShapeDtypeStruct((px, px, channels), jnp.float32, sharding=replicated),
-        jax.ShapeDtypeStruct((channels, channels), jnp.float32, sharding=replicated),
+    statistics = Statistics(
+        shaped((px, px, channels), jnp.float32, layout.replicated),
+        shaped((channels, channels), jnp.float32, layout.replicated),
     )
-    with _names_in_cache_key():
-        return step.lower(state, batch, Statistics(*statistics)).compile()
-
-
-@contextlib.contextmanager
-def _names_in_cache_key() -> Generator[None]:
-    """Prevent that the compilation cache returns an equal program with other layer names."""
     key = 'jax_compilation_cache_include_metadata_in_key'
     before = jax.config.values[key]
-    jax.config.update(key, True)
+    jax.config.update(key, True)  # else the cache may return an equal program of other layers
     try:
-        yield
+        return step.lower(state, batch, statistics).compile(), state
     finally:
         jax.config.update(key, before)
 
@@ -331,29 +326,13 @@ def by_layer(rows: Iterable[Collective]) -> list[Collective]:
 # ------------------------------------------------------------------------------- memory of a device
 
 
-def _memory(settings: Settings, layout: Layout, compiled: jax.stages.Compiled) -> Memory:
-    optimizer = make_optimizer(settings, IMAGES)
-    shapes = jax.eval_shape(lambda: init_state(settings, optimizer))
-    shardings = layout.state_shardings(shapes, settings.net)
-    stats: Any = compiled.memory_analysis()  # not None for a compiled program
-    return Memory(
-        parameters=_by_layer(shapes.params, shardings.params),
-        velocity=_by_layer(shapes.opt_state, shardings.opt_state),
-        activations=activations(settings, layout),
-        arguments=stats.argument_size_in_bytes,
-        outputs=stats.output_size_in_bytes,
-        temporaries=stats.temp_size_in_bytes,
-    )
-
-
-def _by_layer(shapes: Any, shardings: Any) -> dict[str, int]:
+def _by_layer(tree: Any) -> dict[str, int]:
     """Return the bytes on one device of the leaves under each layer's name."""
     totals: dict[str, int] = {}
-    leaves, _ = jax.tree_util.tree_flatten_with_path(shapes)
-    for (path, leaf), sharding in zip(leaves, jax.tree.leaves(shardings), strict=True):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         layer = getattr(path[-2], 'key', None) if len(path) > 1 else None
         if layer is not None:
-            size = leaf.dtype.itemsize * math.prod(sharding.shard_shape(leaf.shape))
+            size = leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape))
             totals[layer] = totals.get(layer, 0) + size
     return totals
 

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from alexnet_jax import command, config_file
 from alexnet_jax import config as configuration
 from alexnet_jax.analysis import communication
 from alexnet_jax.analysis.communication import Collective, Memory
@@ -59,7 +60,7 @@ def page(settings: Settings) -> str:
     parts = [
         f'{settings.name}, scale {settings.scale}: {net.towers} tower(s), crops of '
         f'{net.input_px} x {net.input_px} x {net.channels} from {settings.preprocess.image_px} px',
-        table([COLUMNS, *(_row(stage, net) for stage in stages)]),
+        command.table([COLUMNS, *(_row(stage, net) for stage in stages)]),
         _totals(stages),
         _recipe(settings),
         _memory(settings, stages),
@@ -91,16 +92,6 @@ def memory_bytes(settings: Settings, stages: Sequence[Stage]) -> dict[str, int]:
         'gradients': parameters,
         'activations': width * units * settings.batch_size,
     }
-
-
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Format rows of cells in columns, the first row as the header."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        '  '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
-    return '\n'.join([lines[0], '-' * max(map(len, lines)), *lines[1:]])
 
 
 def _row(stage: Stage, net: Net) -> tuple[str, ...]:
@@ -194,10 +185,6 @@ class Peak:
     bytes: int
     per_image: int
 
-    def at(self, images: int) -> int:
-        """Return the bytes for a number of images per device."""
-        return self.bytes + (images - self.images) * self.per_image
-
     def largest_batch(self, capacity: int) -> int:
         """Return the largest number of images that fits into `capacity` bytes of one device."""
         return max(0, self.images + (capacity - self.bytes) // self.per_image)
@@ -213,7 +200,8 @@ def compiled_peak(settings: Settings, layout: Layout) -> Peak:
 def compiled_bytes(settings: Settings, layout: Layout, images: int) -> int:
     """Return one device's bytes for a number of images per device: state, batch, scratch space."""
     settings = dataclasses.replace(settings, batch_size=images * layout.replicas)
-    found: Any = communication.compile_step(settings, layout).memory_analysis()
+    compiled, _ = communication.compile_step(settings, layout)
+    found: Any = compiled.memory_analysis()
     kept = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
     return kept + found.temp_size_in_bytes
 
@@ -279,7 +267,7 @@ def _communication(collectives: Sequence[Collective]) -> str:
     sent = sum(one.sent_bytes for one in collectives)
     messages = len({one.instruction for one in collectives})
     return (
-        f'{table([head, *rows])}\n\n{_mib(sent)} sent per device and step, assuming ring '
+        f'{command.table([head, *rows])}\n\n{_mib(sent)} sent per device and step, assuming ring '
         f'collectives; the compiler merges {len(collectives)} arrays into {messages} messages'
     )
 
@@ -297,4 +285,4 @@ def _device_memory(memory: Memory, unsplit: Memory | None) -> str:
         for kind in ('arguments', 'outputs', 'temporaries')
     )
     whose = 'by the compiler' if unsplit is None else 'by the compiler, here / unsplit'
-    return f'{table([("layer", *heads), *rows, total])}\n\n{whose}: {figures}'
+    return f'{command.table([("layer", *heads), *rows, total])}\n\n{whose}: {figures}'

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy import stats
 
 from alexnet_jax import command, config_file, files
 from alexnet_jax import config as configuration
@@ -65,60 +66,53 @@ class Run:
     among: str = 'train'
     rows: tuple[int, ...] = ()
 
+    def read(self, name: str, parse: Callable[[Path], Any]) -> Any:
+        """Return what `parse` reads from one of the run's files."""
+        path = self.workdir / name
+        try:
+            return parse(path)
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise RunError(
+                f'{path} cannot be read ({reason}): choose the folder of a run, or train first.'
+            ) from error
+
     @functools.cached_property
     def config(self) -> dict[str, Any]:
         """Return its config.json."""
-        return config_file.translated(self.json('config.json'))
+        return self.read('config.json', config_file.read_json)
 
     @functools.cached_property
     def settings(self) -> Settings:
         """Return its config.json, validated."""
         return configuration.unpack(self.config)
 
-    def json(self, name: str) -> dict[str, Any]:
-        """Return one of its JSON files."""
-        path = self.workdir / name
-        try:
-            return dict(json.loads(path.read_text()))
-        except (FileNotFoundError, NotADirectoryError):
-            raise RunError(
-                f'{self.workdir} has no {name}, so it is not the folder of a run; '
-                'choose another --workdir.'
-            ) from None
-        except (OSError, ValueError, TypeError) as error:
-            raise RunError(f'{path} cannot be read ({error}); copy it from a backup.') from error
+    @functools.cached_property
+    def environment(self) -> dict[str, Any]:
+        """Return its environment.json."""
+        return self.read('environment.json', lambda path: dict(json.loads(path.read_text())))
 
     @functools.cached_property
     def records(self) -> list[dict[str, Any]]:
         """Return its metrics.jsonl, which has a training record."""
-        try:
-            found = metrics.read(self.workdir)
-            trained = any(record['kind'] == 'train' for record in found)
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            path = self.workdir / 'metrics.jsonl'
-            raise RunError(f'{path} cannot be read ({error}); copy it from a backup.') from error
-        if not trained:
-            raise RunError(f'{self.workdir}/metrics.jsonl has no training record; train first.')
-        return found
+
+        def parse(path: Path) -> list[dict[str, Any]]:
+            found = metrics.read(path.parent)
+            if not any(record['kind'] == 'train' for record in found):
+                raise ValueError('it has no training record')
+            return found
+
+        return self.read('metrics.jsonl', parse)
 
     @functools.cached_property
     def predictions(self) -> dict[str, np.ndarray]:
         """Return its predictions_test.npz; see `evaluate.load_predictions`."""
-        found, classes = evaluate.load_predictions(self.workdir), self.settings.net.classes
-        if any(found[view].shape != (len(found['label']), classes) for view in evaluate.VIEWS):
-            raise self._outdated(f'does not have {classes} classes like this net')
-        if self.data_dir and not np.array_equal(found['label'], self._test.labels):
-            raise self._outdated(
-                f'was computed on images other than the test split in {self.data_dir}'
-            )
+        found = evaluate.load_predictions(self.workdir)
+        shape = len(found['label']), self.settings.net.classes
+        labels = self._test.labels if self.data_dir else found['label']
+        fits = all(found[view].shape == shape for view in evaluate.VIEWS)
+        self._check(fits and np.array_equal(labels, found['label']))
         return found
-
-    def _outdated(self, reason: str) -> RunError:
-        where = f'--workdir={self.workdir}' + (f' --data_dir={self.data_dir}' * bool(self.data_dir))
-        return RunError(
-            f'{self.workdir}/predictions_test.npz {reason}: create it again with '
-            f'python main.py --mode=evaluate {where}.'
-        )
 
     @functools.cached_property
     def trained(self) -> Trained:
@@ -132,9 +126,17 @@ class Run:
     @functools.cached_property
     def test(self) -> Dataset:
         """Return the test split, whose images `predictions` are of."""
-        if not np.array_equal(self.predictions['label'], self._test.labels):
-            raise self._outdated('was computed on images other than those now in the test split')
+        self._check(np.array_equal(self.predictions['label'], self._test.labels))
         return self._test
+
+    def _check(self, fits: bool) -> None:
+        if not fits:
+            where = f'--workdir={self.workdir} --data_dir={self.data_dir}'
+            raise RunError(
+                f'{self.workdir}/predictions_test.npz was computed on other images, or by a net '
+                f'with other classes: create it again with python main.py --mode=evaluate '
+                f'{where.removesuffix(" --data_dir=")}.'
+            )
 
     @property
     def kernels(self) -> np.ndarray:
@@ -146,14 +148,13 @@ class Run:
 
     def choose(self, count: int) -> list[int]:
         """Return the test images to show: `rows`, or `count` at even distances."""
-        images = len(self.test)
-        for row in self.rows:
-            if not 0 <= row < images:
-                raise UsageError(
-                    f'--rows: there is no image {row}; images are numbered from 0 to {images - 1}.'
-                )
-        even = np.linspace(0, images - 1, min(count, images)).round().astype(int).tolist()
-        return list(self.rows) or even
+        last = len(self.test) - 1
+        if outside := [row for row in self.rows if not 0 <= row <= last]:
+            raise UsageError(
+                f'--rows: there is no image {outside[0]}; images are numbered from 0 to {last}.'
+            )
+        even = np.linspace(0, last, min(count, last + 1)).round().astype(int)
+        return list(self.rows) or even.tolist()
 
 
 # -------------------------------------------------------------------------------------- the style
@@ -250,65 +251,53 @@ def saturation(kernels: np.ndarray) -> np.ndarray:
     grey, 2/3 on average for independent Gaussian weights, and 0 for a filter of zeros.
 
     Args:
-        kernels: [kh, kw, C, features], C = 3.
-
-    Raises:
-        UsageError: the net takes grey images.
+        kernels: [kh, kw, 3, features].
     """
-    if kernels.shape[2] != 3:
-        raise UsageError(
-            'the net was trained on grey images, for which colour saturation is not defined.'
-        )
     kernels = kernels.astype(np.float64)
     colour = kernels - kernels.mean(axis=2, keepdims=True)
     energy = np.sum(kernels**2, axis=(0, 1, 2))
     return np.sum(colour**2, axis=(0, 1, 2)) / np.where(energy == 0, 1, energy)
 
 
-def specialisation(kernels: np.ndarray, towers: int, divisions: int = 9_999) -> Specialisation:
+def specialisation(kernels: np.ndarray, towers: int) -> Specialisation:
     """Score whether one tower is colour-blind and another colour-specific (paper, section 6.1).
 
     The score is the gap between the towers' mean saturations. The authors saw the two kinds in
-    every run. A permutation test estimates how often chance gives as large a gap: the filters are
-    divided into towers at random (seed 0); the division found counts as one more.
+    every run. A permutation test gives the share of the divisions of the filters into towers that
+    have as large a gap: of all divisions, or of 9,999 random ones (seed 0) if there are more.
 
     Args:
         kernels: the first layer's, [kh, kw, 3, features], tower by tower.
-        towers: their number.
-        divisions: random ones to try.
-
-    Raises:
-        UsageError: there is only one tower, or the net takes grey images.
+        towers: their number, at least 2.
     """
-    if towers < 2:
-        raise UsageError('the net has only one tower, so there is nothing to compare.')
-    values = saturation(kernels)
 
-    def gaps(values: np.ndarray) -> np.ndarray:
-        means = values.reshape(*values.shape[:-1], towers, -1).mean(axis=-1)
-        return np.ptp(means, axis=-1)
+    def gap(*values: np.ndarray, axis: int) -> np.ndarray:
+        return np.ptp([own.mean(axis=axis) for own in values], axis=0)
 
-    shuffled = np.random.default_rng(0).permuted(np.tile(values, (divisions, 1)), axis=1)
-    gap = float(gaps(values))
-    as_large = 1 + int(np.sum(gaps(shuffled) >= gap - 1e-12))  # the order of a sum rounds so much
-    means = tuple(values.reshape(towers, -1).mean(axis=1).tolist())
-    return Specialisation(means, gap, as_large / (divisions + 1))
+    each = np.split(saturation(kernels), towers)
+    found = stats.permutation_test(each, gap, alternative='greater', rng=np.random.default_rng(0))
+    means = tuple(float(own.mean()) for own in each)
+    return Specialisation(means, float(found.statistic), float(found.pvalue))
 
 
-def sees_colour(run: Run) -> bool:
-    """Return whether a run's images have colour; grey repeated for three channels has none."""
-    return run.trained.stored[2] == 3
+def has_colour_towers(run: Run) -> bool:
+    """Return whether a run's net has towers that can differ in colour.
+
+    Grey images repeated for three channels have no colour.
+    """
+    net = run.trained.settings.net
+    return net.towers > 1 and run.trained.stored[2] == net.channels == 3
 
 
 def of_run(run: Run) -> Specialisation:
     """Return the towers' specialisation in a run.
 
     Raises:
-        UsageError: the net or its images are grey, or there is one tower.
+        UsageError: the images are grey, or there is one tower.
     """
-    if not sees_colour(run):
+    if not has_colour_towers(run):
         raise UsageError(
-            'the net was trained on grey images, for which colour saturation is not defined.'
+            'colour specialisation needs two towers and a net trained on colour images.'
         )
     return specialisation(run.kernels, run.trained.settings.net.towers)
 
@@ -373,9 +362,21 @@ def towers_figure(kernels: np.ndarray, towers: int) -> Figure:
 # -------------------------------------------------------------------------------------- learning
 
 
-def _series(found: Sequence[Record], kind: str, key: str) -> tuple[list[float], list[float]]:
+def _plot(axes: Any, found: Sequence[Record], kind: str, key: str, **style: Any) -> None:
+    """Plot a value of the records of one kind against epochs; errors in %."""
     chosen = [record for record in found if record['kind'] == kind and key in record]
-    return [record['epoch'] for record in chosen], [record[key] for record in chosen]
+    unit = 100 if key.endswith('error') else 1
+    if len(chosen) == 1 or kind == 'validation':
+        style |= {'marker': 'o', 'markersize': 4}
+    if chosen:
+        epochs = [record['epoch'] for record in chosen]
+        axes.plot(epochs, [unit * record[key] for record in chosen], **style)
+
+
+def _label(axes: Any, ylabel: str) -> None:
+    axes.set(xlabel='epochs', ylabel=ylabel, xlim=(0, None), ylim=(0, None))
+    axes.grid(axis='y')
+    axes.legend()
 
 
 @_styled
@@ -386,17 +387,11 @@ def fig1(runs: Mapping[str, Sequence[Record]]) -> Figure:
     """
     figure = _blank(3.2)
     axes = figure.subplots()
-    dashes = ('-', '--', '-.', ':')
     for number, (name, found) in enumerate(runs.items()):
-        epochs, errors = _series(found, 'train', 'top1_error')
-        percent = [100 * error for error in errors]
-        colour, dash = COLOURS[number % 5], dashes[number % 4]
-        style = {'color': colour, 'linestyle': dash, 'label': _short(name, 40)}
-        axes.plot(epochs, percent, marker='o' if len(epochs) == 1 else '', **style)
+        style = {'color': COLOURS[number % 5], 'linestyle': ('-', '--', '-.', ':')[number % 4]}
+        _plot(axes, found, 'train', 'top1_error', label=_short(name, 40), **style)
     axes.axhline(25, color=INK, linewidth=0.8, linestyle=(0, (4, 4)), alpha=0.6)
-    axes.set(xlabel='epochs', ylabel='training error, %', xlim=(0, None), ylim=(0, None))
-    axes.grid(axis='y')
-    axes.legend()
+    _label(axes, 'training error, %')
     return figure
 
 
@@ -409,24 +404,17 @@ def curves(found: Sequence[Record]) -> Figure:
     """
     figure = _blank(5.0)
     loss, errors = figure.subplots(2, 1, sharex=True)
-    lines = (
-        (loss, 'train', 'loss', 1, 'training', BLUE, '-'),
-        (loss, 'validation', 'nll', 1, 'validation', ORANGE, '--'),
-        (errors, 'train', 'top1_error', 100, 'training, top-1', BLUE, '-'),
-        (errors, 'validation', 'top1_error', 100, 'validation, top-1', ORANGE, '--'),
-        (errors, 'validation', 'top5_error', 100, 'validation, top-5', GREEN, '-.'),
-    )
-    for axes, kind, key, unit, name, colour, dash in lines:
-        epochs, values = _series(found, kind, key)
-        if epochs:
-            mark = 'o' if kind == 'validation' or len(epochs) == 1 else ''
-            style = {'color': colour, 'linestyle': dash, 'marker': mark, 'markersize': 4}
-            axes.plot(epochs, [unit * value for value in values], label=name, **style)
-    for axes, what in ((loss, 'loss, nats'), (errors, 'error, %')):
-        axes.set(ylabel=what, ylim=(0, None), xlim=(0, None))
-        axes.grid(axis='y')
-        axes.legend()
-    errors.set_xlabel('epochs')
+    for axes, kind, key, name, colour, dash in (
+        (loss, 'train', 'loss', 'training', BLUE, '-'),
+        (loss, 'validation', 'nll', 'validation', ORANGE, '--'),
+        (errors, 'train', 'top1_error', 'training, top-1', BLUE, '-'),
+        (errors, 'validation', 'top1_error', 'validation, top-1', ORANGE, '--'),
+        (errors, 'validation', 'top5_error', 'validation, top-5', GREEN, '-.'),
+    ):
+        _plot(axes, found, kind, key, label=name, color=colour, linestyle=dash)
+    _label(loss, 'loss, nats')
+    _label(errors, 'error, %')
+    loss.set_xlabel('')
     return figure
 
 
@@ -438,8 +426,7 @@ def confusion(probability: np.ndarray, label: np.ndarray, names: Sequence[str]) 
     """Draw the share of the images of each class (row) that is taken for each class (column).
 
     The opacity is the square root of the share, since errors are few. With up to 12 classes, shares
-    other than 0 are written in %. More than 100 classes are drawn in groups of neighbours, whose
-    shares are means. A class without images has an empty row.
+    other than 0 are written in %. A class without images has an empty row.
 
     Args:
         probability: [N, classes]; an image is taken for the most probable class.
@@ -447,21 +434,19 @@ def confusion(probability: np.ndarray, label: np.ndarray, names: Sequence[str]) 
         names: the class names.
     """
     share = confusion_matrix(probability, label)
-    count, grouped = len(share), _grouped(share, -(-len(share) // 100))
     figure = _blank(WIDTH)
     axes = figure.subplots()
-    cells = np.empty((*grouped.shape, 4))
+    cells = np.empty((*share.shape, 4))
     cells[..., :3] = command.library('matplotlib.colors', 'figures').to_rgb(BLUE)
-    cells[..., 3] = np.sqrt(grouped)
-    edges = (-0.5, count - 0.5, count - 0.5, -0.5)
-    axes.imshow(cells, interpolation='nearest', extent=edges)
+    cells[..., 3] = np.sqrt(share)
+    axes.imshow(cells)
     axes.set(xlabel='taken for', ylabel='is')
     axes.spines[:].set_visible(True)
-    if count <= 30:
+    if len(share) <= 30:
         short = [_short(name, 14) for name in names]
-        axes.set_xticks(range(count), short, rotation=90, fontsize=8)
-        axes.set_yticks(range(count), short, fontsize=8)
-    if count <= 12:
+        axes.set_xticks(range(len(share)), short, rotation=90, fontsize=8)
+        axes.set_yticks(range(len(share)), short, fontsize=8)
+    if len(share) <= 12:
         for (row, column), value in np.ndenumerate(share):
             if (text := f'{100 * value:.0f}') != '0':
                 axes.text(column, row, text, ha='center', va='center', fontsize=8)
@@ -478,13 +463,6 @@ def confusion_matrix(probability: np.ndarray, label: np.ndarray) -> np.ndarray:
     np.add.at(matrix, (label, probability.argmax(axis=1)), 1)
     total = matrix.sum(axis=1, keepdims=True)
     return matrix / np.where(total == 0, 1, total)
-
-
-def _grouped(share: np.ndarray, size: int) -> np.ndarray:
-    """Return the confusion matrix of groups of `size` classes, with means over a group's rows."""
-    starts = np.arange(0, len(share), size)
-    inside = np.add.reduceat(np.add.reduceat(share, starts, axis=0), starts, axis=1)
-    return inside / np.diff([*starts, len(share)])[:, None]
 
 
 @_styled
@@ -585,8 +563,8 @@ def _confusion_of(run: Run) -> Figure:
 
 
 def _fig4_left_of(run: Run) -> Figure:
-    rows = run.choose(8)
-    test, probability = run.test, run.predictions['centre'][rows]
+    rows, test = run.choose(8), run.test
+    probability = run.predictions['centre'][rows]
     return fig4_left(test.images[rows], probability, test.labels[rows], test.class_names)
 
 
@@ -595,14 +573,11 @@ def _fig4_right_of(run: Run, k: int = 6) -> Figure:
     layer = last_hidden(trained.settings.net)
     among = evaluate.open_split(trained, run.among, run.data_dir)
     log(f'{run.workdir}: {layer} of {len(among)} images of {among.split}')
-    queries = features.make_extract(trained, layer)(test.images[chosen])
-    rows = features.of_dataset(trained, layer, among).rows
-    found = features.nearest(queries, rows, min(k, len(among))).index
-    neighbours = among.images[found.reshape(-1)].reshape(*found.shape, *among.images.shape[1:])
-    labels = among.labels[found]
-    return fig4_right(
-        test.images[chosen], neighbours, test.labels[chosen], labels, test.class_names
-    )
+    images, rows = test.images[chosen], features.computed(trained, layer, among)
+    found = features.nearest(rows.extract(images), rows, min(k, len(among))).index
+    neighbours = among.images[found.reshape(-1)].reshape(*found.shape, *images.shape[1:])
+    labels = test.labels[chosen], among.labels[found]
+    return fig4_right(images, neighbours, *labels, test.class_names)
 
 
 def last_hidden(net: Net) -> str:
@@ -625,21 +600,18 @@ def make(name: str, runs: Sequence[Run]) -> Figure:
     """Draw one of FIGURES of a run, or 'fig1' of several.
 
     Raises:
-        UsageError: there are too many runs, or too few.
+        UsageError: there are too many runs.
         RunError: what the figure needs is missing, or matplotlib is not installed.
     """
     command.library('matplotlib', 'figures')  # before a minute of computing
-    if name != 'fig1':
-        run, *others = runs
-        if others:
-            raise UsageError(f'{name} takes one --workdir; only fig1 takes several.')
-        return FIGURES[name](run)
-    if len(runs) < 2:
-        raise UsageError('fig1 compares runs: give two or more, as in --workdir=A,B.')
-    names = [run.settings.name for run in runs]
-    if len(set(names)) < len(names):
-        names = [str(run.workdir) for run in runs]
-    return fig1({name: run.records for name, run in zip(names, runs, strict=True)})
+    if name == 'fig1':
+        names = [run.settings.name for run in runs]
+        if len(set(names)) < len(names):
+            names = [str(run.workdir) for run in runs]
+        return fig1({name: run.records for name, run in zip(names, runs, strict=True)})
+    if len(runs) > 1:
+        raise UsageError(f'{name} takes one --workdir; only fig1 takes several.')
+    return FIGURES[name](runs[0])
 
 
 # --------------------------------------------------------------------------------------- on disk
@@ -680,8 +652,7 @@ def run(args: argparse.Namespace) -> None:
         RunError: what it needs is missing, or it cannot be written.
     """
     runs = [
-        Run(workdir, args.step, args.data_dir or '', args.among, args.rows)
-        for workdir in args.workdir
+        Run(path, args.step, args.data_dir or '', args.among, args.rows) for path in args.workdir
     ]
     output = args.output or runs[0].workdir / f'{args.figure}.png'
     if runs[0].workdir.is_dir():  # otherwise `make` reports that there is no run
@@ -692,7 +663,7 @@ def run(args: argparse.Namespace) -> None:
 
 def numbers(text: str) -> tuple[int, ...]:
     """Parse '3,14' as (3, 14), for argparse."""
-    return tuple(int(number) for number in text.split(','))
+    return tuple(map(int, text.split(',')))
 
 
 def _parser() -> command.Parser:
@@ -704,11 +675,11 @@ def _parser() -> command.Parser:
     )
     add = parser.add_argument
     add('figure', metavar='NAME', choices=('fig1', *FIGURES), help='one of the names above')
-    parser.add_workdir(type=command.paths, help='folder of the run; for fig1 several, as A,B')
-    parser.add_output('.png', '.svg', help='.png or .svg (default: NAME.png in the workdir)')
-    parser.add_step()
-    parser.add_data_dir()
-    parser.add_among()
+    what = 'folder of the run; for fig1 several, as A,B'
+    parser.add_shared('workdir', type=command.paths, help=what)
+    what = '.png or .svg (default: NAME.png in the workdir)'
+    add('--output', type=command.ending('.png', '.svg'), metavar='FILE', help=what)
+    parser.add_shared('step', 'data_dir', 'among')
     rows = 'indices of the test images that fig4 shows, for example 0,7'
     add('--rows', type=numbers, default=(), metavar='I,J', help=rows)
     return parser

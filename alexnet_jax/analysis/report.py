@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from flax import traverse_util
 from PIL import Image
 
 from alexnet_jax import command, files
@@ -113,20 +114,17 @@ def results(run: Run) -> tuple[Mapping[str, Any], str]:
         summary = evaluate.summary(run.predictions, run.trained.class_names)
         return summary, 'predictions_test.npz'
     except RunError:
-        if (recorded := _recorded(run)) is None:
-            raise
-        return recorded, 'metrics.jsonl'
+        for recorded in _records(run, 'test')[-1:]:
+            return recorded, 'metrics.jsonl'
+        raise
 
 
-def _recorded(run: Run) -> Mapping[str, Any] | None:
-    return next((r for r in reversed(_records(run)) if r['kind'] == 'test'), None)
-
-
-def _records(run: Run) -> Sequence[Mapping[str, Any]]:
+def _records(run: Run, kind: str) -> list[dict[str, Any]]:
+    """Return a run's records of one kind, if they can be read."""
     try:
-        return run.records
+        return [record for record in run.records if record['kind'] == kind]
     except RunError:
-        return ()
+        return []
 
 
 class Mistake(NamedTuple):
@@ -167,10 +165,10 @@ def _errors(run: Run) -> dict[str, Any]:
     scores, source = results(run)
     rows = [(name, *_row(scores[view])) for view, name in VIEW_NAMES.items()]
     found = {'images': scores['images'], 'source': source, 'rows': rows, 'recorded': None}
-    recorded = _recorded(run)
-    if recorded is not None and any(recorded[view] != scores[view] for view in VIEW_NAMES):
-        ends = {view: percent(recorded[view]['top1_error']) for view in VIEW_NAMES}
-        found['recorded'] = {'step': recorded['step'], **ends}
+    for recorded in _records(run, 'test')[-1:]:
+        if any(recorded[view] != scores[view] for view in VIEW_NAMES):
+            ends = {view: percent(recorded[view]['top1_error']) for view in VIEW_NAMES}
+            found['recorded'] = {'step': recorded['step'], **ends}
     return found
 
 
@@ -196,7 +194,7 @@ def _filters(run: Run) -> dict[str, Any] | None:
         'step': run.trained.step,
         'towers': None,
     }
-    if figures.sees_colour(run) and net.towers > 1:
+    if figures.has_colour_towers(run):
         svg = drawing(figures.towers_figure(run.kernels, net.towers), 'towers')
         found['towers'] = {'svg': svg, 'found': figures.of_run(run)}
     return found
@@ -244,22 +242,12 @@ def _mistakes(run: Run) -> dict[str, Any]:
 
 
 def _environment(run: Run) -> list[tuple[str, Any]]:
-    found = run.json('environment.json')
-    timed = [r for r in _records(run) if r['kind'] == 'train' and 'images_per_sec' in r]
-    if timed:
+    found = dict(run.environment)
+    if timed := [r for r in _records(run, 'train') if 'images_per_sec' in r]:
         rate = statistics.median(r['images_per_sec'] for r in timed)
         found['training, s'] = round(timed[-1]['secs'], 1)
         found['images/s, median of the records'] = round(rate, 1)
     return list(found.items())
-
-
-def flat(tree: Mapping[str, Any], prefix: str = '') -> list[tuple[str, object]]:
-    """Return a nested config as (dotted key, value) pairs, sorted."""
-    rows: list[tuple[str, object]] = []
-    for key, value in sorted(tree.items()):
-        inner = isinstance(value, Mapping)
-        rows += flat(value, f'{prefix}{key}.') if inner else [(prefix + key, value)]
-    return rows
 
 
 PARTS: dict[str, Callable[[Run], Any]] = {
@@ -272,7 +260,7 @@ PARTS: dict[str, Callable[[Run], Any]] = {
     'classes': _classes,
     'mistakes': _mistakes,
     'environment': _environment,
-    'config': lambda run: flat(run.config),
+    'config': lambda run: sorted(traverse_util.flatten_dict(run.config, sep='.').items()),
 }
 
 
@@ -303,11 +291,9 @@ def _parser() -> command.Parser:
         description="Write a run's errors, figures and mistakes as one self-contained HTML page.",
         allow_abbrev=False,
     )
-    parser.add_workdir()
-    parser.add_output('.html', help='.html (default: report.html in the workdir)')
-    parser.add_step()
-    parser.add_data_dir()
-    parser.add_among()
+    what = '.html (default: report.html in the workdir)'
+    parser.add_argument('--output', type=command.ending('.html'), metavar='FILE', help=what)
+    parser.add_shared('workdir', 'step', 'data_dir', 'among')
     return parser
 
 

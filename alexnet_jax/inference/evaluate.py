@@ -202,23 +202,20 @@ def probabilities(
     batch_size = -(-batch_size // layout.replicas) * layout.replicas
     rows = layout.local_batch_slice(batch_size)
     numbers = sorted({view for several in views.values() for view in several})
-    found: dict[str, np.ndarray] = {}
-    start = 0
-    for batch in batches.eval_batches(dataset, batch_size, rows):
+    shape = len(dataset), len(dataset.class_names)
+    found = {name: np.empty(shape, np.float32) for name in views}
+    for number, batch in enumerate(batches.eval_batches(dataset, batch_size, rows)):
         images = layout.put_batch({'image': batch['image']}, batch_size)['image']
         by_view = {view: predict(params, statistics, images, view) for view in numbers}
         for name, several in views.items():
+            part = found[name][number * batch_size :][:batch_size]
             mean = np.asarray(sum(by_view[view] for view in several) / len(several))
-            if name not in found:
-                found[name] = np.empty((len(dataset), mean.shape[1]), mean.dtype)
-            part = found[name][start : start + batch_size]
             part[:] = mean[: len(part)]  # without the padding of the last batch
             if not np.isfinite(part).all():
                 raise RunError(
                     'the probabilities are not finite because the net has diverged: lower '
                     'optimizer.weights.rate, or evaluate an earlier --step.'
                 )
-        start += batch_size
     return found
 
 
@@ -284,17 +281,12 @@ def predictions_path(workdir: Path, split: str = 'test') -> Path:
     return workdir / f'predictions_{name}.npz'
 
 
-def save_predictions(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write predictions as an .npz file, atomically."""
-    with files.atomic_write(path) as scratch, scratch.open('wb') as file:
-        np.savez(file, allow_pickle=False, **arrays)
-
-
 def keep_predictions(workdir: Path, split: str, arrays: Mapping[str, np.ndarray]) -> None:
-    """Save predictions in a workdir; if that fails, print a warning, as the scores exist."""
+    """Save predictions as an .npz file, atomically; if that fails, warn, as the scores exist."""
     path = predictions_path(workdir, split)
     try:
-        save_predictions(path, arrays)
+        with files.atomic_write(path) as scratch, scratch.open('wb') as file:
+            np.savez(file, allow_pickle=False, **arrays)
     except OSError as error:
         log(f'warning: {path} cannot be written ({error.strerror}): the predictions are not saved')
 
@@ -336,32 +328,29 @@ def run(
         UsageError: a step or split does not exist, or nets and data do not fit together.
         RunError: there is no checkpoint, it is damaged, or there is no data.
     """
-    members, steps, class_names = [], [], ()
-    label, totals = np.zeros(0), dict[str, np.ndarray]()
+    members, steps, totals = [], [], dict[str, np.ndarray]()
     for workdir in workdirs:
         trained = restore(workdir, step, overrides)
         arrays = predictions(trained, split, data_dir)
         steps.append(trained.step)
-        if len(workdirs) > 1:
-            members.append(summary(arrays, trained.class_names))
+        members.append(summary(arrays, trained.class_names))
         if not totals:
-            class_names = trained.class_names
-            label, totals = arrays['label'], {name: arrays[name] for name in VIEWS}
+            class_names, totals = trained.class_names, dict(arrays)
             continue
         arrays = reordered(arrays, trained.class_names, class_names)
         if totals['centre'].shape[1] != arrays['centre'].shape[1]:
             raise UsageError(
                 f'{workdir} has different classes than {workdirs[0]}; remove it from --workdir.'
             )
-        if not np.array_equal(label, arrays['label']):
+        if not np.array_equal(totals['label'], arrays['label']):
             raise UsageError(f'{workdir} was evaluated on different images than {workdirs[0]}.')
         for name in VIEWS:  # a running sum, so that only two nets' probabilities are in memory
             totals[name] += arrays[name]
     result = {'workdirs': [str(w) for w in workdirs], 'steps': steps, 'split': split}
-    if members:
-        result['members'] = members
-    mean = {name: total / np.float32(len(workdirs)) for name, total in totals.items()}
-    return result | summary({'label': label, **mean}, class_names)
+    if len(workdirs) == 1:
+        return result | members[0]
+    mean = {name: totals[name] / np.float32(len(workdirs)) for name in VIEWS}
+    return result | {'members': members} | summary(totals | mean, class_names)
 
 
 def predictions(trained: Trained, split: str, data_dir: str) -> dict[str, np.ndarray]:
@@ -385,8 +374,7 @@ def reordered(
     """Return predictions with the classes numbered as in `wanted`, another order of `names`."""
     if names == wanted or sorted(names) != sorted(wanted):
         return arrays
-    own = {name: label for label, name in enumerate(names)}
-    order = np.array([own[name] for name in wanted])
+    order = np.array([names.index(name) for name in wanted])
     label = np.argsort(order).astype(np.int32)[arrays['label']]
     return {'label': label, **{view: arrays[view][:, order] for view in VIEWS}}
 

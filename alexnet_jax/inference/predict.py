@@ -136,8 +136,6 @@ class Classifier:
             UsageError: the images are not uint8, or of another shape.
         """
         images = self._stored(np.asarray(images))
-        if not len(images):
-            return np.zeros((0, len(self.class_names)), np.float32)
         unused_labels = np.zeros(len(images), np.int32)
         dataset = Dataset('images', 'all', images, unused_labels, self.class_names)
         views = {'': evaluate.VIEWS[self.views]}
@@ -205,19 +203,18 @@ def run(args: argparse.Namespace) -> int:
     classify = load(args.workdir, args.step, views=views, batch_size=args.batch_size)
     paths, faults = find(args.images), list[str]()
     log(f'{args.workdir}: step {classify.trained.step}, {len(paths)} file(s)')
-    width = max(len(shown(path)) for path in paths)
-    header = '' if args.json else f'{"image":<{width}}  probability  class\n{"-" * (width + 30)}\n'
+    rows = [('image', 'probability', 'class')]
     for names, images in read_ahead(paths, classify.trained.stored, classify.batch_size, faults):
-        print(end=header)
-        header = ''
         for path, probability in zip(names, classify(images), strict=True):
-            labels = top(probability, args.top)
+            labels, name = top(probability, args.top), shown(path)
             if args.json:
                 print(_as_json(path, labels, probability, classify.class_names), flush=True)
-                continue
-            for rank, label in enumerate(labels):
-                cell, name = '' if rank else shown(path), shown(classify.class_names[label])
-                print(f'{cell:<{width}}  {probability[label]:>11.2%}  {name}', flush=True)
+            for label in labels:
+                share, class_name = f'{probability[label]:>11.2%}', classify.class_names[label]
+                rows.append((name, share, shown(class_name)))
+                name = ''  # in the first of an image's rows only
+    if rows[1:] and not args.json:
+        print(command.table(rows))
     return len(faults)
 
 
@@ -241,19 +238,17 @@ def _parser() -> command.Parser:
     )
     add = parser.add_argument
     add('images', nargs='+', type=command.expand, metavar='IMAGE', help='files, folders or globs')
-    parser.add_workdir()
-    parser.add_step()
+    parser.add_shared('workdir', 'step')
     views = 'number of views to average: 1 (the default), or 10 as in the paper'
     add('--views', type=int, choices=(1, 10), default=1, help=views)
-    add(
-        '--top', type=command.positive, default=5, metavar='K', help='classes to print (default: 5)'
-    )
+    what = 'classes to print (default: 5)'
+    add('--top', type=command.positive, default=5, metavar='K', help=what)
     add('--json', action='store_true', help='print one JSON object per line')
-    batch_size = (
+    what = (
         "images per batch; the default is the evaluation's, for bitwise identical results; on a "
         'CPU a small value is faster for single images'
     )
-    add('--batch_size', type=command.positive, default=0, metavar='N', help=batch_size)
+    add('--batch_size', type=command.positive, default=0, metavar='N', help=what)
     return parser
 
 

@@ -13,7 +13,7 @@ become float32.
 import pickle
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,23 +37,9 @@ def read(path: Path) -> Arrays:
         RunError: it is damaged or contains Python objects, or the library that reads it is not
             installed.
     """
-    with path.open('rb') as file:
-        start = file.read(9)
     try:
-        if start.startswith(b'PK'):
-            with zipfile.ZipFile(path) as archive:
-                is_npz = all(name.endswith('.npy') for name in archive.namelist())
-            arrays = _read_npz(path) if is_npz else _read_torch(path)
-        elif start.startswith(b'\x80'):  # a pickle, as torch.save wrote before PyTorch 1.6
-            arrays = _read_torch(path)
-        elif start.endswith(b'{'):  # after 8 bytes with the length of the JSON header
-            arrays = _read_safetensors(path)
-        else:
-            raise UsageError(
-                f'{path} is not a weight file of PyTorch, safetensors or NumPy (.npz); for a '
-                f'.caffemodel see python -m alexnet_jax weights --help.'
-            )
-    except AlexNetError:
+        arrays = _reader(path)(path)
+    except (AlexNetError, FileNotFoundError):
         raise
     except Exception as problem:  # each library has its own exceptions for damage
         reason = ' '.join(str(problem).split())[:120]
@@ -61,6 +47,23 @@ def read(path: Path) -> Arrays:
             f'{path} cannot be read ({reason}); if it is damaged, download it again.'
         ) from problem
     return {name: _float32(array) for name, array in arrays.items()}
+
+
+def _reader(path: Path) -> Callable[[Path], Arrays]:
+    with path.open('rb') as file:
+        start = file.read(9)
+    if start.startswith(b'PK'):
+        with zipfile.ZipFile(path) as archive:
+            is_npz = all(name.endswith('.npy') for name in archive.namelist())
+        return _read_npz if is_npz else _read_torch
+    if start.startswith(b'\x80'):  # a pickle, as torch.save wrote before PyTorch 1.6
+        return _read_torch
+    if start.endswith(b'{'):  # after 8 bytes with the length of the JSON header
+        return _read_safetensors
+    raise UsageError(
+        f'{path} is not a weight file of PyTorch, safetensors or NumPy (.npz); for a .caffemodel '
+        f'see python -m alexnet_jax weights --help.'
+    )
 
 
 def _float32(array: np.ndarray) -> np.ndarray:
@@ -81,7 +84,9 @@ def _read_safetensors(path: Path) -> Arrays:
 
 
 def metadata(path: Path) -> dict[str, str]:
-    """Return the metadata in the header of a .safetensors file."""
+    """Return the metadata in the header of a .safetensors file; {} for other formats."""
+    if _reader(path) is not _read_safetensors:
+        return {}
     with library('safetensors', 'weights').safe_open(path, framework='np') as file:
         return file.metadata() or {}
 

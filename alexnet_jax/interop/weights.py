@@ -55,17 +55,16 @@ class Origin:
     """A framework's names of the weights, and the pixels that its net expects."""
 
     config: str  # the config of its net, FILE:SCALE
-    names: Mapping[str, str]  # {our layer: their layer}
+    names: tuple[str, ...]  # of the layers, first to last
     parts: tuple[str, str]  # suffixes of the names of kernels and biases
     mean: tuple[float, float, float]  # red, green, blue, in 0-255 units
     std: tuple[float, float, float]  # pixels are (pixel - mean) / std
     bgr: bool  # conv1 reads blue, green, red
 
 
-_CONV, _FC = ('conv1', 'conv2', 'conv3', 'conv4', 'conv5'), ('fc6', 'fc7', 'fc8')
 _CAFFE = Origin(
     config='configs/variant_bvlc_alexnet.py:imagenet2012',
-    names={name: name for name in _CONV + _FC},
+    names=('conv1', 'conv2', 'conv3', 'conv4', 'conv5', 'fc6', 'fc7', 'fc8'),
     parts=('/0', '/1'),
     mean=(122.679, 116.669, 104.007),  # of ilsvrc_2012_mean.npy, which Caffe's examples use
     std=(1.0, 1.0, 1.0),
@@ -74,8 +73,10 @@ _CAFFE = Origin(
 ORIGINS = {
     'torchvision': Origin(
         config='configs/variant_torchvision.py:imagenet2012',
-        names=dict(zip(_CONV, (f'features.{i}' for i in (0, 3, 6, 8, 10)), strict=True))
-        | dict(zip(_FC, (f'classifier.{i}' for i in (1, 4, 6)), strict=True)),
+        names=(
+            *(f'features.{i}' for i in (0, 3, 6, 8, 10)),
+            *(f'classifier.{i}' for i in (1, 4, 6)),
+        ),
         parts=('.weight', '.bias'),
         mean=(255 * 0.485, 255 * 0.456, 255 * 0.406),
         std=(255 * 0.229, 255 * 0.224, 255 * 0.225),
@@ -107,21 +108,20 @@ def canonical(arrays: Arrays, origin: Origin, settings: Settings, file: str = 't
         UsageError: they are another net's; names the first key at fault.
     """
     stages = alexnet.geometry(settings.net)
-    layers = [stage.layer.name for stage in stages]
-    if sorted(layers) != sorted(origin.names):
+    if len(stages) != len(origin.names):
         raise UsageError(
-            f"the config's layers are {', '.join(layers)}, but those of {file} are "
-            f'{", ".join(origin.names)}; choose the matching config.'
+            f'the net of {file} has the layers {", ".join(origin.names)}, but that of the config '
+            f'has {len(stages)} layers; {OTHER_CONFIG}.'
         )
     wanted: dict[str, tuple[int, ...]] = {}
-    for stage in stages:
-        kernel, bias = (origin.names[stage.layer.name] + part for part in origin.parts)
+    for name, stage in zip(origin.names, stages, strict=True):
+        kernel, bias = (name + part for part in origin.parts)
         wanted |= {kernel: stage.kernel[::-1], bias: stage.kernel[-1:]}  # kernels are square
     found = iter(_check(_unwrap(arrays, next(iter(wanted)), file), wanted, file).values())
     params = {
         s.layer.name: {'kernel': _kernel(next(found), s), 'bias': next(found)} for s in stages
     }
-    conv1 = params[layers[0]]
+    conv1 = params[stages[0].layer.name]
     kernel = conv1['kernel'][:, :, :: -1 if origin.bgr else 1]
     std = np.array(origin.std) * settings.preprocess.scale
     conv1['kernel'] = (kernel / std[:, None]).astype(np.float32)
@@ -162,18 +162,18 @@ def _unwrap(arrays: Arrays, first: str, file: str) -> Arrays:
     }
 
 
+OTHER_CONFIG = 'choose the config that matches the file'
+
+
 def _check(arrays: Arrays, wanted: Mapping[str, tuple[int, ...]], file: str) -> Arrays:
     """Return finite float32 arrays of the wanted shapes, or name the first key at fault."""
-    for key, shape in wanted.items():
-        if fault := _fault(arrays, key, shape):
-            raise UsageError(f'{file}: {fault}.')
-    if extra := arrays.keys() - wanted.keys():
-        raise UsageError(f'{file}: this net has no {min(extra)}; {OTHER_CONFIG}.')
+    faults = [fault for key in wanted if (fault := _fault(arrays, key, wanted[key]))]
+    extra = sorted(arrays.keys() - wanted.keys())
+    faults += [f'this net has no {key}; {OTHER_CONFIG}' for key in extra]
+    if faults:
+        raise UsageError(f'{file}: {faults[0]}.')
     # Caffe and OpenCV add axes of length 1.
     return {key: arrays[key].reshape(shape) for key, shape in wanted.items()}
-
-
-OTHER_CONFIG = 'choose the config that matches the file'
 
 
 def _fault(arrays: Arrays, key: str, shape: tuple[int, ...]) -> str:
@@ -251,13 +251,10 @@ def import_own(file: Path, workdir: Path) -> str:
         UsageError: `export` did not write the file, or the workdir contains another run.
         RunError: the file is damaged, or the workdir cannot be written.
     """
-    if file.suffix != '.safetensors':
-        raise UsageError(f'{file}: own needs a .safetensors file written by `weights export`.')
     arrays, head = weight_files.read(file), weight_files.metadata(file)
     if not {'config', 'class_names'} <= head.keys():
         raise UsageError(f'{file} has no config in its header: `weights export` did not write it.')
     config = config_file.translated(json.loads(head['config']))
-    names = json.loads(head['class_names'])
     # Statistics have the shape of the stored images, which no config contains.
     fields = [f'statistics/{field}' for field in Statistics._fields]
     wanted = {field: arrays[field].shape if field in arrays else () for field in fields}
@@ -265,6 +262,7 @@ def import_own(file: Path, workdir: Path) -> str:
         name = f'params/{stage.layer.name}'
         wanted |= {f'{name}/kernel': stage.kernel, f'{name}/bias': stage.kernel[-1:]}
     tree = traverse_util.unflatten_dict(_check(arrays, wanted, str(file)), sep='/')
+    names = json.loads(head['class_names'])
     return _save(config, tree['params'], Statistics(**tree['statistics']), names, file, workdir)
 
 
@@ -377,29 +375,21 @@ def _parser() -> command.Parser:
     verbs = parser.add_subparsers(dest='verb', required=True, metavar='import|export')
     into = verbs.add_parser('import', help='create a workdir with a checkpoint from a weight file')
     add = into.add_argument
-    add(
-        'origin',
-        choices=[*ORIGINS, 'own'],
-        help='where the weights come from; own: a file written by export',
-    )
-    add(
-        'file', type=command.path, metavar='FILE', help='weight file: PyTorch, .safetensors or .npz'
-    )
-    into.add_workdir(help='a new folder for the checkpoint')
-    add(
-        '--config',
-        metavar='FILE[:SCALE]',
-        help='config of the net (default: the one for this origin)',
-    )
+    what = 'where the weights come from; own: a file written by export'
+    add('origin', choices=[*ORIGINS, 'own'], help=what)
+    what = 'weight file: PyTorch, .safetensors or .npz'
+    add('file', type=command.path, metavar='FILE', help=what)
+    into.add_shared('workdir', help='a new folder for the checkpoint')
+    what = 'config of the net (default: the one for this origin)'
+    add('--config', metavar='FILE[:SCALE]', help=what)
     add('--mean', type=command.path, metavar='FILE', help="Caffe's mean image (.npy)")
-    names = 'text file of class names, one per line, in label order'
-    add('--class_names', type=command.path, metavar='FILE', help=names)
+    what = 'text file of class names, one per line, in label order'
+    add('--class_names', type=command.path, metavar='FILE', help=what)
     into.set_defaults(act=_import)
     out = verbs.add_parser('export', help='write a checkpoint to a file')
     kinds = ', '.join(WRITERS)
     out.add_argument('file', type=command.ending(*WRITERS), metavar='FILE', help=kinds)
-    out.add_workdir()
-    out.add_step()
+    out.add_shared('workdir', 'step')
     out.set_defaults(act=lambda args: export_checkpoint(args.file, args.workdir, args.step))
     return parser
 

@@ -93,7 +93,8 @@ def _parser() -> command.Parser:
 
     def add(name: str, about: str) -> argparse.ArgumentParser:
         one = sets.add_parser(name, help=about, description=about, allow_abbrev=False)
-        one.add_data_dir(type=command.path, default=Path('data'), help='folder of all data sets')
+        where = {'default': Path('data'), 'help': 'folder of all data sets'}
+        one.add_shared('data_dir', type=command.path, **where)
         return one
 
     for name, what in (('fashion_mnist', 'clothes'), ('mnist', 'handwritten digits')):
