@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from alexnet_jax import __main__ as commands
+from alexnet_jax import command
 
 
 def test_main_is_short(repository):
@@ -40,6 +41,16 @@ def test_usage_errors(words, expected_text, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert expected_text in line
     assert 'python -m alexnet_jax' in line
+
+
+def test_a_table_is_aligned():
+    rows = [('image', 'class'), ('a long name.png', ''), ('b', '[/b] bag')]
+    assert command.table(rows).splitlines() == [
+        'image            class',
+        '-------------------------',
+        'a long name.png',
+        'b                [/b] bag',
+    ]
 
 
 def test_preparing_data_imports_no_jax(repository):

@@ -1,7 +1,6 @@
 """Test the page of `--mode=describe` against the 2012 paper and source."""
 
 import contextlib
-import math
 import os
 import re
 import subprocess
@@ -12,7 +11,7 @@ import jax
 import pytest
 
 from alexnet_jax import config as configuration
-from alexnet_jax.analysis import describe
+from alexnet_jax.analysis import communication, describe
 from alexnet_jax.errors import UsageError
 from alexnet_jax.model.alexnet import geometry
 from alexnet_jax.parallel import mesh
@@ -85,23 +84,15 @@ def test_every_scale_and_ablation_needs_no_data(tmp_path, monkeypatch):
         assert 'lrn' not in ''.join(row[-1] for row in rows.values())
 
 
-def test_memory_by_hand():
-    settings = configuration.unpack(alexnet.get_config('imagenet2012'))
-    stages = geometry(settings.net)
-    held = describe.memory_bytes(settings, stages)
-    assert held['parameters'] == held['velocity'] == 4 * 60_965_224
-    conv1 = 55 * 55 * 96 * 2 + 27 * 27 * 96 * 2  # linear, lrn; pool, relu
-    assert math.prod(stages[0].output) + sum(map(math.prod, stages[0].after)) == conv1
-
-
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 def test_activations_follow_the_compute_dtype(dtype):
-    config = smoke.get_config()
-    base = configuration.unpack(config)
+    config = on(1, 1)
+    layout = mesh.make_layout(configuration.unpack(config).mesh, 1)
+    base = communication.activations(configuration.unpack(config), layout)
     config.model.compute_dtype = dtype
-    settings = configuration.unpack(config)
-    bytes_ = [describe.memory_bytes(s, geometry(s.net))['activations'] for s in (settings, base)]
-    assert bytes_[0] * (1 if dtype == 'float32' else 2) == bytes_[1]
+    found = communication.activations(configuration.unpack(config), layout)
+    ratio = 1 if dtype == 'float32' else 2
+    assert {layer: ratio * size for layer, size in found.items()} == base
 
 
 def test_the_largest_batch_by_hand():
@@ -120,11 +111,11 @@ def test_memory_of_the_compiled_step_is_linear_in_the_batch():
     assert line == pytest.approx(found, rel=0.02)  # see Peak; found: 0.7 %
     # At least parameters, velocity and stored images; at most every result twice and the images
     # three times in float32.
-    held = describe.memory_bytes(settings, geometry(settings.net))
+    parameters = 4 * describe.totals(geometry(settings.net))['parameters']
     stored = settings.preprocess.resize_px**2
-    assert found > held['parameters'] + held['velocity'] + 1024 * stored
-    activations = held['activations'] // settings.batch_size
-    assert stored < peak.per_image < 2 * activations + 3 * 4 * stored
+    assert found > 2 * parameters + 1024 * stored
+    total = sum(communication.activations(settings, layout).values())
+    assert stored < peak.per_image < 2 * total // settings.batch_size + 3 * 4 * stored
 
 
 def test_the_largest_batch_for_each_memory_size(page_of_one_device):

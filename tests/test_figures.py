@@ -125,7 +125,7 @@ def test_grey_images_repeated_for_three_channels_have_no_colour(run):
 def test_the_towers_figure_shows_every_filter():
     rng = np.random.default_rng(5)
     kernels = np.concatenate([colours(rng, 4, grey=True), colours(rng, 4, grey=False)], axis=3)
-    (axes,) = figures.towers_figure(kernels, 2).axes
+    (axes,) = figures.towers_figure(kernels, figures.specialisation(kernels, 2)).axes
     dots = [line.get_ydata() for line in axes.lines if line.get_marker() in 'os']
     np.testing.assert_allclose(dots, [[0] * 4, [1] * 4], atol=1e-12)
 
@@ -448,7 +448,7 @@ def test_no_run(tmp_path, capsys):
     for folder in (tmp_path, tmp_path / 'nowhere'):
         code, line = run_and_fail(capsys, 'fig3', f'--workdir={folder}')
         assert code == 1
-        assert 'has no checkpoint; train first' in line
+        assert f'no checkpoint in {folder}/checkpoints; train first' in line
         code, line = run_and_fail(capsys, 'fig4_left', f'--workdir={folder}')
         assert code == 1
         assert 'has no predictions_test.npz' in line

@@ -295,7 +295,7 @@ def test_a_report_of_a_config_alone(workdir, tmp_path):
     shutil.copy(workdir / 'config.json', tmp_path)
     document = Document(report.page(Run(tmp_path)))
     assert 'metrics.jsonl cannot be read (it has no training record)' in document.text
-    assert f'{tmp_path} has no checkpoint; train first' in document.text
+    assert f'no checkpoint in {tmp_path}/checkpoints; train first' in document.text
     assert 'optimizer.weights.rate 0.02' in document.text
 
 

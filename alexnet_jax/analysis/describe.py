@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from alexnet_jax import command, config_file
+from alexnet_jax import command
 from alexnet_jax import config as configuration
 from alexnet_jax.analysis import communication
 from alexnet_jax.analysis.communication import Collective, Memory
@@ -25,7 +24,6 @@ COLUMNS = (
     'layer', 'reads', 'input', 'kernel/stride/pad', 'output', 'init std', 'bias', 'parameters',
     'multiply-adds', 'ops',
 )  # fmt: skip
-FLOAT32_BYTES = 4
 MOST_VIRTUAL_DEVICES = 512
 DEVICE_GB = (16, 24, 80)  # common sizes of device memory, in 10^9 bytes
 COMPILED_BATCHES = (512, 2048)  # images per device; with fewer, the update needs more than the net
@@ -63,7 +61,6 @@ def page(settings: Settings) -> str:
         command.table([COLUMNS, *(_row(stage, net) for stage in stages)]),
         _totals(stages),
         _recipe(settings),
-        _memory(settings, stages),
     ]
     return '\n\n'.join(parts)
 
@@ -74,23 +71,6 @@ def totals(stages: Sequence[Stage]) -> dict[str, int]:
         'parameters': sum(stage.parameters for stage in stages),
         'neurons': sum(math.prod(stage.output) for stage in stages),
         'multiply_adds': sum(stage.multiply_adds for stage in stages),
-    }
-
-
-def memory_bytes(settings: Settings, stages: Sequence[Stage]) -> dict[str, int]:
-    """Estimate the memory of a training step, of all devices together, from the shapes alone.
-
-    Activations are the results of all operations, including those that the compiler fuses away,
-    without its scratch space.
-    """
-    parameters = FLOAT32_BYTES * totals(stages)['parameters']
-    units = sum(math.prod(shape) for stage in stages for shape in (stage.output, *stage.after))
-    width = jnp.dtype(settings.net.compute_dtype).itemsize
-    return {
-        'parameters': parameters,
-        'velocity': parameters,
-        'gradients': parameters,
-        'activations': width * units * settings.batch_size,
     }
 
 
@@ -158,13 +138,6 @@ def _recipe(settings: Settings) -> str:
             f'({recipe.biases.kind})',
         ]
     )
-
-
-def _memory(settings: Settings, stages: Sequence[Stage]) -> str:
-    sizes = memory_bytes(settings, stages)
-    parts = ', '.join(f'{name} {_mib(size)}' for name, size in sizes.items())
-    total = _mib(sum(sizes.values()))
-    return f'memory of a training step at batch {settings.batch_size}: {parts}; total {total}'
 
 
 def _mib(size: int) -> str:

@@ -17,7 +17,6 @@ import argparse
 import dataclasses
 import functools
 import io
-import itertools
 import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -341,16 +340,16 @@ def _tile(filters: np.ndarray, columns: int) -> np.ndarray:
 
 
 @_styled
-def towers_figure(kernels: np.ndarray, towers: int) -> Figure:
+def towers_figure(kernels: np.ndarray, score: Specialisation) -> Figure:
     """Draw the sorted colour saturations of each tower's filters, and the towers' means."""
-    score, values = specialisation(kernels, towers), saturation(kernels).reshape(towers, -1)
     figure = _blank(2.8)
     axes = figure.subplots()
-    for tower, (own, colour) in enumerate(zip(values, itertools.cycle(COLOURS))):
-        mark, rank = 'osD^v'[tower % 5], np.linspace(0, 1, values.shape[1])
-        name = f'{_letter(tower)}, mean {score.towers[tower]:.2f}'
+    each = np.split(saturation(kernels), len(score.towers))
+    for tower, (own, mean) in enumerate(zip(each, score.towers, strict=True)):
+        mark, colour, rank = 'osD^v'[tower % 5], COLOURS[tower % 5], np.linspace(0, 1, len(own))
+        name = f'{_letter(tower)}, mean {mean:.2f}'
         axes.plot(rank, np.sort(own), mark, color=colour, markersize=4, label=name)
-        axes.axhline(score.towers[tower], color=colour, linewidth=1, linestyle='--')
+        axes.axhline(mean, color=colour, linewidth=1, linestyle='--')
     axes.set(ylim=(-0.03, 1.03), ylabel='colour saturation', xticks=[])
     axes.set_xlabel('filters, from the least colourful to the most')
     title = f'gap {score.gap:.3f}, as large in {score.chance:.2%} of random divisions'
@@ -553,8 +552,9 @@ def fig4_right(
 
 
 def _towers_of(run: Run) -> Figure:
-    print(of_run(run))
-    return towers_figure(run.kernels, run.trained.settings.net.towers)
+    score = of_run(run)
+    print(score)
+    return towers_figure(run.kernels, score)
 
 
 def _confusion_of(run: Run) -> Figure:

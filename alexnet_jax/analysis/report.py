@@ -195,8 +195,9 @@ def _filters(run: Run) -> dict[str, Any] | None:
         'towers': None,
     }
     if figures.has_colour_towers(run):
-        svg = drawing(figures.towers_figure(run.kernels, net.towers), 'towers')
-        found['towers'] = {'svg': svg, 'found': figures.of_run(run)}
+        score = figures.of_run(run)
+        svg = drawing(figures.towers_figure(run.kernels, score), 'towers')
+        found['towers'] = {'svg': svg, 'found': score}
     return found
 
 

@@ -88,8 +88,6 @@ def restore(
     """
     workdir = Path(workdir)
     checkpoints = Checkpoints(workdir / 'checkpoints')
-    if not checkpoints.steps():
-        raise RunError(f'{workdir} has no checkpoint; train first with --workdir={workdir}.')
     step = int(step) if isinstance(step, str) and step.isdigit() else step
     settings = configuration.unpack(_override(checkpoints.extra(step)['config'], overrides))
     cpu.set_up_cpu(settings.mesh.cpu_devices)  # before reading asks JAX for its devices
@@ -338,12 +336,12 @@ def run(
             class_names, totals = trained.class_names, dict(arrays)
             continue
         arrays = reordered(arrays, trained.class_names, class_names)
-        if totals['centre'].shape[1] != arrays['centre'].shape[1]:
+        same_classes = totals['centre'].shape == arrays['centre'].shape
+        if not same_classes or not np.array_equal(totals['label'], arrays['label']):
             raise UsageError(
-                f'{workdir} has different classes than {workdirs[0]}; remove it from --workdir.'
+                f'{workdir} was evaluated on different images or has different classes than '
+                f'{workdirs[0]}; remove it from --workdir.'
             )
-        if not np.array_equal(totals['label'], arrays['label']):
-            raise UsageError(f'{workdir} was evaluated on different images than {workdirs[0]}.')
         for name in VIEWS:  # a running sum, so that only two nets' probabilities are in memory
             totals[name] += arrays[name]
     result = {'workdirs': [str(w) for w in workdirs], 'steps': steps, 'split': split}

@@ -69,11 +69,11 @@ def read(path: Path, shape: tuple[int, int, int]) -> np.ndarray:
     """
     try:
         return image_io.decode(path.read_bytes(), shape)
-    except image_io.BadImage as error:
-        raise RunError(f'{shown(path)} {error}.') from None
     except OSError as error:
-        reason = error.strerror or error
-        raise RunError(f'{shown(path)} cannot be read as an image: {reason}.') from None
+        reason = f'cannot be read as an image: {error.strerror}'
+    except image_io.BadImage as error:
+        reason = str(error)
+    raise RunError(f'{shown(path)} {reason}.')
 
 
 def read_ahead(
@@ -176,11 +176,9 @@ def load(
             small one is faster for single images.
 
     Raises:
-        UsageError: the step or views do not exist.
+        UsageError: the step does not exist.
         RunError: there is no checkpoint, or it is damaged.
     """
-    if views not in evaluate.VIEWS:
-        raise UsageError(f"views '{views}' is not one of {', '.join(evaluate.VIEWS)}.")
     trained = evaluate.restore(workdir, step)
     return Classifier(trained, views, batch_size or trained.settings.loop.eval_batch_size)
 
