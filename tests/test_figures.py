@@ -139,7 +139,9 @@ def colourful(tmp_path_factory):
     alexnet.narrow(config.model, 16)
     config.model.init_scaling = 'fan_in'
     settings = configuration.unpack(config)
-    params = model.init(jax.random.key(0), settings.net)
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), settings.net))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), shapes)
     mean = Statistics(np.zeros((64, 64, 3), np.float32), np.eye(3, dtype=np.float32))
     workdir = tmp_path_factory.mktemp('colourful')
     with checkpoint.Checkpoints(workdir / 'checkpoints') as checkpoints:
