@@ -279,6 +279,16 @@ def test_a_report_without_predictions(copy):
     assert 'from metrics.jsonl' in document.text  # the final record has the errors
 
 
+def test_the_last_end_of_an_extended_run_counts(copy):
+    (copy / 'predictions_test.npz').unlink()
+    end = json.loads((copy / 'metrics.jsonl').read_text().splitlines()[-1])
+    end |= {'step': 16, 'centre': end['centre'] | {'top1_error': 0.125}}
+    with (copy / 'metrics.jsonl').open('a') as file:
+        file.write(json.dumps(end) + '\n')
+    scores, source = report.results(Run(copy))
+    assert (scores['centre']['top1_error'], source) == (0.125, 'metrics.jsonl')
+
+
 def test_a_report_of_an_interrupted_run(copy):
     """There are no predictions and no final record, and the last line is incomplete."""
     (copy / 'predictions_test.npz').unlink()
