@@ -285,7 +285,7 @@ def has_colour_towers(run: Run) -> bool:
     Grey images repeated for three channels have no colour.
     """
     net = run.trained.settings.net
-    return net.towers > 1 and run.trained.stored[2] == net.channels == 3
+    return net.towers > 1 and run.trained.stored[2] == 3
 
 
 def of_run(run: Run) -> Specialisation:
