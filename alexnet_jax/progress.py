@@ -1,11 +1,15 @@
 """Show the progress of long tasks: a bar on a terminal, plain lines elsewhere."""
 
-from collections.abc import Callable
+import contextlib
+import time
+from collections.abc import Callable, Generator
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from alexnet_jax import command
+
+LOG_EVERY_SECS = 30
 
 
 class ProgressBar:
@@ -49,6 +53,25 @@ class ProgressBar:
     def close(self) -> None:
         """Remove the bar."""
         self._bar.stop()
+
+
+@contextlib.contextmanager
+def progress(what: str, total: int) -> Generator[Callable[[int], None]]:
+    """Yield a function that shows how much of `total` is done.
+
+    It draws a bar on a terminal, and elsewhere prints a line every LOG_EVERY_SECS.
+    """
+    logged = time.monotonic()
+    with contextlib.closing(ProgressBar(total)) as bar:
+
+        def update(done: int) -> None:
+            nonlocal logged
+            bar.to(done, what)
+            if bar.plain and time.monotonic() - logged > LOG_EVERY_SECS:
+                logged = time.monotonic()
+                bar.line(f'{what}: {done:,} of {total:,} ({done / total:.0%})')
+
+        yield update
 
 
 def duration(secs: float) -> str:

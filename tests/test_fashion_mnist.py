@@ -194,7 +194,7 @@ def test_a_set_of_this_name_in_another_version_is_used(tmp_path):
     """A link to what TFDS prepared, or pictures of one's own: nothing is downloaded."""
     (tmp_path / 'mnist/1.0.0').mkdir(parents=True)
     (tmp_path / 'mnist/1.0.0/dataset_info.json').write_text('{}')
-    prepare.ensure('mnist', tmp_path)
+    fashion_mnist.ensure('mnist', tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ['mnist']
 
 
@@ -202,7 +202,7 @@ def test_no_source_has_the_digits(tmp_path, monkeypatch):
     monkeypatch.setenv('NO_PROXY', '127.0.0.1')
     monkeypatch.setattr(mnist.MNIST, 'URL', 'http://127.0.0.1:9/')  # nobody listens
     with pytest.raises(RunError, match=r'internet, or put its .*prepare mnist .*--source=FOLDER'):
-        prepare.ensure('mnist', tmp_path)
+        fashion_mnist.ensure('mnist', tmp_path)
 
 
 # ---- sources of the raw files -----------------------------------------------------------------

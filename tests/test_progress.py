@@ -2,7 +2,7 @@
 
 from rich.console import Console
 
-from alexnet_jax.data import prepared
+from alexnet_jax import progress
 from alexnet_jax.progress import ProgressBar, duration
 
 
@@ -28,8 +28,8 @@ def test_a_bar_on_a_terminal():
 
 
 def test_preparation_prints_lines_when_not_a_terminal(monkeypatch, capsys):
-    monkeypatch.setattr(prepared, 'LOG_EVERY_SECS', 0)
-    with prepared.progress('reading', 4000) as update:
+    monkeypatch.setattr(progress, 'LOG_EVERY_SECS', 0)
+    with progress.progress('reading', 4000) as update:
         update(1000)
         update(3000)
     assert capsys.readouterr().err.endswith('reading: 3,000 of 4,000 (75%)\n')

@@ -1,26 +1,16 @@
-"""The folder of a prepared data set: its description, and the lock to write it."""
+"""The folder of a prepared data set, and its description."""
 
 import collections
-import contextlib
-import errno
-import fcntl
 import json
-import os
-import shutil
-import time
-from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from alexnet_jax.command import log
 from alexnet_jax.errors import RunError
-from alexnet_jax.progress import ProgressBar
 
 FETCHED = ('fashion_mnist', 'mnist')  # prepared without being given any files
 OFFICIAL = ('imagenet2010', 'imagenet2012')  # their archives are available on request only
 PREPARATION = 'preparation.json'  # beside the records of a set that prepare/shards.py wrote
 PX = 256  # the side to which images of different sizes are brought (paper, section 2)
-LOG_EVERY_SECS = 30
 
 
 class Description(NamedTuple):
@@ -105,56 +95,3 @@ def damaged(folder: Path, reason: str) -> RunError:
     return RunError(
         f'The data set in {folder} is damaged ({reason}): remove that folder and run `{again}`.'
     )
-
-
-# ---- writing one ----------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def locked_staging_dir(data_dir: Path, name: str) -> Generator[Path]:
-    """Yield the staging directory, locked for this process; it keeps what an earlier run left.
-
-    It is removed when the block ends well. The system releases the lock of a killed process.
-
-    Raises:
-        OSError: `data_dir` cannot be written, or the disk is full.
-    """
-    staging = data_dir / f'.prepare-{name}'
-    data_dir.mkdir(parents=True, exist_ok=True)
-    with open(f'{staging}.lock', 'w') as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log(f'{name}: waiting for another process that is preparing it')
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        staging.mkdir(exist_ok=True)
-        try:
-            yield staging
-            shutil.rmtree(staging)
-        except Exception as error:  # array_record has types of its own for a full disk
-            for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                if os.strerror(number) in str(error):
-                    raise OSError(number, os.strerror(number), str(data_dir)) from error
-            raise
-        finally:
-            with contextlib.suppress(OSError):
-                staging.rmdir()  # if it contains nothing to resume from
-
-
-@contextlib.contextmanager
-def progress(what: str, total: int) -> Generator[Callable[[int], None]]:
-    """Yield a function that shows how much of `total` is done.
-
-    It draws a bar on a terminal, and elsewhere prints a line every LOG_EVERY_SECS.
-    """
-    logged = time.monotonic()
-    with contextlib.closing(ProgressBar(total)) as bar:
-
-        def update(done: int) -> None:
-            nonlocal logged
-            bar.to(done, what)
-            if bar.plain and time.monotonic() - logged > LOG_EVERY_SECS:
-                logged = time.monotonic()
-                bar.line(f'{what}: {done:,} of {total:,} ({done / total:.0%})')
-
-        yield update

@@ -15,7 +15,7 @@ from alexnet_jax import config_file
 from alexnet_jax.config import Data
 from alexnet_jax.data import datasets
 from alexnet_jax.data.datasets import Dataset
-from alexnet_jax.data.prepare import command as prepare
+from alexnet_jax.data.prepare import fashion_mnist
 from alexnet_jax.errors import UsageError
 from alexnet_jax.parallel import distributed
 
@@ -131,7 +131,7 @@ def _ensure(config: Data, data_dir: str) -> str:
         )
     folder = data_dir or config.data_dir
     if distributed.is_first():
-        prepare.ensure(config.name, folder)
+        fashion_mnist.ensure(config.name, folder)
     distributed.wait_for_all('data')
     return folder
 

@@ -27,13 +27,6 @@ from alexnet_jax.data.prepare import fashion_mnist, image_folder, imagenet, shar
 from alexnet_jax.data.prepare.shards import Form
 from alexnet_jax.errors import RunError, UsageError
 
-
-def ensure(name: str, data_dir: str | Path) -> None:
-    """Prepare data set `name` if it can be downloaded and no version of it exists."""
-    if name in prepared.FETCHED and not any(Path(data_dir, name).glob('*/dataset_info.json')):
-        fashion_mnist.prepare(data_dir, name=name)
-
-
 # ---- data sets of TFDS ----------------------------------------------------------------------
 
 

@@ -21,7 +21,12 @@ import numpy as np
 
 from alexnet_jax.command import log
 from alexnet_jax.data import prepared
-from alexnet_jax.data.prepare.tfds_format import example, record_writer, write_metadata
+from alexnet_jax.data.prepare.tfds_format import (
+    example,
+    locked_staging_dir,
+    record_writer,
+    write_metadata,
+)
 from alexnet_jax.errors import RunError
 
 Raw = dict[str, tuple[np.ndarray, np.ndarray]]  # {split: (uint8 [N, H, W], uint8 [N])}
@@ -63,6 +68,12 @@ DEBIAN_PACKAGE = 'dataset-fashion-mnist'
 DEBIAN_FOLDER = Path('/usr/share/datasets/fashion-mnist')
 
 
+def ensure(name: str, data_dir: str | Path) -> None:
+    """Prepare data set `name` if it can be downloaded and no version of it exists."""
+    if name in prepared.FETCHED and not any(Path(data_dir, name).glob('*/dataset_info.json')):
+        prepare(data_dir, name=name)
+
+
 def prepare(
     data_dir: str | Path,
     source: str | Path | None = None,
@@ -89,7 +100,7 @@ def prepare(
     if folder.exists():
         return folder
     with (
-        prepared.locked_staging_dir(data_dir, name) as staging,
+        locked_staging_dir(data_dir, name) as staging,
         tempfile.TemporaryDirectory(dir=staging) as scratch,
     ):
         if not folder.exists():  # else another process made it while this one waited

@@ -20,8 +20,8 @@ import numpy as np
 from alexnet_jax.command import log
 from alexnet_jax.data.prepare import archives
 from alexnet_jax.data.prepare.shards import Member, Source
-from alexnet_jax.data.prepared import progress
 from alexnet_jax.errors import RunError
+from alexnet_jax.progress import progress
 
 # Folders below --source that may contain extracted pictures: as Kaggle packs them, or directly.
 PARENTS = ('', 'ILSVRC/Data/CLS-LOC', 'Data/CLS-LOC', 'CLS-LOC')

@@ -33,6 +33,7 @@ from alexnet_jax.data import images as image_io
 from alexnet_jax.data import prepared, statistics
 from alexnet_jax.data.prepare import archives, tfds_format
 from alexnet_jax.errors import RunError, UsageError
+from alexnet_jax.progress import progress
 
 VERSION = '1.0.0'  # of the data sets made here
 PROGRAM = 3  # raise it when the bytes change; since 3, statistics are of the images as stored
@@ -148,7 +149,7 @@ def make(
         OSError: a file cannot be read or written. Finished shards are kept.
     """
     folder = data_dir / source.name / VERSION
-    with prepared.locked_staging_dir(data_dir, source.name) as staging:
+    with tfds_format.locked_staging_dir(data_dir, source.name) as staging:
         if not folder.exists():
             versions = f'{form}, Pillow {PIL.__version__}, program {PROGRAM}'
             work = staging / hashlib.sha256(versions.encode()).hexdigest()[:16]
@@ -300,7 +301,7 @@ def _write_shards(
     context, size = multiprocessing.get_context('spawn'), max(1, min(workers, len(missing)))
     others = set(multiprocessing.active_children())
     with (
-        prepared.progress(f'{source.name} (images)', total) as update,
+        progress(f'{source.name} (images)', total) as update,
         ProcessPoolExecutor(size, context, _start_worker) as pool,
     ):
         try:

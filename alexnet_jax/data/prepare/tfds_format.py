@@ -1,11 +1,17 @@
-"""Write records and descriptions in TFDS's format, without TensorFlow."""
+"""Write a data set in TFDS's format, without TensorFlow: its folder, records and description."""
 
+import contextlib
+import errno
+import fcntl
 import os
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from alexnet_jax.command import log
 
 OPTIONS = 'group_size:1,uncompressed'  # a record each, as TFDS has it; JPEG cannot be compressed
 
@@ -84,3 +90,34 @@ def write_metadata(
         check_data=False,  # it needs TensorFlow
         **description,
     )
+
+
+@contextlib.contextmanager
+def locked_staging_dir(data_dir: Path, name: str) -> Generator[Path]:
+    """Yield the staging directory, locked for this process; it keeps what an earlier run left.
+
+    It is removed when the block ends well. The system releases the lock of a killed process.
+
+    Raises:
+        OSError: `data_dir` cannot be written, or the disk is full.
+    """
+    staging = data_dir / f'.prepare-{name}'
+    data_dir.mkdir(parents=True, exist_ok=True)
+    with open(f'{staging}.lock', 'w') as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log(f'{name}: waiting for another process that is preparing it')
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        staging.mkdir(exist_ok=True)
+        try:
+            yield staging
+            shutil.rmtree(staging)
+        except Exception as error:  # array_record has types of its own for a full disk
+            for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                if os.strerror(number) in str(error):
+                    raise OSError(number, os.strerror(number), str(data_dir)) from error
+            raise
+        finally:
+            with contextlib.suppress(OSError):
+                staging.rmdir()  # if it contains nothing to resume from
