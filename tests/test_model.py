@@ -583,6 +583,17 @@ def test_one_device_mesh_is_the_plain_module(on_one_device):
     assert relative(logits, seen['fc8_linear']) < 1e-6
 
 
+@pytest.mark.parametrize('reads', ['own', 'all'])
+def test_large_maps_in_towers_give_the_same_pass(monkeypatch, reads):
+    net = dataclasses.replace(small_net(), lrn_reads=reads)
+    case = cases.case(net, 2)
+    monkeypatch.setattr(model, 'LARGE_MAPS', 2**30)
+    expected = on_mesh(net, case, (1, 1))
+    monkeypatch.setattr(model, 'LARGE_MAPS', 1)
+    assert_same_pass(on_mesh(net, case, (1, 1)), expected)
+    assert_same_pass(on_mesh(net, case, (1, 2)), expected)
+
+
 def test_towers_without_cross_talk_on_two_devices():
     """Fully connected layers that read their own tower are grouped on one device, plain on two."""
     net = cut(without_cross_talk(), 'conv1', 'fc6', 'fc7', 'fc8')

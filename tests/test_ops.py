@@ -119,6 +119,8 @@ CONVOLUTIONS = {
     # name: (x shape, kernel shape, stride, padding, groups)
     'conv1 of AlexNet': ((2, 24, 24, 3), (11, 11, 3, 8), 4, ((0, 3), (0, 3)), 1),
     'conv1, one channel': ((3, 16, 20, 1), (11, 11, 1, 6), 4, ((0, 3), (0, 3)), 1),
+    'one channel, pixels left over': ((2, 22, 21, 1), (5, 3, 1, 4), 2, ((2, 1), (0, 2)), 1),
+    'one channel, stride larger than kernel': ((2, 10, 9, 1), (3, 3, 1, 4), 4, ((1, 0), (0, 1)), 1),
     'conv1, nothing over': ((2, 19, 23, 3), (11, 11, 3, 4), 4, ((0, 0), (0, 0)), 1),
     'conv1, pixels left over': ((2, 22, 21, 2), (11, 11, 2, 4), 4, ((0, 0), (0, 0)), 1),
     'conv2 of AlexNet': ((2, 7, 9, 8), (5, 5, 4, 12), 1, ((2, 2), (2, 2)), 2),

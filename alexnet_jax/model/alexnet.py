@@ -27,6 +27,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 Op = Literal['relu', 'tanh', 'sigmoid', 'lrn', 'spatial_norm', 'pool', 'dropout']
 OPS: tuple[str, ...] = get_args(Op)
+LARGE_MAPS = 2**15  # values of one image; smaller maps are copied in the cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,9 +106,8 @@ class Net:
     pool: Pool
     dropout: Dropout
     compute_dtype: Literal['float32', 'bfloat16']
-    lrn_reads: Literal['own', 'all'] = (
-        'own'  # LRN's window ends at the tower's border, as in 2012; 'all': Caffe's
-    )
+    # LRN's window ends at the tower's border, as in 2012, or crosses it ('all'), as in Caffe.
+    lrn_reads: Literal['own', 'all'] = 'own'
 
     @property
     def classes(self) -> int:
@@ -221,30 +221,18 @@ def _after(op: str, shape: Shape, layer: Layer, pool: Pool) -> Shape:
 # --------------------------------------------------------------------------------- initialisers
 
 
-def _gaussian(layer: Layer) -> nn.initializers.Initializer:
-    return nn.initializers.normal(layer.init_std)  # untruncated, as in 2012
-
-
 def _uniform(layer: Layer) -> nn.initializers.Initializer:
     """Return a uniform initialiser of deviation `init_std`: its limits are sqrt(3) times that."""
     limit = layer.init_std * math.sqrt(3)
     return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -limit, limit)
 
 
-def _xavier(layer: Layer) -> nn.initializers.Initializer:
-    return nn.initializers.glorot_uniform()  # Glorot and Bengio, 2010
-
-
-def _fan_in_uniform(layer: Layer) -> nn.initializers.Initializer:
-    """Return PyTorch's default for convolutions and linear layers: limits +-1 / sqrt(fan-in)."""
-    return nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
-
-
 INITIALIZERS: dict[str, Callable[[Layer], nn.initializers.Initializer]] = {
-    'gaussian': _gaussian,
+    'gaussian': lambda layer: nn.initializers.normal(layer.init_std),  # untruncated, as in 2012
     'uniform': _uniform,
-    'xavier': _xavier,
-    'fan_in_uniform': _fan_in_uniform,
+    'xavier': lambda _: nn.initializers.glorot_uniform(),  # Glorot and Bengio, 2010
+    # PyTorch's default for convolutions and linear layers: limits +-1 / sqrt(fan-in).
+    'fan_in_uniform': lambda _: nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform'),
 }
 
 
@@ -289,7 +277,9 @@ class Linear(nn.Module):
             x = jnp.einsum('bti,itf->btf', own, split).reshape(len(x), features)
         if total is not None:
             x = total(x)
-        return x + jnp.expand_dims(bias, range(x.ndim - 1))
+        parts = self.groups if _in_towers(x) else 1
+        pairs = zip(jnp.split(x, parts, -1), jnp.split(bias, parts), strict=True)
+        return jnp.concatenate([a + jnp.expand_dims(b, range(x.ndim - 1)) for a, b in pairs], -1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -356,7 +346,8 @@ class AlexNet(nn.Module):
                     if parallel.gather_batch:
                         x = _gather(x, parallel.fc, axis=0)
                 x = Linear(layer, groups, own.shards, name=layer.name)(x)
-                x = self._apply_ops(layer, x, masks)
+                towers = max(1, self.net.towers // parallel.conv.shards)
+                x = self._apply_ops(layer, x, masks, towers)
             shard = own
         with jax.named_scope(head.layer.name):
             x = self._classify(head.layer, x, shard)
@@ -382,10 +373,15 @@ class AlexNet(nn.Module):
             return jax.lax.psum_scatter(x, axis, scatter_dimension=0, tiled=True)
         return jax.lax.psum(x, axis)
 
-    def _apply_ops(self, layer: Layer, x: Array, masks: Mapping[str, Array] | None) -> Array:
+    def _apply_ops(
+        self, layer: Layer, x: Array, masks: Mapping[str, Array] | None, towers: int = 1
+    ) -> Array:
         self.sow('intermediates', f'{layer.name}_linear', x)
+        alone = _in_towers(x) and self.net.lrn_reads == 'own' and 'dropout' not in layer.ops
+        parts = jnp.split(x, towers if alone else 1, -1)
         for op in layer.ops:
-            x = self.apply_op(op, x, layer, masks)
+            parts = [self.apply_op(op, part, layer, masks) for part in parts]
+            x = jnp.concatenate(parts, -1)
             self.sow('intermediates', f'{layer.name}_{op}', x)
         return x
 
@@ -395,7 +391,7 @@ class AlexNet(nn.Module):
         if op in ACTIVATIONS:
             return ACTIVATIONS[op](x)
         if op == 'lrn':
-            return self._lrn(x)
+            return self._lrn(x, layer)
         if op == 'spatial_norm':
             return ops.spatial_norm(x, **dataclasses.asdict(net.spatial_norm))
         if op == 'pool':
@@ -406,16 +402,26 @@ class AlexNet(nn.Module):
             return drop(x, None if masks is None else masks[layer.name], net.dropout)
         raise ValueError(f"{layer.name}: '{op}' is not one of {', '.join(OPS)}.")
 
-    def _lrn(self, x: Array) -> Array:
+    def _lrn(self, x: Array, layer: Layer) -> Array:
         net, shard = self.net, self.tensor_parallel.conv
         norm = dataclasses.asdict(net.lrn)
         if net.lrn_reads == 'own':
-            return ops.lrn(x, groups=net.towers // shard.shards, **norm)
+            return ops.lrn(x, groups=x.shape[-1] * net.towers // layer.features, **norm)
         normed = ops.lrn(_gather(x, shard, axis=-1), **norm)
         if shard.shards == 1:
             return normed
         first = jax.lax.axis_index(shard.axis) * x.shape[-1]
         return jax.lax.dynamic_slice_in_dim(normed, first, x.shape[-1], axis=-1)
+
+
+def _in_towers(maps: Array) -> bool:
+    """Return whether operations treat each tower's maps alone: on a CPU, if the maps are large.
+
+    XLA concatenates arrays in a single thread. It omits this where the next operation splits them
+    again.
+    """
+    large = maps.ndim == 4 and math.prod(maps.shape[1:]) >= LARGE_MAPS
+    return large and ops.platform() == 'cpu'
 
 
 def drop(x: Array, mask: Array | None, dropout: Dropout) -> Array:

@@ -90,8 +90,9 @@ def conv(x, kernel, *, stride: int = 1, padding=((0, 0), (0, 0)), groups: int = 
     padding = tuple(map(tuple, padding))
     if not _on_cpu():
         return _xla_conv(x, kernel, stride, padding, groups)
+    convolve = _grey_conv if channels == 1 < stride else _xla_conv
     pairs = zip(jnp.split(x, groups, -1), jnp.split(kernel, groups, -1), strict=True)
-    maps = [_kept(_xla_conv(_kept(a), b, stride, padding)) for a, b in pairs]
+    maps = [_kept(convolve(_kept(a), b, stride, padding)) for a, b in pairs]
     return jnp.concatenate(maps, -1)
 
 
@@ -104,6 +105,40 @@ def _xla_conv(x, kernel, stride, padding, groups=1):
         dimension_numbers=_DIMENSIONS,
         feature_group_count=groups,
     )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _grey_conv(x, kernel, stride, padding):
+    """Convolve one channel as the `stride` ** 2 channels of its blocks: twice as fast on a CPU.
+
+    Eigen copies runs of a window row's channels, too short otherwise. In training the blocks are
+    not used: their gradient takes half as long again.
+    """
+    window = [-(-side // stride) for side in kernel.shape[:2]]  # in blocks
+    sides = [
+        (n + sum(pad) - k) // stride + w
+        for n, pad, k, w in zip(x.shape[1:3], padding, kernel.shape[:2], window, strict=True)
+    ]
+    x = _blocks(x[..., 0], [before for before, _ in padding], sides, stride)
+    kernel = _blocks(jnp.moveaxis(kernel[:, :, 0], -1, 0), (0, 0), window, stride)
+    return _xla_conv(_kept(x), jnp.moveaxis(kernel, 0, -1), 1, ((0, 0), (0, 0)))
+
+
+def _blocks(x, before, sides, step):
+    """Return `[N, *sides, step ** 2]`, blocks of images `[N, H, W]` with zeros at the edges."""
+    edges = [
+        (start, side * step - start - n, 0)
+        for start, side, n in zip(before, sides, x.shape[1:], strict=True)
+    ]
+    x = lax.pad(x, jnp.zeros((), x.dtype), (_NO_PAD, *edges))
+    return x.reshape(-1, sides[0], step, sides[1], step).swapaxes(2, 3).reshape(-1, *sides, step**2)
+
+
+def _grey_conv_forward(x, kernel, stride, padding):
+    return jax.vjp(lambda x, kernel: _xla_conv(x, kernel, stride, padding), x, kernel)
+
+
+_grey_conv.defvjp(_grey_conv_forward, lambda stride, padding, transposed, dy: transposed(dy))
 
 
 # --- normalisation -------------------------------------------------------------------------
