@@ -20,14 +20,19 @@ def expand(path: str) -> str:
     """Return a local path from the command line, without outer spaces and with `~` expanded.
 
     Raises:
-        UsageError: it is empty or has a scheme such as gs://.
+        UsageError: it is empty, has a scheme such as gs://, or the home directory is unknown.
     """
     path = path.strip()
-    if not path or re.match(r'[A-Za-z][\w+.-]*://', path):
+    if not path:
+        raise UsageError('a path is empty; give a file or a folder.')
+    if re.match(r'[A-Za-z][\w+.-]*://', path):
         raise UsageError(
-            f'{path or "an empty path"} is not a local path; give a file or folder of this machine.'
+            f'{path} is not a local path; copy or mount it, and give the local folder.'
         )
-    return os.path.expanduser(path)
+    try:
+        return str(Path(path).expanduser())
+    except RuntimeError as error:  # '~nobody'
+        raise UsageError(f'{path}: there is no such home directory; give the full path.') from error
 
 
 def path(text: str) -> Path:

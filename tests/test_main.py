@@ -123,7 +123,7 @@ def test_no_data_and_no_way_to_get_it(run_main, tmp_path):
         data=False,
     )
     way = 'alexnet_jax prepare imagenet2012 --source=FOLDER'
-    one_sentence(done, 1, f'imagenet2012 is not in {tmp_path}', way)
+    one_sentence(done, 1, f"there is no data set 'imagenet2012' in {tmp_path}", way)
 
 
 def test_a_workdir_that_cannot_be_written(run_main, tmp_path):

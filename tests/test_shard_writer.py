@@ -164,14 +164,12 @@ def many(tmp_path_factory):
 def start(many, data_dir, *more):
     words = [sys.executable, '-m', 'alexnet_jax', 'prepare', 'folder', f'--source={many}',
              f'--data_dir={data_dir}', '--workers=2', '--px=64', '--test=0', *more]  # fmt: skip
-    return subprocess.Popen(
-        words,
-        cwd=REPOSITORY,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's & ignores it
-    )
+    pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE}
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's & ignores it, inherited
+    try:
+        return subprocess.Popen(words, cwd=REPOSITORY, text=True, **pipes)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def finished(data_dir):
