@@ -15,11 +15,15 @@ jax.config.update('jax_numpy_rank_promotion', 'raise')
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
-# Compiled programs are kept between tests and test runs: most of a small run is compilation.
+# Compiled programs are shared by tests, their processes, and test runs: most of a small run
+# is compilation.
 CACHE = REPOSITORY / '.cache' / 'jax'
-jax.config.update('jax_compilation_cache_dir', str(CACHE))
-jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
-
+for name, value in (
+    ('jax_compilation_cache_dir', str(CACHE)),
+    ('jax_persistent_cache_min_compile_time_secs', 0),
+):
+    jax.config.update(name, value)
+    os.environ[name.upper()] = str(value)
 
 # Files of few but long tests go first, so that the workers end together; see the Makefile.
 LONG = (

@@ -51,16 +51,11 @@ def classify(trained):
 
 
 @pytest.fixture(scope='module')
-def run_command(repository, cache_dir):
+def run_command(repository):
     def call(*words):
-        environment = os.environ | {
-            'JAX_COMPILATION_CACHE_DIR': str(cache_dir),
-            'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
-        }
         return subprocess.run(
             [sys.executable, '-m', 'alexnet_jax', 'predict', *map(os.fspath, words)],
             cwd=repository,
-            env=environment,
             capture_output=True,
             text=True,
             timeout=120,

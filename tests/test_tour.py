@@ -12,8 +12,7 @@ def text_of(cell) -> str:
     return ''.join(output.get('text', '') for output in cell.get('outputs', ()))
 
 
-def test_the_tour_runs_from_start_to_end(smoke_run, data_dir, cache_dir, monkeypatch):
-    monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', str(cache_dir))
+def test_the_tour_runs_from_start_to_end(smoke_run, data_dir):
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     (parameters,) = [c for c in notebook.cells if 'parameters' in c.metadata.get('tags', ())]
     for old, new in (
