@@ -32,8 +32,9 @@ def main(flags: argparse.Namespace, values: dict[str, str]) -> None:
         if getattr(flags, name) and flags.mode != mode:
             raise UsageError(f'--{name} needs --mode={mode}; set that mode, or remove --{name}.')
     if not flags.config and (flags.mode != 'evaluate' or not flags.workdir):
-        needed = '--workdir=DIR of a run' if flags.mode == 'evaluate' else '--config'
-        raise UsageError(f'no {needed}; try --config=configs/alexnet.py.')
+        if flags.mode == 'evaluate':
+            raise UsageError('no --workdir; name the folder of a run: --workdir=workdirs/NAME.')
+        raise UsageError('no --config; try --config=configs/alexnet.py.')
     config = config_file.plain(config_file.load(flags.config, values)) if flags.config else {}
     workdir = flags.workdir or 'workdirs/{name}-{scale}-{seed}'.format(**config)
     where = flags.coordinator_address, flags.num_processes, flags.process_id

@@ -133,8 +133,10 @@ def report(error: BaseException, name: str) -> int:
     """
     if isinstance(error, KeyboardInterrupt):
         return 128 + signal.SIGINT
-    frames = traceback.extract_tb(error.__traceback__)
-    if isinstance(error, OSError):
+    wanted, frames = os.environ.get('JAX_PLATFORMS'), traceback.extract_tb(error.__traceback__)
+    if isinstance(error, AlexNetError):
+        pass  # one sentence already
+    elif isinstance(error, OSError):
         reason = error.strerror or str(error)
         file = f'{error.filename}: ' if error.filename else ''
         error = RunError(f'{file}{reason}; correct this and run the command again.')
@@ -143,12 +145,12 @@ def report(error: BaseException, name: str) -> int:
             'the device does not have enough memory: lower batch_size or loop.eval_batch_size; '
             '--mode=describe estimates what fits.'
         )
-    elif frames and frames[-1].filename.endswith('xla_bridge.py'):
+    elif wanted and frames and frames[-1].filename.endswith('xla_bridge.py'):
         error = UsageError(
-            f'JAX cannot use the platform set by the environment variable JAX_PLATFORMS='
-            f'{os.environ.get("JAX_PLATFORMS")}: unset it, or install the support for it.'
+            f'JAX cannot use the platform set by the environment variable JAX_PLATFORMS={wanted}: '
+            'unset it, or install the support for it.'
         )
-    if not isinstance(error, AlexNetError):
+    else:
         raise error
     print(f'{name}: {error}', file=sys.stderr, flush=True)
     return error.exit_code

@@ -190,7 +190,7 @@ def _check(rules: Rules) -> None:
 
 def _build(cls: Any, tree: Any, path: str, **given: Any) -> Any:
     """Fill dataclass `cls` from `tree`, checking names, types and bounds field by field."""
-    _check([(isinstance(tree, Mapping), f'{path} must be a group of keys, but is {tree!r}.')])
+    tree = _group(tree, path)
     hints, where = typing.get_type_hints(cls), f'{path}.' if path else ''
     fields = {field.name: field for field in dataclasses.fields(cls) if field.name not in given}
     for key in sorted(set(tree) - set(fields)):
@@ -200,11 +200,14 @@ def _build(cls: Any, tree: Any, path: str, **given: Any) -> Any:
         if key in tree:
             make = _build if dataclasses.is_dataclass(hints[key]) else _value
             given[key] = make(hints[key], tree[key], where + key)
-        elif (
-            field.default is dataclasses.MISSING
-        ):  # keys younger than the first checkpoints have one
+        elif field.default is dataclasses.MISSING:  # keys younger than checkpoints have a default
             raise UsageError(f'{where}{key} is missing from this config; set it.')
     return cls(**given)
+
+
+def _group(tree: Any, path: str) -> Mapping[str, Any]:
+    _check([(isinstance(tree, Mapping), f'{path} must be a group of keys, but is {tree!r}.')])
+    return tree
 
 
 def _value(kind: Any, value: Any, path: str) -> Any:
@@ -261,8 +264,7 @@ def _number_rules(value: float, path: str) -> Rules:
 
 
 def _net(section: Any) -> Net:
-    _check([(isinstance(section, Mapping), f'model must be a group of keys, but is {section!r}.')])
-    tree = dict(section)
+    tree = dict(_group(section, 'model'))
     names = _value(tuple[str, ...], tree.pop('layers', None), 'model.layers')
     scaling = _value(
         Literal['none', 'fan_in'], tree.pop('init_scaling', None), 'model.init_scaling'

@@ -7,6 +7,7 @@ import pytest
 
 from alexnet_jax import __main__ as commands
 from alexnet_jax import command
+from alexnet_jax.errors import RunError
 
 
 def test_main_is_short(repository):
@@ -41,6 +42,22 @@ def test_usage_errors(words, expected_text, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert expected_text in line
     assert 'python -m alexnet_jax' in line
+
+
+def test_a_fault_of_jax_is_not_blamed_on_a_variable_that_is_not_set(monkeypatch):
+    monkeypatch.delenv('JAX_PLATFORMS', raising=False)
+    code = compile('raise RuntimeError("no backend")', 'jax/_src/xla_bridge.py', 'exec')
+    with pytest.raises(RuntimeError, match='no backend') as caught:
+        exec(code)
+    with pytest.raises(RuntimeError, match='no backend'):
+        command.report(caught.value, 'x')
+    monkeypatch.setenv('JAX_PLATFORMS', 'cuda')
+    assert command.report(caught.value, 'x') == 2
+
+
+def test_our_own_sentence_is_printed_as_it_is(capsys):
+    assert command.report(RunError('the log contains RESOURCE_EXHAUSTED.'), 'x') == 1
+    assert capsys.readouterr().err == 'x: the log contains RESOURCE_EXHAUSTED.\n'
 
 
 def test_a_table_is_aligned():

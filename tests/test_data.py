@@ -1,5 +1,6 @@
 """Test the real Fashion-MNIST, damage to its decoded copy, batches, prefetching and statistics."""
 
+import errno
 import gc
 import hashlib
 import logging
@@ -15,7 +16,7 @@ import pytest
 from tensorflow_datasets.core import hashing
 
 from alexnet_jax.data import batches as batching
-from alexnet_jax.data import datasets
+from alexnet_jax.data import datasets, records
 from alexnet_jax.data.prepare import fashion_mnist
 from alexnet_jax.errors import RunError, UsageError
 
@@ -226,6 +227,23 @@ def test_a_flipped_byte_in_a_record_file_never_gives_wrong_images(small):
         except RunError:
             refused += 1
     assert refused > 0
+
+
+@pytest.mark.parametrize('error', [OSError(errno.EMFILE, 'Too many open files'), MemoryError()])
+def test_what_the_system_cannot_do_is_not_called_damage(small, monkeypatch, error):
+    """Its sentence would advise to remove intact data."""
+
+    def fail(*_):
+        raise error
+
+    opened = datasets.load('fashion_mnist', small, 'test', resident_gib=0)
+    monkeypatch.setattr(records, 'image_and_label', fail)
+    if isinstance(error, MemoryError):
+        with pytest.raises(MemoryError):
+            opened.take(np.arange(3))
+    monkeypatch.setattr(Path, 'read_text', fail)
+    with pytest.raises(type(error)):
+        datasets.load('fashion_mnist', small, 'test')
 
 
 def test_a_damaged_description_is_refused(small):

@@ -29,6 +29,7 @@ def describe(folder: Path) -> Description:
     Raises:
         RunError: the description or a record file is missing, or the set has no uint8 images
             [H, W, 1 or 3] with class labels.
+        OSError: the system cannot open a file, which may be intact.
     """
     try:
         info = json.loads((folder / 'dataset_info.json').read_text())
@@ -52,7 +53,8 @@ def describe(folder: Path) -> Description:
             for word, name in zip(words, found, strict=True)
         )
         return Description(files, *_image_format(features['image']), found, unique)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError) as error:
+        # Other OSErrors are of the system: too many open files, no permission.
         reason = error if isinstance(error, OSError) else f'{type(error).__name__}: {error}'
         raise damaged(folder, f'its description or a file is missing or wrong, {reason}') from None
 

@@ -103,6 +103,8 @@ class StoredImages:
                     image_io.decode_into(image, out[row])
                 elif out is not None:
                     out[row] = np.frombuffer(image, np.uint8).reshape(self.shape[1:])
+            except MemoryError:
+                raise
             except Exception as error:  # decoders and array_record raise many types
                 path.open('rb').close()  # OSError: too many open files, no permission
                 reason = (str(error).splitlines() or [type(error).__name__])[0]

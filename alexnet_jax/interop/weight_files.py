@@ -37,9 +37,10 @@ def read(path: Path) -> Arrays:
         RunError: it is damaged or contains Python objects, or the library that reads it is not
             installed.
     """
+    path.open('rb').close()  # an OSError here is the system's, not damage
     try:
         arrays = _reader(path)(path)
-    except (AlexNetError, FileNotFoundError):
+    except AlexNetError:
         raise
     except Exception as problem:  # each library has its own exceptions for damage
         reason = ' '.join(str(problem).split())[:120]
