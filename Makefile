@@ -68,13 +68,12 @@ test-cluster: data
 golden: env
 	$(BIN)/python -m tests.golden.configs
 
-# The contribution table: the base and every ablation, five seeds, and the rates of rows that do not
-# train at the base's. Hours on a CPU; the same command resumes.
+# The contribution table: the base and every ablation, ten seeds; the rates of rows that do not train
+# at the base's; bfloat16. Many hours on a CPU; the same command resumes.
+TABLE := contribution_table contribution_rates contribution_bfloat16
 table: data
-	$(BIN)/python -m experiments.sweep contribution_table --seeds=5 --parallel=2
-	$(BIN)/python -m experiments.sweep contribution_rates --seeds=3 --parallel=2
-	$(BIN)/python -m experiments.contribution_table \
-	  --runs workdirs/contribution_table-quickstart workdirs/contribution_rates-quickstart
+	for sweep in $(TABLE); do $(BIN)/python -m experiments.sweep $$sweep --seeds=10 --parallel=2 || exit 1; done
+	$(BIN)/python -m experiments.contribution_table --runs $(TABLE:%=workdirs/%-quickstart)
 
 # Everything that needs a GPU, most important first; see experiments/gpu.py.
 gpu: data
