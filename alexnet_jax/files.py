@@ -52,9 +52,8 @@ def output(path: Path) -> Generator[Path]:
         with atomic_write(path) as scratch:
             yield scratch
     except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else error  # pyarrow's messages are long
         raise RunError(
-            f'{path} cannot be written ({reason}); choose another output file.'
+            f'{path} cannot be written ({error.strerror or error}); choose another output file.'
         ) from error
 
 
@@ -73,15 +72,17 @@ def check_writable(path: Path) -> None:
         raise RunError(f'{path} cannot be written ({reason}); choose another output file.')
 
 
-def read_npz(path: Path, names: Sequence[str], advice: str) -> dict[str, np.ndarray]:
-    """Return the named arrays of an .npz file of any origin; nothing is unpickled.
+def read_npz(
+    path: Path, names: Sequence[str] = (), advice: str = 'download it again'
+) -> dict[str, np.ndarray]:
+    """Return the named arrays of an .npz file of any origin, or all; nothing is unpickled.
 
     Raises:
         RunError: the file does not exist, is damaged or lacks an array; ends with `advice`.
     """
     try:
         with path.open('rb') as file, np.load(file, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in names}
+            return {name: arrays[name] for name in names or arrays.files}
     except FileNotFoundError:
         raise RunError(f'{path.parent} has no {path.name}: {advice}.') from None
     except Exception as error:  # damage raises various exceptions of zipfile and NumPy

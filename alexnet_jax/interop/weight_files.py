@@ -11,7 +11,6 @@ become float32.
 """
 
 import pickle
-import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from alexnet_jax import files
 from alexnet_jax.command import library
 from alexnet_jax.errors import AlexNetError, RunError, UsageError
 
@@ -56,7 +56,7 @@ def _reader(path: Path) -> Callable[[Path], Arrays]:
     if start.startswith(b'PK'):
         with zipfile.ZipFile(path) as archive:
             is_npz = all(name.endswith('.npy') for name in archive.namelist())
-        return _read_npz if is_npz else _read_torch
+        return files.read_npz if is_npz else _read_torch
     if start.startswith(b'\x80'):  # a pickle, as torch.save wrote before PyTorch 1.6
         return _read_torch
     if start.endswith(b'{'):  # after 8 bytes with the length of the JSON header
@@ -74,11 +74,6 @@ def _float32(array: np.ndarray) -> np.ndarray:
         return np.asarray(array, np.float32)
 
 
-def _read_npz(path: Path) -> Arrays:
-    with path.open('rb') as file, np.load(file, allow_pickle=False) as arrays:
-        return dict(arrays)
-
-
 def _read_safetensors(path: Path) -> Arrays:
     with library('safetensors', 'weights').safe_open(path, framework='np') as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
@@ -92,51 +87,20 @@ def metadata(path: Path) -> dict[str, str]:
         return file.metadata() or {}
 
 
-# -------------------------------------------------------------------------------------- PyTorch
-
-
-class _Ignored:
-    """A stand-in for Python objects other than tensors, whose own classes are not run."""
-
-    def __init__(self, *_: Any):
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-
 def _read_torch(path: Path) -> Arrays:
     torch = library('torch', 'torch')
+    try:
+        tree = torch.load(path, map_location='cpu', weights_only=True)
+    except pickle.UnpicklingError as problem:
+        raise RunError(
+            f'{path} is damaged, or contains Python objects, which are not loaded, for safety; '
+            f'save only model.state_dict().'
+        ) from problem
     return {
         name: (x.detach().float() if x.is_floating_point() else x.detach()).numpy()
-        for name, x in _leaves(_load(torch, path))
+        for name, x in _leaves(tree)
         if isinstance(x, torch.Tensor)
     }
-
-
-def _load(torch: Any, path: Path) -> Any:
-    """Return a file's contents by PyTorch's own restricted loader.
-
-    Training programs save more than weights: torchvision's saves an argparse.Namespace, others save
-    NumPy scalars. The loader refuses such names one by one; each gets a stand-in.
-    """
-    names: list[str] = []
-    while True:
-        try:
-            with torch.serialization.safe_globals([(_Ignored, name) for name in names]):
-                return torch.load(path, map_location='cpu', weights_only=True)
-        except pickle.UnpicklingError as problem:
-            text = ' '.join(str(problem).split())
-            refused = re.search(r'GLOBAL (\S+) was not an allowed global', text)
-            if refused and refused[1] not in names:
-                names.append(refused[1])
-                continue
-            found = re.search(r'GLOBAL (\S+)', text) or re.search(r'Unpickler error: (.+)', text)
-            reason = (found[1] if found else text)[:120]
-            raise RunError(
-                f'{path} is damaged, or contains Python objects ({reason}), which are not loaded, '
-                f'for safety; save only model.state_dict().'
-            ) from problem
 
 
 def _leaves(tree: Any, path: str = '') -> Iterator[tuple[str, Any]]:

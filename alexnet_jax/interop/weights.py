@@ -117,9 +117,13 @@ def canonical(arrays: Arrays, origin: Origin, settings: Settings, file: str = 't
     for name, stage in zip(origin.names, stages, strict=True):
         kernel, bias = (name + part for part in origin.parts)
         wanted |= {kernel: stage.kernel[::-1], bias: stage.kernel[-1:]}  # kernels are square
-    found = iter(_check(_unwrap(arrays, next(iter(wanted)), file), wanted, file).values())
+    checked = _check(_unwrap(arrays, next(iter(wanted)), file), wanted, file)
     params = {
-        s.layer.name: {'kernel': _kernel(next(found), s), 'bias': next(found)} for s in stages
+        stage.layer.name: {
+            'kernel': _kernel(checked[name + origin.parts[0]], stage),
+            'bias': checked[name + origin.parts[1]],
+        }
+        for name, stage in zip(origin.names, stages, strict=True)
     }
     conv1 = params[stages[0].layer.name]
     kernel = conv1['kernel'][:, :, :: -1 if origin.bgr else 1]
@@ -167,11 +171,11 @@ OTHER_CONFIG = 'choose the config that matches the file'
 
 def _check(arrays: Arrays, wanted: Mapping[str, tuple[int, ...]], file: str) -> Arrays:
     """Return finite float32 arrays of the wanted shapes, or name the first key at fault."""
-    faults = [fault for key in wanted if (fault := _fault(arrays, key, wanted[key]))]
+    faults = [_fault(arrays, key, shape) for key, shape in wanted.items()]
     extra = sorted(arrays.keys() - wanted.keys())
     faults += [f'this net has no {key}; {OTHER_CONFIG}' for key in extra]
-    if faults:
-        raise UsageError(f'{file}: {faults[0]}.')
+    if fault := next(filter(None, faults), ''):
+        raise UsageError(f'{file}: {fault}.')
     # Caffe and OpenCV add axes of length 1.
     return {key: arrays[key].reshape(shape) for key, shape in wanted.items()}
 
@@ -216,7 +220,6 @@ def import_foreign(
     workdir: Path,
     *,
     mean: np.ndarray | None = None,
-    class_names: Sequence[str] = (),
 ) -> str:
     """Make a workdir with a checkpoint at step 0 of another framework's weights.
 
@@ -226,7 +229,6 @@ def import_foreign(
         config: of the net.
         workdir: new, or without a checkpoint.
         mean: Caffe's mean image, see `statistics_of`.
-        class_names: by label; WordNet ids or numbers if there are none.
 
     Returns:
         One sentence for the user.
@@ -237,11 +239,8 @@ def import_foreign(
     """
     settings = configuration.unpack(config)
     params = canonical(weight_files.read(file), origin, settings, str(file))
-    names = tuple(class_names) or default_names(settings.net.classes)
-    if len(names) != settings.net.classes:
-        raise UsageError(f'{len(names)} class names were given for {settings.net.classes} classes.')
     statistics = statistics_of(origin, settings.preprocess, mean)
-    return _save(config, params, statistics, names, file, workdir)
+    return _save(config, params, statistics, default_names(settings.net.classes), file, workdir)
 
 
 def import_own(file: Path, workdir: Path) -> str:
@@ -315,7 +314,6 @@ def export_checkpoint(file: Path, workdir: Path, at: checkpoint.Step = 'latest')
         UsageError: the step does not exist, or the format cannot express this net.
         RunError: there is no checkpoint, it is damaged, or the file cannot be written.
     """
-    at = int(at) if isinstance(at, str) and at.isdigit() else at
     restored = checkpoint.read(workdir / 'checkpoints', at)
     params, statistics = restored.state['state']['params'], restored.state['statistics']
     body = WRITERS[file.suffix](
@@ -359,13 +357,6 @@ def _read_mean(file: Path) -> np.ndarray:
     )
 
 
-def _read_lines(file: Path) -> list[str]:
-    try:
-        return file.read_text('utf-8-sig').splitlines()
-    except UnicodeDecodeError as problem:
-        raise UsageError(f'{file} is not UTF-8 text; save it as UTF-8.') from problem
-
-
 def _parser() -> command.Parser:
     parser = command.Parser(
         prog='python -m alexnet_jax weights',
@@ -383,8 +374,6 @@ def _parser() -> command.Parser:
     what = 'config of the net (default: the one for this origin)'
     add('--config', metavar='FILE[:SCALE]', help=what)
     add('--mean', type=command.path, metavar='FILE', help="Caffe's mean image (.npy)")
-    what = 'text file of class names, one per line, in label order'
-    add('--class_names', type=command.path, metavar='FILE', help=what)
     into.set_defaults(act=_import)
     out = verbs.add_parser('export', help='write a checkpoint to a file')
     kinds = ', '.join(WRITERS)
@@ -396,8 +385,8 @@ def _parser() -> command.Parser:
 
 def _import(args: argparse.Namespace) -> str:
     if args.origin == 'own':
-        if args.config or args.mean or args.class_names:
-            raise UsageError('own files contain config, mean and class names: remove these flags.')
+        if args.config or args.mean:
+            raise UsageError('own files contain config and mean: remove these flags.')
         return import_own(args.file, args.workdir)
     origin = ORIGINS[args.origin]
     return import_foreign(
@@ -406,7 +395,6 @@ def _import(args: argparse.Namespace) -> str:
         config_file.load(args.config or origin.config, {}),
         args.workdir,
         mean=_read_mean(args.mean) if args.mean else None,
-        class_names=_read_lines(args.class_names) if args.class_names else (),
     )
 
 
