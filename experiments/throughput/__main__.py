@@ -25,14 +25,14 @@ from alexnet_jax.parallel import cpu
 from experiments.output import write_text
 from experiments.throughput import baselines, input_pipeline, layers, steps, tables
 from experiments.throughput.input_pipeline import INPUTS
-from experiments.throughput.results import RESULTS
+from experiments.throughput.results import RESULTS, keep
 from experiments.throughput.steps import KINDS, NETS, platform
 
-MEASURES = {
-    'steps': steps.measure_all,
-    'layers': layers.measure_all,
-    'feeding': input_pipeline.feeding,
-    'start': input_pipeline.start,
+PARTS = {  # (measures the rows, formats some of them)
+    'steps': (steps.measure_all, tables.steps_tables),
+    'layers': (layers.measure_all, tables.layer_tables),
+    'feeding': (input_pipeline.feeding, tables.feeding_table),
+    'start': (input_pipeline.start, tables.start_table),
 }
 
 
@@ -52,7 +52,7 @@ def _parser() -> command.Parser:
     )
     add = parser.add_argument
     for name, known in (
-        ('parts', tuple(MEASURES)),
+        ('parts', tuple(PARTS)),
         ('nets', tuple(NETS)),
         ('inputs', tuple(INPUTS)),
         ('passes', baselines.PASSES),
@@ -83,7 +83,10 @@ def act(flags: argparse.Namespace) -> None:
         cpu.set_up_cpu(0)  # as the trainer does, and before JAX looks at its devices
         flags.dtype = flags.dtype or ('float32' if platform() == 'cpu' else 'bfloat16')
         for part in flags.parts:
-            MEASURES[part](flags)
+            measure, tabulate = PARTS[part]
+            for row in measure(flags):
+                keep(flags.out, part, row)
+                print(tabulate([row]), flush=True)
     write_text(flags.out / 'tables.md', tables.page(flags.out))
 
 

@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,7 @@ from alexnet_jax.training.metrics import History
 from configs import alexnet
 from experiments.data_bench import process, reading
 from experiments.throughput import baselines
-from experiments.throughput.results import environment, keep
-from experiments.throughput.tables import feeding_table, start_table
+from experiments.throughput.results import Row, environment
 from experiments.throughput.timing import run_alone
 
 INPUTS = {  # the scale of configs/alexnet.py that reads each
@@ -59,16 +59,14 @@ def write_stored_images(folder: Path, count: int) -> None:
     reading.write(folder / STORED, count, 1, reading.PX, 'jpeg', lambda i: some[i % len(some)])
 
 
-def feeding(flags: argparse.Namespace) -> None:
+def feeding(flags: argparse.Namespace) -> Iterator[Row]:
     """Measure every input; one that cannot be read is a row with the reason."""
     for name in flags.inputs:
         devices = alexnet.get_config(INPUTS[name]).mesh.cpu_devices
-        row = run_alone(devices, measure_input, name, flags)
-        keep(flags.out, 'feeding', row)
-        print(feeding_table([row]), flush=True)
+        yield run_alone(devices, measure_input, name, flags)
 
 
-def measure_input(name: str, flags: argparse.Namespace) -> dict[str, Any]:
+def measure_input(name: str, flags: argparse.Namespace) -> Row:
     """Measure one input, in this process."""
     with tempfile.TemporaryDirectory() as scratch:
         try:
@@ -80,7 +78,7 @@ def measure_input(name: str, flags: argparse.Namespace) -> dict[str, Any]:
     return {'input': name, **found, **environment()}
 
 
-def feed(config: Any, scratch: Path, rounds: int, sample_secs: float) -> dict[str, Any]:
+def feed(config: Any, scratch: Path, rounds: int, sample_secs: float) -> Row:
     """Return seconds a step of the trainer's loop and of the step alone, a value a round."""
     config.mesh.update(data=baselines.as_devices(config), tower=1)
     config.loop.eval_batch_size = 64
@@ -93,7 +91,7 @@ def feed(config: Any, scratch: Path, rounds: int, sample_secs: float) -> dict[st
     state, secs = resident(job, state, batch, 1)
     steps = max(FEWEST_STEPS, round(10 * sample_secs / secs))
     state, *_ = real(job, state, FEWEST_STEPS)
-    row: dict[str, Any] = {'batch_size': job.settings.batch_size, 'steps': steps}
+    row: Row = {'batch_size': job.settings.batch_size, 'steps': steps}
     row |= {'real_secs': [], 'resident_secs': [], 'stall_share': []}
     for _ in range(rounds):
         state, secs = resident(job, state, batch, steps)
@@ -133,16 +131,15 @@ class _Waits(Callback):
         self.secs += wait_secs
 
 
-def start(flags: argparse.Namespace) -> None:
+def start(flags: argparse.Namespace) -> Iterator[Row]:
     """Measure cold and warm starts of quickstart in turn."""
-    row: dict[str, Any] = {'config': 'configs/alexnet.py', 'cold_secs': [], 'warm_secs': []}
+    row: Row = {'config': 'configs/alexnet.py', 'cold_secs': [], 'warm_secs': []}
     for _ in range(flags.rounds):
         with tempfile.TemporaryDirectory() as scratch:
             for kind in ('cold', 'warm'):
                 secs = first_step_secs(row['config'], Path(scratch), kind)
                 row[f'{kind}_secs'].append(secs)
-    keep(flags.out, 'start', row | environment())
-    print(start_table([row]), flush=True)
+    yield row | environment()
 
 
 def first_step_secs(config: str, scratch: Path, workdir: str, more: tuple[str, ...] = ()) -> float:

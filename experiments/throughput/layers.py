@@ -21,16 +21,9 @@ from alexnet_jax.parallel import cpu
 from alexnet_jax.training.step import make_optimizer
 from experiments.throughput import baselines, roofline, steps
 from experiments.throughput.baselines import Case
-from experiments.throughput.results import Row, environment, keep, median
+from experiments.throughput.results import Row, environment, median
 from experiments.throughput.roofline import Work
-from experiments.throughput.tables import layer_table
-from experiments.throughput.timing import (
-    Benchmark,
-    alternate,
-    repeated,
-    run_alone,
-    stateful,
-)
+from experiments.throughput.timing import Benchmark, alternate, repeated, run_alone, stateful
 
 BATCH = {'cpu': 64, 'gpu': 128}
 
@@ -51,14 +44,12 @@ class Piece:
         return f'{self.layer} {self.op} {self.direction}'
 
 
-def measure_all(flags: argparse.Namespace) -> None:
-    """Measure, store and print the nets asked for, at one batch size each."""
+def measure_all(flags: argparse.Namespace) -> Iterator[Row]:
+    """Measure the nets asked for, at one batch size each; yield their rows."""
     for net in flags.nets:
         usual = steps.QUICKSTART_BATCH if net == 'quickstart' else BATCH[steps.platform()]
         batch_size = (flags.batches or (usual,))[0]
-        row = run_alone(steps.config_of(net).mesh.cpu_devices, measure, net, batch_size, flags)
-        keep(flags.out, 'layers', row)
-        print(layer_table(row), flush=True)
+        yield run_alone(steps.config_of(net).mesh.cpu_devices, measure, net, batch_size, flags)
 
 
 def measure(net: str, batch_size: int, flags: argparse.Namespace) -> Row:

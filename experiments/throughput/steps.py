@@ -2,7 +2,7 @@
 
 import argparse
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -12,8 +12,7 @@ from alexnet_jax.errors import RunError
 from configs import ablation_lrn, alexnet, variant_torchvision
 from experiments.throughput import baselines, roofline
 from experiments.throughput.baselines import Case
-from experiments.throughput.results import Row, environment, keep
-from experiments.throughput.tables import forms_table, steps_table
+from experiments.throughput.results import Row, environment
 from experiments.throughput.timing import alternate, best_torch, ratio, run_alone
 
 KINDS = ('ours', 'naive', 'torch')
@@ -109,20 +108,13 @@ def _check(row: Row, values: Mapping[str, np.ndarray], case: Case) -> None:
             raise RunError(f'{row["net"]}: the logits of {name} are not those of {first}.')
 
 
-def measure_all(flags: argparse.Namespace) -> None:
-    """Measure, print and store all rows of the part."""
+def measure_all(flags: argparse.Namespace) -> Iterator[Row]:
+    """Measure all nets, batch sizes and passes; yield their rows."""
     for net in flags.nets:
-        for batch_size, what in itertools.product(batches(net, flags), flags.passes):
-            row = measure(net, batch_size, what, flags)
-            print(steps_table([row]), forms_table([row]), '', sep='\n\n', flush=True)
-            keep(flags.out, 'steps', row)
-
-
-def batches(net: str, flags: argparse.Namespace) -> tuple[int, ...]:
-    """Return the batch sizes of a net's rows."""
-    if net == 'quickstart':
-        return (QUICKSTART_BATCH,)
-    return flags.batches or BATCHES[platform()]
+        usual = flags.batches or BATCHES[platform()]
+        batches = (QUICKSTART_BATCH,) if net == 'quickstart' else usual
+        for batch_size, what in itertools.product(batches, flags.passes):
+            yield measure(net, batch_size, what, flags)
 
 
 def platform() -> str:

@@ -49,10 +49,8 @@ def _device(rows: dict[str, list[Row]]) -> list[str]:
     if not found:
         return []
     parts = [f'## {found[0]["device"]}, {found[0]["cpus"]} cores', _versions(found)]
-    parts += ['### Steps', steps_table(rows['steps'])]
-    parts += ['### All variants', forms_table(rows['steps'])]
-    for row in rows['layers']:
-        parts += [f'### Time by layer: {_named(row)}', layer_table(row)]
+    parts += ['### Steps', steps_tables(rows['steps'])]
+    parts += [layer_tables(rows['layers'])] if rows['layers'] else []
     parts += ['### Feeding', feeding_table(rows['feeding'])]
     return [*parts, '### Start-up', start_table(rows['start'])]
 
@@ -70,6 +68,11 @@ def _versions(rows: Sequence[Row]) -> str:
 
 def _named(row: Row) -> str:
     return f'{row["net"]}, batch {row["batch_size"]}, {row["dtype"]}'
+
+
+def steps_tables(rows: Sequence[Row]) -> str:
+    """Return the comparison of each row with the others, and the table of all variants."""
+    return f'{steps_table(rows)}\n\n### All variants\n\n{forms_table(rows)}'
 
 
 def steps_table(rows: Sequence[Row]) -> str:
@@ -127,6 +130,11 @@ def readme_rows(folder: Path) -> list[list[str]]:
             cells = [where, f'{net}, {dtype}', size, what, ours, torch, ratio, naive, share]
             body.append(cells)
     return body
+
+
+def layer_tables(rows: Sequence[Row]) -> str:
+    """Return a headed table for each net; '' for none."""
+    return '\n\n'.join(f'### Time by layer: {_named(row)}\n\n{layer_table(row)}' for row in rows)
 
 
 def layer_table(row: Row) -> str:
