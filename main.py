@@ -1,6 +1,7 @@
 """Train, evaluate or describe a net, for example: python main.py --config=configs/alexnet.py."""
 
 import argparse
+import json
 import os
 import sys
 
@@ -23,7 +24,8 @@ def parser() -> command.Parser:
     add('--step', help='the checkpoint to evaluate: latest (the default), best, or a number')
     add('--split', help="to evaluate: train, validation, test (the default), or as 'test[:100]'")
     add('--data_dir', type=command.expand, help='to evaluate: the folder of all data, if it moved')
-    return launchers.add_flags(flags)
+    launchers.add_flags(flags)
+    return flags
 
 
 def main(flags: argparse.Namespace, values: dict[str, str]) -> None:
@@ -51,7 +53,7 @@ def main(flags: argparse.Namespace, values: dict[str, str]) -> None:
             result = describe.run(config)
         else:
             args = {name: value for name in MODES if (value := getattr(flags, name))}
-            result = evaluate.line(evaluate.run(command.paths(workdir), **args, overrides=values))
+            result = json.dumps(evaluate.run(command.paths(workdir), **args, overrides=values))
     if distributed.is_first():
         print(result, flush=True)
 

@@ -166,6 +166,12 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     return '\n'.join([lines[0], '-' * max(map(len, lines)), *lines[1:]])
 
 
+def shown(path: Path | str) -> str:
+    """Return a name in printable characters, whatever bytes it consists of."""
+    text = str(path).encode('utf-8', 'backslashreplace').decode()
+    return text if text.isprintable() else ascii(text)[1:-1]
+
+
 def log(line: str) -> None:
     """Print a line to stderr; stdout is for the result."""
     print(line, file=sys.stderr, flush=True)

@@ -9,13 +9,13 @@ import contextlib
 import difflib
 import fnmatch
 import json
+import os
 import runpy
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from alexnet_jax import command
 from alexnet_jax.errors import UsageError
 
 # An ml_collections.ConfigDict, or the dict of its JSON. To type checkers the former is no Mapping.
@@ -38,7 +38,7 @@ def load(where: str, overrides: Mapping[str, Any]) -> Config:
         UsageError: the file does not exist or holds no config, or an override does not fit it.
     """
     name, _, argument = (where, '', '') if '://' in where else where.partition(':')
-    file = command.path(name)  # refuses a scheme
+    file = Path(os.path.expanduser(name.strip()))
     if not file.exists() and (ROOT / name).is_file():  # one of configs/, from any folder
         file = ROOT / name
     config = _read(file, argument)

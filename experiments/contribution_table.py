@@ -8,7 +8,6 @@ python -m experiments.contribution_table        # rebuild from the archive in th
 import csv
 import dataclasses
 import functools
-import importlib
 import io
 import itertools
 import json
@@ -19,16 +18,15 @@ from typing import Any
 
 import numpy as np
 
-from alexnet_jax import command
 from alexnet_jax import config as configuration
-from alexnet_jax.analysis import figures
+from alexnet_jax.analysis import drawing
 from alexnet_jax.errors import RunError
 from alexnet_jax.inference import evaluate
-from alexnet_jax.training import metrics, workdir
+from alexnet_jax.training import workdir
 from configs import ABLATIONS, Claim
 from experiments import contribution_bfloat16, contribution_rates, intervals, run_archive
 from experiments.intervals import Difference
-from experiments.output import markdown, write_text
+from experiments.output import config_module, markdown, write_text
 from experiments.run_archive import MEASURES, ArchivedRun
 
 BASE = 'alexnet'
@@ -81,11 +79,6 @@ class Row:
     images_only: bool = False
     untrained: int = 0
     total: int = 0
-
-    @property
-    def name(self) -> str:
-        """Return the change, as tables show it."""
-        return self.claim.row
 
     def finding(self, measure: str) -> str:
         """Return the row's result in a word."""
@@ -181,14 +174,10 @@ def _last_error(run: ArchivedRun) -> float:
     return [row['top1_error'] for row in run.records if row['kind'] == 'validation'][-1]
 
 
-def _module(name: str) -> Any:
-    return importlib.import_module(f'configs.{name}')
-
-
 def _config_of(row: str, scale: str) -> dict[str, Any]:
     """Return the resolved config of a row, as JSON has it."""
     name, values = OVERRIDDEN.get(row, (row, {}))
-    config = _module(name).get_config(scale)
+    config = config_module(name).get_config(scale)
     config.update_from_flattened_dict(values)
     return json.loads(configuration.as_json(config))
 
@@ -198,7 +187,7 @@ def _claim_of(row: str) -> Claim:
     name, values = OVERRIDDEN.get(row, (row, {}))
     if name == BASE:
         return Claim('bfloat16 compute, float32 parameters', 'none', 'none', None, None, '')
-    claim = _module(name).CLAIM
+    claim = config_module(name).CLAIM
     rate = values.get('optimizer.weights.rate')
     if rate is None:
         return claim
@@ -282,7 +271,7 @@ def short(found: Sequence[Row]) -> str:
     chosen += [row for row in decided if row.claim.top1 is None]
     head = ['change', 'top-1 error, points', 'seeds', 'reported in 2012, points']
     cells = [
-        [row.name, _difference(row, 'top1_error'), row.found['top1_error'].seeds, _top1(row)]
+        [row.claim.row, _difference(row, 'top1_error'), row.found['top1_error'].seeds, _top1(row)]
         for row in chosen[:10]
     ]
     return f'{markdown([head, *cells])}\n\n{count(found)}\n'
@@ -318,10 +307,10 @@ def _base_cells(runs: Sequence[ArchivedRun]) -> list[str]:
 
 def _cells(row: Row) -> list[str]:
     if not row.found:
-        return [row.name, *[row.finding('top1_error')] * 6, _claim(row.claim)]
+        return [row.claim.row, *[row.finding('top1_error')] * 6, _claim(row.claim)]
     top1, p = row.found['top1_error'], row.p.get('top1_error')
     return [
-        row.name,
+        row.claim.row,
         f'{row.error["top1_error"]:.2%}',
         _difference(row, 'top1_error'),
         '' if p is None else f'{p:.3f}' if p >= 0.001 else '<0.001',
@@ -359,8 +348,6 @@ def notes(found: Sequence[Row], runs: Sequence[ArchivedRun]) -> str:
     """Return the notes below the table: how to read it, the runs, and its limits."""
     config, images = runs[0].config, len(runs[0].wrong['centre']['top1_error'])
     hours = sum(run.final()['secs'] for run in runs) / 3600
-    devices = sorted({run.environment['device'] for run in runs})
-    commits = sorted({metrics.short(run.environment['commit']) for run in runs})
     return (
         f'Scale {config["scale"]}: {config["data"]["name"]}, all {images} images of '
         f'`{config["data"]["test"]}`, ten views. Points: error with the change minus error '
@@ -373,8 +360,7 @@ def notes(found: Sequence[Row], runs: Sequence[ArchivedRun]) -> str:
         f'†: interval over images only, for these particular nets. "std of seeds": standard '
         f'deviation over seeds of the difference; in the first row, of the error itself.\n\n'
         f'{count(found)}\n\n'
-        f'{len(runs)} runs, {hours:.1f} h of training in total, on {", ".join(devices)}; commit '
-        f'{", ".join(commits)}.\n\n'
+        f'{len(runs)} runs, {hours:.1f} h of training in total, {run_archive.trained_on(runs)}.\n\n'
         f"The table shows the effect of a change on this recipe at this scale, with the recipe's "
         f'learning rates unless the row gives another. It does not show the effect on ImageNet: '
         f'the last column is from other data, with a single run and seed each.'
@@ -392,7 +378,7 @@ def table_csv(runs: Sequence[ArchivedRun], folder: Path) -> str:
     writer.writerow(names.split(','))
     for view in evaluate.VIEWS:
         for row, measure in itertools.product(rows(runs, folder, view), MEASURES):
-            writer.writerow([row.name, view, measure, *_csv_values(row, measure)])
+            writer.writerow([row.claim.row, view, measure, *_csv_values(row, measure)])
     return out.getvalue()
 
 
@@ -411,27 +397,30 @@ def _csv_values(row: Row, measure: str) -> list[Any]:
 # -------------------------------------------------------------------------------------- the figures
 
 
-def differences_figure(figure: figures.Figure, found: Sequence[Row]) -> None:
+@drawing.styled
+def differences_figure(found: Sequence[Row]) -> drawing.Figure:
     """Draw the differences in top-1 error with their intervals, and the claims as diamonds.
 
     Differences beyond the axis are written at its end.
     """
+    figure = drawing.blank(0.24 * len(found) + 1.0)
     axes = figure.subplots()
     limit = _limit(found)
     for place, row in enumerate(found):
         _interval(axes, place, row, limit)
         if row.claim.top1 is not None:
-            axes.plot(row.claim.top1, place + 0.25, 'D', color=figures.ORANGE, markersize=4)
-    axes.axvline(0, color=figures.INK, linewidth=0.8)
-    names = [row.name + ' †' * row.images_only for row in found]
+            axes.plot(row.claim.top1, place + 0.25, 'D', color=drawing.ORANGE, markersize=4)
+    axes.axvline(0, color=drawing.INK, linewidth=0.8)
+    names = [row.claim.row + ' †' * row.images_only for row in found]
     axes.set_yticks(range(len(found)), names, fontsize=7)
     axes.set(ylim=(len(found) - 0.4, -0.6), xlim=(-limit, limit))
     axes.set_xlabel('change of the top-1 error, points; worse to the right', fontsize=8)
     axes.tick_params(axis='x', labelsize=7)
-    axes.plot([], [], 'o-', color=figures.BLUE, label='here, 95 %', markersize=4)
-    axes.plot([], [], 'D', color=figures.ORANGE, label='claimed in 2012, other data', markersize=4)
+    axes.plot([], [], 'o-', color=drawing.BLUE, label='here, 95 %', markersize=4)
+    axes.plot([], [], 'D', color=drawing.ORANGE, label='claimed in 2012, other data', markersize=4)
     figure.legend(loc='outside upper right', ncols=2, fontsize=7)
     axes.grid(axis='x')
+    return figure
 
 
 def _limit(found: Sequence[Row]) -> float:
@@ -448,30 +437,31 @@ def _interval(axes: Any, place: int, row: Row, limit: float) -> None:
         return
     own, word = row.found['top1_error'], row.finding('top1_error')
     mean = 100 * own.mean
-    style = {'color': figures.BLUE, 'alpha': 1.0 if word in ('worse', 'better') else 0.45}
+    style = {'color': drawing.BLUE, 'alpha': 1.0 if word in ('worse', 'better') else 0.45}
     if abs(mean) > limit:
         side, text = ('right', f'{mean:+.0f} →') if mean > 0 else ('left', f'← {mean:+.0f}')
         at = 0.98 * limit * np.sign(mean)
-        axes.text(at, place, text, ha=side, va='center', fontsize=7, color=figures.BLUE)
+        axes.text(at, place, text, ha=side, va='center', fontsize=7, color=drawing.BLUE)
         return
     if own.low is not None and own.high is not None:
         axes.plot([100 * own.low, 100 * own.high], [place, place], **style)
     axes.plot(mean, place, 'o', markersize=4, **style)
 
 
-def curves_figure(
-    figure: figures.Figure, runs: Sequence[ArchivedRun], panels: Sequence[str]
-) -> None:
+@drawing.styled
+def curves_figure(runs: Sequence[ArchivedRun], panels: Sequence[str]) -> drawing.Figure:
     """Draw training (dashed) and validation error against epochs, every seed; the base in grey."""
+    rows = -(-len(panels) // 3)
+    figure = drawing.blank(1.25 * rows + 0.7)
     # Twice the base's worst: nets that do not train are above the axis.
     worst = [100 * r['top1_error'] for run in runs if run.row == BASE for r in run.records[:2]]
     top = min(100.0, 2 * max(worst, default=50.0))
-    grid = figure.subplots(-(-len(panels) // 3), 3, sharex=True, sharey=True, squeeze=False)
+    grid = figure.subplots(rows, 3, sharex=True, sharey=True, squeeze=False)
     for axes, name in itertools.zip_longest(grid.reshape(-1), panels):
         if name is None:
             axes.set_axis_off()
             continue
-        for row, colour in ((BASE, '#999999'), (name, figures.BLUE)):
+        for row, colour in ((BASE, '#999999'), (name, drawing.BLUE)):
             for run in runs:
                 if run.row == row:
                     _curve(axes, run, colour)
@@ -482,6 +472,7 @@ def curves_figure(
         axes.tick_params(labelsize=7)
     figure.supxlabel('epochs', fontsize=8)
     figure.supylabel('error, %: validation, training dashed', fontsize=8)
+    return figure
 
 
 def _curve(axes: Any, run: ArchivedRun, colour: str) -> None:
@@ -489,15 +480,6 @@ def _curve(axes: Any, run: ArchivedRun, colour: str) -> None:
         chosen = [record for record in run.records if record['kind'] == kind]
         errors = [100 * record['top1_error'] for record in chosen]
         axes.plot([record['epoch'] for record in chosen], errors, dash, color=colour, linewidth=0.8)
-
-
-def _svg(draw: Any, height: float, *args: Any) -> str:
-    """Return a figure as text, the same bytes for the same runs."""
-    library, style = (command.library(f'matplotlib.{n}', 'figures') for n in ('figure', 'style'))
-    with style.context([figures.STYLE], after_reset=True):
-        figure = library.Figure(figsize=(figures.WIDTH, height), layout='constrained')
-        draw(figure, *args)
-        return figures.render(figure, 'svg').decode()
 
 
 # ----------------------------------------------------------------------------------------- command
@@ -524,8 +506,8 @@ def build(folder: Path) -> str:
         'table.md': table,
         'short.md': short(found),
         'table.csv': table_csv(runs, folder),
-        'differences.svg': _svg(differences_figure, 0.24 * len(found) + 1.0, found),
-        'curves.svg': _svg(curves_figure, 1.25 * -(-len(panels) // 3) + 0.7, runs, panels),
+        'differences.svg': drawing.render(differences_figure(found), 'svg').decode(),
+        'curves.svg': drawing.render(curves_figure(runs, panels), 'svg').decode(),
     }
     for name, body in bodies.items():
         write_text(folder / name, body)

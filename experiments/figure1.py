@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from alexnet_jax.analysis import figures
+from alexnet_jax.analysis import drawing
 from experiments import run_archive
 from experiments.output import markdown, write_text
 
@@ -195,7 +195,7 @@ def build(folder: Path) -> str:
     both = [own for function in FUNCTIONS if (own := chosen(found, function))]
     curves = {f'{FUNCTIONS[own.function]}, rate {own.rate:g}': own.records() for own in both}
     if curves:
-        write_text(folder / 'figure1.svg', figures.render(figures.fig1(curves), 'svg').decode())
+        write_text(folder / 'figure1.svg', drawing.render(drawing.fig1(curves), 'svg').decode())
     return text
 
 

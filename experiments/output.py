@@ -1,5 +1,6 @@
 """Write what experiments store and show: files, JSON lines, Markdown tables."""
 
+import importlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -35,6 +36,11 @@ def markdown(rows: Sequence[Sequence[Any]]) -> str:
         return NOT_RUN
     head, *body = ('| ' + ' | '.join(map(str, row)) + ' |' for row in rows)
     return '\n'.join([head, '|' + '---|' * len(rows[0]), *body])
+
+
+def config_module(name: str) -> Any:
+    """Import a file of configs/ by the name of the config."""
+    return importlib.import_module(f'configs.{name}')
 
 
 def slug(device: str) -> str:

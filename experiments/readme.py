@@ -7,7 +7,6 @@ A generated part is enclosed by `<!-- MARK: command -->` and `<!-- end of MARK -
 """
 
 import ast
-import importlib
 import json
 import re
 import sys
@@ -17,7 +16,7 @@ from pathlib import Path
 from alexnet_jax.training import metrics
 from configs import Claim
 from experiments import run_archive
-from experiments.output import NOT_RUN, markdown, read_lines
+from experiments.output import NOT_RUN, config_module, markdown, read_lines
 from experiments.run_archive import ArchivedRun
 from experiments.throughput import tables
 
@@ -82,7 +81,7 @@ def runs() -> str:
 
 def results() -> str:
     """Return README's table: the recipe at three scales, and the speed."""
-    d2l = importlib.import_module('configs.variant_d2l').REPORTED
+    d2l = config_module('variant_d2l').REPORTED
     train = 'python main.py --config=configs/alexnet.py'
     rows = [
         ['result', 'here', 'for comparison', 'command'],
@@ -148,7 +147,7 @@ def configs() -> str:
     for path in sorted((ROOT / 'configs').glob('[a-z]*.py')):
         doc = ast.get_docstring(ast.parse(path.read_text())) or ''
         what = doc.partition('\n')[0].removeprefix('Ablation: ').rstrip('.')
-        claim = getattr(importlib.import_module(f'configs.{path.stem}'), 'CLAIM', None)
+        claim = getattr(config_module(path.stem), 'CLAIM', None)
         body.append([f'`{path.name}`', what, _claim(claim) if claim else '-'])
     return markdown([head, *body])
 

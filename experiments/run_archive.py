@@ -34,7 +34,6 @@ Missed = dict[str, dict[str, np.ndarray]]  # view, measure -> bool [N]
 Record = Mapping[str, Any]
 Keep = Callable[[Sequence[Record]], Sequence[Record]]  # which records are archived
 Archived = tuple[Path, dict[tuple[str, int], Path]]
-PORTABLE = {'data.data_dir': 'data', 'loop.compilation_cache': 'beside'}  # no paths of a machine
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -147,9 +146,7 @@ def missed(arrays: Mapping[str, np.ndarray]) -> Missed:
 def portable_config(workdir: Path) -> dict[str, Any]:
     """Return a run's config without the folders of the machine it ran on."""
     config = config_file.read_json(workdir / 'config.json')
-    for key, value in PORTABLE.items():
-        group, _, name = key.partition('.')
-        config[group][name] = value
+    config['data']['data_dir'], config['loop']['compilation_cache'] = 'data', 'beside'
     return config
 
 
@@ -229,6 +226,13 @@ def unpacked(own: Record) -> Missed:
         return np.unpackbits(raw)[: own['images']].astype(bool)
 
     return {v: {m: bits(own['wrong'][v][m]) for m in MEASURES} for v in evaluate.VIEWS}
+
+
+def trained_on(runs: Sequence[ArchivedRun]) -> str:
+    """Return 'on DEVICES; commit COMMITS' of some runs."""
+    devices = ', '.join(sorted({run.environment['device'] for run in runs}))
+    commits = ', '.join(sorted({metrics.short(run.environment['commit']) for run in runs}))
+    return f'on {devices}; commit {commits}'
 
 
 def read_diverged(folder: Path) -> dict[str, list[int]]:

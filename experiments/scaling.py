@@ -72,7 +72,6 @@ def compile_step(net: str, placement: str, devices: int) -> Row:
         phases = messages.setdefault(row.instruction, about)['phases']
         phase = row.phase or communication.BOOKKEEPING
         phases[phase] = phases.get(phase, 0) + row.sent_bytes
-    held = found.memory
     return {
         'net': net,
         'placement': placement,
@@ -80,8 +79,7 @@ def compile_step(net: str, placement: str, devices: int) -> Row:
         'flops': found.flops,
         'flops_by_hand': roofline.step_flops(settings.net, settings.batch_size, 'train') / devices,
         'bytes_accessed': found.bytes_accessed,
-        'state_bytes': sum(held.parameters.values()) + sum(held.velocity.values()),
-        'activation_bytes': sum(held.activations.values()),
+        'state_bytes': found.memory['state'],
         'messages': list(messages.values()),
     }
 

@@ -6,19 +6,16 @@ python -m experiments.variants          # rebuild from the archive in the reposi
 """
 
 import functools
-import importlib
 import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from alexnet_jax.training import metrics
 from configs import VARIANTS
 from experiments import run_archive
-from experiments.output import markdown, write_text
+from experiments.output import config_module, markdown, write_text
 from experiments.run_archive import ArchivedRun
 
 CONFIGS = ('alexnet', *VARIANTS)  # what experiments.sweep runs
@@ -37,14 +34,12 @@ def table(runs: Sequence[ArchivedRun], scale: str) -> str:
             epochs = f'{own[0].config["epochs"]:g}'
             cells = [str(len(own)), _accuracy(own, 'centre'), _accuracy(own, 'ten_views'), epochs]
         body.append([name, *cells, _reported(name, scale)])
-    commits = ', '.join(sorted({metrics.short(run.environment['commit']) for run in runs}))
-    devices = ', '.join(sorted({run.environment['device'] for run in runs}))
     test = runs[0].config['data']['test']
     head = [scale, 'seeds', 'test accuracy', 'ten views', 'epochs', 'reported']
     parts = [
         markdown([head, *body]),
         f'Mean ± standard deviation over seeds, on all images of `{test}`.\n'
-        f'Trained on {devices}; commit {commits}.',
+        f'Trained {run_archive.trained_on(runs)}.',
     ]
     return '\n\n'.join(parts + by_epoch(runs) * (scale == REPORTED_AT)) + '\n'
 
@@ -56,7 +51,7 @@ def by_epoch(runs: Sequence[ArchivedRun]) -> list[str]:
     """
     parts = []
     for run in runs:
-        printed = getattr(_module(run.row), 'REPORTED_BY_EPOCH', {})
+        printed = getattr(config_module(run.row), 'REPORTED_BY_EPOCH', {})
         if not printed:
             continue
         found = [record for record in run.records if record['kind'] == 'validation']
@@ -87,12 +82,8 @@ def _training(run: ArchivedRun, ends: Sequence[float]) -> list[str]:
 
 
 def _reported_training(name: str) -> str:
-    loss, accuracy, epoch = _module(name).REPORTED_TRAINING
+    loss, accuracy, epoch = config_module(name).REPORTED_TRAINING
     return f'Reported in epoch {epoch}: training loss {loss}, training accuracy {accuracy}.'
-
-
-def _module(name: str) -> Any:
-    return importlib.import_module(f'configs.{name}')
 
 
 def _accuracy(own: Sequence[ArchivedRun], view: str) -> str:
@@ -102,7 +93,7 @@ def _accuracy(own: Sequence[ArchivedRun], view: str) -> str:
 
 
 def _reported(name: str, scale: str) -> str:
-    value = getattr(_module(name), 'REPORTED', None)
+    value = getattr(config_module(name), 'REPORTED', None)
     return f'{value:.3f}' if value is not None and scale == REPORTED_AT else '-'
 
 

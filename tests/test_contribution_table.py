@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from alexnet_jax import config as configuration
+from alexnet_jax.analysis import drawing
 from alexnet_jax.errors import RunError
 from alexnet_jax.inference import evaluate
 from alexnet_jax.training import metrics
@@ -102,7 +103,7 @@ def lines(built) -> dict[tuple[str, str, str], dict[str, str]]:
 @pytest.fixture
 def no_figures(monkeypatch) -> None:
     """Leave out the figures, which take a second."""
-    monkeypatch.setattr(contribution_table, '_svg', lambda *args: '')
+    monkeypatch.setattr(drawing, 'render', lambda *_: b'')
 
 
 def test_findings_match_the_known_changes(lines):

@@ -143,7 +143,6 @@ def test_a_full_disk_keeps_the_old_predictions(net, small_disk, capsys):
     ('act', 'words', 'file'),
     [
         (features.main, ['--split=test', '--output={f}'], 'f.npy'),
-        (features.main, ['--split=test', '--output={f}'], 'f.parquet'),
         (figures.main, ['fig4_right', '--output={f}'], 'f.png'),
         (figures.main, ['fig4_right'], 'fig4_right.png'),
         (report.main, ['--output={f}'], 'f.html'),

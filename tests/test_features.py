@@ -6,11 +6,10 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from pyarrow import parquet
 
 from alexnet_jax.data import datasets
 from alexnet_jax.errors import RunError, UsageError
-from alexnet_jax.inference import evaluate, features
+from alexnet_jax.inference import evaluate, features, neighbours
 
 TEST, TRAIN = 40, 256
 
@@ -34,30 +33,28 @@ def images(data_dir):
 
 
 def test_every_activation_has_the_stated_shape(trained, images):
-    known = features.shapes(trained.settings.net)
-    assert list(known)[:4] == ['conv1_linear', 'conv1_lrn', 'conv1_pool', 'conv1_relu']
-    for layer in ('conv1_linear', 'conv2_spatial_norm', 'fc6_relu'):
-        found = features.make_extract(trained, layer)(images[:3])
-        assert found.shape == (3, *known[layer])
+    for layer, shape in (
+        ('conv1_linear', (15, 15, 12)), ('conv2_spatial_norm', (7, 7, 32)), ('fc6_relu', (512,)),
+    ):  # fmt: skip
+        found = trained.extractor(layer)(images[:3])
+        assert found.shape == (3, *shape)
         assert found.dtype == np.float32
 
 
 def test_the_last_layer_gives_the_evaluated_probabilities(trained, images, workdir):
-    logits = features.make_extract(trained, 'fc8_linear')(images)
+    logits = trained.extractor('fc8_linear')(images)
     with np.load(workdir / 'predictions_test.npz') as file:
         np.testing.assert_allclose(jax.nn.softmax(logits), file['centre'], rtol=1e-5)
 
 
 def test_dropout_halves_at_test_time(trained, images):
-    before, after = (
-        features.make_extract(trained, layer)(images) for layer in ('fc7_relu', 'fc7_dropout')
-    )
+    before, after = (trained.extractor(layer)(images) for layer in ('fc7_relu', 'fc7_dropout'))
     assert before.min() == 0
     np.testing.assert_array_equal(after, before * 0.5)
 
 
 def test_one_image_alone_has_the_same_features(trained, images):
-    extract = features.make_extract(trained, 'fc7_relu')
+    extract = trained.extractor('fc7_relu')
     full = extract(images)
     assert len(np.unique(full.round(3), axis=0)) == TEST  # the images differ
     for i in (0, 17, TEST - 1):
@@ -69,18 +66,17 @@ def test_an_unknown_layer(trained):
     with pytest.raises(
         UsageError, match=r"this net has no 'fc9_relu'; choose one of conv1_linear, .*"
     ):
-        features.make_extract(trained, 'fc9_relu')
+        trained.extractor('fc9_relu')
 
 
 # ---------------------------------------------------------------------------------- on disk
 
 
 @pytest.mark.parametrize('layer', ['fc7_relu', 'conv2_pool'])
-def test_npy_and_parquet_have_the_same_content(trained, images, tmp_path, layer):
+def test_features_on_disk(trained, images, tmp_path, layer):
     of = features.of_split(trained, layer, 'test')
-    for ending in features.WRITERS:
-        features.write(of, tmp_path / f'f{ending}', block=16)
-    expected = features.make_extract(trained, layer)(images)
+    features.write(of, tmp_path / 'f.npy', block=16)
+    expected = trained.extractor(layer)(images)
     np.testing.assert_array_equal(np.load(tmp_path / 'f.npy', allow_pickle=False), expected)
     rest = json.loads((tmp_path / 'f.json').read_text())
     assert rest['label'] == of.label.tolist()
@@ -89,22 +85,14 @@ def test_npy_and_parquet_have_the_same_content(trained, images, tmp_path, layer)
     assert about['split'] == f'test[:{TEST}]'
     assert about['step'] == trained.step
     assert about['class_names'][9] == 'Ankle boot'
-    table = parquet.read_table(tmp_path / 'f.parquet')
-    flat = np.array(table['features'].to_pylist(), np.float32)
-    np.testing.assert_array_equal(flat, expected.reshape(TEST, -1))
-    assert table['label'].to_pylist() == of.label.tolist()
-    assert table['row'].to_pylist() == list(range(TEST))
-    assert table['path'].null_count == TEST
-    kept = json.loads(table.schema.metadata[b'about'])
-    assert kept == about | {'shape': list(expected.shape[1:])}
-    assert sorted(p.name for p in tmp_path.iterdir()) == ['f.json', 'f.npy', 'f.parquet']
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['f.json', 'f.npy']
 
 
 def test_reading_maps_the_file(trained, images, tmp_path):
     features.write(features.of_split(trained, 'fc7_relu', 'test'), tmp_path / 'f.npy', block=7)
     found = features.read(tmp_path / 'f.npy')
     assert isinstance(found.rows, np.memmap)
-    np.testing.assert_array_equal(found.rows, features.make_extract(trained, 'fc7_relu')(images))
+    np.testing.assert_array_equal(found.rows, trained.extractor('fc7_relu')(images))
     assert found.image(3) == f'test[:{TEST}][3]'
     assert found.class_name(0) == found.about['class_names'][found.label[0]]
 
@@ -123,18 +111,15 @@ def test_features_of_files(trained, images, tmp_path):
     assert found.image(1) == f'{tmp_path}/1.png'
     assert len(faults) == 1
     assert '1b.png is not an image' in faults[0]
-    np.testing.assert_array_equal(
-        found.rows, features.make_extract(trained, 'fc7_relu')(images[:3])
-    )
+    np.testing.assert_array_equal(found.rows, trained.extractor('fc7_relu')(images[:3]))
 
 
 def test_a_full_disk_leaves_nothing(trained, small_disk):
     of = features.of_split(trained, 'conv1_linear', 'test[:400]')
-    assert 4 * np.prod(of.rows.shape) > 1.3 * 3 * 2**20  # too much, even compressed
-    for ending in features.WRITERS:
-        with pytest.raises(RunError, match=r'cannot be written \(No space left on device\)'):
-            features.write(of, small_disk / f'f{ending}', block=16)
-        assert list(small_disk.iterdir()) == []
+    assert 4 * np.prod(of.rows.shape) > 3 * 2**20
+    with pytest.raises(RunError, match=r'cannot be written \(No space left on device\)'):
+        features.write(of, small_disk / 'f.npy', block=16)
+    assert list(small_disk.iterdir()) == []
 
 
 def test_damaged_feature_files(trained, tmp_path):
@@ -174,7 +159,7 @@ def slow(queries, rows, k):
 
 
 def assert_exact(queries, rows, k, block):
-    found = features.nearest(queries, rows, k, block)
+    found = neighbours.nearest(queries, rows, k, block)
     index, distance = slow(queries, rows, k)
     np.testing.assert_array_equal(found.index, index)
     np.testing.assert_allclose(found.distance, distance, rtol=1e-13)  # the order of a sum
@@ -223,7 +208,7 @@ def hard(name):
 @pytest.mark.parametrize('block', [50, 300])
 def test_nearest_where_float32_ranks_wrongly(name, block):
     queries, rows = hard(name)
-    found = features.nearest(queries, rows, 6, block)
+    found = neighbours.nearest(queries, rows, 6, block)
     assert np.all(found.distance[:, 0] == 0)  # each query is among the rows
     assert_exact(queries, rows, 6, block)
 
@@ -239,7 +224,7 @@ def test_nearest_of_maps_from_a_memory_map(tmp_path):
     rng = np.random.default_rng(0)
     np.save(tmp_path / 'a.npy', rng.standard_normal((90, 3, 3, 4)).astype(np.float32))
     rows = np.load(tmp_path / 'a.npy', mmap_mode='r')
-    found = features.nearest(rows[5:8], rows, 4, block=16)
+    found = neighbours.nearest(rows[5:8], rows, 4, block=16)
     index, distance = slow(rows[5:8].reshape(3, -1), rows.reshape(90, -1), 4)
     np.testing.assert_array_equal(found.index, index)
     np.testing.assert_allclose(found.distance, distance, rtol=1e-13)
@@ -249,12 +234,12 @@ def test_invalid_arguments_of_nearest():
     rows = np.ones((10, 4), np.float32)
     for k in (0, 11):
         with pytest.raises(UsageError, match='between 1 and 10'):
-            features.nearest(rows, rows, k)
+            neighbours.nearest(rows, rows, k)
     for bad in (np.nan, np.inf):
         rows[9, 1] = bad
         for queries, among in ((np.ones((2, 4)), rows), (rows[9:], rows[:9])):
             with pytest.raises(RunError, match='not finite'):
-                features.nearest(queries, among, 3, block=4)
+                neighbours.nearest(queries, among, 3, block=4)
 
 
 # ------------------------------------------------------------------------------ the command
@@ -278,7 +263,7 @@ def test_nearest_from_the_command_line(workdir, images, tmp_path, capsys):
     _, by_files, _ = run_command(capsys, *ask, f'{tmp_path}/?.png', '--among=train')
     by_split, by_files = ([json.loads(x) for x in out.splitlines()] for out in (by_split, by_files))
     known = features.read(file)
-    extract = features.make_extract(evaluate.restore(workdir), 'fc7_relu')
+    extract = evaluate.restore(workdir).extractor('fc7_relu')
     index, distance = slow(extract(images[:2]), np.asarray(known.rows), 3)
     for row, (a, b) in enumerate(zip(by_split, by_files, strict=True)):
         assert a['query'] == f'test[:2][{row}]'
@@ -324,7 +309,7 @@ def test_features_of_another_net_are_refused(workdir, tmp_path, capsys):
         (('a.png', '--split=test', '--nearest=3'), 2, 'not allowed with argument'),
         (('--split=test',), 2, 'one of the arguments --output --nearest is required'),
         (('--split=test', '--output=a.npy', '--nearest=3'), 2, 'not allowed with argument'),
-        (('--split=test', '--output=a.csv'), 2, 'must end in .npy or .parquet'),
+        (('--split=test', '--output=a.csv'), 2, 'must end in .npy'),
         (('--split=test', '--output=a.npy', '--layer=fc7'), 2, 'fc7_linear, fc7_relu'),
         (('--split=tset', '--output=a.npy'), 2, "Unknown split 'tset'"),
         (('--split=test[:1]', '--nearest=257'), 2, 'between 1 and 256'),

@@ -14,11 +14,11 @@ import pytest
 from PIL import Image
 
 from alexnet_jax import config as configuration
-from alexnet_jax.analysis import figures
+from alexnet_jax.analysis import drawing, figures
 from alexnet_jax.analysis.figures import Run
 from alexnet_jax.data import datasets
 from alexnet_jax.errors import UsageError
-from alexnet_jax.inference import evaluate, features
+from alexnet_jax.inference import evaluate
 from alexnet_jax.model import alexnet as model
 from alexnet_jax.model.augment import Statistics
 from alexnet_jax.training import checkpoint
@@ -73,14 +73,14 @@ def test_saturation_of_known_filters():
     red, cyan = (np.multiply.outer(np.ones((5, 5)), v)[..., None] for v in ([1, 0, 0], [0, 1, 1]))
     zero = np.zeros((5, 5, 3, 1))
     kernels = (colours(rng, 1, grey=True), colours(rng, 1, grey=False), red, cyan, zero)
-    found = figures.saturation(np.concatenate(kernels, axis=3))
+    found = drawing.saturation(np.concatenate(kernels, axis=3))
     # Red: (2/3)^2 + 2 (1/3)^2 = 2/3 of 1 remains; cyan: the same 2/3 of 2.
     np.testing.assert_allclose(found, [0, 1, 2 / 3, 1 / 3, 0], atol=1e-12)
 
 
 def test_saturation_equals_a_plain_loop():
     kernels = np.random.default_rng(1).normal(size=(3, 3, 3, 4)).astype(np.float32) + 0.3
-    for i, found in enumerate(figures.saturation(kernels)):
+    for i, found in enumerate(drawing.saturation(kernels)):
         colour = total = 0.0
         for row, column in itertools.product(range(3), range(3)):
             weights = [float(w) for w in kernels[row, column, :, i]]
@@ -93,13 +93,13 @@ def test_saturation_equals_a_plain_loop():
 def test_independent_weights_have_two_thirds():
     kernels = np.random.default_rng(2).normal(size=(11, 11, 3, 2000))
     # One filter's deviation is about sqrt(4 / (9 * 121)) / sqrt(3) = 0.035; 2000 make 0.0008.
-    assert figures.saturation(kernels).mean() == pytest.approx(2 / 3, abs=0.004)
+    assert drawing.saturation(kernels).mean() == pytest.approx(2 / 3, abs=0.004)
 
 
 def test_a_colour_blind_tower_and_a_colourful_one():
     rng = np.random.default_rng(3)
     kernels = np.concatenate([colours(rng, 4, grey=True), colours(rng, 4, grey=False)], axis=3)
-    found = figures.specialisation(kernels, towers=2)
+    found = drawing.specialisation(kernels, towers=2)
     assert found.towers == pytest.approx((0, 1), abs=1e-12)
     assert found.gap == pytest.approx(1)
     assert found.chance == pytest.approx(2 / 70)  # 2 of the 70 ways to choose 4 of 8 filters
@@ -108,7 +108,7 @@ def test_a_colour_blind_tower_and_a_colourful_one():
 
 def test_equal_towers_have_no_gap():
     own = colours(np.random.default_rng(4), 4, grey=False) + 0.5
-    found = figures.specialisation(np.concatenate([own, own], axis=3), towers=2)
+    found = drawing.specialisation(np.concatenate([own, own], axis=3), towers=2)
     assert found.gap == pytest.approx(0, abs=1e-12)
     assert found.chance == 1
 
@@ -117,17 +117,8 @@ def test_grey_images_repeated_for_three_channels_have_no_colour(run):
     class Colourful(Run):
         kernels = np.ones((3, 3, 3, 2))
 
-    for own in (run, Colourful(run.workdir)):
-        with pytest.raises(UsageError, match='needs two towers and a net trained on colour'):
-            figures.of_run(own)
-
-
-def test_the_towers_figure_shows_every_filter():
-    rng = np.random.default_rng(5)
-    kernels = np.concatenate([colours(rng, 4, grey=True), colours(rng, 4, grey=False)], axis=3)
-    (axes,) = figures.towers_figure(kernels, figures.specialisation(kernels, 2)).axes
-    dots = [line.get_ydata() for line in axes.lines if line.get_marker() in 'os']
-    np.testing.assert_allclose(dots, [[0] * 4, [1] * 4], atol=1e-12)
+    assert run.specialisation is None
+    assert Colourful(run.workdir).specialisation is None
 
 
 @pytest.fixture(scope='module')
@@ -153,13 +144,14 @@ def colourful(tmp_path_factory):
 
 def test_the_towers_of_a_colour_net_by_the_command(colourful, tmp_path, capsys):
     workdir, kernels = colourful
-    output = tmp_path / 'towers.svg'
-    assert figures.main(['towers', f'--workdir={workdir}', f'--output={output}']) == 0
-    found = figures.specialisation(kernels, 2)
+    output = tmp_path / 'fig3.svg'
+    assert figures.main(['fig3', f'--workdir={workdir}', f'--output={output}']) == 0
+    found = drawing.specialisation(kernels, 2)
     assert capsys.readouterr().out == f'{found}\n{output}\n'
     assert found.towers == pytest.approx((2 / 3, 2 / 3), abs=0.1)  # untrained, 6 filters each
     text = ''.join(ElementTree.parse(output).getroot().itertext())
-    assert f'gap {found.gap:.3f}, as large in {found.chance:.2%} of random divisions' in text
+    for tower, mean in zip('ab', found.towers, strict=True):
+        assert f'tower {tower}, mean colour saturation {mean:.2f}' in text
 
 
 # ------------------------------------------------------------------------------------------ filters
@@ -170,7 +162,7 @@ def test_fig3_shows_each_filter_in_its_tower(channels, features):
     kernels = np.random.default_rng(6).normal(size=(5, 5, channels, features))
     kernels[..., 0] = 0
     kernels[2, 2, 0, 0] = 3.0  # the rest of this filter is grey
-    axes = figures.fig3(kernels, towers=2).axes
+    axes = drawing.fig3(kernels, towers=2).axes
     columns = 6 if features == 12 else 12
     for i in range(features):
         tower, number = divmod(i, features // 2)
@@ -227,7 +219,7 @@ def test_fig1_compares_runs(run, copy):
 def test_fig1_names_runs_of_the_same_config_by_folder(run, copy):
     (axes,) = figures.make('fig1', [run, Run(copy)]).axes
     names = {line.get_label() for line in axes.lines}
-    assert {figures._short(str(w), 40) for w in (run.workdir, copy)} <= names
+    assert {drawing._short(str(w), 40) for w in (run.workdir, copy)} <= names
 
 
 def test_the_number_of_runs_of_a_figure(run):
@@ -244,13 +236,13 @@ def test_the_confusion_matrix_equals_a_plain_loop():
     expected = np.zeros((5, 5))
     for row, own in zip(probability, label, strict=True):
         expected[own, row.tolist().index(max(row))] += 1 / np.sum(label == own)
-    np.testing.assert_allclose(figures.confusion_matrix(probability, label), expected)
-    assert figures.confusion_matrix(probability, label).sum() == pytest.approx(4)
+    np.testing.assert_allclose(drawing.confusion_matrix(probability, label), expected)
+    assert drawing.confusion_matrix(probability, label).sum() == pytest.approx(4)
 
 
 def test_confusion_shows_the_matrix(run):
     (axes,) = figures.make('confusion', [run]).axes
-    matrix = figures.confusion_matrix(run.predictions['centre'], run.predictions['label'])
+    matrix = drawing.confusion_matrix(run.predictions['centre'], run.predictions['label'])
     np.testing.assert_allclose(drawn(axes)[..., 3] ** 2, matrix, atol=1e-6)
     assert axes.get_xticklabels()[9].get_text() == 'Ankle boot'
     written = {t.get_position(): t.get_text() for t in axes.texts}
@@ -266,15 +258,15 @@ def test_a_share_that_rounds_to_zero_is_not_written():
     probability = np.zeros((200, 3))
     probability[:, 0] = 1
     probability[0, 1] = 2
-    (axes,) = figures.confusion(probability, np.zeros(200, int), list('abc')).axes
+    (axes,) = drawing.confusion(probability, np.zeros(200, int), list('abc')).axes
     assert [text.get_text() for text in axes.texts] == ['100']
 
 
 def test_many_classes_have_no_labels():
     rng = np.random.default_rng(8)
     label, taken = rng.integers(0, 205, 3000), rng.integers(0, 205, 3000)
-    (axes,) = figures.confusion(np.eye(205)[taken], label, [''] * 205).axes
-    share = figures.confusion_matrix(np.eye(205)[taken], label)
+    (axes,) = drawing.confusion(np.eye(205)[taken], label, [''] * 205).axes
+    share = drawing.confusion_matrix(np.eye(205)[taken], label)
     np.testing.assert_allclose(drawn(axes)[..., 3] ** 2, share)
     assert not axes.texts
 
@@ -298,7 +290,7 @@ def test_fig4_left_shows_the_five_most_probable(run, test_images):
 
 def test_fig4_right_shows_the_nearest_that_numpy_finds(run, test_images, data_dir):
     axes = figures.make('fig4_right', [Run(run.workdir, rows=(0, 7))]).axes
-    extract = features.make_extract(run.trained, 'fc7_relu')
+    extract = run.trained.extractor('fc7_relu')
     among = datasets.load('fashion_mnist', data_dir, 'train[:256]')
     rows = extract(among.images).astype(np.float64)
     for place, row in enumerate((0, 7)):
@@ -332,7 +324,7 @@ def test_every_figure_by_its_command(workdir, tmp_path, capsys, name):
         assert capsys.readouterr().out == f'{output}\n'
     with Image.open(tmp_path / f'{name}.png') as picture:
         picture.load()
-        assert picture.width == figures.WIDTH * figures.DPI
+        assert picture.width == drawing.WIDTH * drawing.DPI
         assert len(picture.convert('L').getcolors(256)) > 10  # it is not blank
     root = ElementTree.parse(tmp_path / f'{name}.svg').getroot()
     assert root.tag == '{http://www.w3.org/2000/svg}svg'
@@ -347,7 +339,7 @@ def test_the_default_output_is_in_the_workdir(copy, capsys):
 
 def test_the_same_figure_gives_the_same_bytes(run):
     for form in ('png', 'svg'):
-        first, second = (figures.render(figures.curves(run.records), form) for _ in range(2))
+        first, second = (drawing.render(drawing.curves(run.records), form) for _ in range(2))
         assert first == second
 
 
@@ -356,13 +348,13 @@ def test_special_characters_in_class_names():
     probability = np.eye(5, dtype=np.float32)
     images = np.zeros((5, 4, 4, 3), np.uint8)
     drawings = (
-        figures.confusion(probability, np.arange(5), names),
-        figures.fig4_left(images, probability, np.arange(5), names),
-        figures.fig4_right(images[:1], images[None], np.array([0]), np.arange(5)[None], names),
+        drawing.confusion(probability, np.arange(5), names),
+        drawing.fig4_left(images, probability, np.arange(5), names),
+        drawing.fig4_right(images[:1], images[None], np.array([0]), np.arange(5)[None], names),
     )
     for figure in drawings:
-        figures.render(figure, 'png')
-        body = io.BytesIO(figures.render(figure, 'svg'))
+        drawing.render(figure, 'png')
+        body = io.BytesIO(drawing.render(figure, 'svg'))
         text = ''.join(ElementTree.parse(body).getroot().itertext())
         assert all(short in text for short in ('$x^2$', '<b>&"', 'nnn…'))
 
@@ -370,9 +362,9 @@ def test_special_characters_in_class_names():
 def test_a_matplotlibrc_changes_nothing(run):
     import matplotlib
 
-    plain = figures.render(figures.curves(run.records), 'svg')
+    plain = drawing.render(drawing.curves(run.records), 'svg')
     with matplotlib.rc_context({'font.size': 30, 'axes.facecolor': 'red', 'svg.fonttype': 'path'}):
-        assert figures.render(figures.curves(run.records), 'svg') == plain
+        assert drawing.render(drawing.curves(run.records), 'svg') == plain
 
 
 # ----------------------------------------------------------------------------------------- failures
@@ -442,7 +434,7 @@ def test_curves_of_an_interrupted_run(copy, capsys):
     text = (copy / 'metrics.jsonl').read_text()
     (copy / 'metrics.jsonl').write_text(text[: text.index('\n') + 40])
     assert figures.main(['curves', f'--workdir={copy}']) == 0
-    _, errors = figures.curves(Run(copy).records).axes
+    _, errors = drawing.curves(Run(copy).records).axes
     assert len(errors.lines) == 1
 
 
@@ -466,7 +458,6 @@ def test_no_run(tmp_path, capsys):
         (['fig4_left', '--workdir=W', '--rows=1,x'], "invalid numbers value: '1,x'"),
         (['fig4_left', '--workdir=W', '--rows=40'], 'there is no image 40; images are numbered'),
         (['fig4_left', '--workdir=W', '--rows=-1'], 'there is no image -1; images are numbered'),
-        (['towers', '--workdir=W'], 'needs two towers and a net trained on colour'),
         (['fig3', '--workdir=W', '--step=3'], 'no checkpoint of step 3'),
     ],
 )

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps, PngImagePlugin
 
-from alexnet_jax.data import images
-from alexnet_jax.inference import predict
+from alexnet_jax.data import image_files, images
 from experiments.data_bench import substitute
 
 
@@ -75,7 +74,7 @@ def test_predict_reads_files_the_same_way(tmp_path):
     for kind, content in substitute.odd_ones(photo(300, 200)).items():
         (tmp_path / 'a.jpg').write_bytes(content)
         np.testing.assert_array_equal(
-            predict.read(tmp_path / 'a.jpg', (64, 64, 3)), picture_of(content, 64), kind
+            image_files.read(tmp_path / 'a.jpg', (64, 64, 3)), picture_of(content, 64), kind
         )
 
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alexnet_jax.data import datasets
+from alexnet_jax.data import datasets, image_files
 from alexnet_jax.errors import RunError, UsageError
-from alexnet_jax.inference import features, predict
+from alexnet_jax.inference import evaluate, predict
 from alexnet_jax.training import checkpoint
 
 IMAGES = 40
@@ -72,8 +72,8 @@ def run_command(repository):
 def test_files_get_the_evaluations_probabilities(trained, expected, folder, views):
     classify = predict.load(trained, views=views)
     faults = []
-    paths = predict.find([str(folder)])
-    (block,) = predict.read_ahead(paths, classify.trained.stored, 100, faults)
+    paths = image_files.find([str(folder)])
+    (block,) = image_files.read_ahead(paths, classify.trained.stored, 100, faults)
     assert block[0] == sorted(folder.iterdir())
     assert not faults
     np.testing.assert_array_equal(classify(block[1]), expected[views])
@@ -81,7 +81,7 @@ def test_files_get_the_evaluations_probabilities(trained, expected, folder, view
 
 def test_one_image_alone_gets_the_same_bits(classify, expected, folder):
     for i in (0, 17, IMAGES - 1):
-        image = predict.read(folder / f'{i:02d}.png', classify.trained.stored)
+        image = image_files.read(folder / f'{i:02d}.png', classify.trained.stored)
         np.testing.assert_array_equal(classify(image[None])[0], expected['centre'][i])
 
 
@@ -125,7 +125,7 @@ def test_the_training_mesh_is_used_if_possible(trained, expected, images, tmp_pa
     here = devices if jax.device_count() >= devices else 1
     assert classify.trained.layout.mesh.size == here
     np.testing.assert_allclose(classify(images), expected['centre'], rtol=1e-5)
-    extract = features.make_extract(classify.trained, 'fc8_linear')  # on its own mesh
+    extract = classify.trained.extractor('fc8_linear')  # on its own mesh
     np.testing.assert_allclose(jax.nn.softmax(extract(images)), expected['centre'], rtol=1e-5)
 
 
@@ -135,7 +135,7 @@ def test_arrays_of_another_size_are_resized_like_files(classify, tmp_path):
         batch = rng.integers(0, 256, (2, 40, 60, channels), np.uint8)
         path = tmp_path / f'{channels}.png'
         Image.fromarray(batch[1].squeeze()).save(path)
-        from_file = classify(predict.read(path, GREY)[None])
+        from_file = classify(image_files.read(path, GREY)[None])
         np.testing.assert_array_equal(classify(batch)[1], from_file[0])
 
 
@@ -169,7 +169,7 @@ def photo(side=96, seed=0):
 
 
 def stored(path, shape=RGB):
-    return predict.read(path, shape).astype(int)
+    return image_files.read(path, shape).astype(int)
 
 
 def test_images_of_the_stored_size_are_unchanged(tmp_path):
@@ -180,7 +180,7 @@ def test_images_of_the_stored_size_are_unchanged(tmp_path):
             if (name, shape) == ('a.webp', GREY):
                 continue  # WebP has no grey
             Image.fromarray(image.squeeze()).save(tmp_path / name, lossless=True)
-            np.testing.assert_array_equal(predict.read(tmp_path / name, shape), image)
+            np.testing.assert_array_equal(image_files.read(tmp_path / name, shape), image)
 
 
 @pytest.mark.parametrize(('width', 'height'), [(96, 64), (64, 96)])
@@ -318,7 +318,7 @@ def test_files_that_are_no_image(tmp_path):
     }
     for name, words in expected_text.items():
         with pytest.raises(RunError, match=words) as caught:
-            predict.read(tmp_path / name, RGB)
+            image_files.read(tmp_path / name, RGB)
         assert name in str(caught.value)
         assert '\n' not in str(caught.value)
 
@@ -326,8 +326,8 @@ def test_files_that_are_no_image(tmp_path):
 def test_equally_probable_classes_are_ranked_by_number():
     probability = np.full(1000, 1e-3, np.float32)
     probability[700] = 0.1
-    assert predict.top(probability, 5) == [700, 0, 1, 2, 3]
-    assert predict.top(probability[:3], 5) == [0, 1, 2]
+    assert evaluate.top(probability, 5) == [700, 0, 1, 2, 3]
+    assert evaluate.top(probability[:3], 5) == [0, 1, 2]
 
 
 # --------------------------------------------------------------------------------- the command
@@ -340,7 +340,7 @@ def test_folders_globs_and_files(tmp_path):
     (tmp_path / 'none').mkdir()
 
     def found(*words):
-        paths = predict.find([str(tmp_path / word) for word in words])
+        paths = image_files.find([str(tmp_path / word) for word in words])
         return [path.relative_to(tmp_path).as_posix() for path in paths]
 
     assert found('') == ['a.png', 'b.png', 'odd[1].png', 'sub/c.png']

@@ -16,7 +16,7 @@ import pytest
 from flax import traverse_util
 from PIL import Image
 
-from alexnet_jax.analysis import figures, report
+from alexnet_jax.analysis import drawing, report
 from alexnet_jax.analysis.figures import Run
 from alexnet_jax.data import datasets
 from alexnet_jax.inference import evaluate
@@ -124,7 +124,7 @@ def test_every_picture_has_a_text_alternative(document):
 
 def test_drawings_use_the_text_colour_of_the_page(html):
     assert html.count('currentColor') > 20
-    assert figures.INK not in html[html.index('<body') :]
+    assert drawing.INK not in html[html.index('<body') :]
     assert '(prefers-color-scheme: dark)' in html
     assert 'color-scheme: light dark' in html
 
@@ -175,8 +175,7 @@ def test_what_does_not_apply_is_left_out(document):
 
 def test_a_net_that_saw_colour_has_its_towers(run_in_colour):
     document = Document(report.page(run_in_colour))
-    found = figures.of_run(run_in_colour)
-    assert f'Found: {found}.' in document.text
+    assert f'Found: {run_in_colour.specialisation}.' in document.text
     assert '2/3 on average' in document.text
 
 

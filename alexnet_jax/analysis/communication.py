@@ -14,11 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 
 from alexnet_jax.config import Settings
 from alexnet_jax.errors import RunError
-from alexnet_jax.model import alexnet
 from alexnet_jax.model.augment import Statistics
 from alexnet_jax.parallel.mesh import Layout
 from alexnet_jax.training.step import TrainState, init_state, jit_train_step, make_optimizer
@@ -59,31 +57,19 @@ class Collective:
 
 
 @dataclasses.dataclass(frozen=True)
-class Memory:
-    """Bytes on one device in a training step.
+class Reading:
+    """A compiled step; all but `collectives` is about one device.
 
     Attributes:
-        parameters, velocity: by layer.
-        activations: by layer, the result of every operation inside `jax.shard_map`, including
-            those that the compiler fuses away.
-        arguments, outputs, temporaries: the compiler's figures. Arguments are state, batch and
-            statistics. Outputs, the next state, reuse their memory.
+        collectives: what devices exchange.
+        memory: bytes. 'state' is parameters and velocity, by their shapes; 'arguments' (state,
+            batch and statistics), 'outputs' (the next state, which reuses their memory) and
+            'temporaries' are the compiler's figures.
+        flops, bytes_accessed: by XLA's count.
     """
 
-    parameters: dict[str, int]
-    velocity: dict[str, int]
-    activations: dict[str, int]
-    arguments: int
-    outputs: int
-    temporaries: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Reading:
-    """A compiled step; memory, `flops` and `bytes_accessed` are one device's, by XLA's count."""
-
     collectives: tuple[Collective, ...]
-    memory: Memory
+    memory: dict[str, int]
     flops: float
     bytes_accessed: float
 
@@ -91,17 +77,19 @@ class Reading:
 def read_step(settings: Settings, layout: Layout) -> Reading:
     """Compile the training step for this layout and read it; takes some seconds."""
     compiled, state = compile_step(settings, layout)
-    layers = [layer.name for layer in settings.net.layers]
     cost: Any = compiled.cost_analysis()  # a dict; the stubs are wrong
     held: Any = compiled.memory_analysis()  # not None for a compiled program
-    memory = Memory(
-        parameters=_by_layer(state.params),
-        velocity=_by_layer(state.opt_state),
-        activations=activations(settings, layout),
-        arguments=held.argument_size_in_bytes,
-        outputs=held.output_size_in_bytes,
-        temporaries=held.temp_size_in_bytes,
-    )
+    leaves = [leaf for leaf in jax.tree.leaves((state.params, state.opt_state)) if leaf.ndim]
+    memory = {
+        'state': sum(
+            leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape))
+            for leaf in leaves
+        ),
+        'arguments': held.argument_size_in_bytes,
+        'outputs': held.output_size_in_bytes,
+        'temporaries': held.temp_size_in_bytes,
+    }
+    layers = [layer.name for layer in settings.net.layers]
     sent = collectives(compiled.as_text() or '', layout.mesh, layers)
     return Reading(sent, memory, cost['flops'], cost['bytes accessed'])
 
@@ -170,10 +158,26 @@ def collectives(text: str, mesh: Mesh, layers: Sequence[str]) -> tuple[Collectiv
     rows = []
     for instruction in program.values():
         kind = instruction.op.removesuffix('-start')
-        if kind in KINDS:
-            axis, devices = _axis(instruction.attributes, kind, mesh)
-            if devices > 1:
-                rows += _arrays(instruction, kind, axis, devices, program, layers)
+        axis, devices = _axis(instruction.attributes, kind, mesh) if kind in KINDS else ('', 1)
+        merged = len(instruction.operands) > 1  # then the source is of any of them
+        named = None if merged else _layer(instruction.source, layers)
+        for operand in instruction.operands if devices > 1 else ():
+            shapes = ARRAY.findall(program[operand].type)
+            size = sum(_bytes(*one) for one in shapes) * (devices if kind == 'all-gather' else 1)
+            share = 1 if kind == 'collective-permute' else (devices - 1) / devices
+            scalar = not any(sides for _, sides in shapes)
+            layer = named or (BOOKKEEPING if scalar else _layer_that_made(operand, program, layers))
+            row = Collective(
+                layer=layer,
+                phase='' if layer == BOOKKEEPING else _phase(instruction.source),
+                kind=kind,
+                axis=axis,
+                devices=devices,
+                array_bytes=size,
+                sent_bytes=round(size * share * (2 if kind == 'all-reduce' else 1)),
+                instruction=instruction.name,
+            )
+            rows.append(row)
     return tuple(rows)
 
 
@@ -188,46 +192,10 @@ def _instructions(text: str) -> Iterator[_Instruction]:
             )
 
 
-def _arrays(
-    instruction: _Instruction,
-    kind: str,
-    axis: str,
-    devices: int,
-    program: Mapping[str, _Instruction],
-    layers: Sequence[str],
-) -> Iterator[Collective]:
-    """Yield a row for each operand: XLA merges collectives."""
-    for operand, source in zip(instruction.operands, _sources(instruction), strict=True):
-        shapes = ARRAY.findall(program[operand].type)
-        size = sum(_bytes(*one) for one in shapes) * (devices if kind == 'all-gather' else 1)
-        scalar = not any(sides for _, sides in shapes)
-        made_in = BOOKKEEPING if scalar else _layer_that_made(operand, program, layers)
-        layer = _layer(source, layers) or made_in
-        share = 1 if kind == 'collective-permute' else (devices - 1) / devices
-        yield Collective(
-            layer=layer,
-            phase='' if layer == BOOKKEEPING else _phase(source or instruction.source),
-            kind=kind,
-            axis=axis,
-            devices=devices,
-            array_bytes=size,
-            sent_bytes=round(size * share * (2 if kind == 'all-reduce' else 1)),
-            instruction=instruction.name,
-        )
-
-
 def _bytes(dtype: str, sides: str) -> int:
     """Return the bytes of an array that XLA writes as 'f32[64,10]'."""
     itemsize = 1 if dtype == 'pred' else _numbers(dtype)[0] // 8
     return itemsize * math.prod(_numbers(sides))
-
-
-def _sources(instruction: _Instruction) -> Sequence[str]:
-    """Return the source of each operand: merged instructions have 'jit(f)/(a:b:c)' or one name."""
-    source, count = instruction.source, len(instruction.operands)
-    merged = re.fullmatch(r'.*?/\((.*)\)', source)
-    names = merged[1].split(':') if merged else [source]
-    return names if len(names) == count else [''] * count
 
 
 def _layer(source: str, layers: Sequence[str]) -> str | None:
@@ -321,43 +289,3 @@ def by_layer(rows: Iterable[Collective]) -> list[Collective]:
         )
         for group in groups.values()
     ]
-
-
-# ------------------------------------------------------------------------------- memory of a device
-
-
-def _by_layer(tree: Any) -> dict[str, int]:
-    """Return the bytes on one device of the leaves under each layer's name."""
-    totals: dict[str, int] = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        layer = getattr(path[-2], 'key', None) if len(path) > 1 else None
-        if layer is not None:
-            size = leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape))
-            totals[layer] = totals.get(layer, 0) + size
-    return totals
-
-
-def activations(settings: Settings, layout: Layout) -> dict[str, int]:
-    """Return the bytes by layer of one device's results in a forward pass, which is only traced."""
-    net, size = settings.net, settings.batch_size
-    totals = dict.fromkeys((layer.name for layer in net.layers), 0)
-    layer_of = {
-        name: layer.name for layer in net.layers for name in alexnet.activation_names(layer)
-    }
-
-    def local(params, images, masks):
-        found = alexnet.activations(net, params, images, masks, layout.tensor_parallel)
-        for name, value in found.items():
-            totals[layer_of[name]] += value.dtype.itemsize * value.size
-        return found[alexnet.activation_names(net.layers[-1])[-1]]
-
-    def run(key, images):
-        params, masks = alexnet.init(key, net), alexnet.draw_masks(key, net, size)
-        specs = layout.parameter_specs(net), P('data'), layout.mask_specs(masks)
-        return jax.shard_map(local, mesh=layout.mesh, in_specs=specs, out_specs=P('data'))(
-            params, images, masks
-        )
-
-    shape = (size, net.input_px, net.input_px, net.channels)
-    jax.eval_shape(run, jax.random.key(0), jax.ShapeDtypeStruct(shape, jnp.float32))
-    return totals

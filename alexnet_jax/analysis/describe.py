@@ -11,7 +11,7 @@ import jax
 from alexnet_jax import command
 from alexnet_jax import config as configuration
 from alexnet_jax.analysis import communication
-from alexnet_jax.analysis.communication import Collective, Memory
+from alexnet_jax.analysis.communication import Collective
 from alexnet_jax.config import Config, MeshShape, Settings
 from alexnet_jax.data import datasets
 from alexnet_jax.errors import UsageError
@@ -200,18 +200,20 @@ def _on_mesh(settings: Settings) -> list[str]:
     if layout.mesh.size == 1:
         return ['one device: no communication']
     found = communication.read_step(settings, layout)
-    where = f'{layout}, placement {settings.mesh.placement}'
-    memory, unsplit = f'memory of a device on {where}, MiB', None
+    where, held = f'{layout}, placement {settings.mesh.placement}', {'here': found.memory}
     if any(split.shards > 1 for split in (layout.tensor_parallel.conv, layout.tensor_parallel.fc)):
         other = mesh.make_layout(MeshShape(layout.replicas, tower=1), settings.batch_size)
-        unsplit = communication.read_step(settings, other).memory
-        memory += f'; unsplit: on {other}, placement towers'
+        held[f'on {other}, placement towers'] = communication.read_step(settings, other).memory
+    memory = [('', *held)]
+    for kind in found.memory:
+        memory.append((kind, *(_mib(own[kind]) for own in held.values())))
     sent = _communication(found.collectives)
     if settings.net.compute_dtype == 'bfloat16' and jax.default_backend() == 'cpu':
         sent += '\nCPUs send bfloat16 as float32: elsewhere forward and backward send half as much'
     return [
         f'communication of a step on {where}\n\n{sent}',
-        f'{memory}\n\n{_device_memory(found.memory, unsplit)}',
+        f'memory of a device on {where}\n\n{command.table(memory)}\n\n'
+        'state: parameters and velocity; the rest by the compiler',
     ]
 
 
@@ -243,19 +245,3 @@ def _communication(collectives: Sequence[Collective]) -> str:
         f'{command.table([head, *rows])}\n\n{_mib(sent)} sent per device and step, assuming ring '
         f'collectives; the compiler merges {len(collectives)} arrays into {messages} messages'
     )
-
-
-def _device_memory(memory: Memory, unsplit: Memory | None) -> str:
-    """Tabulate memory by layer, compared with a mesh that splits no layer."""
-    memories = [memory] if unsplit is None else [memory, unsplit]
-    kinds = ('parameters', 'velocity', 'activations')
-    columns = [getattr(one, kind) for kind in kinds for one in memories]
-    heads = [head for kind in kinds for head in (kind, 'unsplit')[: len(memories)]]
-    rows = [(layer, *(f'{c[layer] / 2**20:,.2f}' for c in columns)) for layer in memory.parameters]
-    total = ('all', *(f'{sum(c.values()) / 2**20:,.2f}' for c in columns))
-    figures = ', '.join(
-        f'{kind} {" / ".join(_mib(getattr(one, kind)) for one in memories)}'
-        for kind in ('arguments', 'outputs', 'temporaries')
-    )
-    whose = 'by the compiler' if unsplit is None else 'by the compiler, here / unsplit'
-    return f'{command.table([("layer", *heads), *rows, total])}\n\n{whose}: {figures}'

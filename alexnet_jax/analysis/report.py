@@ -23,10 +23,10 @@ from flax import traverse_util
 from PIL import Image
 
 from alexnet_jax import command, files
-from alexnet_jax.analysis import figures
-from alexnet_jax.analysis.figures import INK, Run
+from alexnet_jax.analysis import drawing, figures
+from alexnet_jax.analysis.figures import Run
 from alexnet_jax.errors import AlexNetError, RunError
-from alexnet_jax.inference import evaluate, predict
+from alexnet_jax.inference import evaluate
 from alexnet_jax.model import alexnet
 from alexnet_jax.training.metrics import log
 
@@ -61,7 +61,7 @@ def _text(value: Any) -> Any:
     """Return a value as printable text; Jinja2 escapes it."""
     if hasattr(value, '__html__'):
         return value
-    return f'{value:.6g}' if isinstance(value, float) else predict.shown(str(value))
+    return f'{value:.6g}' if isinstance(value, float) else command.shown(str(value))
 
 
 def _part(run: Run, find: Callable[[Run], Any]) -> Any:
@@ -72,19 +72,19 @@ def _part(run: Run, find: Callable[[Run], Any]) -> Any:
         return str(error)
 
 
-def drawing(figure: figures.Figure, name: str) -> str:
+def inline_svg(figure: drawing.Figure, name: str) -> str:
     """Return the inside of an <svg> tag that draws `figure` in the page's text colour.
 
     Args:
         figure: matplotlib's.
         name: a prefix that makes the figure's ids unique on the page.
     """
-    text = figures.render(figure, 'svg', transparent=True).decode()
+    text = drawing.render(figure, 'svg', transparent=True).decode()
     opening, inside = text[text.index('<svg') :].split('>', 1)
     box = re.search(r'viewBox="[^"]*"', opening)
     inside = re.sub(r'<style type="text/css">.*?</style>', '', inside)  # would apply to the page
     inside = re.sub(r'(\bid="|href="#|url\(#)', rf'\g<1>{name}-', inside)
-    return f'{box[0] if box else ""}>{inside.replace(INK, "currentColor")}'
+    return f'{box[0] if box else ""}>{inside.replace(drawing.INK, "currentColor")}'
 
 
 def picture(image: np.ndarray) -> str:
@@ -180,35 +180,29 @@ def _curves(run: Run) -> dict[str, Any]:
     rows = [
         (f'{r["epoch"]:.2f}', r['step'], *_row(r)) for r in run.records if r['kind'] == 'validation'
     ]
-    return {'svg': drawing(figures.curves(run.records), 'curves'), 'rows': rows}
+    return {'svg': inline_svg(drawing.curves(run.records), 'curves'), 'rows': rows}
 
 
 def _filters(run: Run) -> dict[str, Any] | None:
-    net = run.trained.settings.net
+    net, found = run.trained.settings.net, run.specialisation
     if net.layers[0].kind != 'conv':
         return None
-    found = {
-        'svg': drawing(figures.fig3(run.kernels, net.towers), 'fig3'),
-        'count': net.layers[0].features,
-        'layer': net.layers[0].name,
+    return {
+        'svg': inline_svg(drawing.fig3(run.kernels, net.towers, found), 'fig3'),
+        'layer': net.layers[0],
         'step': run.trained.step,
-        'towers': None,
+        'specialisation': found,
     }
-    if figures.has_colour_towers(run):
-        score = figures.of_run(run)
-        svg = drawing(figures.towers_figure(run.kernels, score), 'towers')
-        found['towers'] = {'svg': svg, 'found': score}
-    return found
 
 
 def _neighbours(run: Run) -> dict[str, Any]:
-    svg = drawing(figures.FIGURES['fig4_right'](run), 'fig4r')
+    svg = inline_svg(figures.FIGURES['fig4_right'](run), 'fig4r')
     return {'svg': svg, 'among': run.among, 'layer': figures.last_hidden(run.settings.net)}
 
 
 def _confusion(run: Run) -> dict[str, Any]:
     names = run.trained.class_names
-    share = figures.confusion_matrix(run.predictions['centre'], run.predictions['label'])
+    share = drawing.confusion_matrix(run.predictions['centre'], run.predictions['label'])
     np.fill_diagonal(share, 0)
     pairs = np.argsort(-share, axis=None, kind='stable')[:CONFUSIONS]
     rows = [
@@ -216,7 +210,7 @@ def _confusion(run: Run) -> dict[str, Any]:
         for own, taken in zip(*np.unravel_index(pairs, share.shape), strict=True)
         if share[own, taken] > 0
     ]
-    return {'svg': drawing(figures.FIGURES['confusion'](run), 'confusion'), 'rows': rows}
+    return {'svg': inline_svg(figures.FIGURES['confusion'](run), 'confusion'), 'rows': rows}
 
 
 def _classes(run: Run) -> dict[str, Any]:
@@ -227,19 +221,9 @@ def _classes(run: Run) -> dict[str, Any]:
 
 def _mistakes(run: Run) -> dict[str, Any]:
     test = run.test
-    names = test.class_names
-    return {
-        'mistakes': [
-            {
-                'image': picture(test.images[one.row]),
-                'row': one.row,
-                'probability': one.probability,
-                'taken_for': names[one.taken_for],
-                'label': names[one.label],
-            }
-            for one in mistakes(run.predictions['centre'], test.labels, MISTAKES)
-        ]
-    }
+    found = mistakes(run.predictions['centre'], test.labels, MISTAKES)
+    images = [picture(test.images[one.row]) for one in found]
+    return {'mistakes': list(zip(images, found, strict=True)), 'names': test.class_names}
 
 
 def _environment(run: Run) -> list[tuple[str, Any]]:
@@ -255,7 +239,7 @@ PARTS: dict[str, Callable[[Run], Any]] = {
     'errors': _errors,
     'curves': _curves,
     'filters': _filters,
-    'examples': lambda run: {'svg': drawing(figures.FIGURES['fig4_left'](run), 'fig4l')},
+    'examples': lambda run: {'svg': inline_svg(figures.FIGURES['fig4_left'](run), 'fig4l')},
     'neighbours': _neighbours,
     'confusion': _confusion,
     'classes': _classes,
@@ -268,21 +252,19 @@ PARTS: dict[str, Callable[[Run], Any]] = {
 # ------------------------------------------------------------------------------------- the command
 
 
-def write(run: Run, output: Path) -> None:
-    """Write a run's report atomically.
+def run(args: argparse.Namespace) -> None:
+    """Write the report atomically, and print its path.
 
     Raises:
         RunError: the folder has no run, the file cannot be written, or a library is missing.
     """
-    if run.workdir.is_dir():  # otherwise `page` reports that there is no run
-        files.check_writable(output)
-    figures.write(output, page(run).encode())
-
-
-def _act(args: argparse.Namespace) -> None:
     output = args.output or args.workdir / 'report.html'
-    write(Run(args.workdir, args.step, args.data_dir or '', args.among), output)
-    log(f'{args.workdir}: {output.stat().st_size:,} bytes')
+    if args.workdir.is_dir():  # otherwise `page` reports that there is no run
+        files.check_writable(output)
+    body = page(Run(args.workdir, args.step, args.data_dir or '', args.among)).encode()
+    with files.output(output) as scratch:
+        scratch.write_bytes(body)
+    log(f'{args.workdir}: {len(body):,} bytes')
     print(output)
 
 
@@ -300,4 +282,4 @@ def _parser() -> command.Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the report that the command line asks for; return the exit code."""
-    return command.run('report', _parser, _act, argv)
+    return command.run('report', _parser, run, argv)

@@ -1,18 +1,19 @@
-"""Compute errors from a checkpoint or a run's parameters: one view, ten views, ensembles.
+"""Restore a checkpoint; compute errors (one view, ten views, ensembles) and activations.
 
 Errors are fractions in [0, 1]. Every image is counted once.
 """
 
 import dataclasses
 import functools
-import json
 import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
 from alexnet_jax import config as configuration
 from alexnet_jax import config_file, files
@@ -20,7 +21,7 @@ from alexnet_jax.config import MeshShape, Settings
 from alexnet_jax.data import batches
 from alexnet_jax.data.datasets import Dataset
 from alexnet_jax.errors import RunError, UsageError
-from alexnet_jax.model import augment
+from alexnet_jax.model import alexnet, augment
 from alexnet_jax.model.augment import Statistics
 from alexnet_jax.parallel import cpu, distributed, mesh
 from alexnet_jax.parallel.mesh import Layout
@@ -33,6 +34,7 @@ VIEWS = {'centre': (0,), 'ten_views': tuple(range(10))}  # by the names used in 
 CENTRE = {'centre': (0,)}
 EMPTY: Mapping[str, Any] = types.MappingProxyType({})
 Predict = Callable[[Any, Statistics, jax.Array, int], jax.Array]
+Extract = Callable[[np.ndarray], np.ndarray]
 
 
 # ------------------------------------------------------------------------- restoring a checkpoint
@@ -69,6 +71,52 @@ class Trained:
             batch_size=batch_size or self.settings.loop.eval_batch_size,
         )
 
+    def extractor(self, layer: str) -> Extract:
+        """Return a function from uint8 images [B, H, W, C], as stored, to a layer's activations.
+
+        It returns float32 [B, ...] for any B, of the centre view without dropout masks, computed in
+        the evaluation's batches. Images are split over all devices, each of which has the complete
+        net.
+
+        Args:
+            layer: a name as `alexnet.activation_names` gives: 'fc7_relu'.
+
+        Raises:
+            UsageError: the net has no such layer.
+        """
+        net, recipe = self.settings.net, self.settings.preprocess
+        known = [name for own in net.layers for name in alexnet.activation_names(own)]
+        if layer not in known:
+            raise UsageError(f"this net has no '{layer}'; choose one of {', '.join(known)}.")
+
+        def run(params: Any, statistics: Statistics, images: jax.Array) -> jax.Array:
+            draws = augment.fixed(len(images), images.shape[-1], net, recipe)
+            pixels = augment.apply(images, draws, statistics, net, recipe)
+            return alexnet.activations(net, params, pixels)[layer].astype(jnp.float32)
+
+        layout = mesh.make_layout(MeshShape(data=-1, tower=1), jax.device_count())
+        specs = (P(), P(), P('data'))
+        run_sharded = jax.jit(
+            jax.shard_map(run, mesh=layout.mesh, in_specs=specs, out_specs=P('data')),
+            compiler_options=cpu.compiler_options(),
+        )
+        constants = jax.device_put((self.params, self.statistics), layout.replicated)
+        size = -(-self.settings.loop.eval_batch_size // layout.replicas) * layout.replicas
+        batch = jax.ShapeDtypeStruct((size, *self.stored), np.uint8)
+        shape = jax.eval_shape(run_sharded, *constants, batch).shape[1:]
+
+        def extract(images: np.ndarray) -> np.ndarray:
+            features = np.empty((len(images), *shape), np.float32)
+            for start in range(0, len(images), size):
+                part = images[start : start + size]
+                batch = np.zeros((size, *part.shape[1:]), np.uint8)
+                batch[: len(part)] = part
+                batch = jax.device_put(batch, layout.batch_sharding)
+                features[start : start + size] = run_sharded(*constants, batch)[: len(part)]
+            return features
+
+        return extract
+
 
 def restore(
     workdir: str | Path, step: Step = 'latest', overrides: Mapping[str, Any] = EMPTY
@@ -88,7 +136,6 @@ def restore(
     """
     workdir = Path(workdir)
     checkpoints = Checkpoints(workdir / 'checkpoints')
-    step = int(step) if isinstance(step, str) and step.isdigit() else step
     settings = configuration.unpack(_override(checkpoints.extra(step)['config'], overrides))
     cpu.set_up_cpu(settings.mesh.cpu_devices)  # before reading asks JAX for its devices
     restored = checkpoints.restore(None, step)
@@ -215,6 +262,11 @@ def probabilities(
                     'optimizer.weights.rate, or evaluate an earlier --step.'
                 )
     return found
+
+
+def top(probability: np.ndarray, count: int) -> list[int]:
+    """Return the `count` most probable of [classes], by label among equals."""
+    return np.argsort(-probability, kind='stable')[:count].tolist()
 
 
 def ranks(probability: np.ndarray, label: np.ndarray) -> np.ndarray:
@@ -375,8 +427,3 @@ def reordered(
     order = np.array([names.index(name) for name in wanted])
     label = np.argsort(order).astype(np.int32)[arrays['label']]
     return {'label': label, **{view: arrays[view][:, order] for view in VIEWS}}
-
-
-def line(result: Mapping[str, Any]) -> str:
-    """Return a result as the one JSON line of stdout."""
-    return json.dumps(result)

@@ -1,7 +1,7 @@
 """Write any layer's activations to a file, or find the images nearest to an image.
 
     python -m alexnet_jax features --workdir=W --layer=fc7_relu --split=test --output=F.npy
-    python -m alexnet_jax features --workdir=W --layer=conv5_relu FOLDER --output=F.parquet
+    python -m alexnet_jax features --workdir=W --layer=conv5_relu FOLDER --output=F.npy
     python -m alexnet_jax features --workdir=W --nearest=6 IMAGE...
 
 The last command computes the right half of the paper's figure 4: the training images whose
@@ -13,105 +13,22 @@ import argparse
 import dataclasses
 import hashlib
 import json
-import math
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec as P
-from scipy.spatial.distance import cdist
 
 from alexnet_jax import command, files
-from alexnet_jax.config import MeshShape
-from alexnet_jax.data import batches
-from alexnet_jax.data.datasets import Dataset
+from alexnet_jax.data import image_files
 from alexnet_jax.errors import RunError, UsageError
-from alexnet_jax.inference import evaluate, predict
+from alexnet_jax.inference import evaluate, neighbours
 from alexnet_jax.inference.evaluate import Trained
-from alexnet_jax.model import alexnet, augment
-from alexnet_jax.model.alexnet import Net
-from alexnet_jax.model.augment import Statistics
-from alexnet_jax.parallel import cpu, mesh
+from alexnet_jax.inference.neighbours import Computed
 from alexnet_jax.training.metrics import log
 
-Array = jax.Array
-Extract = Callable[[np.ndarray], np.ndarray]
-
-# ------------------------------------------------------------------------------------ activations
-
-
-def shapes(net: Net) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every activation of one image, in the order of the net.
-
-    {'conv1_linear': (H, W, C), ..., 'fc8_linear': (units,)}.
-    """
-    return {
-        name: shape
-        for stage in alexnet.geometry(net)
-        for name, shape in zip(
-            alexnet.activation_names(stage.layer), (stage.output, *stage.after), strict=True
-        )
-    }
-
-
-def make_extract(trained: Trained, layer: str) -> Extract:
-    """Return a function from uint8 images [B, H, W, C], as stored, to float32 [B, ...], any B.
-
-    It computes the centre view without dropout masks, in the evaluation's batches. Images are split
-    over all devices, each of which has the complete net.
-
-    Raises:
-        UsageError: the net has no such layer.
-    """
-    settings, known = trained.settings, shapes(trained.settings.net)
-    if layer not in known:
-        raise UsageError(f"this net has no '{layer}'; choose one of {', '.join(known)}.")
-
-    def run(params: Any, statistics: Statistics, images: Array) -> Array:
-        net, recipe = settings.net, settings.preprocess
-        draws = augment.fixed(len(images), images.shape[-1], net, recipe)
-        pixels = augment.apply(images, draws, statistics, net, recipe)
-        return alexnet.activations(settings.net, params, pixels)[layer].astype(jnp.float32)
-
-    layout = mesh.make_layout(MeshShape(data=-1, tower=1), jax.device_count())
-    specs = (P(), P(), P('data'))
-    run_sharded = jax.jit(
-        jax.shard_map(run, mesh=layout.mesh, in_specs=specs, out_specs=P('data')),
-        compiler_options=cpu.compiler_options(),
-    )
-    constants = jax.device_put((trained.params, trained.statistics), layout.replicated)
-    size = -(-settings.loop.eval_batch_size // layout.replicas) * layout.replicas
-
-    def extract(images: np.ndarray) -> np.ndarray:
-        features = np.empty((len(images), *known[layer]), np.float32)
-        for start in range(0, len(images), size):
-            part = images[start : start + size]
-            batch = np.zeros((size, *part.shape[1:]), np.uint8)
-            batch[: len(part)] = part
-            batch = jax.device_put(batch, layout.batch_sharding)
-            features[start : start + size] = run_sharded(*constants, batch)[: len(part)]
-        return features
-
-    return extract
-
-
 # ------------------------------------------------------------------------------------- many images
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Computed:
-    """Features [N, ...] that are computed whenever they are indexed, in place of an array."""
-
-    images: Callable[[slice], np.ndarray]  # uint8 [b, H, W, C], as stored
-    extract: Extract
-    shape: tuple[int, ...]
-
-    def __getitem__(self, rows: slice, /) -> np.ndarray:
-        """Compute rows, float32 [b, ...]."""
-        return self.extract(self.images(slice(*rows.indices(self.shape[0]))))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -151,7 +68,7 @@ def of_split(trained: Trained, layer: str, split: str, data_dir: str = '') -> Fe
 
     Args:
         trained: the checkpoint.
-        layer: a key of `shapes`.
+        layer: see `Trained.extractor`.
         split: 'train', 'validation' or 'test' of the run's config, or an expression of TFDS.
         data_dir: the folder of all data sets; the config's if empty.
 
@@ -160,15 +77,8 @@ def of_split(trained: Trained, layer: str, split: str, data_dir: str = '') -> Fe
         RunError: the data set does not exist.
     """
     dataset = evaluate.open_split(trained, split, data_dir)
-    rows, about = computed(trained, layer, dataset), _about(trained, layer, dataset.split)
-    return Features(rows, dataset.labels, None, about)
-
-
-def computed(trained: Trained, layer: str, dataset: Dataset) -> Computed:
-    """Return the features of images that `evaluate.open_split` opened."""
-    extract = make_extract(trained, layer)
-    shape = len(dataset), *shapes(trained.settings.net)[layer]
-    return Computed(lambda rows: dataset.images[rows], extract, shape)
+    rows = Computed(dataset.images.__getitem__, trained.extractor(layer), len(dataset))
+    return Features(rows, dataset.labels, None, _about(trained, layer, dataset.split))
 
 
 def of_files(trained: Trained, layer: str, words: Sequence[str], faults: list[str]) -> Features:
@@ -180,18 +90,19 @@ def of_files(trained: Trained, layer: str, words: Sequence[str], faults: list[st
         UsageError: the layer does not exist.
         RunError: none of the files is an image.
     """
-    extract = make_extract(trained, layer)  # before the files are read
-    blocks = predict.read_ahead(predict.find(words), trained.stored, 100, faults)
-    paths = [path for names, _ in blocks for path in names]
+    extract = trained.extractor(layer)  # before the files are read
+    found = image_files.read_ahead(image_files.find(words), trained.stored, 100, faults)
+    paths = [path for names, _ in found for path in names]
     if not paths:
         raise RunError(
             'none of the files is an image; give image files, or folders that contain some.'
         )
 
     def images(rows: slice) -> np.ndarray:
-        return np.stack([predict.read(path, trained.stored) for path in paths[rows]])
+        read = [image_files.read(path, trained.stored) for path in paths[rows]]
+        return np.array(read, np.uint8).reshape(-1, *trained.stored)
 
-    rows = Computed(images, extract, (len(paths), *shapes(trained.settings.net)[layer]))
+    rows = Computed(images, extract, len(paths))
     return Features(rows, None, [str(path) for path in paths], _about(trained, layer, None))
 
 
@@ -216,71 +127,21 @@ def _about(trained: Trained, layer: str, split: str | None) -> dict[str, Any]:
 def write(features: Features, path: Path, block: int) -> None:
     """Compute and write features, `block` images at a time, atomically.
 
-    `.npy` contains the features, float32 [N, ...]. The accompanying `.json` has 'about', and
-    'label' [N] and 'path' [N] where they are known. `.parquet` has the columns row, path, label and
-    features (flattened, a list of fixed size), and 'about' in its metadata.
-
-    Args:
-        features: see `of_split` and `of_files`.
-        path: with one of the endings of WRITERS.
-        block: images in memory at a time.
+    The .npy file contains the features, float32 [N, ...]. The accompanying .json file has 'about',
+    and 'label' [N] and 'path' [N] where they are known.
 
     Raises:
-        RunError: the file cannot be written.
+        RunError: a file cannot be written.
     """
-    with files.output(path) as scratch:
-        WRITERS[path.suffix](features, path, scratch, _blocks(features.rows, block))
-
-
-def _blocks(rows: np.ndarray | Computed, size: int) -> Generator[np.ndarray]:
-    """Yield all rows in order, float32 [b, ...], while a thread computes or reads the next ones."""
-
-    def block(number: int) -> np.ndarray:
-        return np.array(rows[number * size : (number + 1) * size], np.float32)
-
-    return batches.prefetch(block, 0, -(-rows.shape[0] // size))
-
-
-def _write_npy(features: Features, path: Path, scratch: Path, blocks: Iterator[np.ndarray]) -> None:
     label = None if features.label is None else features.label.tolist()
     rest = {'about': features.about, 'label': label, 'path': features.path}
-    shape = features.rows.shape
-    with files.output(path.with_suffix('.json')) as text, scratch.open('wb') as file:
-        text.write_text(json.dumps(rest))
-        header = {'descr': '<f4', 'fortran_order': False, 'shape': shape}
-        np.lib.format.write_array_header_2_0(file, header)
-        for block in blocks:
-            file.write(block.astype('<f4', copy=False).data)
-
-
-def _write_parquet(
-    features: Features, _: Path, scratch: Path, blocks: Iterator[np.ndarray]
-) -> None:
-    arrow = command.library('pyarrow', 'parquet')
-    parquet = command.library('pyarrow.parquet', 'parquet')
-    shape = features.rows.shape[1:]
-    row_type = arrow.list_(arrow.float32(), math.prod(shape))
-    columns = {
-        'row': arrow.int64(),
-        'path': arrow.string(),
-        'label': arrow.int32(),
-        'features': row_type,
-    }
-    about = json.dumps(features.about | {'shape': shape})
-    schema = arrow.schema(columns, metadata={'about': about})
-    unknown = [None] * len(features)
-    paths = unknown if features.path is None else [predict.shown(path) for path in features.path]
-    labels = unknown if features.label is None else features.label
-    stop = 0
-    with parquet.ParquetWriter(scratch, schema, compression='zstd') as file:
-        for block in blocks:
-            start, stop = stop, stop + len(block)
-            flat = arrow.FixedSizeListArray.from_arrays(block.reshape(-1), type=row_type)
-            values = [range(start, stop), paths[start:stop], labels[start:stop], flat]
-            file.write_table(arrow.table(dict(zip(columns, values, strict=True)), schema))
-
-
-WRITERS = {'.npy': _write_npy, '.parquet': _write_parquet}
+    header = {'descr': '<f4', 'fortran_order': False, 'shape': features.rows.shape}
+    with files.output(path) as scratch, files.output(path.with_suffix('.json')) as beside:
+        beside.write_text(json.dumps(rest))
+        with scratch.open('wb') as file:
+            np.lib.format.write_array_header_2_0(file, header)
+            for rows in neighbours.blocks(features.rows, block):
+                file.write(rows.astype('<f4', copy=False).data)
 
 
 def read(path: Path) -> Features:
@@ -301,56 +162,6 @@ def read(path: Path) -> Features:
             f'create them again with --output={path}.'
         ) from error
     return Features(rows, None if label is None else np.array(label, np.int32), names, about)
-
-
-# --------------------------------------------------------------------------------------- retrieval
-
-
-MAX_IMAGES = 256  # in memory at a time: 50 MB at 256 px, 300 MB of conv1's float32 features
-
-
-class Neighbours(NamedTuple):
-    """The neighbours of Q queries, nearest first."""
-
-    index: np.ndarray  # int64 [Q, k], rows of the features
-    distance: np.ndarray  # float64 [Q, k], Euclidean
-
-
-def nearest(
-    queries: np.ndarray, features: np.ndarray | Computed, k: int, block: int = MAX_IMAGES
-) -> Neighbours:
-    """Find the k nearest rows by Euclidean distance (paper, figure 4, right).
-
-    Distances are sums of squared differences in float64, so the result is exact: a duplicate is at
-    distance 0, and rows at the same distance are ranked by index. A core computes 0.5 to 1 billion
-    terms a second: 0.1 s for a query of 1,024 features among 60,000.
-
-    Args:
-        queries: float32 [Q, D], or [Q, ...], which is flattened.
-        features: float32 [N, D], or [N, ...].
-        k: neighbours of each query.
-        block: rows in memory at a time.
-
-    Raises:
-        UsageError: k is not in 1..N.
-        RunError: features are not finite.
-    """
-    count, width = features.shape[0], math.prod(features.shape[1:])
-    if not 1 <= k <= count:
-        raise UsageError(f'k must be between 1 and {count}, the number of images, but is {k}.')
-    queries = np.asarray(queries, np.float64).reshape(len(queries), width)
-    squared, index = np.zeros((len(queries), 0)), np.zeros((len(queries), 0), np.int64)
-    start = 0
-    for rows in _blocks(features, block):
-        new = cdist(queries, rows.reshape(len(rows), width), 'sqeuclidean')
-        if not np.isfinite(new).all():
-            raise RunError('some features are not finite, so they have no neighbours.')
-        numbers = np.broadcast_to(np.arange(start, start + len(rows)), new.shape)
-        squared, index = np.hstack([squared, new]), np.hstack([index, numbers])
-        order = np.argsort(squared, axis=1, kind='stable')[:, :k]  # earlier rows come first
-        squared, index = (np.take_along_axis(x, order, 1) for x in (squared, index))
-        start += len(rows)
-    return Neighbours(index, np.sqrt(squared))
 
 
 # ---------------------------------------------------------------------------------- the command
@@ -394,21 +205,31 @@ def _among(trained: Trained, queries: Features, args: argparse.Namespace) -> Fea
 
 
 def _print_nearest(queries: Features, among: Features, k: int, as_json: bool) -> None:
-    found = nearest(np.concatenate([*_blocks(queries.rows, MAX_IMAGES)]), among.rows, k)
+    rows = np.concatenate([*neighbours.blocks(queries.rows, neighbours.BLOCK)])
+    found = neighbours.nearest(rows, among.rows, k)
+    answers = [
+        {
+            'query': queries.image(row),
+            'class': queries.class_name(row),
+            'neighbours': [
+                {'image': among.image(i), 'row': i, 'class': among.class_name(i), 'distance': own}
+                for i, own in zip(index, distances, strict=True)
+            ],
+        }
+        for row, (index, distances) in enumerate(zip(*map(np.ndarray.tolist, found), strict=True))
+    ]
+    print('\n'.join(map(json.dumps, answers)) if as_json else _table(answers))
+
+
+def _table(answers: Sequence[dict[str, Any]]) -> str:
     rows = [('query', 'distance', 'neighbour', 'class')]
-    for row, (indices, distances) in enumerate(zip(*map(np.ndarray.tolist, found), strict=True)):
-        name, neighbours = queries.image(row), []
-        for i, distance in zip(indices, distances, strict=True):
-            own = {'image': among.image(i), 'row': i, 'class': among.class_name(i)}
-            neighbours.append(own | {'distance': distance})
-            cells = (name if len(neighbours) == 1 else '', own['image'], own['class'] or '')
-            query, image, label = map(predict.shown, cells)
-            rows.append((query, f'{distance:>12.6g}', image, label))
-        if as_json:
-            query = {'query': name, 'class': queries.class_name(row), 'neighbours': neighbours}
-            print(json.dumps(query))
-    if not as_json:
-        print(command.table(rows))
+    for answer in answers:
+        query = command.shown(answer['query'])
+        for own in answer['neighbours']:
+            image, label = map(command.shown, (own['image'], own['class'] or ''))
+            rows.append((query, f'{own["distance"]:>12.6g}', image, label))
+            query = ''  # in the first row only
+    return command.table(rows)
 
 
 def _parser() -> command.Parser:
@@ -430,8 +251,8 @@ def _parser() -> command.Parser:
     parser.add_argument('--layer', default='fc7_relu', help='LAYER_OPERATION (default: fc7_relu)')
     parser.add_shared('data_dir')
     result = parser.add_mutually_exclusive_group(required=True)
-    what = 'save the features: .npy (with a .json file) or .parquet'
-    result.add_argument('--output', type=command.ending(*WRITERS), metavar='FILE', help=what)
+    what = 'save the features: .npy, with a .json file beside it'
+    result.add_argument('--output', type=command.ending('.npy'), metavar='FILE', help=what)
     what = 'print the K nearest images to each image'
     result.add_argument('--nearest', type=command.positive, metavar='K', help=what)
     what = 'where to search for neighbours: train (the default), another split, or an .npy file'

@@ -13,102 +13,22 @@ In Python:
 
 import argparse
 import dataclasses
-import glob
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from alexnet_jax import command
-from alexnet_jax.data import batches
+from alexnet_jax.data import image_files
 from alexnet_jax.data import images as image_io
 from alexnet_jax.data.datasets import Dataset
-from alexnet_jax.errors import RunError, UsageError
+from alexnet_jax.errors import UsageError
 from alexnet_jax.inference import evaluate
 from alexnet_jax.inference.evaluate import Trained
 from alexnet_jax.training.checkpoint import Step
 from alexnet_jax.training.metrics import log
-
-# ---------------------------------------------------------------------------------------- images
-
-
-def find(words: Sequence[str]) -> list[Path]:
-    """Return the files that words name: files, folders (all files in them, sorted), globs.
-
-    Each file is returned once. Names in a folder that begin with a dot are skipped. A path that
-    does not exist is also returned, so that reading it reports the error.
-    """
-    found: dict[Path, None] = {}
-    for word in words:
-        paths = [Path(word)]
-        if glob.has_magic(word) and not paths[0].exists():
-            paths = sorted(map(Path, glob.glob(word, recursive=True))) or paths
-        for path in paths:
-            found |= dict.fromkeys(_files_in(path) or [path])
-    return list(found)
-
-
-def _files_in(folder: Path) -> list[Path]:
-    return sorted(
-        path
-        for path in folder.rglob('*')
-        if path.is_file()
-        and not any(part.startswith('.') for part in path.relative_to(folder).parts)
-    )
-
-
-def read(path: Path, shape: tuple[int, int, int]) -> np.ndarray:
-    """Read an image file in the stored form of the data set: uint8, of `shape` (H, W, C).
-
-    Of an animation or a file with several pages, the first is read.
-
-    Raises:
-        RunError: it does not exist, or is not an image.
-    """
-    try:
-        return image_io.decode(path.read_bytes(), shape)
-    except OSError as error:
-        reason = f'cannot be read as an image: {error.strerror}'
-    except image_io.BadImage as error:
-        reason = str(error)
-    raise RunError(f'{shown(path)} {reason}.')
-
-
-def read_ahead(
-    paths: Sequence[Path], shape: tuple[int, int, int], block: int, faults: list[str]
-) -> Iterator[tuple[list[Path], np.ndarray]]:
-    """Read all images among `paths`, up to `block` at a time; a thread reads the next ones.
-
-    Yields:
-        Their paths, and uint8 [b, H, W, C]. Each file that is not an image is
-        reported in one sentence, which is also appended to `faults`.
-    """
-
-    def one_block(number: int) -> tuple[list[Path], list[np.ndarray], list[str]]:
-        names, images, found = [], [], []
-        for path in paths[number * block : (number + 1) * block]:
-            try:
-                images.append(read(path, shape))
-                names.append(path)
-            except RunError as error:
-                found.append(str(error))
-        return names, images, found
-
-    for names, images, found in batches.prefetch(one_block, 0, -(-len(paths) // block), depth=1):
-        for sentence in found:
-            log(sentence)
-        faults += found
-        if names:
-            yield names, np.stack(images)
-
-
-def shown(path: Path | str) -> str:
-    """Return a name in printable characters, whatever bytes it consists of."""
-    text = str(path).encode('utf-8', 'backslashreplace').decode()
-    return text if text.isprintable() else ascii(text)[1:-1]
-
 
 # ----------------------------------------------------------------------------------- the classifier
 
@@ -183,11 +103,6 @@ def load(
     return Classifier(trained, views, batch_size or trained.settings.loop.eval_batch_size)
 
 
-def top(probability: np.ndarray, count: int) -> list[int]:
-    """Return the `count` most probable of [classes], by label among equals."""
-    return np.argsort(-probability, kind='stable')[:count].tolist()
-
-
 # ---------------------------------------------------------------------------------- the command
 
 
@@ -199,17 +114,18 @@ def run(args: argparse.Namespace) -> int:
     """
     views = 'ten_views' if args.views == 10 else 'centre'
     classify = load(args.workdir, args.step, views=views, batch_size=args.batch_size)
-    paths, faults = find(args.images), list[str]()
+    paths, faults = image_files.find(args.images), list[str]()
     log(f'{args.workdir}: step {classify.trained.step}, {len(paths)} file(s)')
+    blocks = image_files.read_ahead(paths, classify.trained.stored, classify.batch_size, faults)
     rows = [('image', 'probability', 'class')]
-    for names, images in read_ahead(paths, classify.trained.stored, classify.batch_size, faults):
+    for names, images in blocks:
         for path, probability in zip(names, classify(images), strict=True):
-            labels, name = top(probability, args.top), shown(path)
+            labels, name = evaluate.top(probability, args.top), command.shown(path)
             if args.json:
                 print(_as_json(path, labels, probability, classify.class_names), flush=True)
             for label in labels:
                 share, class_name = f'{probability[label]:>11.2%}', classify.class_names[label]
-                rows.append((name, share, shown(class_name)))
+                rows.append((name, share, command.shown(class_name)))
                 name = ''  # in the first of an image's rows only
     if rows[1:] and not args.json:
         print(command.table(rows))

@@ -4,13 +4,13 @@ Imports no JAX. An unknown launcher or an incomplete description is an error: ot
 would train a separate net.
 """
 
+import argparse
 import dataclasses
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from alexnet_jax import command
 from alexnet_jax.errors import UsageError
 
 FLAGS = {
@@ -30,13 +30,12 @@ LAUNCHERS = (
 )
 
 
-def add_flags(parser: command.Parser) -> command.Parser:
-    """Add the flags that describe this process where no launcher does, and return the parser."""
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that describe this process where no launcher does."""
     add = parser.add_argument
     add('--coordinator_address', metavar='HOST:PORT', help='address of process 0')
     add('--num_processes', type=int, help='number of processes, if no launcher sets it')
     add('--process_id', type=int, help='rank of this process, from 0')
-    return parser
 
 
 @dataclasses.dataclass(frozen=True)

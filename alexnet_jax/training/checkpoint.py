@@ -259,9 +259,9 @@ class Checkpoints(contextlib.AbstractContextManager):
                 f"no checkpoint in {self.directory} has a validation error, so none is the 'best'; "
                 f'choose latest or one of the steps {listed}.'
             )
-        if number not in steps:
+        if str(number) not in map(str, steps):  # a command line gives text
             raise UsageError(
-                f'no checkpoint of step {step!r} in {self.directory}; choose latest, best or one '
+                f'no checkpoint of step {step} in {self.directory}; choose latest, best or one '
                 f'of the steps {listed}.'
             )
         try:

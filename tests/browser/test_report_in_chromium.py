@@ -30,7 +30,7 @@ def workdir(smoke_run, tmp_path_factory):
 @pytest.fixture(scope='module')
 def path(workdir, tmp_path_factory):
     path = tmp_path_factory.mktemp('report') / 'report.html'
-    report.write(report.Run(workdir), path)
+    path.write_text(report.page(report.Run(workdir)))
     return path
 
 
@@ -39,7 +39,7 @@ def half(workdir, tmp_path_factory):
     """Return the report of a run that has only its config."""
     folder = tmp_path_factory.mktemp('half')
     (folder / 'config.json').write_bytes((workdir / 'config.json').read_bytes())
-    report.write(report.Run(folder), folder / 'report.html')
+    (folder / 'report.html').write_text(report.page(report.Run(folder)))
     return folder / 'report.html'
 
 

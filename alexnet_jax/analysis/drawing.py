@@ -1,0 +1,382 @@
+"""Draw arrays with matplotlib: the paper's figures, learning curves, a confusion matrix.
+
+Matplotlib is installed by pip install 'alexnet_jax[figures]'.
+"""
+
+import functools
+import io
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy import stats
+
+from alexnet_jax import command
+
+Figure = Any  # matplotlib's, which may not be installed
+Record = Mapping[str, Any]
+
+# -------------------------------------------------------------------------------------- the style
+
+INK = '#1b1c1d'  # a report replaces it by the page's text colour
+# Each has a contrast of 3:1 or more on white and on black. Colour is never the only mark.
+BLUE, ORANGE, GREEN, VIOLET, RED = COLOURS = '#2f7de1', '#d95926', '#199e70', '#8a6fe8', '#d6456b'
+WIDTH = 4.8  # inches: legible on a phone
+DPI = 200
+STYLE: dict[str, Any] = {
+    'figure.facecolor': 'white',
+    'axes.facecolor': 'none',
+    'axes.spines.top': False,
+    'axes.spines.right': False,
+    'axes.axisbelow': True,
+    'font.size': 9.0,
+    'axes.titlesize': 9.0,
+    'legend.frameon': False,
+    'grid.alpha': 0.15,
+    'lines.linewidth': 1.6,
+    'svg.fonttype': 'none',  # letters stay text
+    'svg.hashsalt': 'alexnet_jax',  # the same figure gives the same file
+    'text.parse_math': False,  # a class may be called $x$
+    'text.color': INK,
+    'axes.edgecolor': INK,
+    'axes.labelcolor': INK,
+    'xtick.color': INK,
+    'ytick.color': INK,
+    'grid.color': INK,
+}
+
+
+def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
+    """Make a function draw in STYLE, independent of the machine's matplotlibrc."""
+
+    @functools.wraps(draw)
+    def inner(*args: Any, **kwargs: Any) -> Figure:
+        with command.library('matplotlib.style', 'figures').context([STYLE], after_reset=True):
+            return draw(*args, **kwargs)
+
+    return inner
+
+
+def blank(height: float) -> Figure:
+    """Return a figure without axes, WIDTH x height inches."""
+    return command.library('matplotlib.figure', 'figures').Figure(
+        figsize=(WIDTH, height), layout='constrained'
+    )
+
+
+def _show(axes: Any, image: np.ndarray) -> None:
+    """Draw an image [H, W, C] without a frame; grey where C is 1."""
+    grey = image.shape[-1] == 1
+    pixels = image[..., 0] if grey else image
+    span = {'vmin': 0, 'vmax': 255} if image.dtype == np.uint8 else {'vmin': 0, 'vmax': 1}
+    axes.imshow(pixels, cmap='gray' if grey else None, interpolation='nearest', **span)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.spines[:].set_visible(False)
+
+
+def _short(name: str, letters: int = 22) -> str:
+    name = command.shown(name)
+    return name if len(name) <= letters else name[: letters - 1] + '…'
+
+
+def _stacked(name: str, letters: int) -> str:
+    """Return the first two words, one below the other."""
+    return '\n'.join(_short(word, letters) for word in name.split()[:2])
+
+
+def render(figure: Figure, form: str, *, transparent: bool = False) -> bytes:
+    """Return a figure as a 'png' or 'svg' file; the same figure gives the same bytes."""
+    body = io.BytesIO()
+    omitted = ('Date', 'Creator', 'Format', 'Type') if form == 'svg' else ('Software',)
+    how = {'metadata': dict.fromkeys(omitted), 'transparent': transparent}
+    with (
+        command.library('matplotlib.style', 'figures').context([STYLE], after_reset=True),
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings('ignore', 'Glyph')  # the font lacks a letter of a class name
+        figure.savefig(body, format=form, dpi=DPI, **how)
+    return body.getvalue()
+
+
+# --------------------------------------------------------------------------------------- filters
+
+
+class Specialisation(NamedTuple):
+    """Colour saturation of the towers' filters; see `specialisation`."""
+
+    towers: tuple[float, ...]  # mean saturation of each tower's filters
+    gap: float  # between the most and the least colourful tower
+    chance: float  # share of random divisions of the filters that have as large a gap
+
+    def __str__(self) -> str:
+        each = ', '.join(f'{mean:.3f}' for mean in self.towers)
+        return (
+            f'colour saturation of the towers {each}: gap {self.gap:.3f}, '
+            f'as large in {self.chance:.2%} of random divisions'
+        )
+
+
+def saturation(kernels: np.ndarray) -> np.ndarray:
+    """Return the share of each filter's energy that is colour: float64 [features], in 0..1.
+
+    saturation = sum of (w - mean of w over channels)^2 / sum of w^2, both over all positions and
+    channels. It is 0 for equal weights of red, green and blue, 1 for a filter without response to
+    grey, 2/3 on average for independent Gaussian weights, and 0 for a filter of zeros.
+
+    Args:
+        kernels: [kh, kw, 3, features].
+    """
+    kernels = kernels.astype(np.float64)
+    colour = kernels - kernels.mean(axis=2, keepdims=True)
+    energy = np.sum(kernels**2, axis=(0, 1, 2))
+    return np.sum(colour**2, axis=(0, 1, 2)) / np.where(energy == 0, 1, energy)
+
+
+def specialisation(kernels: np.ndarray, towers: int) -> Specialisation:
+    """Score whether one tower is colour-blind and another colour-specific (paper, section 6.1).
+
+    The score is the gap between the towers' mean saturations. The authors saw the two kinds in
+    every run. A permutation test gives the share of the divisions of the filters into towers that
+    have as large a gap: of all divisions, or of 9,999 random ones (seed 0) if there are more.
+
+    Args:
+        kernels: the first layer's, [kh, kw, 3, features], tower by tower.
+        towers: their number, at least 2.
+    """
+
+    def gap(*values: np.ndarray, axis: int) -> np.ndarray:
+        return np.ptp([own.mean(axis=axis) for own in values], axis=0)
+
+    each = np.split(saturation(kernels), towers)
+    found = stats.permutation_test(each, gap, alternative='greater', rng=np.random.default_rng(0))
+    means = tuple(float(own.mean()) for own in each)
+    return Specialisation(means, float(found.statistic), float(found.pvalue))
+
+
+@styled
+def fig3(kernels: np.ndarray, towers: int, found: Specialisation | None = None) -> Figure:
+    """Draw the filters [kh, kw, C, features], tower by tower (paper, figure 3).
+
+    Each filter is scaled by its largest absolute weight; grey is 0. If C is neither 1 nor 3, the
+    mean over channels is drawn. The towers' saturations are in the titles if `found` is given.
+    """
+    if kernels.shape[2] not in (1, 3):
+        kernels = kernels.mean(axis=2, keepdims=True)
+    each = np.split(np.moveaxis(kernels, -1, 0), towers)
+    columns = min(len(each[0]), 12 if len(each[0]) > 24 else 6)
+    tiles = [_tile(own, columns) for own in each]
+    figure = blank(sum(WIDTH * tile.shape[0] / tile.shape[1] + 0.3 for tile in tiles))
+    column = figure.subplots(towers, 1, squeeze=False)[:, 0]
+    for tower, (axes, tile) in enumerate(zip(column, tiles, strict=True)):
+        _show(axes, tile)
+        title = f'tower {chr(ord("a") + tower)}' if towers > 1 else 'filters'
+        if found is not None:
+            title += f', mean colour saturation {found.towers[tower]:.2f}'
+        axes.set_title(title, loc='left')
+    return figure
+
+
+def _tile(filters: np.ndarray, columns: int) -> np.ndarray:
+    """Tile [n, h, w, 1 or 3] as one image in 0..1, [H, W, 4], transparent between the filters."""
+    count, height, width, _ = filters.shape
+    largest = np.abs(filters).max(axis=(1, 2, 3), keepdims=True)
+    pixels = 0.5 + filters / np.where(largest == 0, 1, 2 * largest)
+    rows = -(-count // columns)
+    picture = np.zeros((rows, height + 1, columns, width + 1, 4), np.float32)
+    for number, own in enumerate(pixels):
+        row, column = divmod(number, columns)
+        picture[row, :height, column, :width, :3] = own
+        picture[row, :height, column, :width, 3] = 1
+    return picture.reshape(rows * (height + 1), columns * (width + 1), 4)[:-1, :-1]
+
+
+# -------------------------------------------------------------------------------------- learning
+
+
+def _plot(axes: Any, found: Sequence[Record], kind: str, key: str, **style: Any) -> None:
+    """Plot a value of the records of one kind against epochs; errors in %."""
+    chosen = [record for record in found if record['kind'] == kind and key in record]
+    unit = 100 if key.endswith('error') else 1
+    if len(chosen) == 1 or kind == 'validation':
+        style |= {'marker': 'o', 'markersize': 4}
+    if chosen:
+        epochs = [record['epoch'] for record in chosen]
+        axes.plot(epochs, [unit * record[key] for record in chosen], **style)
+
+
+def _label(axes: Any, ylabel: str) -> None:
+    axes.set(xlabel='epochs', ylabel=ylabel, xlim=(0, None), ylim=(0, None))
+    axes.grid(axis='y')
+    axes.legend()
+
+
+@styled
+def fig1(runs: Mapping[str, Sequence[Record]]) -> Figure:
+    """Draw the training error of several runs against epochs, by name (paper, figure 1).
+
+    The dashed line is the paper's 25 %.
+    """
+    figure = blank(3.2)
+    axes = figure.subplots()
+    for number, (name, found) in enumerate(runs.items()):
+        style = {'color': COLOURS[number % 5], 'linestyle': ('-', '--', '-.', ':')[number % 4]}
+        _plot(axes, found, 'train', 'top1_error', label=_short(name, 40), **style)
+    axes.axhline(25, color=INK, linewidth=0.8, linestyle=(0, (4, 4)), alpha=0.6)
+    _label(axes, 'training error, %')
+    return figure
+
+
+@styled
+def curves(found: Sequence[Record]) -> Figure:
+    """Draw loss (nats an image) and errors (%) of training and validation against epochs.
+
+    Training values are means over the batches since the last record, with dropout and on augmented
+    images, so they may be higher than validation values.
+    """
+    figure = blank(5.0)
+    loss, errors = figure.subplots(2, 1, sharex=True)
+    for axes, kind, key, name, colour, dash in (
+        (loss, 'train', 'loss', 'training', BLUE, '-'),
+        (loss, 'validation', 'nll', 'validation', ORANGE, '--'),
+        (errors, 'train', 'top1_error', 'training, top-1', BLUE, '-'),
+        (errors, 'validation', 'top1_error', 'validation, top-1', ORANGE, '--'),
+        (errors, 'validation', 'top5_error', 'validation, top-5', GREEN, '-.'),
+    ):
+        _plot(axes, found, kind, key, label=name, color=colour, linestyle=dash)
+    _label(loss, 'loss, nats')
+    _label(errors, 'error, %')
+    loss.set_xlabel('')
+    return figure
+
+
+# --------------------------------------------------------------------------------------- classes
+
+
+@styled
+def confusion(probability: np.ndarray, label: np.ndarray, names: Sequence[str]) -> Figure:
+    """Draw the share of the images of each class (row) that is taken for each class (column).
+
+    The opacity is the square root of the share, since errors are few. With up to 12 classes, shares
+    other than 0 are written in %. A class without images has an empty row.
+
+    Args:
+        probability: [N, classes]; an image is taken for the most probable class.
+        label: int [N].
+        names: the class names.
+    """
+    share = confusion_matrix(probability, label)
+    figure = blank(WIDTH)
+    axes = figure.subplots()
+    cells = np.empty((*share.shape, 4))
+    cells[..., :3] = command.library('matplotlib.colors', 'figures').to_rgb(BLUE)
+    cells[..., 3] = np.sqrt(share)
+    axes.imshow(cells)
+    axes.set(xlabel='taken for', ylabel='is')
+    axes.spines[:].set_visible(True)
+    if len(share) <= 30:
+        short = [_short(name, 14) for name in names]
+        axes.set_xticks(range(len(share)), short, rotation=90, fontsize=8)
+        axes.set_yticks(range(len(share)), short, fontsize=8)
+    if len(share) <= 12:
+        for (row, column), value in np.ndenumerate(share):
+            if (text := f'{100 * value:.0f}') != '0':
+                axes.text(column, row, text, ha='center', va='center', fontsize=8)
+    return figure
+
+
+def confusion_matrix(probability: np.ndarray, label: np.ndarray) -> np.ndarray:
+    """Return float64 [classes, classes]: rows by label, columns by prediction.
+
+    Each row sums to 1; the row of a class without images is 0.
+    """
+    classes = probability.shape[1]
+    matrix = np.zeros((classes, classes))
+    np.add.at(matrix, (label, probability.argmax(axis=1)), 1)
+    total = matrix.sum(axis=1, keepdims=True)
+    return matrix / np.where(total == 0, 1, total)
+
+
+@styled
+def fig4_left(
+    images: np.ndarray, probability: np.ndarray, label: np.ndarray, names: Sequence[str]
+) -> Figure:
+    """Draw images with their five most probable classes (paper, figure 4, left).
+
+    The correct class is written above the image. If it is among the five, its bar is orange and its
+    name bold.
+
+    Args:
+        images: uint8 [B, H, W, C].
+        probability: [B, classes].
+        label: int [B].
+        names: the class names.
+    """
+    rows = -(-len(images) // 2)
+    figure = blank(1.15 * rows)
+    grid = figure.subplots(rows, 4, squeeze=False, width_ratios=[1, 1.6, 1, 1.6])
+    for number in range(2 * rows):
+        picture, bars = grid[number // 2, 2 * (number % 2) :][:2]
+        if number == len(images):  # the last place if their number is odd
+            picture.set_axis_off()
+            bars.set_axis_off()
+            break
+        _show(picture, images[number])
+        picture.set_anchor('NW')  # a long title then passes over the bars, not through them
+        picture.set_title(_short(names[label[number]]), fontsize=8, loc='left', weight='bold')
+        _bars(bars, probability[number], int(label[number]), names)
+    return figure
+
+
+def _bars(axes: Any, probability: np.ndarray, label: int, names: Sequence[str]) -> None:
+    """Draw the five most probable of [classes], the most probable at the top, named on the bars."""
+    ranked = np.argsort(-probability, kind='stable')[:5].tolist()
+    colours = [ORANGE if own == label else BLUE for own in ranked]
+    axes.barh(range(len(ranked)), probability[ranked], color=colours, alpha=0.5, height=0.86)
+    for place, own in enumerate(ranked):
+        text = f'{_short(names[own], 14)} {100 * probability[own]:.0f} %'
+        weight = 'bold' if own == label else 'normal'
+        axes.text(0.02, place, text, va='center', fontsize=8, weight=weight)
+    axes.set(xlim=(0, 1), ylim=(4.6, -0.6), xticks=[], yticks=[])
+    axes.spines[['bottom']].set_visible(False)
+
+
+@styled
+def fig4_right(
+    queries: np.ndarray,
+    neighbours: np.ndarray,
+    query_label: np.ndarray,
+    label: np.ndarray,
+    names: Sequence[str],
+) -> Figure:
+    """Draw images, each followed by its nearest neighbours (paper, figure 4, right).
+
+    The queries' classes are written at the left. A neighbour of another class has an orange frame
+    and the name of its class below.
+
+    Args:
+        queries: uint8 [Q, H, W, C].
+        neighbours: uint8 [Q, k, H, W, C], nearest first.
+        query_label: int [Q].
+        label: int [Q, k], of the neighbours.
+        names: the class names.
+    """
+    count, k = label.shape
+    ratios = [1, 0.15] + [1] * k
+    cell = (WIDTH - 0.9) / sum(ratios)
+    figure = blank(count * (cell + 0.25))
+    grid = figure.subplots(count, k + 2, squeeze=False, width_ratios=ratios)
+    for row in range(count):
+        grid[row, 1].set_axis_off()
+        _show(grid[row, 0], queries[row])
+        own = _stacked(names[query_label[row]], 12)
+        grid[row, 0].set_ylabel(own, rotation=0, ha='right', va='center', fontsize=8)
+        for axes, image, other in zip(
+            grid[row, 2:], neighbours[row], label[row].tolist(), strict=True
+        ):
+            _show(axes, image)
+            if other != query_label[row]:
+                axes.set_xlabel(_stacked(names[other], 11), fontsize=7, labelpad=2)
+                axes.spines[:].set(visible=True, color=ORANGE, linewidth=1.5)
+    return figure
