@@ -143,7 +143,7 @@ def report(error: BaseException, name: str) -> int:
     elif 'RESOURCE_EXHAUSTED' in str(error):  # JAX's class for it has had several names
         error = RunError(
             'the device does not have enough memory: lower batch_size or loop.eval_batch_size; '
-            '--mode=describe estimates what fits.'
+            '--mode=describe prints what a step needs.'
         )
     elif wanted and frames and frames[-1].filename.endswith('xla_bridge.py'):
         error = UsageError(

@@ -146,8 +146,9 @@ def test_unintended_communication_is_detected(monkeypatch):
         return pixels - pixels.mean(axis=0, keepdims=True)
 
     monkeypatch.setattr(steps.augment, 'apply', centred)
-    shape = MeshShape(2, 1)
-    settings = dataclasses.replace(SETTINGS, mesh=shape)
+    shape, config = MeshShape(2, 1), smoke.get_config()
+    config.model.layers = ('conv1', 'fc8')
+    settings = dataclasses.replace(configuration.unpack(config), mesh=shape)
     rows = communication.read_step(settings, layout_of(shape)).collectives
     (stray,) = [row for row in rows if row.layer == UNKNOWN]
     assert (stray.kind, stray.axis) == ('all-reduce', 'data')

@@ -6,8 +6,6 @@ import io
 import json
 import re
 import shutil
-import signal
-import subprocess
 import sys
 from html.parser import HTMLParser
 
@@ -361,21 +359,3 @@ def test_an_output_that_cannot_be_written(workdir, tmp_path, capsys, small_disk)
     assert 'cannot be written (No space left on device)' in capsys.readouterr().err
     assert old.read_bytes() == b'the old one'
     assert sorted(path.name for path in small_disk.iterdir()) == ['filler', 'r.html']
-
-
-def test_a_killed_report_leaves_the_old_one(workdir, tmp_path, repository):
-    output = tmp_path / 'r.html'
-    output.write_text('the old one')
-    words = [sys.executable, '-m', 'alexnet_jax', 'report', f'--workdir={workdir}']
-    process = subprocess.Popen(
-        [*words, f'--output={output}'],
-        cwd=repository,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert 'fc7_relu of 256 images' in process.stderr.readline()  # while a figure is computed
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stderr.close()
-    assert output.read_text() == 'the old one'
-    assert [path.name for path in tmp_path.iterdir()] == ['r.html']

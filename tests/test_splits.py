@@ -209,7 +209,8 @@ def test_names_that_the_terminal_cannot_show(workdir, shades, tmp_path, monkeypa
 def test_main_on_such_a_terminal(workdir, repository, tmp_path, mode):
     linked = tmp_path / 'lauf蓝'
     shutil.copytree(workdir, linked)
-    config = ['--config=configs/alexnet.py', '--config.name=lauf蓝'] if mode == 'describe' else []
+    config = ['--config=configs/smoke.py', "--config.model.layers=('conv1', 'fc8')"]
+    config = [*config, '--config.name=lauf蓝'] if mode == 'describe' else []
     done = subprocess.run(
         [sys.executable, 'main.py', f'--mode={mode}', f'--workdir={linked}', *config],
         cwd=repository,

@@ -1,10 +1,8 @@
 """Describe a config on one page: shapes, parameters, operations, memory, communication."""
 
 import contextlib
-import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 
@@ -17,7 +15,6 @@ from alexnet_jax.data import datasets
 from alexnet_jax.errors import UsageError
 from alexnet_jax.model.alexnet import Net, Stage, geometry
 from alexnet_jax.parallel import mesh
-from alexnet_jax.parallel.mesh import Layout
 from alexnet_jax.training import splits
 
 COLUMNS = (
@@ -25,8 +22,6 @@ COLUMNS = (
     'multiply-adds', 'ops',
 )  # fmt: skip
 MOST_VIRTUAL_DEVICES = 512
-DEVICE_GB = (16, 24, 80)  # common sizes of device memory, in 10^9 bytes
-COMPILED_BATCHES = (512, 2048)  # images per device; with fewer, the update needs more than the net
 
 
 def run(config: Config) -> str:
@@ -49,7 +44,7 @@ def run(config: Config) -> str:
             '--config.data.name=NAME, or set the units, as in --config.model.fc8.features=10.'
         )
     _provide_devices(settings.mesh)
-    return '\n\n'.join([page(settings), _compiled_memory(settings), *_on_mesh(settings)])
+    return '\n\n'.join([page(settings), *compiled(settings)])
 
 
 def page(settings: Settings) -> str:
@@ -144,61 +139,12 @@ def _mib(size: int) -> str:
     return f'{size / 2**20:,.1f} MiB'
 
 
-# ------------------------------------------------------------------------------ compiled memory
+# ------------------------------------------------------------------------------ the compiled step
 
 
-@dataclasses.dataclass(frozen=True)
-class Peak:
-    """The memory of one device in a training step as a line: `bytes` at `images`, plus `per_image`.
-
-    The compiler's scratch space makes the line inexact by about 2 %.
-    """
-
-    images: int
-    bytes: int
-    per_image: int
-
-    def largest_batch(self, capacity: int) -> int:
-        """Return the largest number of images that fits into `capacity` bytes of one device."""
-        return max(0, self.images + (capacity - self.bytes) // self.per_image)
-
-
-def compiled_peak(settings: Settings, layout: Layout) -> Peak:
-    """Return the memory of the training step, compiled at two batch sizes."""
-    few, many = COMPILED_BATCHES
-    small, large = (compiled_bytes(settings, layout, images) for images in (few, many))
-    return Peak(images=few, bytes=small, per_image=(large - small) // (many - few))
-
-
-def compiled_bytes(settings: Settings, layout: Layout, images: int) -> int:
-    """Return one device's bytes for a number of images per device: state, batch, scratch space."""
-    settings = dataclasses.replace(settings, batch_size=images * layout.replicas)
-    compiled, _ = communication.compile_step(settings, layout)
-    found: Any = compiled.memory_analysis()
-    kept = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
-    return kept + found.temp_size_in_bytes
-
-
-def _compiled_memory(settings: Settings) -> str:
+def compiled(settings: Settings) -> list[str]:
+    """Describe the memory of a device and the communication of the compiled training step."""
     layout = mesh.make_layout(settings.mesh, settings.batch_size)
-    peak, replicas = compiled_peak(settings, layout), layout.replicas
-    fits = ', '.join(f'{gb} GB: {peak.largest_batch(gb * 10**9) * replicas:,}' for gb in DEVICE_GB)
-    where = 'the device' if layout.mesh.size == 1 else f'each of {layout.mesh.size} devices'
-    return (
-        f'compiled for {jax.default_backend()}, {where}: {_mib(peak.bytes)} at {peak.images} '
-        f'images, plus {_mib(peak.per_image)} for each further image; '
-        f'largest batch if nothing else is in memory: {fits}'
-    )
-
-
-# -------------------------------------------------------------------------------------- on a mesh
-
-
-def _on_mesh(settings: Settings) -> list[str]:
-    """Describe the communication and memory of the compiled step on several devices."""
-    layout = mesh.make_layout(settings.mesh, settings.batch_size)
-    if layout.mesh.size == 1:
-        return ['one device: no communication']
     found = communication.read_step(settings, layout)
     where, held = f'{layout}, placement {settings.mesh.placement}', {'here': found.memory}
     if any(split.shards > 1 for split in (layout.tensor_parallel.conv, layout.tensor_parallel.fc)):
@@ -207,14 +153,18 @@ def _on_mesh(settings: Settings) -> list[str]:
     memory = [('', *held)]
     for kind in found.memory:
         memory.append((kind, *(_mib(own[kind]) for own in held.values())))
+    parts = [
+        f'memory of a device on {where}, compiled for {jax.default_backend()}, batch '
+        f'{settings.batch_size}\n\n{command.table(memory)}\n\n'
+        'state: parameters and velocity; the rest by the compiler, of which arguments contain the '
+        'state, and outputs reuse its memory'
+    ]
+    if layout.mesh.size == 1:
+        return ['one device: no communication', *parts]
     sent = _communication(found.collectives)
     if settings.net.compute_dtype == 'bfloat16' and jax.default_backend() == 'cpu':
         sent += '\nCPUs send bfloat16 as float32: elsewhere forward and backward send half as much'
-    return [
-        f'communication of a step on {where}\n\n{sent}',
-        f'memory of a device on {where}\n\n{command.table(memory)}\n\n'
-        'state: parameters and velocity; the rest by the compiler',
-    ]
+    return [f'communication of a step on {where}\n\n{sent}', *parts]
 
 
 def _provide_devices(shape: MeshShape) -> None:
