@@ -66,16 +66,14 @@ class Row:
 
     Attributes:
         claim: the change, and what was reported for it.
-        error, found, p: by measure; {} if not run; p is corrected for the number of rows.
+        found: by measure; {} if not run.
         images_only: the interval is over other images, with these nets.
         untrained: seeds that did not train; the figures are of the others, if there are any.
         total: seeds in all.
     """
 
     claim: Claim
-    error: dict[str, float] = dataclasses.field(default_factory=dict)
-    found: dict[str, Difference] = dataclasses.field(default_factory=dict)
-    p: dict[str, float] = dataclasses.field(default_factory=dict)
+    found: dict[str, Difference]
     images_only: bool = False
     untrained: int = 0
     total: int = 0
@@ -92,7 +90,7 @@ class Row:
         own = self.found[measure]
         if own.low is None:
             return 'too few seeds'
-        if own.significant and self.p.get(measure, 0.0) < 1 - intervals.LEVEL:
+        if own.significant and (own.p_holm or 0.0) < 1 - intervals.LEVEL:
             return 'worse' if own.mean > 0 else 'better'
         if measure == 'top1_error' and own.within(MARGIN):
             return 'equivalent'
@@ -120,7 +118,8 @@ def rows(runs: Sequence[ArchivedRun], folder: Path, view: str = 'ten_views') -> 
     if view == 'ten_views':
         one, ten = ([base[seed].wrong[v] for seed in sorted(base)] for v in ('centre', 'ten_views'))
         result.append(_compared(ONE_VIEW, one, ten))
-    return corrected(result) + _ensembles(base, folder, view)
+    correct(result)
+    return result + _ensembles(base, folder, view)
 
 
 def _ablation(name: str, own: Runs, base: Runs, view: str, lost: Set[int]) -> Row:
@@ -140,12 +139,11 @@ def _ablation(name: str, own: Runs, base: Runs, view: str, lost: Set[int]) -> Ro
 
 def _compared(claim: Claim, ours: Sequence[Mapping], base: Sequence[Mapping], **more: Any) -> Row:
     """Return the row of a change; `ours` and `base` are the images missed, by seed."""
-    found, error = {}, {}
+    found = {}
     for measure in MEASURES if ours else ():
-        wrong = [np.stack([missed[measure] for missed in runs]) for runs in (ours, base)]
+        wrong = (np.stack([missed[measure] for missed in runs]) for runs in (ours, base))
         found[measure] = intervals.difference(*wrong)
-        error[measure] = float(wrong[0].mean())
-    return Row(claim, error, found, **more)
+    return Row(claim, found, **more)
 
 
 def chosen_rate(
@@ -210,37 +208,32 @@ def _ensembles(base: Runs, folder: Path, view: str) -> list[Row]:
 
 
 def _ensemble(count: int, own: Sequence[tuple[tuple[int, ...], Any]], base: Runs, view: str) -> Row:
-    error, differences = {}, {}
+    found = {}
     in_all = len({seed for seeds, _ in own for seed in seeds})
     for measure in MEASURES:
         gains = [
             missed[measure] - np.mean([base[seed].wrong[view][measure] for seed in seeds], axis=0)
             for seeds, missed in own
         ]
-        error[measure] = float(np.mean([missed[measure] for _, missed in own]))
+        error = float(np.mean([missed[measure] for _, missed in own]))
         mean, low, high = intervals.over_images(np.mean(gains, axis=0))
-        differences[measure] = Difference(mean, in_all, len(gains[0]), low, high)
+        found[measure] = Difference(mean, in_all, len(gains[0]), low, high, error=error)
     claim = Claim(f'{count} nets averaged, of {in_all} seeds', 'paper 6', 'none', None, None, '')
     if count == 5:  # 38.1 - 40.7 and 16.4 - 18.2
         claim = claim._replace(data='ILSVRC-2012 val', top1=-2.6, top5=-1.8)
     else:
         claim = claim._replace(words='5 nets: -2.6 / -1.8 on ILSVRC-2012 val')
-    return Row(claim, error, differences, images_only=True)
+    return Row(claim, found, images_only=True)
 
 
-def corrected(found: Sequence[Row]) -> list[Row]:
-    """Return the rows with p-values corrected for their number (Holm), by measure."""
-    result = list(found)
+def correct(found: Sequence[Row]) -> None:
+    """Store in each row its p-values, corrected for the number of rows (Holm), by measure."""
     for measure in MEASURES:
-        tested = [i for i, row in enumerate(result) if _p(row, measure) is not None]
-        values = intervals.holm([_p(result[i], measure) or 0.0 for i in tested])
-        for i, value in zip(tested, values, strict=True):
-            result[i] = dataclasses.replace(result[i], p={**result[i].p, measure: value})
-    return result
-
-
-def _p(row: Row, measure: str) -> float | None:
-    return row.found[measure].p if measure in row.found and not row.untrained else None
+        tested = [row.found for row in found if row.found and not row.untrained]
+        tested = [own for own in tested if own[measure].p is not None]
+        values = intervals.holm([own[measure].p or 0.0 for own in tested])
+        for own, value in zip(tested, values, strict=True):
+            own[measure] = dataclasses.replace(own[measure], p_holm=value)
 
 
 # ---------------------------------------------------------------------------------------- the table
@@ -308,10 +301,11 @@ def _base_cells(runs: Sequence[ArchivedRun]) -> list[str]:
 def _cells(row: Row) -> list[str]:
     if not row.found:
         return [row.claim.row, *[row.finding('top1_error')] * 6, _claim(row.claim)]
-    top1, p = row.found['top1_error'], row.p.get('top1_error')
+    top1 = row.found['top1_error']
+    p = top1.p_holm
     return [
         row.claim.row,
-        f'{row.error["top1_error"]:.2%}',
+        f'{top1.error:.2%}',
         _difference(row, 'top1_error'),
         '' if p is None else f'{p:.3f}' if p >= 0.001 else '<0.001',
         _difference(row, 'top5_error'),
@@ -385,8 +379,8 @@ def table_csv(runs: Sequence[ArchivedRun], folder: Path) -> str:
 def _csv_values(row: Row, measure: str) -> list[Any]:
     values: list[Any] = [''] * 9
     if own := row.found.get(measure):
-        numbers = own.mean, own.low, own.high, own.p, row.p.get(measure), own.spread
-        texts = ('' if x is None else f'{x:.6f}' for x in (row.error[measure], *numbers))
+        numbers = own.error, own.mean, own.low, own.high, own.p, own.p_holm, own.spread
+        texts = ('' if x is None else f'{x:.6f}' for x in numbers)
         values = [own.seeds, own.images, *texts]
     over = 'images' if row.images_only else 'seeds and images'
     claim = row.claim

@@ -41,6 +41,8 @@ class Difference:
     low, high: the interval; p: two-sided, for no difference. None with fewer than FEWEST_SEEDS
         seeds, and where the seeds agree so exactly that they show no variance.
     spread: the standard deviation of the seeds' differences; None with a single seed.
+    error: the mean error of ours.
+    p_holm: p corrected for the number of comparisons, see `holm`.
     """
 
     mean: float
@@ -50,6 +52,8 @@ class Difference:
     high: float | None = None
     p: float | None = None
     spread: float | None = None
+    error: float = float('nan')
+    p_holm: float | None = None
 
     @property
     def significant(self) -> bool:
@@ -71,7 +75,7 @@ def difference(ours: np.ndarray, base: np.ndarray) -> Difference:
     d = ours.astype(np.float64) - base.astype(np.float64)
     seeds, images = d.shape
     spread = float(d.mean(axis=1).std(ddof=1)) if seeds > 1 else None
-    found = Difference(float(d.mean()), seeds, images, spread=spread)
+    found = Difference(float(d.mean()), seeds, images, spread=spread, error=float(ours.mean()))
     if seeds < FEWEST_SEEDS:
         return found
     if not d.any():

@@ -182,9 +182,9 @@ def test_a_row_that_does_not_train_gets_a_rate_chosen_on_validation(runs, tmp_pa
 
 def test_an_interval_inside_the_margin_is_a_finding():
     def row(low: float, high: float, p: float) -> str:
-        found = intervals.Difference((low + high) / 2, 5, 100, low, high, p)
+        found = intervals.Difference((low + high) / 2, 5, 100, low, high, p, p_holm=p)
         claim = Claim('', '', '', None, None, '')
-        row = contribution_table.Row(claim, {}, {'top1_error': found}, {'top1_error': p})
+        row = contribution_table.Row(claim, {'top1_error': found})
         return row.finding('top1_error')
 
     assert row(-0.002, 0.001, 0.4) == 'equivalent'
