@@ -10,10 +10,10 @@
 
 An import creates a workdir at step 0, like that of a run, for `main.py --mode=evaluate
 --workdir=W`. The docstring of each net's config names the file to download and the accuracy to
-expect. PyTorch files, including checkpoints of training programs, need PyTorch (pip install
-'alexnet_jax[torch]'). This code converts a .caffemodel to .npz with OpenCV (pip install
-'opencv-python-headless<5'). With Caffe itself, replace getParam(n, i) by caffe.Net(...,
-caffe.TEST).params[n][i].data:
+expect. PyTorch files need PyTorch (pip install 'alexnet_jax[torch]'); a checkpoint of a training
+program is read if it contains no Python objects other than tensors. This code converts a
+.caffemodel to .npz with OpenCV (pip install 'opencv-python-headless<5'). With Caffe itself, replace
+getParam(n, i) by caffe.Net(..., caffe.TEST).params[n][i].data:
 
     net = cv2.dnn.readNetFromCaffe('deploy.prototxt', 'bvlc_alexnet.caffemodel')
     layers = 'conv1 conv2 conv3 conv4 conv5 fc6 fc7 fc8'.split()
