@@ -362,22 +362,19 @@ def act(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
     return 1 if failed else 0
 
 
+SUBMITIT = (
+    'slurm_partition', 'slurm_account', 'slurm_array_parallelism', 'gpus_per_node',
+    'cpus_per_task', 'timeout_min',
+)  # fmt: skip
+
+
 def launch(args: argparse.Namespace, runs: Sequence[Run]) -> Outcomes:
     """Start the runs by the launcher asked for."""
     if args.launcher == 'processes' or not runs:
         return run_here(runs, slots(args.parallel))
-    folder = runs[0].workdir.parent
-    parameters = {
-        'name': folder.name,
-        'timeout_min': args.minutes,
-        'cpus_per_task': args.cpus,
-        'gpus_per_node': args.gpus,
-        'slurm_partition': args.partition,
-        'slurm_account': args.account,
-        'slurm_array_parallelism': args.parallel,
-    }
-    given = {key: value for key, value in parameters.items() if value is not None}
-    return run_by_submitit(runs, args.launcher, folder / '.submitit', **given)
+    folder, given = runs[0].workdir.parent, vars(args) | {'slurm_array_parallelism': args.parallel}
+    given = {key: given[key] for key in SUBMITIT if given[key] is not None}
+    return run_by_submitit(runs, args.launcher, folder / '.submitit', name=folder.name, **given)
 
 
 def _parser() -> command.Parser:
@@ -397,12 +394,13 @@ def _parser() -> command.Parser:
     add('--dry_run', action='store_true', help='print the commands of unfinished runs')
     kinds = ('processes', 'local', 'slurm')
     add('--launcher', choices=kinds, default=kinds[0], help='local and slurm use submitit')
-    add('--partition', help='Slurm partition')
-    add('--account', help='Slurm account')
-    add('--gpus', type=int, default=0, help='GPUs per submitit job')
-    add('--cpus', type=int, default=1, help='CPUs per submitit job')
+    job = parser.add_argument_group('submitit jobs').add_argument
+    job('--partition', dest='slurm_partition', help='Slurm partition')
+    job('--account', dest='slurm_account', help='Slurm account')
+    job('--gpus', dest='gpus_per_node', type=int, default=0, help='GPUs per job')
+    job('--cpus', dest='cpus_per_task', type=int, default=1, help='CPUs per job')
     what = 'time limit of a job, after which it saves and requeues'
-    add('--minutes', type=int, default=1440, help=what)
+    job('--minutes', dest='timeout_min', type=int, default=1440, help=what)
     add('--config.KEY', metavar='VALUE', help='override one value in all configs; may be repeated')
     return parser
 

@@ -530,7 +530,7 @@ def saved_net(torch):
         (saved_net, False, 1, 'save only model.state_dict()'),
         (lambda torch: {'args': argparse.Namespace(lr=0.01)}, True, 1, 'save only model.state'),
         (lambda torch: torch.ones(3), True, 2, 'is missing; the file contains'),
-        (lambda torch: [torch.ones(3)], True, 2, 'the file contains no arrays'),
+        (lambda torch: [torch.ones(3)], True, 2, 'is missing; the file contains 0'),
         (lambda torch: {'features.0.weight': torch.ones(2).to_sparse()}, True, 1, 'Sparse'),
     ],
 )

@@ -12,10 +12,10 @@ become float32.
 
 import pickle
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -97,16 +97,9 @@ def _read_torch(path: Path) -> Arrays:
             f'save only model.state_dict().'
         ) from problem
     return {
-        name: (x.detach().float() if x.is_floating_point() else x.detach()).numpy()
-        for name, x in _leaves(tree)
+        jax.tree_util.keystr(path, simple=True, separator='.'): (
+            x.detach().float() if x.is_floating_point() else x.detach()
+        ).numpy()
+        for path, x in jax.tree.leaves_with_path(tree)
         if isinstance(x, torch.Tensor)
     }
-
-
-def _leaves(tree: Any, path: str = '') -> Iterator[tuple[str, Any]]:
-    """Yield all values of nested dictionaries, their keys joined by dots."""
-    if not isinstance(tree, Mapping):
-        yield path, tree
-        return
-    for key, value in tree.items():
-        yield from _leaves(value, f'{path}.{key}' if path else str(key))
