@@ -165,9 +165,7 @@ def pictures(side, count=4, channels=3):
 def our_logits(settings, params, statistics, images):
     @jax.jit
     def run(params, images):
-        net, recipe = settings.net, settings.preprocess
-        draws = augment.fixed(len(images), images.shape[-1], net, recipe)
-        pixels = augment.apply(images, draws, statistics, net, recipe)
+        pixels = augment.view(images, statistics, settings.net, settings.preprocess)
         return AlexNet(settings.net).apply({'params': params}, pixels)
 
     return np.asarray(run(params, images))

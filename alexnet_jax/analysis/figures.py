@@ -133,10 +133,8 @@ class Run:
     @property
     def kernels(self) -> np.ndarray:
         """Return the first layer's filters: float32 [kh, kw, C, features], tower by tower."""
-        layer = self.trained.settings.net.layers[0]
-        if layer.kind != 'conv':
-            raise UsageError(f'{layer.name} is not a convolution, so it has no filters to draw.')
-        return np.asarray(self.trained.params[layer.name]['kernel'])
+        first = self.trained.settings.net.layers[0]
+        return np.asarray(self.trained.params[first.name]['kernel'])
 
     @property
     def specialisation(self) -> Specialisation | None:
@@ -145,8 +143,9 @@ class Run:
         Grey images repeated for three channels have no colour.
         """
         net = self.trained.settings.net
-        applies = net.towers > 1 and self.trained.stored[2] == 3 and net.layers[0].kind == 'conv'
-        return drawing.specialisation(self.kernels, net.towers) if applies else None
+        if net.towers == 1 or self.trained.stored[2] != 3:
+            return None
+        return drawing.specialisation(self.kernels, net.towers)
 
     def choose(self, count: int) -> list[int]:
         """Return the test images to show: `rows`, or `count` at even distances."""

@@ -4,8 +4,7 @@
 
 report.html.jinja contains the page and its text; the functions here compute what it shows. The page
 follows the reader's choice of a light or dark theme, and fits a phone. If a section's data is
-missing (predictions, metrics, images), one sentence replaces it. Sections that do not apply to a
-run are omitted.
+missing (predictions, metrics, images), one sentence replaces it.
 """
 
 import argparse
@@ -183,10 +182,8 @@ def _curves(run: Run) -> dict[str, Any]:
     return {'svg': inline_svg(drawing.curves(run.records), 'curves'), 'rows': rows}
 
 
-def _filters(run: Run) -> dict[str, Any] | None:
+def _filters(run: Run) -> dict[str, Any]:
     net, found = run.trained.settings.net, run.specialisation
-    if net.layers[0].kind != 'conv':
-        return None
     return {
         'svg': inline_svg(drawing.fig3(run.kernels, net.towers, found), 'fig3'),
         'layer': net.layers[0],

@@ -90,8 +90,7 @@ class Trained:
             raise UsageError(f"this net has no '{layer}'; choose one of {', '.join(known)}.")
 
         def run(params: Any, statistics: Statistics, images: jax.Array) -> jax.Array:
-            draws = augment.fixed(len(images), images.shape[-1], net, recipe)
-            pixels = augment.apply(images, draws, statistics, net, recipe)
+            pixels = augment.view(images, statistics, net, recipe)
             return alexnet.activations(net, params, pixels)[layer].astype(jnp.float32)
 
         layout = mesh.make_layout(MeshShape(data=-1, tower=1), jax.device_count())
@@ -213,9 +212,7 @@ def make_predict(settings: Settings, layout: Layout) -> Predict:
     forward = layout.forward(settings.net)
 
     def predict(params, statistics, images, view):
-        net, recipe = settings.net, settings.preprocess
-        draws = augment.fixed(images.shape[0], images.shape[-1], net, recipe, view)
-        pixels = augment.apply(images, draws, statistics, net, recipe)
+        pixels = augment.view(images, statistics, settings.net, settings.preprocess, view)
         return jax.nn.softmax(forward(params, pixels, None))
 
     return jax.jit(

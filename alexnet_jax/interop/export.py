@@ -32,9 +32,7 @@ def classify(settings: Settings, params: Any, statistics: Statistics) -> Callabl
     module = AlexNet(settings.net)
 
     def run(images: Array) -> Array:
-        net, recipe = settings.net, settings.preprocess
-        draws = augment.fixed(images.shape[0], images.shape[-1], net, recipe)
-        pixels = augment.apply(images, draws, statistics, net, recipe)
+        pixels = augment.view(images, statistics, settings.net, settings.preprocess)
         return jax.nn.softmax(module.apply({'params': params}, pixels))  # ty: ignore[invalid-argument-type] (not a tuple without `mutable`)
 
     return run
@@ -117,8 +115,7 @@ def _preprocess(graph: _Graph, settings: Settings, statistics: Statistics) -> st
     if channels < net.channels:
         x = graph.node('Concat', *(x,) * net.channels, axis=1)
     black = jnp.zeros((1, height, width, channels), jnp.uint8)
-    draws = augment.fixed(1, channels, net, recipe)
-    offset = augment.apply(black, draws, statistics, net, recipe)
+    offset = augment.view(black, statistics, net, recipe)
     return graph.node('Add', x, graph.constant(np.asarray(offset).transpose(0, 3, 1, 2)))
 
 

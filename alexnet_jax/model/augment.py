@@ -122,6 +122,14 @@ def apply(
     return (jnp.repeat(pixels, net.channels, axis=-1) if grey else pixels) * recipe.scale
 
 
+def view(
+    images: Array, statistics: Statistics, net: Net, recipe: Preprocess, number: Array | int = 0
+) -> Array:
+    """Map uint8 `images` [B, H, W, C] to conv1's input in a test view, see `fixed` and `apply`."""
+    draws = fixed(images.shape[0], images.shape[-1], net, recipe, number)
+    return apply(images, draws, statistics, net, recipe)
+
+
 def crop(images: Array, draws: Draws, px: int) -> Array:
     """Cut [B, px, px, C] at each image's own offset, mirrored where it is drawn."""
 

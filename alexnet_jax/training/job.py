@@ -249,7 +249,6 @@ def first_batch(job: Job) -> tuple[Array, Array]:
 
     @jax.jit
     def crops(images, statistics):
-        draws = augment.fixed(len(images), images.shape[-1], net, recipe)
-        return augment.apply(images, draws, statistics, net, recipe)
+        return augment.view(images, statistics, net, recipe)
 
     return batch['label'], crops(batch['image'], statistics)
