@@ -356,8 +356,8 @@ def test_a_wrong_flag_is_one_sentence(argv, message, capsys):
 
 
 def tiny(data_dir: Path):
-    """Return the smoke config on few images."""
-    config = smoke.get_config()
+    """Return a small net on few images."""
+    config = ShortNet.get_config('quickstart')
     config.data.update(data_dir=str(data_dir), train='train[:256]', test='test[:64]')
     config.data.validation = 'train[256:320]'
     config.loop.update(compilation_cache='none', tensorboard=False, log_every_steps=1)
@@ -389,7 +389,7 @@ def test_stored_images_are_read_back(tmp_path):
 
 
 def test_the_first_step_of_a_process(data_dir, tmp_path):
-    more = (f'--config.data.data_dir={data_dir}',)
+    more = (f'--config.data.data_dir={data_dir}', "--config.model.layers=('conv1', 'fc8')")
     assert input_pipeline.first_step_secs('configs/smoke.py', tmp_path, 'cold', more) > 0
     assert list((tmp_path / 'cache').iterdir())  # for the next start
 
