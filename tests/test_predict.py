@@ -91,7 +91,8 @@ def test_any_number_of_images_compiled_once(classify, expected, images):
         assert found.shape == (count, 10)
         assert found.dtype == np.float32
         np.testing.assert_array_equal(found, expected['centre'][:count])
-    assert classify.trained._predict._cache_size() == 1
+    trained = classify.trained
+    assert evaluate.make_predict(trained.settings, trained.layout)._cache_size() == 1
 
 
 def test_another_batch_size_differs_by_rounding_only(trained, expected, images):

@@ -53,16 +53,12 @@ class Trained:
     statistics: Statistics
     stored: tuple[int, int, int]  # the data set's images: (height, width, channels)
 
-    @functools.cached_property
-    def _predict(self) -> Predict:
-        return make_predict(self.settings, self.layout)
-
     def probabilities(
         self, dataset: Dataset, views: Mapping[str, Sequence[int]], batch_size: int = 0
     ) -> dict[str, np.ndarray]:
         """Return `probabilities` of a data set, by default in the evaluation's batches."""
         return probabilities(
-            self._predict,
+            make_predict(self.settings, self.layout),
             self.params,
             self.statistics,
             dataset,
