@@ -5,14 +5,13 @@ config.json of a run. Both contain a tree of named values: a ConfigDict, or the 
 """
 
 import ast
-import contextlib
 import difflib
 import fnmatch
 import json
 import os
 import runpy
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,53 +23,43 @@ Config = Any
 # copy in a folder of its own, as `configs` is a common name.
 _BUNDLED = Path(__file__).with_name('_bundled')
 ROOT = _BUNDLED if _BUNDLED.is_dir() else Path(__file__).parents[1]
-CONFIGS = ROOT / 'configs'
 
 
 def load(where: str, overrides: Mapping[str, Any]) -> Config:
     """Return the config of 'FILE.py', 'FILE.py:ARGUMENT' or of a run's config.json.
 
     Args:
-        where: the file, as `--config` takes it.
+        where: the file, as `--config` takes it; or the folder of a run.
         overrides: {dotted key: new value}, see `override`.
 
     Raises:
         UsageError: the file does not exist or holds no config, or an override does not fit it.
     """
-    name, _, argument = (where, '', '') if '://' in where else where.partition(':')
-    file = Path(os.path.expanduser(name.strip()))
-    if not file.exists() and (ROOT / name).is_file():  # one of configs/, from any folder
-        file = ROOT / name
-    config = _read(file, argument)
+    name, python, argument = where.partition('.py:')
+    file = Path(os.path.expanduser((name + python.removesuffix(':')).strip()))
+    if not file.exists() and (ROOT / file).exists():  # one of configs/, from any folder
+        file = ROOT / file
+    config = _read(file / 'config.json' if file.is_dir() else file, argument)
     for key, value in overrides.items():
         override(config, key, value)
     return config
 
 
 def _read(file: Path, argument: str) -> Config:
-    if str(ROOT) not in sys.path:  # configs import each other
-        sys.path.insert(0, str(ROOT))
-    if (file / 'config.json').is_file():
-        raise UsageError(f'{file} is the folder of a run; use --config={file / "config.json"}.')
     if not file.is_file():
         raise UsageError(f'there is no config file {file}; the shipped ones are in configs/.')
+    if str(ROOT) not in sys.path:  # configs import each other
+        sys.path.insert(0, str(ROOT))
     try:
         if file.suffix == '.json':
             config = read_json(file)
         else:
             config = runpy.run_path(str(file))['get_config'](*filter(None, [argument]))
-        if file.suffix == '.json' and argument:
-            raise ValueError(f"the config of a run does not take an argument such as '{argument}'")
-        if not _is_section(config) or not {'name', 'scale', 'seed', 'model', 'data'} <= {*config}:
-            raise ValueError('name, scale, seed, model or data is missing from this config')
+        if missing := {'name', 'scale', 'seed', 'model', 'data'} - {*config}:
+            raise ValueError(f'{", ".join(sorted(missing))} is missing from this config')
         return config
-    except ValueError as error:  # a config's own: "scale 'huge' is not one of ..."
-        raise UsageError(f'{file}: {error}.') from error
     except Exception as error:  # anything may be wrong in a user's Python file
-        what = f'{type(error).__name__}: {error}'
-        raise UsageError(
-            f'{file} gives no config ({what}); correct it, or choose a file in configs/.'
-        ) from error
+        raise UsageError(f'{file} gives no config: {error} ({type(error).__name__}).') from error
 
 
 # ------------------------------------------------------------------------------------- overrides
@@ -88,15 +77,6 @@ def split(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     return others, overrides
 
 
-KINDS = {
-    bool: 'true or false',
-    int: 'a whole number',
-    float: 'a number',
-    tuple: "a tuple such as (1, 2) or ('relu',)",
-    list: "a tuple such as (1, 2) or ('relu',)",
-}
-
-
 def override(config: Config, key: str, value: Any) -> None:
     """Set one key of a config.
 
@@ -112,14 +92,25 @@ def override(config: Config, key: str, value: Any) -> None:
     for name in key.split('.'):
         section = old
         if not _is_section(section) or name not in section:
-            raise _unknown(config, key)
+            raise UsageError(f'--config.{key}: this config has no such key; {_hint(config, key)}')
         old = section[name]
     try:
         section[name] = _parse(value, old) if isinstance(value, str) else value
     except (KeyError, SyntaxError, TypeError, ValueError) as error:
-        kind = KINDS.get(type(old), 'a dict of its keys')
-        now = '' if _is_section(old) else f'; now it is {old}'
-        raise UsageError(f'--config.{key}={value}: it must be {kind}{now}.') from error
+        now = 'it is a group of keys' if _is_section(old) else f'now it is {old!r}'
+        kind = type(old).__name__
+        raise UsageError(f'--config.{key}={value}: it must be of type {kind}; {now}.') from error
+
+
+def _hint(config: Config, key: str) -> str:
+    """Return which keys are similar to an unknown one, or which shipped config has it."""
+    keys = _flat(config)
+    if near := difflib.get_close_matches(key, keys, n=2, cutoff=0.75):
+        return f'did you mean {" or ".join(near)}?'
+    for file in sorted((ROOT / 'configs').glob('[a-z]*.py')):
+        if key in _flat(_read(file, '')):
+            return f'configs/{file.name} has it.'
+    return f'the groups of keys are {", ".join(key for key in config if _is_section(config[key]))}.'
 
 
 def _is_section(value: Any) -> bool:
@@ -140,30 +131,15 @@ def _parse(text: str, old: Any) -> Any:
     return tuple(value) if isinstance(value, (tuple, list)) else (value,)
 
 
-def _unknown(config: Config, key: str) -> UsageError:
-    """Return the error for an unknown key, with a config that has it or with similar keys."""
-    near = difflib.get_close_matches(key, list(_keys(config)), n=2, cutoff=0.75)
-    if having := next((f for f in sorted(CONFIGS.glob('[a-z]*.py')) if _has(f, key)), None):
-        hint = f'configs/{having.name} has it.'
-    elif near:
-        hint = f'did you mean {" or ".join(near)}?'
-    else:
-        groups = ', '.join(group for group in config if _is_section(config[group]))
-        hint = f'the groups of keys are {groups}.'
-    return UsageError(f'--config.{key}: this config has no such key; {hint}')
-
-
-def _keys(tree: Config, prefix: str = '') -> Iterator[str]:
+def _flat(tree: Config, prefix: str = '') -> dict[str, Any]:
+    """Return {dotted key: value} of all values in the groups of a tree."""
+    values = {}
     for key in tree:
-        yield prefix + key
         if _is_section(tree[key]):
-            yield from _keys(tree[key], f'{prefix}{key}.')
-
-
-def _has(file: Path, key: str) -> bool:
-    with contextlib.suppress(UsageError):  # a file that is no config
-        return key in _keys(_read(file, ''))
-    return False
+            values |= _flat(tree[key], f'{prefix}{key}.')
+        else:
+            values[prefix + key] = tree[key]
+    return values
 
 
 # ------------------------------------------------------------------------------------------ JSON
@@ -216,11 +192,7 @@ def as_json(config: Config) -> str:
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = '') -> list[str]:
     """Return the dotted keys in which two configs (as dicts of JSON values) differ."""
-    keys = []
-    for key in sorted({*a, *b}):
-        left, right = a.get(key), b.get(key)
-        if isinstance(left, Mapping) and isinstance(right, Mapping):
-            keys += differences(left, right, f'{prefix}{key}.')
-        elif left != right or (key in a) != (key in b):
-            keys.append(prefix + key)
-    return keys
+    left, right, missing = _flat(a, prefix), _flat(b, prefix), object()
+    return [
+        key for key in sorted({*left, *right}) if left.get(key, missing) != right.get(key, missing)
+    ]

@@ -4,7 +4,8 @@ import contextlib
 import errno
 import os
 import tempfile
-from collections.abc import Generator, Sequence
+import uuid
+from collections.abc import Generator, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -24,21 +25,13 @@ def atomic_write(path: str | Path) -> Generator[Path]:
     path = Path(path)
     # A hidden file, which no glob finds after a power cut. The name is unique, since two processes
     # may write the same file.
-    handle, scratch = tempfile.mkstemp(prefix=f'.{path.name}.', suffix='.tmp', dir=path.parent)
-    os.close(handle)
+    scratch = path.with_name(f'.{path.name}.{uuid.uuid4().hex}.tmp')
+    scratch.touch()
     try:
-        yield Path(scratch)
-        os.chmod(scratch, 0o666 & ~_umask())  # others could not read mkstemp's 0600
-        os.replace(scratch, path)
+        yield scratch
+        scratch.replace(path)
     finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(scratch)
-
-
-def _umask() -> int:
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
+        scratch.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -73,7 +66,7 @@ def check_writable(path: Path) -> None:
 
 
 def read_npz(
-    path: Path, names: Sequence[str] = (), advice: str = 'download it again'
+    path: Path, names: Iterable[str] = (), advice: str = 'download it again'
 ) -> dict[str, np.ndarray]:
     """Return the named arrays of an .npz file of any origin, or all; nothing is unpickled.
 

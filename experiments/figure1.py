@@ -4,7 +4,8 @@
     python -m experiments.figure1 --runs=workdirs/figure1-fashion_mnist
     python -m experiments.figure1                                       # rebuild from the archive
 
-With --scale=cifar10, the paper's data, after `python -m alexnet_jax prepare tfds --name=cifar10`.
+With --scale=cifar10, the paper's data, after
+`tfds build cifar10 --file_format=array_record --data_dir=data`.
 """
 
 import dataclasses

@@ -194,15 +194,14 @@ def speed() -> str:
 
 
 def datasets() -> str:
-    """Return the costs of preparation and reading, and of the dry run of ImageNet."""
+    """Return the costs of preparation and reading."""
     rows = [['command', 'result']]
     for measure, facts in (('prepare', _prepared), ('reading', _read)):
         for path in sorted((RESULTS / measure).glob('*.json')):
             name = {'prepare': 'preparation'}.get(measure, measure)
             found = facts(json.loads(path.read_text()))
             rows += [[f'`experiments.data_bench {name}`', fact] for fact in found]
-    found = _dry_run(read_lines(RESULTS / 'dry_run.jsonl'))
-    return markdown([*rows, *(['`experiments.data_bench dry_run`', fact] for fact in found)])
+    return markdown(rows)
 
 
 def _prepared(found: dict) -> list[str]:
@@ -227,22 +226,6 @@ def _read(found: dict) -> list[str]:
         f'as JPEG: {rate("jpeg", 0)} in one thread, {rate("jpeg", 2)} with two readers',
         f'{start["records"]:,.0f} images in {found["files"]} files: first batch after '
         f'{start["first_batch_secs"]:.1f} s, {start["total_mib"]:.0f} MiB with two readers',
-    ]
-
-
-def _dry_run(rows: list[dict]) -> list[str]:
-    by_act = {row['act']: row for row in rows}
-    made, again = by_act['prepare'], by_act['prepare, the same command again']
-    full = by_act['evaluate run on validation[:]']
-    pair = [by_act[f'evaluate {name} on validation[:2000]'] for name in ('run', 'cut_off')]
-    alike = all(pair[0][key] == pair[1][key] for key in ('centre', 'ten_views'))
-    return [
-        f'{sum(made["images"].values()):,} images prepared in {made["secs"]:.0f} s; killed and '
-        f'resumed: {"the same bytes" if again["same_bytes"] else "OTHER BYTES"}',
-        f'{by_act["train"]["steps"]} steps of a narrow net at 224 px in '
-        f'{by_act["train"]["secs"]:.0f} s; killed and resumed: '
-        + ('the same errors' if alike else 'OTHER ERRORS'),
-        f'{full["images"]:,} images evaluated, ten views each, in {full["secs"]:.0f} s',
     ]
 
 

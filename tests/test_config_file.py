@@ -74,8 +74,8 @@ def test_a_config_of_a_run_is_a_config(tmp_path):
         ('a.json', '{"mod', 'a.json'),
         ('a.json', '[1]', 'a config must be a JSON object'),
         ('a.json', '{"model": {}}', 'is missing from this config'),
-        ('a.py', 'def get_config(): return None', 'is missing from this config'),
-        ('a.json:quickstart', '{"model": {}}', 'does not take an argument'),
+        ('a.py', 'def get_config(): return None', 'gives no config'),
+        ('a.json:quickstart', '{"model": {}}', 'there is no config file'),
     ],
 )
 def test_what_is_no_config_file(tmp_path, name, text, words):
@@ -145,14 +145,14 @@ def test_what_depends_on_a_value_follows_it():
         ('model.conv1.padding_px[0]', '3', 'did you mean model.conv1.padding_px'),
         ('zzz', '3', 'the groups of keys are data, loop, mesh'),
         ('', '3', 'no such key'),
-        ('batch_size', 'many', 'must be a whole number; now it is 64'),
-        ('batch_size', '3.5', 'must be a whole number'),
-        ('batch_size', '', 'must be a whole number'),
-        ('epochs', 'None', 'must be a number'),
-        ('loop.tensorboard', 'maybe', 'must be true or false'),
-        ('model.conv1.ops', "('relu'", 'must be a tuple'),
-        ('model', '3', 'must be a dict of its keys'),
-        ('model', '{', 'must be a dict of its keys'),
+        ('batch_size', 'many', 'must be of type int; now it is 64'),
+        ('batch_size', '3.5', 'must be of type int'),
+        ('batch_size', '', 'must be of type int'),
+        ('epochs', 'None', 'must be of type float'),
+        ('loop.tensorboard', 'maybe', 'must be of type bool'),
+        ('model.conv1.ops', "('relu'", 'must be of type tuple'),
+        ('model', '3', 'it is a group of keys'),
+        ('model', '{', 'it is a group of keys'),
     ],
 )
 def test_what_is_wrong_with_an_override(key, text, words):
@@ -217,6 +217,8 @@ def test_archived_runs_have_todays_keys_and_values(folder):
 
 
 def test_a_runs_folder_leads_to_its_config(tmp_path):
-    (tmp_path / 'config.json').write_text('{}')
-    with pytest.raises(UsageError, match=f'use --config={tmp_path}/config.json'):
-        config_file.load(str(tmp_path), {})
+    text = config_file.as_json(smoke.get_config())
+    (tmp_path / 'config.json').write_text(text)
+    assert config_file.load(str(tmp_path), {}) == json.loads(text)
+    with pytest.raises(UsageError, match=r'there is no config file .*/config.json'):
+        config_file.load(str(tmp_path.parent), {})

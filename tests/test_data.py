@@ -146,38 +146,37 @@ def test_unknown_names_and_absent_data(data_dir, tmp_path):
 # ---- the decoded copy -----------------------------------------------------------------------
 
 
-def test_the_second_load_maps_the_copy_and_none_imports_anything_heavy(small):
+def test_the_second_load_reads_the_copy_and_none_imports_anything_heavy(small, monkeypatch):
     script = (
         'import sys; from alexnet_jax.data import datasets\n'
         f'images = datasets.load("fashion_mnist", {str(small)!r}, "train").images\n'
         'heavy = {"jax", "tensorflow", "tensorflow_datasets", "alexnet_jax.data.prepare",'
         ' "multiprocessing"} & set(sys.modules)\n'
-        'print(len(images), images.flags.writeable, sorted(heavy))\n'
+        'print(len(images), sorted(heavy))\n'
     )
     words, cwd = [sys.executable, '-c', script], Path(__file__).parents[1]
-    runs = [subprocess.check_output(words, cwd=cwd, text=True) for _ in range(2)]
-    assert runs[0] == '600 True []\n'
-    assert runs[1] == '600 False []\n'
+    assert subprocess.check_output(words, cwd=cwd, text=True) == '600 []\n'
+    monkeypatch.setattr(records.StoredImages, 'take', None)
+    assert len(datasets.load('fashion_mnist', small, 'train')) == 600
 
 
-@pytest.mark.parametrize('part', ['images.npy', 'labels.npy', 'json'])
 @pytest.mark.parametrize('damage', ['flip', 'truncate', 'remove'])
-def test_a_damaged_copy_is_rebuilt(small, part, damage):
+def test_a_damaged_copy_is_rebuilt(small, damage):
     good = datasets.load('fashion_mnist', small, 'train')
-    path = small / f'decoded/fashion_mnist-3.0.1-train.{part}'
+    (path,) = (small / 'decoded').iterdir()
     content = path.read_bytes()
-    path.unlink()  # not in place: `good` maps the old file
     if damage == 'flip':
-        path.write_bytes(content)
         flip(path, len(content) // 2)
     elif damage == 'truncate':
         path.write_bytes(content[: len(content) // 2])
+    else:
+        path.unlink()
     assert same(datasets.load('fashion_mnist', small, 'train'), good)
     assert path.read_bytes() == content
-    assert len(list(path.parent.iterdir())) == 3
+    assert len(list(path.parent.iterdir())) == 1
 
 
-def test_a_stale_copy_is_rebuilt(small, small_master, tmp_path):
+def test_a_stale_copy_is_not_used(small, small_master, tmp_path):
     before = datasets.load('fashion_mnist', small, 'train')
     reversed_raw = {
         split: (part.images[::-1, ..., 0], part.labels[::-1])
@@ -197,7 +196,7 @@ def test_a_copy_that_cannot_be_stored_is_logged(small, caplog):
     with caplog.at_level(logging.WARNING):
         dataset = datasets.load('fashion_mnist', small, 'test')
     assert len(dataset) == 200
-    assert 'cannot store a decoded copy' in caplog.text
+    assert 'cannot be stored' in caplog.text
 
 
 def test_a_truncated_or_missing_record_file_is_refused(small):
@@ -371,8 +370,9 @@ def test_prefetch_leaves_no_thread_when_the_consumer_stops_early():
 
 
 def test_statistics_of_the_training_images(train):
-    result = datasets.statistics(train.images)
-    direct = train.images.astype(np.float64)
+    images = train.images[::4]
+    result = datasets.statistics(images)
+    direct = images.astype(np.float64)
     # float32 rounds to 6e-8; the float64 sums themselves are exact.
     np.testing.assert_allclose(result.mean_image, direct.mean(axis=0), rtol=1e-7)
     np.testing.assert_allclose(result.colour_std, [direct.std()], rtol=1e-7)

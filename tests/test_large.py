@@ -20,6 +20,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from alexnet_jax import config as configuration
+from alexnet_jax.config_file import as_json
 from alexnet_jax.data import batches, datasets, records
 from alexnet_jax.data import images as image_io
 from alexnet_jax.data import statistics as image_statistics
@@ -329,6 +330,10 @@ def test_statistics_of_a_large_set(copy, caplog):
     )
     for name in vars(result):
         np.testing.assert_array_equal(getattr(again, name), getattr(result, name))
+    os.utime(next((copy / 'drawn/1.0.0').glob('*train*-00001-of-*')), (1, 1))  # other records
+    with caplog.at_level(logging.WARNING):
+        datasets.statistics_of(large(copy))
+    assert len(caplog.records) == 2
 
 
 def test_statistics_beside_the_records_are_used(copy):
@@ -381,7 +386,7 @@ def test_class_words(copy):
     words.write_text('tench, Tinca tinca\ncrane\ncock\ncrane\nostrich\n')
     names = ('tench, Tinca tinca', 'crane (n1)', 'cock', 'crane (n3)', 'ostrich')
     assert large(copy).class_names == names
-    assert datasets.class_names('drawn', copy) == names
+    assert datasets.describe('drawn', copy).words == names
     words.write_text('tench\n')
     with pytest.raises(RunError, match=r'its description .* is missing or wrong'):
         large(copy)
@@ -478,24 +483,24 @@ def test_shortage_estimates_the_cores_needed(sets):
 
 
 @pytest.fixture
-def command(repository, data_dir, cache_dir, tmp_path):
+def stopped_config(data_dir, cache_dir):
+    return as_smoke_run(data_dir, loop__compilation_cache=str(cache_dir), mesh__data=8)
+
+
+@pytest.fixture
+def command(repository, stopped_config, tmp_path):
     """The same as a command line."""
-    config = as_smoke_run(data_dir, loop__compilation_cache=str(cache_dir), mesh__data=8)
-    path = tmp_path / 'large.py'
-    path.write_text(
-        'import json\nfrom ml_collections import ConfigDict\n'
-        f'def get_config():\n    return ConfigDict(json.loads({config.to_json()!r}))\n'
-    )
+    path = tmp_path / 'config.json'
+    path.write_text(as_json(stopped_config))
     return [sys.executable, str(repository / 'main.py'), f'--config={path}']
 
 
-def test_a_stopped_run_on_a_large_set_resumes(smoke_run, command, tmp_path):
+def test_a_stopped_run_on_a_large_set_resumes(smoke_run, stopped_config, command, tmp_path, capsys):
     crew = Crew(command, tmp_path, 1, devices=8)
     crew.wait_for_step(2)
     crew.processes[0].send_signal(signal.SIGTERM)
     assert crew.wait() == {0: 143}, crew.stderr(0)
     assert 'Traceback' not in crew.stderr(0)
-    again = Crew(command, tmp_path, 1, devices=8)
-    assert again.wait() == {0: 0}, again.stderr(0)
-    assert 'resuming at step' in again.stderr(0)
+    train.run(stopped_config, tmp_path / 'run')
+    assert 'resuming at step' in capsys.readouterr().err
     assert_same(outcome(smoke_run), outcome(tmp_path / 'run'))

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageOps, PngImagePlugin
 
 from alexnet_jax.data import image_files, images
-from experiments.data_bench import substitute
+from tests import sources
 
 
 def photo(width=96, height=64, seed=0):
@@ -54,10 +54,10 @@ def test_a_ratio_that_leaves_a_fraction_of_a_pixel():
 
 
 def test_every_kind_of_picture_is_read_as_the_plain_one():
-    """All of `substitute.odd_ones` show the same photograph."""
+    """All of `sources.odd_ones` show the same photograph."""
     picture = photo(400, 300)
-    plain = picture_of(substitute.jpeg(picture), 64).astype(int)
-    odd = substitute.odd_ones(picture)
+    plain = picture_of(sources.jpeg(picture), 64).astype(int)
+    odd = sources.odd_ones(picture)
     for kind in ('PNG', 'progressive', 'more bytes than it needs', 'large'):
         assert np.abs(picture_of(odd[kind], 64) - plain).mean() < 3, kind
     # Pillow's way from RGB to CMYK and back is not exact.
@@ -71,7 +71,7 @@ def test_every_kind_of_picture_is_read_as_the_plain_one():
 
 
 def test_predict_reads_files_the_same_way(tmp_path):
-    for kind, content in substitute.odd_ones(photo(300, 200)).items():
+    for kind, content in sources.odd_ones(photo(300, 200)).items():
         (tmp_path / 'a.jpg').write_bytes(content)
         np.testing.assert_array_equal(
             image_files.read(tmp_path / 'a.jpg', (64, 64, 3)), picture_of(content, 64), kind
@@ -169,8 +169,8 @@ def test_a_comment_is_not_copied():
 
 @pytest.mark.filterwarnings('ignore:Corrupt EXIF data')  # as the commands do
 def test_a_damaged_exif_tag_is_no_damaged_picture():
-    encoded = substitute.jpeg(photo(), exif=b'Exif\0\0' + b'II*\0\xff\xff\xff\xff')
-    np.testing.assert_array_equal(picture_of(encoded, 32), picture_of(substitute.jpeg(photo()), 32))
+    encoded = sources.jpeg(photo(), exif=b'Exif\0\0' + b'II*\0\xff\xff\xff\xff')
+    np.testing.assert_array_equal(picture_of(encoded, 32), picture_of(sources.jpeg(photo()), 32))
 
 
 def bomb(side):
@@ -192,7 +192,7 @@ def test_a_picture_above_the_limit_is_shrunk_while_it_is_read(monkeypatch):
     expected = np.asarray(gradient.resize((32, 32), Image.Resampling.BICUBIC)).astype(int)
     clear = gradient.copy()
     clear.putalpha(Image.new('L', gradient.size, 128))  # alpha of a half, on black
-    for content, pixels in ((substitute.jpeg(gradient), expected), (png(clear), expected // 2)):
+    for content, pixels in ((sources.jpeg(gradient), expected), (png(clear), expected // 2)):
         with pytest.raises(images.BadImage, match='has 1,000,000 pixels; more than 100,000 may be'):
             images.decode_image(content, (32, 32, 3), 10**5)
         found = np.asarray(images.decode_image(content, (32, 32, 3), 10**6))
@@ -210,7 +210,7 @@ def test_a_decompression_bomb_is_refused(side):
     [
         (b'', 'is not an image'),
         (b'<html>moved</html>', 'is not an image'),
-        (substitute.jpeg(photo())[:600], 'cannot be read as an image: '),
+        (sources.jpeg(photo())[:600], 'cannot be read as an image: '),
         (png(photo())[:-200], 'cannot be read as an image: '),
         (bomb(100), 'cannot be read as an image: '),
     ],

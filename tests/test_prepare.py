@@ -1,7 +1,6 @@
 """Test the command: its flags, its output, and one sentence for each failure."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from PIL import Image
 from alexnet_jax.data import datasets, prepared
 from alexnet_jax.data.prepare import command as prepare
 from alexnet_jax.errors import RunError
-from experiments.data_bench import substitute
+from tests import sources
 
 REPOSITORY = Path(__file__).parents[1]  # where `-m alexnet_jax prepare` is found
 
@@ -28,7 +27,7 @@ def pets(tmp_path_factory):
         (root / label).mkdir(parents=True)
         for i in range(10):
             image = Image.fromarray(rng.integers(0, 256, (30, 40, 3), np.uint8))
-            (root / label / f'{i}.jpg').write_bytes(substitute.jpeg(image))
+            (root / label / f'{i}.jpg').write_bytes(sources.jpeg(image))
     return root
 
 
@@ -64,11 +63,11 @@ def test_the_command_starts_without_jax_and_tfds(pets, tmp_path):
         ([], 2, 'DATASET'),
         (['fashion'], 2, "invalid choice: 'fashion'"),
         (['imagenet2012'], 2, 'required: --source'),
-        (['imagenet2012', '--source={tmp}/none'], 2, 'is not a folder'),
+        (['imagenet2012', '--source={tmp}/none'], 1, 'ILSVRC2012_img_train.tar is missing'),
         (['imagenet2012', '--source={tmp}'], 1, 'ILSVRC2012_img_train.tar is missing'),
         (['imagenet2010', '--source={tmp}'], 1, 'ILSVRC2010_images_train.tar is missing'),
-        (['folder', '--source={tmp}/none'], 2, 'is not a folder'),
-        (['folder', '--source={tmp}/empty'], 2, 'no folder of pictures'),
+        (['folder', '--source={tmp}/none'], 1, '/none: No such file or directory; correct this'),
+        (['folder', '--source={tmp}/empty'], 2, 'fewer than two classes'),
         (['folder', '--source={pets}', '--max_megapixels=0'], 2, '--max_megapixels must be'),
         (['folder', '--source=gs://bucket/x'], 2, 'gs://bucket/x is not a local path'),
         (['fashion_mnist', '--data_dir=s3://x/y'], 2, 's3://x/y is not a local path'),
@@ -82,9 +81,11 @@ def test_the_command_starts_without_jax_and_tfds(pets, tmp_path):
         (['folder', '--source={pets}', '--val=0.1'], 2, 'unrecognized arguments: --val=0.1'),
         (['folder', '--source={pets}', '--data_dir={file}/data'], 1, 'Not a directory'),
         (['folder', '--source={pets}', '--test=-0.1'], 2, '--test must be from 0 to 1'),
-        (['folder', '--source={pets}', '--test=0.5', '--validation=0.5'], 2, 'too few images'),
-        (['tfds'], 2, 'required: --name'),
-        (['tfds', '--name=cifar10', '--tfds_dir={tmp}'], 1, "pip install 'alexnet_jax[tf]'"),
+        (
+            ['folder', '--source={pets}', '--test=0.5', '--validation=0.5'],
+            2,
+            'no class with images',
+        ),
     ],
 )
 def test_it_ends_badly_in_one_sentence(words, code, sentence, pets, tmp_path, capsys, monkeypatch):
@@ -160,42 +161,21 @@ def tfds_dir(tmp_path_factory):
     return folder
 
 
-def test_a_set_prepared_by_tfds_is_linked(tfds_dir, tmp_path, capsys):
-    words = ['tfds', '--name=shapes', f'--tfds_dir={tfds_dir}', f'--data_dir={tmp_path}']
-    for _ in range(2):
-        assert prepare.main(words) == 0
-        assert capsys.readouterr().out.strip() == str(tmp_path / 'shapes/2.1.0')
-    link = tmp_path / 'shapes/2.1.0'
-    assert link.is_symlink()
-    assert link.resolve() == tfds_dir / 'shapes/2.1.0'
-    assert sum(n for _, n in prepared.describe(link).files['train']) == 6
-    assert sum(path.stat().st_size for path in tmp_path.rglob('*') if not path.is_symlink()) < 9999
-    link.unlink()
-    link.symlink_to(tmp_path / 'moved away since')
-    assert prepare.main(words) == 0
-    assert capsys.readouterr().out.strip() == str(link)
-    assert link.resolve() == tfds_dir / 'shapes/2.1.0'
-    words[2:] = [f'--data_dir={tfds_dir}']  # no link within the same folder
-    assert prepare.main(words) == 0
-    assert capsys.readouterr().out.strip() == str(tfds_dir / 'shapes/2.1.0')
+def test_a_set_prepared_by_tfds_is_read_without_preparation(tfds_dir):
+    dataset = datasets.load('shapes', tfds_dir, 'train')
+    assert dataset.images.shape == (6, 256, 256, 3)
+    assert dataset.class_names == ('a', 'b')
 
 
 def test_the_newest_version_and_a_config(tfds_dir, tmp_path):
     for place in (
         'shapes/10.0.0', 'shapes/small/3.0.0', 'shapes/9.9.9', 'shapes/incomplete.A1_11.0.0',
     ):  # fmt: skip
-        shutil.copytree(tfds_dir / 'shapes/2.1.0', tmp_path / 'from' / place)
-    to = tmp_path / 'to'
-    assert prepare.from_tfds('shapes', to, tmp_path / 'from').name == '10.0.0'
-    assert prepare.from_tfds('shapes/small', to, tmp_path / 'from').name == '3.0.0'
-
-
-def test_another_config_of_one_version_replaces_the_link(tfds_dir, tmp_path):
-    for place in ('shapes/small/3.0.0', 'shapes/large/3.0.0'):
-        shutil.copytree(tfds_dir / 'shapes/2.1.0', tmp_path / 'from' / place)
-    for config in ('small', 'large'):
-        link = prepare.from_tfds(f'shapes/{config}', tmp_path / 'to', tmp_path / 'from')
-        assert link.resolve() == tmp_path / f'from/shapes/{config}/3.0.0'
+        shutil.copytree(tfds_dir / 'shapes/2.1.0', tmp_path / place)
+    for name, version in (('shapes', '10.0.0'), ('shapes/small', '3.0.0')):
+        (path, count), *_ = datasets.describe(name, tmp_path).files['train']
+        assert path.parent == tmp_path / name / version
+        assert count == 6
 
 
 def test_a_set_without_labelled_images_is_refused(tmp_path):
@@ -204,19 +184,12 @@ def test_a_set_without_labelled_images_is_refused(tmp_path):
     del features['featuresDict']['features']['label']
     (folder / 'features.json').write_text(json.dumps(features))
     with pytest.raises(RunError, match=r'its description .*KeyError: .label'):
-        prepare.from_tfds('shapes', tmp_path, tmp_path)
+        datasets.describe('shapes', tmp_path)
 
 
 def test_another_format_is_refused(tfds_dir, tmp_path):
     shutil.copytree(tfds_dir / 'shapes', tmp_path / 'shapes')
-    info = tmp_path / 'shapes/2.1.0/dataset_info.json'
-    info.write_text(info.read_text().replace('array_record', 'tfrecord'))
-    with pytest.raises(RunError, match=r'is not stored as array_record in .*tfds build shapes'):
-        prepare.from_tfds('shapes', tmp_path / 'data', tmp_path)
-    assert not (tmp_path / 'data').exists()
-
-
-def test_the_default_folder_of_tfds(monkeypatch):
-    monkeypatch.setenv('TFDS_DATA_DIR', os.sep + 'elsewhere')
-    args = prepare._parser().parse_args(['tfds', '--name=x'])
-    assert args.tfds_dir == Path('/elsewhere')
+    for path in tmp_path.glob('shapes/*/*array_record*'):
+        path.rename(path.with_name(path.name.replace('array_record', 'tfrecord')))
+    with pytest.raises(RunError, match=r'array_record-00000-of-00001.*tfds build NAME --file_form'):
+        datasets.describe('shapes', tmp_path)

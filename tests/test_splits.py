@@ -99,7 +99,8 @@ def copy(workdir, tmp_path):
 
 def test_another_order_of_classes_is_mapped_by_name(copy, shades, permuted):
     expected = evaluate.run([copy], data_dir=str(shades))
-    assert datasets.class_names('shades', permuted) != datasets.class_names('shades', shades)
+    words = [datasets.describe('shades', folder).words for folder in (permuted, shades)]
+    assert words[0] != words[1]
     found = evaluate.run([copy], data_dir=str(permuted))
     for view in evaluate.VIEWS:
         assert found[view] == pytest.approx(expected[view], rel=1e-5)
@@ -257,7 +258,7 @@ def test_own_names_count_as_well_as_words(data_dir, tmp_path, config):
     """ImageNet's WordNet ids, where the checkpoint has the words, or has not."""
     shutil.copytree(data_dir / 'fashion_mnist', tmp_path / 'fashion_mnist')
     (folder,) = (tmp_path / 'fashion_mnist').iterdir()
-    own = datasets.class_names('fashion_mnist', tmp_path)
+    own = datasets.describe('fashion_mnist', tmp_path).class_names
     (folder / 'label.words.txt').write_text('\n'.join(f'word {name}' for name in own))
     worded = datasets.load('fashion_mnist', tmp_path, 'test[:9]')
     assert worded.class_names[9] == 'word Ankle boot'

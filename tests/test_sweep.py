@@ -198,7 +198,7 @@ def test_through_submitit(start, folder):
         (('intervals',), 'it has no CONFIGS'),
         (('contribution_table', '--scale=huge'), "'huge' is not one of quickstart"),
         (('contribution_table', '--config.bach_size=3'), 'alexnet: '),
-        (('contribution_table', '--config.batch_size'), 'it must be a whole number'),
+        (('contribution_table', '--config.batch_size'), 'it must be of type int'),
         (('contribution_table', '--config.batch_size=0'), 'batch_size must be at least 1'),
         (('contribution_table', '--seeds=-1'), 'must be at least 1'),
         (('contribution_table', '--parallel=9999'), 'cores'),

@@ -36,7 +36,7 @@ def run(config: Config) -> str:
     settings = configuration.unpack(config)
     data = settings.data
     if not settings.net.classes and data.name != 'none':
-        config = splits.with_data(config, *datasets.facts(data.name, data.data_dir))
+        config = splits.with_data(config, *datasets.describe(data.name, data.data_dir).facts)
         settings = configuration.unpack(config)
     if not settings.net.classes:
         raise UsageError(

@@ -1,17 +1,15 @@
 """The splits of a prepared data set, by name, and their statistics. NumPy only, no JAX.
 
-A small split is decoded once and mapped into memory. A large one stays in its files, and threads
+A small split is decoded once and then read into memory. A large one stays in its files, and threads
 read images on demand. Both have the same order, pixels and interface.
 """
 
 import contextlib
 import functools
-import hashlib
-import json
 import logging
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +27,7 @@ from alexnet_jax.errors import RunError, UsageError
 log = logging.getLogger(__name__)
 
 CHUNK_BYTES = 2**26  # of images read into memory at once
-RESIDENT_GIB = 4.0  # up to this size a decoded split is kept beside the data and mapped into memory
+RESIDENT_GIB = 4.0  # up to this size a decoded split is held in memory
 
 
 # ---- data sets ------------------------------------------------------------------------------
@@ -37,7 +35,7 @@ RESIDENT_GIB = 4.0  # up to this size a decoded split is kept beside the data an
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """A split as uint8 arrays, memory-mapped where possible; treat them as read-only."""
+    """A split as uint8 arrays; treat them as read-only."""
 
     name: str  # 'fashion_mnist'
     split: str  # the TFDS split expression as given: 'train[:55000]'
@@ -64,39 +62,13 @@ class LargeDataset(Dataset):
     @functools.cached_property
     def labels(self) -> np.ndarray:
         """Return all labels, int32 [N]; the first use reads all records, and keeps a copy."""
-        path = self._kept('labels.npy')
-        try:
-            return np.load(path)
-        except (OSError, ValueError, EOFError):  # missing or damaged
-            labels = self.images.read(range(len(self)), None)
-            _keep(path, 'the labels', lambda scratch: _save(scratch, labels))
-            return labels
+        numbers = range(len(self))
+        (labels,) = _kept(self.images, ['labels'], lambda: [self.images.read(numbers, None)])
+        return labels
 
     def take(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return images, uint8 [n, H, W, C], and labels, int32 [n], of those numbers."""
         return self.images.take(numbers)
-
-    def statistics(self) -> Statistics:
-        """Return the statistics of all images; computes them unless preparation or a run has."""
-        folder, path = self.images.folder, self._kept('statistics.npz')
-        beside = image_statistics.load(folder / 'statistics.npz')
-        if beside and self.images.terms == [('train', 0, beside[1])]:
-            return beside[0]
-        if kept := image_statistics.load(path):
-            return kept[0]
-        log.warning('%s: computing the mean image of %s images', folder, f'{len(self):,}')
-        found = statistics(self.images)
-        _keep(path, 'the statistics', lambda path: image_statistics.save(path, found, len(self)))
-        return found
-
-    def _kept(self, ending: str) -> Path:
-        """Return the path of a copy of what depends on the records; the name changes with them."""
-        images, folder = self.images, self.images.folder
-        stats = [path.stat() for path, _, _ in images.segments]
-        stamps = [(stat.st_size, stat.st_mtime_ns) for stat in stats]
-        about = json.dumps([images.terms, images.shape[1:], stamps])
-        digest = hashlib.sha256(about.encode()).hexdigest()[:16]
-        return _copies(folder) / f'{folder.parent.name}-{folder.name}-{digest}.{ending}'
 
 
 # ---- loading --------------------------------------------------------------------------------
@@ -112,18 +84,17 @@ def load(
 ) -> Dataset:
     """Open the images and labels of `split`, in TFDS's order.
 
-    The first call decodes the array_record files and keeps the result in `data_dir/decoded`; later
-    calls map that copy into memory, after comparing the sha256 of it and of the files it came from.
-    A base split of more than `resident_gib` is not decoded: its images are read on demand. Pictures
-    of different sizes are resized to 256 px by `images.decode`.
+    The first call decodes the array_record files and keeps the result in `data_dir/decoded`. A
+    part of a base split of more than `resident_gib` is not decoded: its images are read on demand.
+    Pictures of different sizes are resized to 256 px by `images.decode`.
 
     Args:
         name: a data set in `data_dir` in TFDS's array_record format, with the features `image`
-            (uint8) and `label`.
+            (uint8) and `label`: 'cifar10', or with a config of TFDS 'imagenet_resized/64x64'.
         data_dir: the folder of all data sets.
         split: a split expression of TFDS: 'test', 'train[:55000]', 'train[90%:]+test'.
         workers: threads that read a large set; -1: one per core; 0: the calling thread reads.
-        resident_gib: the largest decoded base split that is kept in memory.
+        resident_gib: the largest decoded base split that is held in memory.
 
     Raises:
         UsageError: `name` or `split` is unknown, or the split is empty.
@@ -132,18 +103,31 @@ def load(
     folder = _folder(name, Path(data_dir))
     about = prepared.describe(folder)
     lengths = {base: [n for _, n in files] for base, files in about.files.items()}
-    terms, names = parse_split(split, lengths), about.words
-    sizes = {base: sum(counts) for base, counts in lengths.items()}
-    if max(sizes[base] for base, *_ in terms) * math.prod(about.shape) > resident_gib * 2**30:
-        return LargeDataset(name, split, StoredImages(folder, about, terms, workers), names)
-    parts = []
-    for base, start, stop in terms:
-        images, labels = _decoded(folder, about, base, workers)
-        parts.append((images[start:stop], labels[start:stop]))
-    if len(parts) == 1:
-        return Dataset(name, split, *parts[0], names)
-    images, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-    return Dataset(name, split, images, labels, names)
+    terms = parse_split(split, lengths)
+    stored = StoredImages(folder, about, terms, workers)
+    largest = max(sum(lengths[base]) for base, *_ in terms)
+    if largest * math.prod(about.shape) > resident_gib * 2**30:
+        return LargeDataset(name, split, stored, about.words)
+    # Decoding 60,000 PNGs takes 10 s, reading the copy 0.1 s; sweeps start many runs.
+    arrays = _kept(stored, ('images', 'labels'), lambda: stored.take(np.arange(len(stored))))
+    return Dataset(name, split, *arrays, about.words)
+
+
+def _kept(
+    images: StoredImages, names: Sequence[str], compute: Callable[[], Iterable[np.ndarray]]
+) -> Iterable[np.ndarray]:
+    """Return arrays that `compute` derives from images; they are kept in `data_dir/decoded`."""
+    path = images.folder.parents[1] / 'decoded' / f'{images.fingerprint}.{names[0]}.npz'
+    with contextlib.suppress(RunError):  # not computed yet, or damaged
+        return files.read_npz(path, names).values()
+    found = dict(zip(names, compute(), strict=True))
+    try:
+        path.parent.mkdir(exist_ok=True)
+        with files.atomic_write(path) as scratch, scratch.open('wb') as file:
+            np.savez(file, allow_pickle=False, **found)
+    except OSError as error:
+        log.warning('%s: cannot be stored (%s); the next start is slow again', path, error)
+    return found.values()
 
 
 def parse_split(split: str, shard_lengths: dict[str, list[int]]) -> list[Term]:
@@ -186,12 +170,8 @@ def parse_split(split: str, shard_lengths: dict[str, list[int]]) -> list[Term]:
 
 def _folder(name: str, data_dir: Path) -> Path:
     """Return the folder of a data set: the one prepared here, else the newest version."""
-    infos = list(data_dir.glob('*/*/dataset_info.json'))
-    versions = [
-        path.parent
-        for path in infos
-        if path.parts[-3] == name and re.fullmatch(r'\d+\.\d+\.\d+', path.parts[-2])
-    ]
+    infos = (data_dir / name).glob('*/dataset_info.json')
+    versions = [path.parent for path in infos if re.fullmatch(r'\d+\.\d+\.\d+', path.parent.name)]
 
     def rank(path: Path) -> tuple[bool, list[int]]:
         ours = (path / prepared.PREPARATION).exists()  # images of one size: quick to read
@@ -199,6 +179,7 @@ def _folder(name: str, data_dir: Path) -> Path:
 
     if versions:
         return max(versions, key=rank)
+    infos = data_dir.glob('*/*/dataset_info.json')
     found = ', '.join(sorted({path.parts[-3] for path in infos})) or 'none'
     problem, wanted = f"there is no data set '{name}' in {data_dir}", name
     if name == 'none':  # the default of the config of one's own pictures
@@ -210,86 +191,18 @@ def _folder(name: str, data_dir: Path) -> Path:
     )
 
 
-def class_names(name: str, data_dir: str | Path, *, words: bool = True) -> tuple[str, ...]:
-    """Return the class names of a data set, by label.
-
-    They are its words if it has them ('tabby, tabby cat') and `words` is true, else TFDS's names
-    (for ImageNet the WordNet ids), else '0', '1', ... To words that two classes share ('crane') the
-    name is appended.
+def describe(name: str, data_dir: str | Path) -> Description:
+    """Return the description of a data set.
 
     Raises:
         UsageError, RunError: as `load`.
     """
-    about = prepared.describe(_folder(name, Path(data_dir)))
-    return about.words if words else about.class_names
-
-
-def facts(name: str, data_dir: str | Path) -> tuple[int, int, tuple[str, ...]]:
-    """Return the number of classes, the channels of an image and the splits of a data set.
-
-    Raises:
-        UsageError, RunError: as `load`.
-    """
-    about = prepared.describe(_folder(name, Path(data_dir)))
-    return len(about.class_names), about.shape[2], tuple(about.files)
-
-
-# ---- the decoded copy -----------------------------------------------------------------------
-# Decoding 60,000 PNGs takes seconds, checking and mapping the copy 0.1 s; sweeps start many runs.
-
-
-def _copies(folder: Path) -> Path:
-    """Return the folder of what is derived from the data sets beside `folder`."""
-    return folder.parent.parent / 'decoded'
-
-
-def _decoded(
-    folder: Path, about: Description, split: str, workers: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return images, uint8 [N, H, W, C], and labels, int32 [N], of a base split, decoded once."""
-    stem = f'{folder.parent.name}-{folder.name}-{split}'
-    kept = [_copies(folder) / f'{stem}.{part}.npy' for part in ('images', 'labels')]
-    sums = _copies(folder) / f'{stem}.json'
-    source = [_sha256(path) for path, _ in about.files[split]]
-    with contextlib.suppress(OSError, ValueError):
-        if json.loads(sums.read_text()) == [source, [_sha256(path) for path in kept]]:
-            images, labels = (np.load(path, mmap_mode='r').view(np.ndarray) for path in kept)
-            return images, labels
-    count = sum(n for _, n in about.files[split])
-    arrays = StoredImages(folder, about, [(split, 0, count)], workers).take(np.arange(count))
-
-    def write(scratch: Path) -> None:
-        for path, array in zip(kept, arrays, strict=True):
-            with files.atomic_write(path) as beside:
-                _save(beside, array)
-        scratch.write_text(json.dumps([source, [_sha256(path) for path in kept]]))
-
-    _keep(sums, f'a decoded copy of {stem}', write)
-    return arrays
-
-
-def _keep(path: Path, what: str, write: Callable[[Path], None]) -> None:
-    try:
-        path.parent.mkdir(exist_ok=True)
-        with files.atomic_write(path) as scratch:
-            write(scratch)
-    except OSError as error:
-        log.warning('%s: cannot store %s (%s); the next start is slow again', path, what, error)
-
-
-def _save(path: Path, array: np.ndarray) -> None:
-    with path.open('wb') as file:  # np.save adds an ending to a path
-        np.save(file, array)
-
-
-def _sha256(path: Path) -> str:
-    with path.open('rb') as file:
-        return hashlib.file_digest(file, 'sha256').hexdigest()
+    return prepared.describe(_folder(name, Path(data_dir)))
 
 
 def shortage(dataset: Dataset, wanted: float) -> str | None:
     """Estimate, in a sentence, the cores that read `wanted` images/s; None for a small set."""
-    if not isinstance(dataset, LargeDataset):
+    if isinstance(dataset.images, np.ndarray):
         return None
     count, rate = max(dataset.images.workers, 1), dataset.images.rate
     return (
@@ -303,10 +216,22 @@ def shortage(dataset: Dataset, wanted: float) -> str | None:
 
 
 def statistics_of(dataset: Dataset) -> Statistics:
-    """Return the statistics of a data set's images; kept ones of a large set are reused."""
-    if isinstance(dataset, LargeDataset):
-        return dataset.statistics()
-    return statistics(dataset.images)
+    """Return the statistics of a data set's images.
+
+    Those of a large one are computed only if neither preparation nor an earlier run has done so.
+    """
+    images = dataset.images
+    if isinstance(images, np.ndarray):
+        return statistics(images)
+    beside = image_statistics.load(images.folder / 'statistics.npz')
+    if beside and images.terms == [('train', 0, beside[1])]:
+        return beside[0]
+
+    def compute() -> Iterable[np.ndarray]:
+        log.warning('%s: computing the mean image of %s images', images.folder, f'{len(images):,}')
+        return vars(statistics(images)).values()
+
+    return Statistics(*_kept(images, image_statistics.NAMES, compute))
 
 
 def statistics(images: np.ndarray | StoredImages) -> Statistics:

@@ -22,6 +22,11 @@ class Description(NamedTuple):
     class_names: tuple[str, ...]  # by label: TFDS's names, else '0', '1', ...
     words: tuple[str, ...]  # longer names ('tabby, tabby cat'), unique; else `class_names`
 
+    @property
+    def facts(self) -> tuple[int, int, tuple[str, ...]]:
+        """The number of classes, the channels of an image and the splits."""
+        return len(self.class_names), self.shape[2], tuple(self.files)
+
 
 def describe(folder: Path) -> Description:
     """Read the description of a prepared data set from TFDS's files, without TFDS.
@@ -81,19 +86,20 @@ def shard_name(name: str, split: str, number: int, count: int) -> str:
     return f'{name}-{split}.array_record-{number:05d}-of-{count:05d}'
 
 
-def command(name: str, data_dir: str | Path, *, by_tfds: bool = False) -> str:
+def command(name: str, data_dir: str | Path) -> str:
     """Return the command line that prepares data set `name`."""
     if name in OFFICIAL:
         name = f'{name} --source=FOLDER'
     elif name not in FETCHED:
-        name = f'tfds --name={name}' if by_tfds else f'folder --name={name} --source=FOLDER'
+        name = f'folder --name={name} --source=FOLDER'
     return f'python -m alexnet_jax prepare {name} --data_dir={data_dir}'
 
 
 def damaged(folder: Path, reason: str) -> RunError:
     """Return the error for a data set that cannot be used: what to remove and to run."""
-    by_tfds = not (folder / PREPARATION).exists()
-    again = command(folder.parent.name, folder.parent.parent, by_tfds=by_tfds)
+    again = command(folder.parent.name, folder.parent.parent)
+    if not (folder / PREPARATION).exists() and folder.parent.name not in (*FETCHED, *OFFICIAL):
+        again = 'tfds build NAME --file_format=array_record'
     return RunError(
         f'The data set in {folder} is damaged ({reason}): remove that folder and run `{again}`.'
     )

@@ -11,7 +11,9 @@ need no shared memory. Worker processes, our own or grain's, were slower for JPE
 import bisect
 import contextlib
 import functools
+import hashlib
 import itertools
+import json
 import resource
 import time
 from collections import deque
@@ -80,6 +82,15 @@ class StoredImages:
         run = _pool(self.workers).map if self.workers else map
         list(run(read, range(0, len(numbers), size)))
         return images, labels
+
+    @property
+    def fingerprint(self) -> str:
+        """A name for what depends on these images; it changes with their files."""
+        stats = [path.stat() for path, _, _ in self.segments]
+        stamps = [(stat.st_size, stat.st_mtime_ns) for stat in stats]
+        about = json.dumps([self.terms, self.shape[1:], stamps])
+        digest = hashlib.sha256(about.encode()).hexdigest()[:16]
+        return f'{self.folder.parent.name}-{self.folder.name}-{digest}'
 
     @property
     def rate(self) -> float:

@@ -4,12 +4,13 @@ They are computed from the decoded records that training reads, because JPEG enc
 mean image by up to one of 255 levels. Preparation and training therefore get identical values.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 
 from alexnet_jax import files
+from alexnet_jax.errors import RunError
 
 CHUNK_VALUES = 2**18  # summed at once: 2 MiB of float64 fit in a cache
 
@@ -21,6 +22,9 @@ class Statistics:
     mean_image: np.ndarray  # float32 [H, W, C], 0-255 units
     colour_std: np.ndarray  # float32 [C], descending: roots of the pixel covariance's eigenvalues
     colour_vectors: np.ndarray  # float32 [C, C]: column i belongs to colour_std[i]
+
+
+NAMES = tuple(field.name for field in fields(Statistics))
 
 
 class Sums:
@@ -80,9 +84,8 @@ def load(path: Path) -> tuple[Statistics, int] | None:
     Returns:
         None if the file is missing, damaged, or of an earlier version.
     """
-    names = ('mean_image', 'colour_std', 'colour_vectors')
     try:
-        with np.load(path) as file:
-            return Statistics(*(file[name] for name in names)), int(file['count_decoded'])
-    except Exception:  # np.load promises no set of exceptions; the statistics are computed again
+        *arrays, count = files.read_npz(path, (*NAMES, 'count_decoded')).values()
+    except RunError:  # the statistics are computed again
         return None
+    return Statistics(*arrays), int(count)

@@ -54,13 +54,14 @@ def open_splits(config: Data, splits: Sequence[str], data_dir: str = '') -> list
 
 
 def class_names(config: Data, data_dir: str = '', *, words: bool = True) -> tuple[str, ...]:
-    """Return the class names of a run's data set by label; see `datasets.class_names`."""
-    return datasets.class_names(config.name, _ensure(config, data_dir), words=words)
+    """Return the class names of a run's data set by label: its words, or TFDS's names."""
+    about = datasets.describe(config.name, _ensure(config, data_dir))
+    return about.words if words else about.class_names
 
 
 def facts(config: Data) -> tuple[int, int, tuple[str, ...]]:
     """Return the number of classes, the channels and the splits of a run's data set."""
-    return datasets.facts(config.name, _ensure(config, ''))
+    return datasets.describe(config.name, _ensure(config, '')).facts
 
 
 def match(

@@ -1,1 +1,1 @@
-"""Benchmarks of data preparation and reading, and a dry run of the ImageNet pipeline."""
+"""Benchmarks of data preparation and reading."""

@@ -1,8 +1,7 @@
-"""Measure data preparation and reading, and dry-run the ImageNet pipeline.
+"""Measure data preparation and reading.
 
     python -m experiments.data_bench preparation --pictures=FOLDER
     python -m experiments.data_bench reading
-    python -m experiments.data_bench dry_run --pictures=FOLDER --scratch=FOLDER
 
 `--pictures` is a folder of any photographs, such as those in Debian's packages of desktop
 backgrounds. Each command prints its measurements and writes them to experiments/results.
@@ -14,12 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from alexnet_jax import command
-from experiments.data_bench import dry_run, preparation, reading
+from experiments.data_bench import preparation, reading
 
 MEASURES = {
     'preparation': preparation.measure_all,  # images/s, CPU time, memory and start-up
     'reading': reading.measure_all,  # start-up at ImageNet's size, and images/s
-    'dry_run': dry_run.measure_all,  # the ImageNet pipeline on substitute photographs
 }
 
 
@@ -29,8 +27,6 @@ def _parser() -> command.Parser:
     add = parser.add_argument
     add('measure', choices=MEASURES)
     add('--pictures', type=command.path, default=Path('pictures'), help='folder of photographs')
-    what = 'new folder of dry_run, which needs 3 GB'
-    add('--scratch', type=command.path, default=Path('dry_run'), help=what)
     add('--rounds', type=command.positive, default=5)
     return parser
 

@@ -5,17 +5,21 @@ large folder. One worker prepares each; the difference gives the time per image.
 """
 
 import argparse
+import io
 import json
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import PIL
+from PIL import Image
 
+from alexnet_jax.errors import UsageError
 from alexnet_jax.training import metrics
-from experiments.data_bench import substitute
 from experiments.data_bench.process import medians, run
 from experiments.output import slug, write_text
 
@@ -30,10 +34,10 @@ def measure_all(flags: argparse.Namespace) -> None:
     device = f'{os.cpu_count()} x {metrics.device_name()}'
     record: dict[str, Any] = {'device': device, 'pillow': PIL.__version__}
     record |= {'images': COUNTS, 'rounds': flags.rounds}
-    photos = substitute.photographs(flags.pictures)
+    photos = photographs(flags.pictures)
     with tempfile.TemporaryDirectory() as name:
         for count in COUNTS:
-            for i, content in enumerate(substitute.crops(photos, count, SIZE_PX, seed=count)):
+            for i, content in enumerate(crops(photos, count)):
                 path = Path(name, f'photos_{count}', f'class_{i % CLASSES}', f'{i}.jpg')
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(content)
@@ -64,3 +68,32 @@ def measure(folder: Path, storage: str) -> dict[str, float]:
         'main_mib': many['main_process_mib'],
         'worker_mib': many['worker_mib'],
     }
+
+
+def photographs(folder: Path) -> list[Image.Image]:
+    """Return the pictures below a folder of at least 256 px, at most 1600 x 1200 px, by name."""
+    found = []
+    for path in sorted(folder.rglob('*')):
+        if path.suffix.lower() in ('.jpg', '.jpeg', '.png', '.webp') and not path.is_symlink():
+            with Image.open(path) as picture:
+                if min(picture.size) >= 256:
+                    picture.thumbnail((1600, 1200))
+                    found.append(picture.convert('RGB'))
+    if not found:
+        raise UsageError(f'{folder} has no photographs of at least 256 px; name a folder of some.')
+    return found
+
+
+def crops(photos: Sequence[Image.Image], count: int) -> list[bytes]:
+    """Cut `count` different JPEGs of SIZE_PX out of the photographs."""
+    rng, found = np.random.default_rng(count), []
+    for i in range(count):
+        photo, buffer = photos[i % len(photos)], io.BytesIO()
+        side = rng.uniform(0.4, 1.0)
+        width, height = (max(1, int(side * edge)) for edge in photo.size)
+        left = int(rng.integers(0, photo.width - width + 1))
+        top = int(rng.integers(0, photo.height - height + 1))
+        crop = photo.resize(SIZE_PX, box=(left, top, left + width, top + height))
+        crop.save(buffer, 'jpeg', quality=92)
+        found.append(buffer.getvalue())
+    return found

@@ -2,12 +2,11 @@
 
 import os
 import re
-import signal
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from alexnet_jax.errors import RunError
@@ -17,48 +16,44 @@ POLL_SECS = 0.05
 
 
 def run(
-    words: Sequence[str], log: Path, kill_when: Callable[[float], bool] | None = None
+    words: Sequence[str], log: Path, until: Callable[[], bool] = lambda: False
 ) -> dict[str, float]:
     """Run `python WORDS...` in the repository, its output appended to `log`.
 
     Args:
         words: arguments of the Python interpreter.
         log: the file for stdout and stderr.
-        kill_when: a function of the seconds so far; SIGKILL is sent when it returns True.
+        until: the process is killed once this returns True.
 
     Returns:
         'secs', 'cpu_secs' (with its children's), 'main_process_mib' and 'worker_mib': the peak
         memory of the process and of its largest child.
     """
-    begin, ended, main_mib, worker_mib = time.perf_counter(), 0, 0, 0
+    begin, cpu_begin, main_mib, worker_mib = time.perf_counter(), _cpu_secs(), 0, 0
     with log.open('a') as file:
-        child = subprocess.Popen(
-            [sys.executable, *words], cwd=ROOT, stdout=file, stderr=file, start_new_session=True
-        )
-    try:
-        while not ended:
-            time.sleep(POLL_SECS)
-            main_mib = max(main_mib, _peak_mib(child.pid))
-            worker_mib = max([worker_mib, *map(_peak_mib, _children(child.pid))])
-            if kill_when and kill_when(time.perf_counter() - begin):
-                os.kill(child.pid, signal.SIGKILL)  # Popen.kill would wait for it
-            ended, status, usage = os.wait4(child.pid, os.WNOHANG)
-    except BaseException:  # such as Ctrl-C, which does not reach the child
-        child.kill()
-        child.wait()
-        raise
-    child.returncode = os.waitstatus_to_exitcode(status)  # Popen would wait for it again
-    if child.returncode != (-signal.SIGKILL if kill_when else 0):
-        last = (log.read_text().strip() or 'nothing was printed').splitlines()[-1]
-        raise RunError(
-            f'{" ".join(words[:3])} ended with exit code {child.returncode}: {last}; see {log}.'
-        )
+        child = subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=file, stderr=file)
+        try:
+            while child.poll() is None and not until():
+                time.sleep(POLL_SECS)
+                main_mib = max(main_mib, _peak_mib(child.pid))
+                worker_mib = max([worker_mib, *map(_peak_mib, _children(child.pid))])
+        finally:
+            child.kill()  # it is alive at the end of `until`, and after Ctrl-C
+            child.wait()
+    if child.returncode and not until():
+        raise RunError(f'{" ".join(words[:3])} ended with exit code {child.returncode}; see {log}.')
     return {
         'secs': time.perf_counter() - begin,
-        'cpu_secs': usage.ru_utime + usage.ru_stime,
+        'cpu_secs': _cpu_secs() - cpu_begin,
         'main_process_mib': main_mib,
         'worker_mib': worker_mib,
     }
+
+
+def _cpu_secs() -> float:
+    """Return the CPU time of all processes that have ended."""
+    times = os.times()
+    return times.children_user + times.children_system
 
 
 def _children(pid: int) -> list[str]:

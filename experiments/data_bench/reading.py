@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from alexnet_jax.data import datasets
+from alexnet_jax.data import datasets, prepared
 from alexnet_jax.data import images as image_io
 from alexnet_jax.data.batches import Batch, TrainStream
 from alexnet_jax.data.prefetch import prefetch
@@ -45,25 +45,17 @@ def write(
     folder: Path, count: int, files: int, px: int, storage: str, encoded: Callable[[int], bytes]
 ) -> None:
     """Write a data set of one split `train` as TFDS does: `encoded(i)` is image i."""
-    import tensorflow_datasets as tfds
-
     version = folder / '1.0.0'
     version.mkdir(parents=True)
     lengths = [len(range(i, count, files)) for i in range(files)]
     numbers = iter(range(count))
     for i, length in enumerate(lengths):
-        name = f'{folder.name}-train.array_record-{i:05d}-of-{files:05d}'
+        name = prepared.shard_name(folder.name, 'train', i, files)
         writer = tfds_format.record_writer(version / name)
         for number in itertools.islice(numbers, length):
             writer.write(tfds_format.example(encoded(number), number % CLASSES))
         writer.close()
-    image = (
-        tfds.features.Tensor(shape=(px, px, 3), dtype=np.uint8, encoding='bytes')
-        if storage == 'raw'
-        else tfds.features.Image(shape=(px, px, 3), encoding_format='jpeg')
-    )
-    label = tfds.features.ClassLabel(num_classes=CLASSES)
-    features = tfds.features.FeaturesDict({'image': image, 'label': label})
+    features = tfds_format.features((px, px, 3), storage, [f'class {i}' for i in range(CLASSES)])
     about = {'train': [(length, 0) for length in lengths]}
     tfds_format.write_metadata(version, folder.name, '1.0.0', features, about)
 

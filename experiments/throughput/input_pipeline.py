@@ -151,7 +151,7 @@ def first_step_secs(config: str, scratch: Path, workdir: str, more: tuple[str, .
     words = ['main.py', f'--config={config}', f'--workdir={folder}', *more]
     words += ['--config.loop.log_every_steps=1', f'--config.loop.compilation_cache={scratch}/cache']
 
-    def trained(secs: float) -> bool:
+    def trained() -> bool:
         return any(record['kind'] == 'train' for record in run_metrics.read(folder))
 
-    return process.run(words, scratch / f'{workdir}.log', kill_when=trained)['secs']
+    return process.run(words, scratch / f'{workdir}.log', until=trained)['secs']

@@ -7,13 +7,12 @@ ImageNet's 138 GB once, from front to end.
 import contextlib
 import gzip
 import hashlib
-import io
 import os
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from alexnet_jax.errors import RunError
 
@@ -25,11 +24,11 @@ LEFTOVERS = frozenset((
 ))  # fmt: skip
 
 
-class Entry(NamedTuple):
-    """A file in an archive or a folder."""
+class File(NamedTuple):
+    """A file in a tar file or a folder."""
 
     name: str  # without any folder
-    path: Path  # of the file on disk
+    path: str  # of the file on disk that contains it, absolute in a plan
     offset: int
     size: int
     stamp: int = 0  # changes when a file in a folder does
@@ -40,7 +39,7 @@ def is_leftover(name: str) -> bool:
     return name.startswith('.') or name.lower() in LEFTOVERS
 
 
-def folder_entries(folder: Path) -> Iterator[Entry]:
+def folder_files(folder: str | Path) -> Iterator[File]:
     """Yield every file below `folder`, links followed, without the leftovers of systems.
 
     Raises:
@@ -50,85 +49,69 @@ def folder_entries(folder: Path) -> Iterator[Entry]:
         if is_leftover(entry.name):
             continue
         if entry.is_dir():
-            yield from folder_entries(Path(entry.path))
+            yield from folder_files(entry.path)
         else:
             about = entry.stat()
-            yield Entry(entry.name, Path(entry.path), 0, about.st_size, about.st_mtime_ns)
+            yield File(entry.name, entry.path, 0, about.st_size, about.st_mtime_ns)
 
 
-def tar_entries(
-    path: Path, md5: str | None = None, progress: Callable[[int], None] = lambda done: None
-) -> Iterator[Entry]:
+def tar_files(path: Path, md5: str | None = None) -> Iterator[File]:
     """Yield every plain file of a tar file, and of the tar files in it, in their order.
 
     Args:
         path: of an uncompressed tar file.
         md5: of the tar file, compared when all has been read.
-        progress: called with the bytes read so far.
 
     Raises:
         RunError: it is not a tar file, is incomplete, or has another md5.
     """
     with path.open('rb', buffering=0) as file:
-        stream = _Hashed(file, progress)
+        stream = _Hashed(file)
         try:
-            with tarfile.open(fileobj=stream, mode='r|', bufsize=BLOCK_BYTES) as tar:
-                for one in _files(tar):
-                    if not one.name.endswith('.tar'):
-                        yield _entry(path, one)
-                        continue
-                    inner = tar.extractfile(one)
-                    with tarfile.open(fileobj=inner, mode='r|', bufsize=BLOCK_BYTES) as nested:
-                        for file_in_it in _files(nested):
-                            yield _entry(path, file_in_it, one.offset_data)
+            yield from _files(str(path), stream)
             while stream.read(BLOCK_BYTES):
                 pass  # the padding behind the last file counts for the md5
-            found = stream.md5.hexdigest()
-            reason = '' if md5 in (None, found) else f'its md5 is {found}, not {md5}'
+            if md5 not in (None, stream.md5.hexdigest()):
+                raise tarfile.ReadError(f'its md5 is not {md5}')
         except (tarfile.TarError, EOFError) as error:
-            reason = str(error)
-    if reason:
-        raise RunError(
-            f'{path} is not the official tar file or is incomplete ({reason}): resume or repeat '
-            'its download.'
-        )
+            raise RunError(
+                f'{path} is not the official tar file or is incomplete ({error}): resume or repeat '
+                'its download.'
+            ) from None
 
 
-class _Hashed(io.RawIOBase):
-    """A file read from front to end, with its md5."""
+class _Hashed:
+    """A file that is read from front to end, with its md5."""
 
-    def __init__(self, file: IO[bytes], progress: Callable[[int], None]):
-        self._file, self._progress, self._done = file, progress, 0
-        self.md5 = hashlib.md5(usedforsecurity=False)
+    def __init__(self, file: IO[bytes]):
+        self._file, self.md5 = file, hashlib.md5(usedforsecurity=False)
 
     def read(self, size: int = -1) -> bytes:
         block = self._file.read(size)
-        self._done += len(block)
         self.md5.update(block)
-        self._progress(self._done)
         return block
 
 
-def _files(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    while (member := tar.next()) is not None:
-        tar.members.clear()  # ty: ignore[missing-attribute] (else it keeps all of them)
-        if member.isreg():
-            yield member
+def _files(path: str, stream: Any, start: int = 0) -> Iterator[File]:
+    """Yield the files of a tar file that begins at byte `start` of the file `path`."""
+    with tarfile.open(fileobj=stream, mode='r|', bufsize=BLOCK_BYTES) as tar:
+        while (member := tar.next()) is not None:
+            tar.members.clear()  # ty: ignore[missing-attribute] (else it keeps all of them)
+            offset = start + member.offset_data
+            if member.isreg() and member.name.endswith('.tar'):
+                yield from _files(path, tar.extractfile(member), offset)
+            elif member.isreg():
+                yield File(PurePosixPath(member.name).name, path, offset, member.size)
 
 
-def _entry(path: Path, member: tarfile.TarInfo, start: int = 0) -> Entry:
-    name = PurePosixPath(member.name).name
-    return Entry(name, path, start + member.offset_data, member.size)
-
-
-def read(path: Path, offset: int, size: int) -> bytes:
-    """Return the bytes of one file, unpacked where they are gzipped (ILSVRC-2010 has one).
+def read(file: File) -> bytes:
+    """Return the contents of a file, unpacked where they are gzipped (ILSVRC-2010 has one).
 
     Raises:
-        OSError: the file cannot be read.
+        OSError: it cannot be read.
     """
-    with path.open('rb', buffering=0) as file:
-        content = os.pread(file.fileno(), size, offset)
+    with open(file.path, 'rb', buffering=0) as source:
+        content = os.pread(source.fileno(), file.size, file.offset)
     if content[:2] == b'\x1f\x8b':
         with contextlib.suppress(OSError, EOFError, zlib.error):  # the decoder reports the fault
             return gzip.decompress(content)

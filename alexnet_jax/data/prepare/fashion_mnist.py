@@ -13,7 +13,6 @@ import subprocess
 import tempfile
 import urllib.request
 import zlib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,7 +32,7 @@ Raw = dict[str, tuple[np.ndarray, np.ndarray]]  # {split: (uint8 [N, H, W], uint
 
 
 class Idx(NamedTuple):
-    """A raw file in the IDX format, as `<name>.gz` or unpacked."""
+    """A raw file in the IDX format, gzipped as `<name>.gz`."""
 
     name: str
     sha256: str  # of the unpacked bytes: gzip headers differ from copy to copy
@@ -75,10 +74,7 @@ def ensure(name: str, data_dir: str | Path) -> None:
 
 
 def prepare(
-    data_dir: str | Path,
-    source: str | Path | None = None,
-    *,
-    name: str = 'fashion_mnist',
+    data_dir: str | Path, source: Path | None = None, *, name: str = 'fashion_mnist'
 ) -> Path:
     """Prepare a data set in `data_dir` and return the builder's folder, at once if it exists.
 
@@ -104,7 +100,7 @@ def prepare(
         tempfile.TemporaryDirectory(dir=staging) as scratch,
     ):
         if not folder.exists():  # else another process made it while this one waited
-            raw = read_raw(Path(source), name) if source else _find(name, data_dir, Path(scratch))
+            raw = read_raw(source, name) if source else _find(name, data_dir, Path(scratch))
             written = write(raw, Path(scratch), name)
             folder.parent.mkdir(exist_ok=True)
             written.rename(folder)
@@ -171,7 +167,7 @@ def _builder(name: str) -> Any:
 
 
 def read_raw(folder: Path, name: str = 'fashion_mnist') -> Raw:
-    """Read and verify the four IDX files in `folder`, gzipped or unpacked.
+    """Read and verify the four gzipped IDX files in `folder`.
 
     Returns:
         {split: (images uint8 [N, 28, 28], labels uint8 [N])}.
@@ -186,15 +182,15 @@ def read_raw(folder: Path, name: str = 'fashion_mnist') -> Raw:
 
 
 def _read_idx(folder: Path, file: Idx) -> np.ndarray:
-    path, raw, reason = folder / f'{file.name}.gz', b'', 'its sha256 is another'
-    if not path.exists() and (folder / file.name).exists():
-        path = folder / file.name
+    path = folder / f'{file.name}.gz'
     try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == '.gz' else path.read_bytes()
+        raw = gzip.decompress(path.read_bytes())
+        if hashlib.sha256(raw).hexdigest() != file.sha256:
+            raise OSError('its sha256 is another')
     except (OSError, EOFError, zlib.error) as error:
-        reason = str(error)
-    if hashlib.sha256(raw).hexdigest() != file.sha256:
-        raise RunError(f'{path} is missing or not the original file ({reason}): download it again.')
+        raise RunError(
+            f'{path} is missing or not the original file ({error}): download it again.'
+        ) from None
     axes = raw[3]  # the header: a magic number, then one big-endian int32 an axis
     shape = np.frombuffer(raw, '>i4', count=axes, offset=4)
     return np.frombuffer(raw, np.uint8, offset=4 + 4 * axes).reshape(shape)
@@ -203,13 +199,11 @@ def _read_idx(folder: Path, file: Idx) -> np.ndarray:
 # ---- the records ----------------------------------------------------------------------------
 
 
-def write(
-    raw: Mapping[str, tuple[np.ndarray, np.ndarray]], folder: Path, name: str = 'fashion_mnist'
-) -> Path:
+def write(raw: Raw, folder: Path, name: str = 'fashion_mnist') -> Path:
     """Write `raw` as TFDS's own builder would, but the same bytes in every process.
 
     Args:
-        raw: {split: (images uint8 [N, 28, 28], labels uint8 [N])}.
+        raw: see `read_raw`; labels of any integer type.
         folder: of all data sets.
         name: see `prepare`.
 

@@ -4,22 +4,21 @@ A label is derived from the name of an image (its WordNet id, or its number and 
 that number), never from its position in an archive. Every image must be present.
 """
 
-import functools
 import hashlib
 import importlib.resources
 import io
-import re
+import os
 import tarfile
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-
-import numpy as np
+from typing import NamedTuple
 
 from alexnet_jax.command import log
 from alexnet_jax.data.prepare import archives
-from alexnet_jax.data.prepare.shards import Member, Source
+from alexnet_jax.data.prepare.archives import File
+from alexnet_jax.data.prepare.shards import Source
 from alexnet_jax.errors import RunError
 from alexnet_jax.progress import progress
 
@@ -30,12 +29,11 @@ FOLDERS = {'train': ('train',), 'validation': ('val', 'validation'), 'test': ('t
 
 @dataclass(frozen=True)
 class Archive:
-    """An official tar file of pictures; size and md5 are None if they were not published."""
+    """An official tar file of pictures."""
 
     name: str
     images: int
-    size: int | None = None  # bytes
-    md5: str | None = None
+    md5: str | None = None  # None if it was not published
 
 
 @dataclass(frozen=True)
@@ -54,20 +52,12 @@ class Challenge:
         return f'imagenet{self.year}'
 
 
-# Sizes: TFDS 4.9.10, datasets/imagenet2012/checksums.tsv. Sums: image-net.org's download page, also
-# in torchvision/datasets/imagenet.py.
+# Sums: image-net.org's download page, also in torchvision/datasets/imagenet.py.
 ILSVRC_2012 = Challenge(
     year=2012,
     archives={
-        'train': Archive(
-            'ILSVRC2012_img_train.tar',
-            1_281_167,
-            147_897_477_120,
-            '1d675b47d978889d74fa0da5fadfb00e',
-        ),
-        'validation': Archive(
-            'ILSVRC2012_img_val.tar', 50_000, 6_744_924_160, '29b22e2961454d5413ddabcf34fc5622'
-        ),
+        'train': Archive('ILSVRC2012_img_train.tar', 1_281_167, '1d675b47d978889d74fa0da5fadfb00e'),
+        'validation': Archive('ILSVRC2012_img_val.tar', 50_000, '29b22e2961454d5413ddabcf34fc5622'),
     },
     devkit='ILSVRC2012_devkit_t12.tar.gz',
     truths={'validation': 'ILSVRC2012_validation_ground_truth.txt'},
@@ -89,19 +79,12 @@ ILSVRC_2010 = Challenge(
 PATCHES = 'patch_images.tar'  # the organisers' corrections of blank pictures of 2010
 
 
-@dataclass(frozen=True)
-class Classes:
+class Classes(NamedTuple):
     """The classes of a challenge, by label: sorted by WordNet id, as TFDS has them."""
 
     wnids: tuple[str, ...]
     words: tuple[str, ...]  # () if unknown
-    train_images: tuple[int, ...]  # () if unknown
     truths: dict[str, list[int]]  # {split: label of picture number 1, 2, ...}
-
-    @functools.cached_property
-    def labels(self) -> dict[str, int]:
-        """Return {WordNet id: label}."""
-        return {wnid: label for label, wnid in enumerate(self.wnids)}
 
 
 def source(challenge: Challenge, folder: Path) -> Source:
@@ -110,6 +93,7 @@ def source(challenge: Challenge, folder: Path) -> Source:
     Raises:
         RunError: a file is missing, incomplete, or not the official one.
     """
+    folder = folder.absolute()
     paths = {split: _find(challenge, split, folder) for split in challenge.archives}
     classes = _classes(challenge, folder)
     inputs = [one for path in paths.values() for one in (path, *sorted(path.glob('*/')))]
@@ -117,7 +101,6 @@ def source(challenge: Challenge, folder: Path) -> Source:
     stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in inputs]
     return Source(
         name=challenge.name,
-        folder=folder,
         description=f'ILSVRC-{challenge.year}: {challenge.classes:,} classes of ImageNet.',
         class_names=classes.wnids,
         words=classes.words,
@@ -127,89 +110,68 @@ def source(challenge: Challenge, folder: Path) -> Source:
         },
         images={split: archive.images for split, archive in challenge.archives.items()},
         stamp=hashlib.sha256(repr((stats, classes)).encode()).hexdigest(),
-        members=lambda: _members(challenge, folder, paths, classes),
+        pictures=lambda: _pictures(challenge, folder, paths, classes),
     )
 
 
 def _find(challenge: Challenge, split: str, folder: Path) -> Path:
     """Return the tar file of a split, or the folder of its extracted pictures."""
-    archive = challenge.archives[split]
-    path = folder / archive.name
-    if path.is_file():
-        reason = f'has {path.stat().st_size:,} of {archive.size or 0:,} bytes'
-        if archive.size in (None, path.stat().st_size):
-            return path
-    else:
-        reason = f'is missing, and {folder} has no folder {FOLDERS[split][0]} with its images'
-        names = (*FOLDERS[split], path.stem)
-        for found in (folder / parent / name for parent in PARENTS for name in names):
-            if found.is_dir():
-                return found
+    path = folder / challenge.archives[split].name
+    names = (*FOLDERS[split], path.stem)
+    extracted = (folder / parent / name for parent in PARENTS for name in names)
+    if found := next((one for one in (path, *extracted) if one.exists()), None):
+        return found
     raise RunError(
-        f'{path} {reason}: download the official file from image-net.org (after registration).'
+        f'{path} is missing, and {folder} has no folder {names[0]} with its images: download the '
+        'official file from image-net.org (after registration).'
     )
 
 
 # ---- the pictures ---------------------------------------------------------------------------
 
 
-def _members(
+def _pictures(
     challenge: Challenge, folder: Path, paths: Mapping[str, Path], classes: Classes
-) -> Iterator[tuple[str, Member]]:
+) -> Iterator[tuple[str, int, File]]:
     """Yield every picture of every split, replaced by its correction where there is one."""
     patches = {}
     if (folder / PATCHES).exists():
-        patches = {entry.name: entry for entry in archives.tar_entries(folder / PATCHES)}
+        patches = {file.name: file for file in archives.tar_files(folder / PATCHES)}
     elif challenge.year == 2010:
         log(f'{folder / PATCHES} is missing: the few images that it corrects stay blank')
     for split, path in paths.items():
-        counts, seen = np.zeros(len(classes.wnids), int), set[str]()
-        for entry in _entries(path, challenge.archives[split].md5):
-            label = _label(entry.name, challenge, split, classes)
-            if label is None or entry.name in seen:
-                continue
-            seen.add(entry.name)
-            counts[label] += 1
-            one = patches.get(entry.name, entry)
-            file = one.path.relative_to(folder).as_posix()
-            yield split, Member(entry.name, label, file, one.offset, one.size, one.stamp)
-        _check_counts(path, challenge.archives[split].images, counts, split, classes)
+        archive, seen = challenge.archives[split], set[str]()
+        labels = _labels(challenge, split, classes)
+        for file in _files(path, archive.md5):
+            stem, ending = os.path.splitext(file.name)
+            label = labels.get(stem.partition('_')[0] if split == 'train' else stem)
+            if ending == '.JPEG' and label is not None and file.name not in seen:
+                seen.add(file.name)
+                yield split, label, patches.get(file.name, file)
+        if len(seen) != archive.images:
+            raise RunError(
+                f'{path} contains {len(seen):,} of {archive.images:,} images: download or extract '
+                'it again.'
+            )
 
 
-def _entries(path: Path, md5: str | None) -> Iterator[archives.Entry]:
+def _labels(challenge: Challenge, split: str, classes: Classes) -> dict[str, int]:
+    """Return the labels of a split: by WordNet id for training pictures, else by file name."""
+    if split == 'train':
+        return {wnid: label for label, wnid in enumerate(classes.wnids)}
+    start = f'ILSVRC{challenge.year}_{"test" if split == "test" else "val"}'
+    return {f'{start}_{i:08d}': label for i, label in enumerate(classes.truths[split], start=1)}
+
+
+def _files(path: Path, md5: str | None) -> Iterator[File]:
     if path.is_dir():
         log(f'listing {path}')
-        yield from archives.folder_entries(path)
+        yield from archives.folder_files(path)
         return
     with progress(f'listing {path.name} (bytes)', path.stat().st_size) as update:
-        yield from archives.tar_entries(path, md5, update)
-
-
-def _label(name: str, challenge: Challenge, split: str, classes: Classes) -> int | None:
-    """Return the label of a picture by its name; None for any other file."""
-    if split == 'train':
-        match = re.fullmatch(r'(n\d+)_\d+\.JPEG', name)
-        return classes.labels.get(match[1]) if match else None
-    part = 'test' if split == 'test' else 'val'
-    match = re.fullmatch(rf'ILSVRC{challenge.year}_{part}_(\d{{8}})\.JPEG', name)
-    truth = classes.truths[split]
-    return truth[int(match[1]) - 1] if match and 1 <= int(match[1]) <= len(truth) else None
-
-
-def _check_counts(
-    path: Path, expected: int, counts: np.ndarray, split: str, classes: Classes
-) -> None:
-    """Raise RunError unless a split has all its pictures, in all and of each class."""
-    if split == 'train':
-        wanted = np.array(classes.train_images or np.maximum(counts, 1))
-    else:
-        wanted = np.bincount(classes.truths[split], minlength=len(counts))
-    if counts.sum() != expected or (counts != wanted).any():
-        first = int(np.argmax(counts != wanted))
-        raise RunError(
-            f'{path} contains {counts.sum():,} of {expected:,} images, and {counts[first]:,} of '
-            f'{wanted[first]:,} of class {classes.wnids[first]}: download or extract it again.'
-        )
+        for file in archives.tar_files(path, md5):
+            update(file.offset + file.size)
+            yield file
 
 
 # ---- the classes ----------------------------------------------------------------------------
@@ -248,7 +210,6 @@ def _read_kit(challenge: Challenge, files: Mapping[str, bytes]) -> Classes:
     return Classes(
         wnids=tuple(str(row['WNID']) for row in rows),
         words=tuple(str(row['words']) for row in rows),
-        train_images=tuple(int(row['num_train_images']) for row in rows),
         truths={
             split: [label[int(line)] for line in files[name].split()]
             for split, name in challenge.truths.items()
@@ -262,4 +223,4 @@ def tfds_lists() -> Classes:
     wnids = tuple((lists / 'labels.txt').read_text().split())
     label = {wnid: place for place, wnid in enumerate(wnids)}
     truth = [label[wnid] for wnid in (lists / 'validation_labels.txt').read_text().split()]
-    return Classes(wnids, (), (), {'validation': truth})
+    return Classes(wnids, (), {'validation': truth})

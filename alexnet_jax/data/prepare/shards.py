@@ -32,6 +32,7 @@ from alexnet_jax.command import log
 from alexnet_jax.data import images as image_io
 from alexnet_jax.data import prepared, statistics
 from alexnet_jax.data.prepare import archives, tfds_format
+from alexnet_jax.data.prepare.archives import File
 from alexnet_jax.errors import RunError, UsageError
 from alexnet_jax.progress import progress
 
@@ -60,30 +61,18 @@ class Form:
         return image_io.decode(stored, shape)
 
 
-class Member(NamedTuple):
-    """A picture to be prepared."""
-
-    name: str  # its file name
-    label: int
-    file: str  # the file that contains it, relative to the source's folder
-    offset: int
-    size: int
-    stamp: int = 0  # changes when the picture does, where the file is its own
-
-
 @dataclass(frozen=True)
 class Source:
     """The pictures of a data set, and its description."""
 
     name: str  # of the data set
-    folder: Path
     description: str
     class_names: tuple[str, ...]
-    words: tuple[str, ...]  # descriptions, one per class; or none
     made_of: dict[str, Any]  # written to preparation.json, as JSON has it
     images: Mapping[str, int]  # by split
-    stamp: str  # changes when `members` does
-    members: Callable[[], Iterator[tuple[str, Member]]]  # (split, picture), in any order
+    stamp: str  # changes when `pictures` does
+    pictures: Callable[[], Iterator[tuple[str, int, File]]]  # (split, label, file), in any order
+    words: tuple[str, ...] = ()  # longer names of the classes, if there are any
 
 
 class Task(NamedTuple):
@@ -92,7 +81,6 @@ class Task(NamedTuple):
     split: str
     plan: Path  # its pictures, a line each, in order
     target: Path
-    root: Path  # the source's folder
     form: Form
     most_pixels: int  # of a picture
 
@@ -102,9 +90,11 @@ class Task(NamedTuple):
         return self.plan.with_suffix('.npz')
 
     @property
-    def members(self) -> list[Member]:
-        """The pictures of the shard, in order."""
-        return [Member(*json.loads(line[17:])) for line in self.plan.read_text().splitlines()]
+    def pictures(self) -> Iterator[tuple[int, File]]:
+        """The labels and files of the shard, in order."""
+        for line in self.plan.read_text().splitlines():
+            _, label, *file = json.loads(line)
+            yield label, File(*file)
 
     @property
     def job(self) -> str:
@@ -118,7 +108,7 @@ class Facts(NamedTuple):
     job: str  # of its task
     images: int
     record_bytes: int
-    skipped: dict[str, str]  # pictures that cannot be decoded: {name: reason}
+    skipped: list[str]  # the pictures that cannot be decoded, with the reason
 
 
 def make(
@@ -129,7 +119,6 @@ def make(
     workers: int,
     skip_corrupt: int = 0,
     most_pixels: int = image_io.MOST_PIXELS,
-    shard_images: int = SHARD_IMAGES,
 ) -> Path:
     """Prepare `source` in `data_dir` and return its folder, at once if it exists.
 
@@ -140,7 +129,6 @@ def make(
         workers: processes.
         skip_corrupt: number of pictures to skip if they cannot be decoded.
         most_pixels: a picture with more counts as one that cannot be decoded.
-        shard_images: pictures a shard, about.
 
     Raises:
         UsageError: the folder exists with another form or other pictures.
@@ -153,7 +141,7 @@ def make(
         if not folder.exists():
             versions = f'{form}, Pillow {PIL.__version__}, program {PROGRAM}'
             work = staging / hashlib.sha256(versions.encode()).hexdigest()[:16]
-            tasks = _plan(source, form, work, most_pixels, shard_images)
+            tasks = _plan(source, form, work, most_pixels)
             found = _write_shards(source, tasks, workers, skip_corrupt)
             _describe(source, found, work / 'set')
             for path in (work / 'set').glob('*.[jnt]*'):  # descriptions, names, statistics
@@ -175,18 +163,14 @@ def make(
 # ---- the plan -------------------------------------------------------------------------------
 
 
-def _plan(
-    source: Source, form: Form, work: Path, most_pixels: int, shard_images: int
-) -> list[Task]:
+def _plan(source: Source, form: Form, work: Path, most_pixels: int) -> list[Task]:
     """Assign the pictures to shards; a plan of the same, unchanged files is used again."""
-    shards = {split: _shard_count(n, shard_images) for split, n in source.images.items() if n}
-    root = source.folder.resolve()
+    shards = {split: _shard_count(n) for split, n in source.images.items() if n}
     tasks = [
         Task(
             split,
             work / 'plan' / f'{split}-{i:05d}.jsonl',
             work / 'set' / prepared.shard_name(source.name, split, i, count),
-            root,
             form,
             most_pixels,
         )
@@ -205,24 +189,23 @@ def _plan(
     return tasks
 
 
-def _shard_count(images: int, shard_images: int) -> int:
+def _shard_count(images: int) -> int:
     """Return the number of shards of a split; a small one has more, to keep several cores busy."""
-    return max(1, -(-images // shard_images), min(16, -(-images // 256)))
+    return max(1, -(-images // SHARD_IMAGES), min(16, -(-images // 256)))
 
 
 def _assign(source: Source, tasks: Sequence[Task]) -> None:
     """Write the plan of each shard: its pictures, a line each that begins with their hash."""
-    plans: dict[str, list[list[str]]] = {task.split: [] for task in tasks}
-    for task in tasks:
-        plans[task.split].append([])
-    for split, member in source.members():
-        name = os.fsencode(f'{split}/{member.name}')
+    lines: dict[Task, list[str]] = {task: [] for task in tasks}
+    own = {split: [task for task in tasks if task.split == split] for split in source.images}
+    for split, label, file in source.pictures():
+        name = os.fsencode(f'{split}/{file.name}')
         key = hashlib.blake2b(name, digest_size=8).hexdigest()
-        own = plans[split]
-        own[int(key, 16) % len(own)].append(f'{key} {json.dumps(member)}\n')
-    every = (lines for own in plans.values() for lines in own)
-    for task, lines in zip(tasks, every, strict=True):
-        task.plan.write_text(''.join(sorted(lines)))
+        task = own[split][int(key, 16) % len(own[split])]
+        lines[task].append(json.dumps([key, label, *file]) + '\n')
+    for task, listed in lines.items():
+        task.plan.write_text(''.join(sorted(listed)))
+        _sync(task.plan)
 
 
 # ---- a shard --------------------------------------------------------------------------------
@@ -230,19 +213,21 @@ def _assign(source: Source, tasks: Sequence[Task]) -> None:
 
 def write_shard(task: Task) -> Facts:
     """Write one shard, without the pictures that cannot be decoded, and the facts about it."""
-    skipped, images, record_bytes = dict[str, str](), 0, 0
-    sums = statistics.Sums((task.form.px, task.form.px, 3))
+    skipped, images, record_bytes = list[str](), 0, 0
+    shape = (task.form.px, task.form.px, 3)
+    sums = statistics.Sums(shape)
     task.target.unlink(missing_ok=True)  # of an earlier plan: the new facts must not vouch for it
     with files.atomic_write(task.target) as scratch, files.atomic_write(task.facts) as about:
         writer = tfds_format.record_writer(scratch)
-        for member in task.members:
+        for label, file in task.pictures:
             try:
-                stored = _encode(task, member)
+                stored = task.form.encode(
+                    image_io.decode_image(archives.read(file), shape, task.most_pixels)
+                )
             except image_io.BadImage as error:
-                inside = '' if member.name == member.file else f' in {member.file}'
-                skipped[member.name] = f'{member.name}{inside} {error}'
+                skipped.append(f'{file.name} {error}')
                 continue
-            record = tfds_format.example(stored, member.label, member.name)
+            record = tfds_format.example(stored, label, file.name)
             writer.write(record)
             images, record_bytes = images + 1, record_bytes + len(record)
             if task.split == 'train':
@@ -263,22 +248,14 @@ def _sync(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _encode(task: Task, member: Member) -> bytes:
-    """Return the image of a picture as it is stored."""
-    content = archives.read(task.root / member.file, member.offset, member.size)
-    shape = (task.form.px, task.form.px, 3)
-    return task.form.encode(image_io.decode_image(content, shape, task.most_pixels))
-
-
 def read_facts(task: Task) -> Facts | None:
     """Return the facts about a finished shard; None if it is to be written.
 
     A shard that lacks pictures is written again: they may have been repaired, or be accepted now.
     """
     try:
-        with np.load(task.facts) as file:
-            facts = Facts(*json.loads(str(file['facts'])))
-    except Exception:  # it is missing or incomplete; np.load promises no set of exceptions
+        facts = Facts(*json.loads(str(files.read_npz(task.facts, ['facts'])['facts'])))
+    except RunError:  # it is missing or incomplete
         return None
     return facts if task.target.exists() and facts.job == task.job and not facts.skipped else None
 
@@ -294,7 +271,7 @@ def _write_shards(
     missing = [task for task in tasks if task not in found]
     if found:
         log(f'{source.name}: resuming, {len(found):,} of {len(tasks):,} shards are finished')
-    total, skipped = sum(source.images.values()), dict[str, str]()
+    total, skipped = sum(source.images.values()), list[str]()
     to_come = total * len(missing) // len(tasks)
     _check_space(source.name, tasks[0].form, to_come, tasks[0].target.parent)
     # A fork of a process with threads may hang.
@@ -309,7 +286,7 @@ def _write_shards(
             for future in as_completed(waiting):
                 found[waiting[future]] = future.result()
                 update(sum(facts.images for facts in found.values()))
-                skipped |= found[waiting[future]].skipped
+                skipped += found[waiting[future]].skipped
                 _check_skipped(skipped, skip_corrupt)
         except BaseException as error:  # Ctrl-C too: it must not wait for shards
             for child in set(multiprocessing.active_children()) - others:
@@ -323,12 +300,12 @@ def _write_shards(
     return {task: found[task] for task in tasks}
 
 
-def _check_skipped(skipped: Mapping[str, str], allowed: int) -> None:
+def _check_skipped(skipped: Sequence[str], allowed: int) -> None:
     if len(skipped) > allowed:
-        reasons = '; '.join(ascii(reason)[1:-1] for reason in list(skipped.values())[:3])
         raise RunError(
-            f'{len(skipped)} image(s) cannot be decoded: {reasons}. Repair or remove them, or skip '
-            f'up to N such images with --skip_corrupt=N (now {allowed}). Finished shards are kept.'
+            f'{len(skipped)} image(s) cannot be decoded: {"; ".join(skipped[:3])}. Repair or '
+            f'remove them, or skip up to N such images with --skip_corrupt=N (now {allowed}). '
+            'Finished shards are kept.'
         )
 
 
@@ -364,20 +341,14 @@ def _describe(source: Source, found: Mapping[Task, Facts], folder: Path) -> None
     """Write the files beside the shards, and flush them to the disk."""
     form = next(iter(found)).form
     shards: dict[str, list[tuple[int, int]]] = {task.split: [] for task in found}
-    sums, skipped = statistics.Sums((form.px, form.px, 3)), dict[str, str]()
+    sums, skipped = statistics.Sums((form.px, form.px, 3)), list[str]()
     for task, facts in found.items():
         shards[task.split].append((facts.images, facts.record_bytes))
-        skipped |= facts.skipped
+        skipped += facts.skipped
         if task.split == 'train':
-            with np.load(task.facts) as file:
-                sums.merge(facts.images, file['total'], file['products'])
-    written = sum(facts.images for facts in found.values())
-    if written + len(skipped) != sum(source.images.values()):  # a power cut may empty a plan
-        raise RunError(
-            f'Images are missing from the shards: remove {folder.parent} and run the command again.'
-        )
-    for reason in skipped.values():
-        log(f'{source.name}: skipped: {ascii(reason)[1:-1]}')
+            sums.merge(facts.images, **files.read_npz(task.facts, ['total', 'products']))
+    for reason in skipped:
+        log(f'{source.name}: skipped: {reason}')
     features = tfds_format.features((form.px, form.px, 3), form.storage, source.class_names)
     about = dict(description=source.description)
     tfds_format.write_metadata(folder, source.name, VERSION, features, shards, **about)
