@@ -8,7 +8,7 @@ the numbers. Every error is one sentence that names the key and the remedy (`Usa
 import dataclasses
 import math
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 from alexnet_jax import command
@@ -104,6 +104,7 @@ class Processes:
 class Settings:
     """A complete config: each key in the section of its name, `model` in `net`.
 
+    tree: the config as the dict of its JSON, which is what runs and checkpoints store.
     init_from: 'none', or the checkpoint whose weights the run starts with, 'WORKDIR[:step]'.
     init_statistics: take the mean image and the colours from the 'source' or from the 'data'.
     init_layers: the only layers to take from the source; () for all that match by name and shape.
@@ -120,6 +121,7 @@ class Settings:
     optimizer: Optimizer
     loop: Loop
     mesh: MeshShape
+    tree: Mapping[str, Any] = dataclasses.field(repr=False, compare=False)
     processes: Processes = Processes()
     init_from: str = 'none'
     init_statistics: Literal['source', 'data'] = 'source'
@@ -161,9 +163,6 @@ LEAST = {
 AT_LEAST = {key: least for least, keys in LEAST.items() for key in keys}
 
 
-Rules = Iterable[tuple[bool, str]]  # what must hold, and the sentence if it does not
-
-
 def unpack(config: Config) -> Settings:
     """Return a ConfigDict, or the dict of a config.json, as validated dataclasses.
 
@@ -171,42 +170,47 @@ def unpack(config: Config) -> Settings:
         UsageError: a key is missing, unknown or of the wrong type, a value impossible, or the layer
             table describes no net.
     """
-    tree = dict(config) if isinstance(config, dict) else plain(config)
-    settings = _build(Settings, tree, '', net=_net(tree.pop('model', None)))
-    _check(_rules(settings))
-    _check(_rate_rules(settings))
-    _check(_mesh_rules(settings.mesh, settings.net))
+    tree = plain(config)
+    values = dict(tree)
+    settings = _build(Settings, values, '', net=_net(values.pop('model', None)), tree=tree)
+    _check_sizes(settings)
+    _check_rates(settings)
+    _check_mesh(settings.mesh, settings.net)
     return settings
 
 
-def _check(rules: Rules) -> None:
-    for holds, sentence in rules:
-        if not holds:
-            raise UsageError(sentence)
+def _require(holds: bool, otherwise: str) -> None:
+    if not holds:
+        raise UsageError(otherwise)
+
+
+def _require_one_of(choices: Collection[Any], value: Any, path: str) -> None:
+    listed = ', '.join(map(str, choices))
+    _require(value in choices, f"{path}: '{value}' is not one of {listed}.")
 
 
 # ------------------------------------------------------------------------- a tree to dataclasses
 
 
-def _build(cls: Any, tree: Any, path: str, **given: Any) -> Any:
-    """Fill dataclass `cls` from `tree`, checking names, types and bounds field by field."""
-    tree = _group(tree, path)
+def _build(cls: Any, section: Any, path: str, **given: Any) -> Any:
+    """Fill dataclass `cls` from `section`, checking names, types and bounds field by field."""
+    section = _group(section, path)
     hints, where = typing.get_type_hints(cls), f'{path}.' if path else ''
     fields = {field.name: field for field in dataclasses.fields(cls) if field.name not in given}
-    for key in sorted(set(tree) - set(fields)):
+    for key in sorted(set(section) - set(fields)):
         known = ', '.join(sorted(fields))
         raise UsageError(f'{where}{key} is not a key of this config; choose one of {known}.')
     for key, field in sorted(fields.items()):
-        if key in tree:
+        if key in section:
             make = _build if dataclasses.is_dataclass(hints[key]) else _value
-            given[key] = make(hints[key], tree[key], where + key)
+            given[key] = make(hints[key], section[key], where + key)
         elif field.default is dataclasses.MISSING:  # keys younger than checkpoints have a default
             raise UsageError(f'{where}{key} is missing from this config; set it.')
     return cls(**given)
 
 
 def _group(tree: Any, path: str) -> Mapping[str, Any]:
-    _check([(isinstance(tree, Mapping), f'{path} must be a group of keys, but is {tree!r}.')])
+    _require(isinstance(tree, Mapping), f'{path} must be a group of keys, but is {tree!r}.')
     return tree
 
 
@@ -214,19 +218,14 @@ def _value(kind: Any, value: Any, path: str) -> Any:
     """Return `value` as `kind`: int, float, bool, str, a Literal, or a tuple of these."""
     if typing.get_origin(kind) is tuple:
         return _tuple(typing.get_args(kind), value, path)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    if choices := typing.get_args(kind):
+        _require_one_of(choices, value, path)
+        return value
+    if kind is float and type(value) is int:
         value = float(value)
-    choices = typing.get_args(kind)
-    typed = bool(choices) or (isinstance(value, kind) and (kind is bool) == isinstance(value, bool))
-    _check(
-        [
-            (value != 'None', f"{path} is 'None'; use 'none' instead."),
-            _choice(choices or (value,), value, path),
-            (typed, f'{path} must be of type {getattr(kind, "__name__", "")}, but is {value!r}.'),
-        ]
-    )
+    _require(type(value) is kind, f'{path} must be of type {kind.__name__}, but is {value!r}.')
     if kind in (int, float):
-        _check(_number_rules(value, path))
+        _check_number(value, path)
     if path in FOLDERS and (value or path != 'init_from'):  # '' there: to be given
         try:
             value = command.expand(str(value))
@@ -238,26 +237,22 @@ def _value(kind: Any, value: Any, path: str) -> Any:
 def _tuple(kinds: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...]:
     if isinstance(value, Mapping):  # a group with any keys, as multipliers
         value = sorted(value.items())
-    _check([(isinstance(value, (list, tuple)), f'{path} must be a tuple, but is {value!r}.')])
+    _require(isinstance(value, (list, tuple)), f'{path} must be a tuple, but is {value!r}.')
     if kinds[-1] is Ellipsis:
         kinds = kinds[:1] * len(value)
-    many = f'{path} must have {len(kinds)} values, but is {value!r}.'
-    _check([(len(kinds) == len(value), many)])
+    _require(len(kinds) == len(value), f'{path} must have {len(kinds)} values, but is {value!r}.')
     return tuple(_value(k, v, path) for k, v in zip(kinds, value, strict=True))
 
 
-def _choice(choices: Iterable[Any], value: Any, path: str) -> tuple[bool, str]:
-    choices = list(choices)
-    return value in choices, f"{path}: '{value}' is not one of {', '.join(map(str, choices))}."
-
-
-def _number_rules(value: float, path: str) -> Rules:
+def _check_number(value: float, path: str) -> None:
     name = path.rpartition('.')[2]
     least, most = AT_LEAST.get(name, -math.inf), 2**64 if path == 'seed' else 2**31
-    yield math.isfinite(value), f'{path} must be finite, but is {value!r}.'
-    yield isinstance(value, float) or value < most, f'{path} must be below {most}, but is {value}.'
-    yield name not in POSITIVE or value > 0, f'{path} must be positive, but is {value}.'
-    yield value >= least, f'{path} must be at least {least}, but is {value}.'
+    _require(math.isfinite(value), f'{path} must be finite, but is {value!r}.')
+    _require(
+        isinstance(value, float) or value < most, f'{path} must be below {most}, but is {value}.'
+    )
+    _require(name not in POSITIVE or value > 0, f'{path} must be positive, but is {value}.')
+    _require(value >= least, f'{path} must be at least {least}, but is {value}.')
 
 
 # ------------------------------------------------------------------------------ the layer table
@@ -270,7 +265,10 @@ def _net(section: Any) -> Net:
         Literal['none', 'fan_in'], tree.pop('init_scaling', None), 'model.init_scaling'
     )
     rows = {name: tree.pop(name) for name in section if _is_layer(section[name])}
-    _check(_table_rules(names, rows))
+    _require(bool(names), 'model.layers is empty; list at least one layer.')
+    _require(len(set(names)) == len(names), f'model.layers lists a layer twice: {names}.')
+    for name in names:
+        _require_one_of(sorted(rows), name, 'model.layers')
     rows = {name: dict(rows[name]) for name in names}
     fan_ins = [
         _value(int, row.pop('reference_fan_in', None), f'model.{name}.reference_fan_in')
@@ -279,7 +277,7 @@ def _net(section: Any) -> Net:
     layers = tuple(_layer(*item) for item in rows.items())
     net = _build(Net, tree, 'model', layers=layers)
     net = dataclasses.replace(net, channels=net.channels or 3)  # until the data is known
-    _check(_net_rules(net))
+    _check_net(net)
     stages = alexnet.geometry(net)
     if scaling == 'none':
         return net
@@ -302,83 +300,70 @@ def _layer(name: str, row: Mapping[str, Any]) -> Layer:
     return _build(Layer, row, f'model.{name}', name=name)
 
 
-def _table_rules(names: tuple[str, ...], rows: Mapping[str, Any]) -> Rules:
-    listed, known = ', '.join(names), ', '.join(sorted(rows))
-    yield bool(names), 'model.layers is empty; list at least one layer.'
-    yield len(set(names)) == len(names), f'model.layers lists a layer twice: {listed}.'
-    for name in names:
-        missing = f'there is no model.{name}; the layers are {known}.'
-        yield name in rows, f'model.layers lists {name}, but {missing}'
-
-
-def _net_rules(net: Net) -> Rules:
+def _check_net(net: Net) -> None:
     for layer in net.layers:
-        once = f'model.{layer.name}.ops lists an operation twice; each may occur only once.'
-        yield len(set(layer.ops)) == len(layer.ops), once
-        empty = f'model.{layer.name}.features must be at least 1, but is {layer.features}.'
-        yield layer.features > 0 or layer is net.layers[-1], empty  # 0: the classes of the data
+        key = f'model.{layer.name}'
+        _require(len(set(layer.ops)) == len(layer.ops), f'{key}.ops lists an operation twice.')
+        _require(
+            layer.features > 0 or layer is net.layers[-1],  # 0: the classes of the data
+            f'{key}.features must be at least 1, but is {layer.features}.',
+        )
     for name, size in (('lrn', net.lrn.size), ('spatial_norm', net.spatial_norm.size)):
-        yield size % 2 == 1, f'model.{name}.size must be odd, but is {size}.'
+        _require(size % 2 == 1, f'model.{name}.size must be odd, but is {size}.')
     gaps = net.pool.kind != 'max' or net.pool.stride_px > net.pool.window_px
-    yield (
+    _require(
         net.pool.rounding == 'down' or not gaps,
         "model.pool.rounding 'up' needs max-pooling whose windows leave no gaps; set it to 'down'.",
     )
     keep = net.dropout.keep
-    yield keep <= 1, f'model.dropout.keep must be in (0, 1], but is {keep}.'
+    _require(keep <= 1, f'model.dropout.keep must be in (0, 1], but is {keep}.')
 
 
-def _rules(settings: Settings) -> Rules:
-    recipe, crop_px = settings.preprocess, settings.net.input_px
-    for px, what in (
-        (crop_px, f'the crop of model.input_px ({crop_px})'),
-        (recipe.resize_px, f'preprocess.resize_px ({recipe.resize_px})'),
-    ):
-        small = f'preprocess.image_px is {recipe.image_px}, smaller than {what}; increase it'
-        yield recipe.image_px >= px, f'{small} (2012: 256 for crops of 224).'
+def _check_sizes(settings: Settings) -> None:
+    image_px, seen_px = settings.preprocess.image_px, settings.net.input_px
+    least_px = max(seen_px, settings.preprocess.resize_px)
+    _require(
+        image_px >= least_px,
+        f'preprocess.image_px is {image_px}, smaller than model.input_px or preprocess.resize_px; '
+        f'set it to {least_px} or more (2012: 256 for crops of 224).',
+    )
     for name in settings.init_layers:
-        yield _choice((layer.name for layer in settings.net.layers), name, 'init_layers')
+        _require_one_of([layer.name for layer in settings.net.layers], name, 'init_layers')
 
 
-def _rate_rules(settings: Settings) -> Rules:
+def _check_rates(settings: Settings) -> None:
     update, names = settings.optimizer, [layer.name for layer in settings.net.layers]
-    yield update.momentum < 1, 'optimizer.momentum must be in [0, 1).'
-    for name, schedule in (('weights', update.weights), ('biases', update.biases)):
-        epochs = schedule.at_epochs
-        order = f'optimizer.{name}.at_epochs must be in ascending order, but is {epochs}.'
-        yield list(epochs) == sorted(epochs), order
+    _require(update.momentum < 1, 'optimizer.momentum must be in [0, 1).')
     plateau = update.weights.kind == 'plateau'
-    yield (
+    _require(
         plateau or update.biases.kind != 'plateau',
         "optimizer.biases.kind 'plateau' requires the same rule for the weights: also set "
         'optimizer.weights.kind=plateau.',
     )
-    yield (
+    _require(
         not plateau or settings.data.validation != 'none',
         "optimizer.weights.kind 'plateau' follows the validation error, but data.validation is "
         'none: set it to a split, or choose another schedule.',
     )
-    yield _choice(('none', *names), update.late_freeze.layer, 'optimizer.late_freeze.layer')
-    for name, factor in update.multipliers:
-        yield _choice(names, name, 'optimizer.multipliers')
-        key = f'optimizer.multipliers.{name}'
-        yield factor >= 0, f'{key} must be at least 0, but is {factor}.'
+    _require_one_of(['none', *names], update.late_freeze.layer, 'optimizer.late_freeze.layer')
+    for name, _ in update.multipliers:
+        _require_one_of(names, name, 'optimizer.multipliers')
 
 
-def _mesh_rules(mesh: MeshShape, net: Net) -> Rules:
-    towers = net.towers
-    yield mesh.data != 0, 'mesh.data must be positive, or -1 for all remaining devices, but is 0.'
-    yield (
-        towers % mesh.tower == 0,
-        f'mesh.tower is {mesh.tower}, but the net has {towers} tower(s); choose a divisor of '
-        f'{towers}.',
+def _check_mesh(mesh: MeshShape, net: Net) -> None:
+    _require(
+        net.towers % mesh.tower == 0,
+        f'mesh.tower is {mesh.tower}, but the net has {net.towers} tower(s); choose a divisor of '
+        f'{net.towers}.',
     )
     if mesh.placement == 'one_weird_trick':
-        alone = 'mesh.placement one_weird_trick has no tower axis; set mesh.tower=1.'
-        yield mesh.tower == 1, alone
+        _require(
+            mesh.tower == 1,
+            'mesh.placement one_weird_trick has no tower axis; set mesh.tower=1.',
+        )
         own = [x.name for x in net.layers[:-1] if x.kind == 'fc' and x.reads == 'own']
-        yield (
-            not own or towers == 1,
+        _require(
+            not own or net.towers == 1,
             f'mesh.placement one_weird_trick splits fully connected layers, but {", ".join(own)} '
             f'reads only its own tower; set its reads=all, or mesh.placement=towers.',
         )

@@ -190,9 +190,14 @@ def as_json(config: Config) -> str:
     return json.dumps(tree, indent=2, sort_keys=True)
 
 
-def differences(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = '') -> list[str]:
-    """Return the dotted keys in which two configs (as dicts of JSON values) differ."""
+def differences(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
+    """Return {dotted key: [its value in a, in b]} of all keys in which two configs differ.
+
+    Configs are dicts of JSON values. A missing key has the value None.
+    """
     left, right, missing = _flat(a, prefix), _flat(b, prefix), object()
-    return [
-        key for key in sorted({*left, *right}) if left.get(key, missing) != right.get(key, missing)
-    ]
+    return {
+        key: [left.get(key), right.get(key)]
+        for key in sorted({*left, *right})
+        if left.get(key, missing) != right.get(key, missing)
+    }

@@ -45,8 +45,7 @@ def open_row(row: str, factor: float) -> tuple[jobs.Job, step.TrainState]:
     chosen.epochs = 100.0
     for kind in ('weights', 'biases'):
         chosen.optimizer[kind].rate *= factor
-    settings = config.unpack(chosen)
-    job = jobs.open_job(chosen, settings, Path())
+    job = jobs.open_job(config.unpack(chosen), Path())
     start = job.start()
     if row == ROUNDING:
         conv1 = start.params['conv1']

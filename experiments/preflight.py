@@ -36,10 +36,10 @@ def measure(recipe: str, scale: str, init_scaling: str, factor: float, seed: int
     chosen.seed, chosen.model.init_scaling, chosen.preprocess.scale = seed, init_scaling, factor
     chosen.mesh.data = 1
     settings = config.unpack(chosen)
-    job = jobs.open_job(chosen, settings, Path())
-    labels, pixels = jobs.first_batch(job)
+    job = jobs.open_job(settings, Path())
     params = model.init(step.init_key(step.seed_of(settings)), settings.net)
-    return preflight.preflight(settings.net, params, pixels, labels).logit_std
+    found = preflight.signal(settings.net, params, jobs.first_crops(job))
+    return found[settings.net.layers[-1].name]
 
 
 def main() -> None:

@@ -52,11 +52,19 @@ def resumed(checkpoints, target=None):
     return restored
 
 
-def saved(directory, steps=(1, 2), **options):
-    """A directory that holds these steps, each with a validation error of None."""
-    with Checkpoints(directory, keep_latest=len(steps), **options) as checkpoints:
+@pytest.fixture
+def reports(monkeypatch):
+    """The sentences about damaged checkpoints."""
+    found = []
+    monkeypatch.setattr(checkpointing, 'log', found.append)
+    return found
+
+
+def saved(directory, steps=(1, 2), error=None):
+    """A directory that holds these steps; the first has the lowest validation error, if any."""
+    with Checkpoints(directory) as checkpoints:
         for step in steps:
-            checkpoints.save(step, state_of(step), {'step': step}, error=None)
+            checkpoints.save(step, state_of(step), {'step': step}, error=error and step * error)
     return checkpoints
 
 
@@ -155,20 +163,18 @@ def test_saved_on_one_mesh_and_restored_on_another(tmp_path, to):
 
 
 @pytest.mark.parametrize(
-    ('errors', 'keep_latest', 'keep_best', 'steps', 'best'),
+    ('errors', 'steps', 'best'),
     [
-        ([0.5, 0.3, 0.4, 0.6], 1, 1, [1, 3], 1),
-        ([0.5, 0.3, 0.4, 0.2], 1, 1, [3], 3),
-        ([0.1, 0.3, 0.4, 0.2], 2, 1, [0, 2, 3], 0),
-        ([0.1, 0.3, 0.2, 0.5], 1, 2, [0, 2, 3], 0),
-        ([0.2, 0.2, 0.9], 1, 1, [1, 2], 1),
-        ([0.2, None, float('nan'), float('inf')], 1, 1, [0, 3], 0),
-        ([None, None, None], 2, 1, [1, 2], None),
-        ([0.1, 0.2, 0.3], 1, 0, [2], 2),
+        ([0.5, 0.3, 0.4, 0.6], [1, 2, 3], 1),
+        ([0.5, 0.3, 0.4, 0.2], [2, 3], 3),
+        ([0.1, 0.3, 0.4, 0.2], [0, 2, 3], 0),
+        ([0.2, 0.2, 0.9, 0.8], [1, 2, 3], 1),
+        ([0.2, None, float('nan'), float('inf')], [0, 2, 3], 0),
+        ([None, None, None], [1, 2], None),
     ],
 )
-def test_latest_and_best_are_kept(tmp_path, errors, keep_latest, keep_best, steps, best):
-    with Checkpoints(tmp_path, keep_latest=keep_latest, keep_best=keep_best) as checkpoints:
+def test_latest_and_best_are_kept(tmp_path, errors, steps, best):
+    with Checkpoints(tmp_path) as checkpoints:
         for step, error in enumerate(errors):
             checkpoints.save(step, state_of(step, 2), {}, error=error)
     assert checkpoints.steps() == steps
@@ -230,42 +236,40 @@ def largest(checkpoint):
     return max((checkpoint / f for f in files_of(checkpoint)), key=lambda f: f.stat().st_size)
 
 
-def resume_after(parent, pristine, file, damage, at=0.5):
-    """Damage one file of step 2 in a copy and resume: (was step 2 set aside, reports)."""
+def resume_after(reports, parent, pristine, file, damage, at=0.5):
+    """Damage one file of step 2 in a copy and resume; return whether step 2 was set aside."""
     directory = parent / 'copy'
     shutil.rmtree(directory, ignore_errors=True)
     shutil.copytree(pristine, directory)
     DAMAGES[damage](directory / '2' / file, at)
-    reports = []
-    checkpoints = Checkpoints(directory, report=reports.append)
+    reports.clear()
+    checkpoints = Checkpoints(directory)
     try:
         restored = resumed(checkpoints, state_of(0))
     except RunError as error:  # a swap damages step 1 too
         if damage == 'swap' and all(f'checkpoint {n} in' in str(error) for n in (1, 2)):
-            return True, [str(error)]
+            return True
         raise
     assert_same(restored.state, state_of(restored.step))  # never a wrong value, whatever was hit
     assert restored.extra == {'step': restored.step}
     assert checkpoints.steps() == [1, 2][: restored.step]
     assert (directory / 'damaged-2').exists() == (restored.step == 1)
     assert len(reports) == (restored.step == 1)  # never silent
-    return restored.step == 1, reports
+    if reports:
+        assert 'checkpoint 2 in' in reports[0]
+        assert 'it was renamed to damaged-2; resuming from step 1' in reports[0]
+    return restored.step == 1
 
 
 @pytest.mark.parametrize('damage', list(DAMAGES))
-def test_each_file_damaged_is_found_or_was_harmless(tmp_path, damage):
+def test_each_file_damaged_is_found_or_was_harmless(tmp_path, reports, damage):
     saved(tmp_path / 'pristine')
     newest = tmp_path / 'pristine' / '2'
-    found = set()
-    for file in files_of(newest):
-        aside, reports = resume_after(tmp_path, tmp_path / 'pristine', file, damage)
-        if aside:
-            found.add(str(file))
-            assert 'checkpoint 2 in' in reports[0]
-            assert (
-                damage == 'swap'
-                or 'it was renamed to damaged-2; resuming from step 1' in reports[0]
-            )
+    found = {
+        str(file)
+        for file in files_of(newest)
+        if resume_after(reports, tmp_path, tmp_path / 'pristine', file, damage)
+    }
     # Orbax keeps more than the values depend on (sharding, timestamps, commit marks, metadata kept
     # twice): damage there may do no harm, and resume_after saw that every leaf verified.
     vital = {'manifest/metadata'}
@@ -276,7 +280,7 @@ def test_each_file_damaged_is_found_or_was_harmless(tmp_path, damage):
     assert vital <= found
 
 
-def test_random_damages_give_the_right_values_or_none(tmp_path):
+def test_random_damages_give_the_right_values_or_none(tmp_path, reports):
     saved(tmp_path / 'pristine')
     seed = random.randrange(2**32)
     rng = random.Random(seed)
@@ -285,7 +289,8 @@ def test_random_damages_give_the_right_values_or_none(tmp_path):
     for _ in range(50):
         file, damage, at = rng.choice(files), rng.choice(list(DAMAGES)), rng.random()
         try:
-            outcomes.append(resume_after(tmp_path, tmp_path / 'pristine', file, damage, at)[0])
+            where = tmp_path, tmp_path / 'pristine', file
+            outcomes.append(resume_after(reports, *where, damage, at))
         except Exception as error:
             raise AssertionError(f'seed {seed}: {damage} of {file} at {at}') from error
     print(f'seed {seed}: {sum(outcomes)} of 50 were found, the others were harmless')
@@ -323,13 +328,11 @@ def test_a_leaf_that_orbax_restores_without_a_word_is_named(tmp_path):
         checkpoints.restore(None)
 
 
-def test_several_damaged_ones_are_set_aside_and_none_when_all_are(tmp_path):
-    checkpoints = saved(tmp_path, steps=(1, 2, 3))
+def test_several_damaged_ones_are_set_aside_and_none_when_all_are(tmp_path, reports):
+    checkpoints = saved(tmp_path, steps=(1, 2, 3), error=0.1)
     for step in (2, 3):
         os.truncate(largest(tmp_path / str(step)), 10)
     (tmp_path / 'damaged-3').mkdir()  # from an earlier accident
-    reports = []
-    checkpoints = Checkpoints(tmp_path, report=reports.append)
     assert resumed(checkpoints).step == 1
     assert len(reports) == 2
     assert sorted(os.listdir(tmp_path)) == ['1', 'damaged-2', 'damaged-3', 'damaged-3-1']
@@ -381,14 +384,14 @@ def test_the_first_format_is_read(first_format):
 
 
 @pytest.mark.parametrize('damage', ['flip', 'truncate', 'empty', 'delete', 'append', 'zero'])
-def test_damage_of_the_first_format_is_found(first_format, damage):
+def test_damage_of_the_first_format_is_found(first_format, reports, damage):
     newest = first_format / '7'
     for file in files_of(newest):
         copy = first_format.with_name('copy')
         shutil.copytree(first_format, copy)
         DAMAGES[damage](copy / '7' / file, 0.5)
-        reports = []
-        restored = resumed(Checkpoints(copy, report=reports.append))
+        reports.clear()
+        restored = resumed(Checkpoints(copy))
         assert len(reports) == (restored.step == 3)
         assert restored.step == 3 or 'manifest.json' not in file.name
         assert int(restored.state['state']['step']) == restored.step
@@ -434,7 +437,7 @@ CHILD = """
 """
 
 
-def test_killed_at_any_moment_every_checkpoint_is_complete(tmp_path):
+def test_killed_at_any_moment_every_checkpoint_is_complete(tmp_path, reports):
     rng = random.Random(0)
     root = Path(__file__).parent.parent
     reached, left_half_written = -1, 0
@@ -457,8 +460,9 @@ def test_killed_at_any_moment_every_checkpoint_is_complete(tmp_path):
             child.send_signal(signal.SIGKILL)
         left_half_written += any(tmp_path.glob('*.orbax-checkpoint-tmp*'))
 
-        checkpoints = Checkpoints(tmp_path, report=pytest.fail)
+        checkpoints = Checkpoints(tmp_path)
         newest = resumed(checkpoints)
+        assert reports == []
         assert newest.step >= reached
         reached = newest.step
         for step in checkpoints.steps():

@@ -7,7 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
-import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,86 +19,83 @@ from alexnet_jax.errors import RunError, UsageError
 from alexnet_jax.parallel import distributed, launchers
 from alexnet_jax.parallel.launchers import ProcessInfo, detect
 from alexnet_jax.training import metrics
-from tests.test_train import assert_same, outcome
+from tests.conftest import REPOSITORY
+from tests.processes import SECS, Program
+from tests.test_train import LAYERS, assert_same, outcome
 
 # A checkpoint every other step, so that kills fall into saves too. Small rates: at the recipe's own
 # a rounding error grows tenfold every few steps (tests/test_train.py has more on it).
-LONG = ('--config.epochs=2', '--config.loop.checkpoint_every_epochs=0.125',
+LONG = ('--config.epochs=4', '--config.loop.checkpoint_every_epochs=0.125',
         '--config.data.validation=train[55000:55064]', '--config.data.test=test[:100]')  # fmt: skip
 CALM = ('--config.optimizer.weights.rate=0.0005', '--config.optimizer.biases.rate=0.001')
 MESH = ('--config.mesh.tower=2',)  # a device a process, a tower a device, as in 2012
 EIGHT = ('--config.mesh.data=4', '--config.mesh.tower=2', '--config.epochs=1')
-SECS = 240  # no limit of the program: a hung test ends
+ABORTED = -signal.SIGABRT  # JAX's end where its service has noticed first
+
+
+def free_port() -> int:
+    with socket.create_server(('127.0.0.1', 0)) as probe:
+        return probe.getsockname()[1]
 
 
 class Crew:
-    """Processes of one job, their output in files."""
+    """Processes of one job.
+
+    Args:
+        command: the flags that all tests share.
+        folder: of the workdir `run` and of the output.
+        processes: their number.
+        flags: of this job.
+        devices: of all processes together.
+        absent: processes that do not start.
+        each: more flags, by process.
+        places: the working directory of each process.
+    """
 
     def __init__(
         self,
-        command,
+        command: Sequence[str],
         folder: Path,
-        processes: int,
-        flags=(),
-        devices=2,
-        absent=(),
-        each=None,
-        places=None,
+        processes: int = 2,
+        flags: Sequence[str] = (),
+        devices: int = 2,
+        absent: Sequence[int] = (),
+        each: Mapping[int, Sequence[str]] | None = None,
+        places: Sequence[Path] = (),
     ):
-        folder.mkdir(parents=True, exist_ok=True)
-        places = places or [folder] * processes
-        self.folder, self.processes = folder, {}
-        with socket.create_server(('127.0.0.1', 0)) as probe:
-            port = probe.getsockname()[1]
-        environment = {**os.environ, 'JAX_NUM_CPU_DEVICES': str(devices // processes)}
+        self.workdir, port = folder / 'run', free_port()
+        self.programs = {}
         for i in range(processes):
-            if i in absent:
-                continue
-            words = [*command, f'--workdir={folder / "run"}', *flags]
+            words = [*command, f'--workdir={self.workdir}', *flags]
             if processes > 1:
                 words += [f'--coordinator_address=127.0.0.1:{port}',
                           f'--num_processes={processes}', f'--process_id={i}']  # fmt: skip
             words += (each or {}).get(i, ())
-            with (folder / f'out.{i}').open('w') as out, (folder / f'err.{i}').open('w') as err:
-                self.processes[i] = subprocess.Popen(
-                    words, cwd=places[i], stdout=out, stderr=err, env=environment
-                )
+            cwd = places[i] if places else REPOSITORY
+            if i not in absent:
+                self.programs[i] = Program(words, folder, f'.{i}', devices // processes, cwd)
 
-    def wait(self) -> dict[int, int]:
-        """Exit codes."""
-        try:
-            return {i: process.wait(timeout=SECS) for i, process in self.processes.items()}
-        finally:
-            for process in self.processes.values():
-                process.kill()
+    def wait(self) -> dict[int, int | None]:
+        """Return the exit codes."""
+        return {i: program.wait() for i, program in self.programs.items()}
 
-    def stderr(self, i: int) -> str:
-        return (self.folder / f'err.{i}').read_text()
+    def errors(self) -> str:
+        return '\n'.join(program.err for program in self.programs.values())
 
-    def last(self, i: int) -> str:
-        return self.stderr(i).strip().splitlines()[-1]
-
-    def wait_for_step(self, step: int) -> None:
-        deadline = time.monotonic() + SECS
-        while time.monotonic() < deadline:
-            rows = metrics.read(self.folder / 'run')
-            if any(row['kind'] == 'train' and row['step'] >= step for row in rows):
-                return
-            assert all(g.poll() is None for g in self.processes.values()), self.stderr(0)
-            time.sleep(0.02)
-        raise AssertionError(f'step {step} was never reached: {self.stderr(0)}')
+    def ends_well(self) -> 'Crew':
+        assert set(self.wait().values()) == {0}, self.errors()
+        return self
 
 
 @pytest.fixture(scope='module')
-def command(repository, data_dir, cache_dir):
+def command(data_dir):
     return [
-        sys.executable,
-        str(repository / 'main.py'),
-        f'--config={repository / "configs" / "smoke.py"}',
+        f'--config={REPOSITORY / "configs" / "smoke.py"}',
         f'--config.data.data_dir={data_dir}',
-        f'--config.loop.compilation_cache={cache_dir}',
+        '--config.loop.compilation_cache=none',
         '--config.processes.peer_timeout_secs=8',
         '--config.loop.tensorboard=False',
+        f'--config.model.layers={LAYERS}',
         *LONG,
         *CALM,
     ]
@@ -106,77 +103,21 @@ def command(repository, data_dir, cache_dir):
 
 @pytest.fixture(scope='module')
 def undisturbed(command, tmp_path_factory):
-    crew = Crew(command, tmp_path_factory.mktemp('crews') / 'undisturbed', 2, MESH)
-    assert crew.wait() == {0: 0, 1: 0}, crew.stderr(0) + crew.stderr(1)
-    return crew
-
-
-def assert_resumes(undisturbed, command, folder):
-    """The same command again ends in the undisturbed run's bits."""
-    again = Crew(command, folder, 2, MESH)
-    assert again.wait() == {0: 0, 1: 0}, again.stderr(0) + again.stderr(1)
-    assert 'resuming at step' in again.stderr(0)
-    assert_same(outcome(undisturbed.folder / 'run'), outcome(folder / 'run'))
+    return Crew(command, tmp_path_factory.mktemp('crews') / 'undisturbed', flags=MESH).ends_well()
 
 
 def test_process_0_alone_prints(undisturbed):
-    assert (undisturbed.folder / 'out.0').read_text().startswith('smoke: test accuracy')
-    assert len((undisturbed.folder / 'out.0').read_text().splitlines()) == 1
-    assert (undisturbed.folder / 'out.1').read_text() == ''
-    assert undisturbed.stderr(1) == ''
-    assert 'Gloo' not in undisturbed.stderr(0)
-    kinds = [row['kind'] for row in metrics.read(undisturbed.folder / 'run')]
+    first, second = undisturbed.programs.values()
+    assert first.out.startswith('smoke: test accuracy')
+    assert len(first.out.splitlines()) == 1
+    assert second.out == second.err == ''
+    assert 'Gloo' not in first.err
+    kinds = [row['kind'] for row in metrics.read(undisturbed.workdir)]
     assert kinds.count('test') == 1
-    assert kinds.count('validation') == 2
-    environment = json.loads((undisturbed.folder / 'run' / 'environment.json').read_text())
+    assert kinds.count('validation') == 4
+    environment = json.loads((undisturbed.workdir / 'environment.json').read_text())
     assert environment['processes'] == 2
     assert environment['devices'] == 2
-
-
-SHARE = """
-import sys
-import jax, numpy as np
-from alexnet_jax.config import MeshShape
-from alexnet_jax.parallel import mesh
-port, process = sys.argv[1:]
-head = f'127.0.0.1:{port}'
-jax.distributed.initialize(
-    head,
-    2,
-    int(process),
-    cluster_detection_method='deactivate',
-    coordinator_bind_address=head,
-)
-for shape in ((4, 1), (2, 2), (1, 4), (4, 1, 'one_weird_trick')):
-    layout = mesh.make_layout(MeshShape(*shape), 64)
-    rows = layout.local_batch_slice(64)
-    read = np.arange(64)[rows]
-    batch = layout.put_batch({'label': read}, 64)
-    assert np.array_equal(layout.to_host(batch)['label'], np.arange(64))
-    print(rows.start, rows.stop)
-"""
-
-
-def test_a_process_reads_its_part_of_a_batch_only(repository, tmp_path):
-    """Half of the batch where each process has its own images, all of it where they share them."""
-    with socket.create_server(('127.0.0.1', 0)) as probe:
-        port = probe.getsockname()[1]
-    pair = [
-        subprocess.Popen(
-            [sys.executable, '-c', SHARE, str(port), str(i)],
-            cwd=repository,
-            env={**os.environ, 'JAX_NUM_CPU_DEVICES': '2'},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for i in (0, 1)
-    ]
-    for process, half in zip(pair, ('0 32', '32 64'), strict=True):
-        out, err = process.communicate(timeout=SECS)
-        assert process.returncode == 0, err
-        rows = [line for line in out.splitlines() if re.fullmatch(r'\d+ \d+', line)]
-        assert rows == [half, half, '0 64', half]
 
 
 def test_two_processes_of_four_devices_are_one_of_eight(command, tmp_path):
@@ -185,11 +126,9 @@ def test_two_processes_of_four_devices_are_one_of_eight(command, tmp_path):
     The two read their slices of each batch from the record files, the one from memory.
     """
     in_files = ('--config.data.resident_gib=0.0', '--config.data.workers=2')
-    two = Crew(command, tmp_path / 'two', 2, (*EIGHT, *in_files), devices=8)
-    assert two.wait() == {0: 0, 1: 0}, two.stderr(0) + two.stderr(1)
-    one = Crew(command, tmp_path / 'one', 1, EIGHT, devices=8)
-    assert one.wait() == {0: 0}, one.stderr(0)
-    ours, theirs = outcome(two.folder / 'run'), outcome(one.folder / 'run')
+    two = Crew(command, tmp_path / 'two', 2, (*EIGHT, *in_files), devices=8).ends_well()
+    one = Crew(command, tmp_path / 'one', 1, EIGHT, devices=8).ends_well()
+    ours, theirs = outcome(two.workdir), outcome(one.workdir)
     assert ours[0] == theirs[0]
     assert ours[1].keys() == theirs[1].keys()
     for name, leaf in theirs[1].items():
@@ -203,85 +142,86 @@ def test_two_processes_of_four_devices_are_one_of_eight(command, tmp_path):
     np.testing.assert_array_equal(ours[3]['label'], theirs[3]['label'])
 
 
-ABORTED = -signal.SIGABRT  # JAX's end where its service has noticed first
+def test_after_every_fault_the_same_command_resumes_to_the_same_bits(undisturbed, command):
+    """A process freezes, each is killed, and each gets a signal, in one run."""
+    folder = undisturbed.workdir.parent.with_name('disturbed')
 
+    crew = Crew(command, folder, flags=MESH)
+    crew.programs[0].wait_for_step(4)
+    crew.programs[1].send(signal.SIGSTOP)
+    assert crew.programs[0].wait() in (1, ABORTED), crew.errors()
+    assert crew.programs[1].running()
+    crew.programs[1].kill()
 
-@pytest.mark.parametrize('victim', [0, 1])
-def test_a_killed_process_ends_all_and_the_same_command_resumes(undisturbed, command, victim):
-    folder = undisturbed.folder.parent / f'killed-{victim}'
-    crew = Crew(command, folder, 2, MESH)
-    crew.wait_for_step(12)
-    crew.processes[victim].kill()
-    code = crew.wait()[1 - victim]
-    assert code in (1, ABORTED), crew.stderr(1 - victim)
-    if code == 1:
-        assert 'main.py: another process is gone (' in crew.last(1 - victim)
-        assert 'start all processes again to resume from the latest' in crew.last(1 - victim)
-    assert 'could not be written' not in crew.stderr(1 - victim)
-    if victim == 0:
-        assert_resumes(undisturbed, command, folder)
+    for victim, step in ((1, 12), (0, 20)):
+        crew = Crew(command, folder, flags=MESH)
+        crew.programs[0].wait_for_step(step)
+        crew.programs[victim].kill()
+        other = crew.programs[1 - victim]
+        code = other.wait()
+        assert code in (1, ABORTED), crew.errors()
+        if code == 1:
+            assert 'main.py: another process is gone (' in other.last
+            assert 'start all processes again to resume from the latest' in other.last
+        assert 'could not be written' not in other.err
+        assert 'resuming at step' in crew.programs[0].err
 
+    saved = ''
+    for asked, number, step in ((0, signal.SIGINT, 32), (1, signal.SIGTERM, 44)):
+        crew = Crew(command, folder, flags=(*MESH, '--config.loop.checkpoint_every_epochs=4.0'))
+        crew.programs[0].wait_for_step(step)
+        crew.programs[asked].send(number)
+        assert crew.wait() == {0: 143, 1: 143}, crew.errors()
+        assert f'resuming at step {saved}' in crew.programs[0].err
+        found = re.match(r'main\.py: SIGTERM: saved at step (\d+) of 64', crew.programs[0].last)
+        assert found, crew.errors()
+        saved = found[1]
 
-def test_a_frozen_process_ends_the_others(undisturbed, command):
-    crew = Crew(command, undisturbed.folder.parent / 'frozen', 2, MESH)
-    crew.wait_for_step(4)
-    crew.processes[1].send_signal(signal.SIGSTOP)
-    assert crew.processes[0].wait(timeout=SECS) in (1, ABORTED), crew.stderr(0)
-    assert crew.processes[1].poll() is None
-    crew.processes[1].kill()
-    crew.wait()
-
-
-@pytest.mark.parametrize(('asked', 'number'), [(0, signal.SIGINT), (1, signal.SIGTERM)])
-def test_a_signal_to_one_saves_the_same_step_in_all(undisturbed, command, asked, number):
-    folder = undisturbed.folder.parent / f'signal-{asked}'
-    crew = Crew(command, folder, 2, (*MESH, '--config.loop.checkpoint_every_epochs=2.0'))
-    crew.wait_for_step(8)
-    crew.processes[asked].send_signal(number)
-    assert crew.wait() == {0: 143, 1: 143}, crew.stderr(0) + crew.stderr(1)
-    assert crew.last(0).startswith('main.py: SIGTERM: saved at step ')
-    if asked == 1:
-        assert_resumes(undisturbed, command, folder)
+    again = Crew(command, folder, flags=MESH).ends_well()
+    assert f'resuming at step {saved} of 64' in again.programs[0].err
+    assert_same(outcome(undisturbed.workdir), outcome(again.workdir))
 
 
 # ------------------------------------------------------------------------------ before the start
 
 
-@pytest.mark.parametrize('absent', [0, 1])
-def test_a_process_that_never_comes(command, tmp_path, absent):
+def test_a_process_that_never_comes(command, tmp_path):
     short = ('--config.processes.join_timeout_secs=3',)
-    crew = Crew(command, tmp_path, 2, short, absent=(absent,))
-    assert crew.wait() == {1 - absent: 1}
-    error = crew.stderr(1 - absent)
-    assert 'not all of 2 processes connected at 127.0.0.1:' in error
-    assert 'within 3 s (processes.join_timeout_secs)' in error
-    assert len(error.splitlines()) == 1
-    assert not (tmp_path / 'run').exists()
+    folders = [tmp_path / f'without-{absent}' for absent in (0, 1)]
+    crews = [Crew(command, folders[i], flags=short, absent=(i,)) for i in (0, 1)]
+    for i, crew in enumerate(crews):
+        assert crew.wait() == {1 - i: 1}
+        assert 'not all of 2 processes connected at 127.0.0.1:' in crew.errors()
+        assert 'within 3 s (processes.join_timeout_secs)' in crew.errors()
+        assert len(crew.errors().splitlines()) == 1
+        assert not crew.workdir.exists()
 
 
 def test_processes_that_disagree(command, tmp_path):
     each = {1: ('--config.seed=1', '--config.batch_size=32')}
-    crew = Crew(command, tmp_path, 2, each=each)
+    crew = Crew(command, tmp_path, each=each)
     assert crew.wait() == {0: 2, 1: 2}
     why = 'the flags differ from those of process 0 in config.batch_size, config.seed'
-    assert crew.last(0).startswith(f'main.py: process 1: {why}')
-    assert crew.last(1).startswith(f'main.py: {why}')
-    assert not (tmp_path / 'run').exists()
+    assert crew.programs[0].last.startswith(f'main.py: process 1: {why}')
+    assert crew.programs[1].last.startswith(f'main.py: {why}')
+    assert not crew.workdir.exists()
 
 
 def test_two_with_the_same_index(command, tmp_path):
-    short = ('--config.processes.join_timeout_secs=10',)
+    short = ('--config.processes.join_timeout_secs=5',)
     crew = Crew(command, tmp_path, 3, short, each={2: ('--process_id=1',)})
     assert 0 not in crew.wait().values()
-    assert not (tmp_path / 'run').exists()
+    assert not crew.workdir.exists()
 
 
 def test_an_error_of_one_process_ends_all_with_its_sentence_and_exit_code(undisturbed, command):
     """Only process 0 looks at the workdir, and finds another run's."""
-    crew = Crew(command, undisturbed.folder, 2, (*MESH, '--config.seed=5'))
+    folder = undisturbed.workdir.parent
+    crew = Crew(command, folder, flags=(*MESH, '--config.seed=5'))
     assert crew.wait() == {0: 2, 1: 2}
-    assert 'contains a run with a different config: seed' in crew.last(0)
-    assert crew.last(1) == crew.last(0).replace('main.py: ', 'main.py: process 0: ')
+    first, second = crew.programs.values()
+    assert 'contains a run with a different config: seed' in first.last
+    assert second.last == first.last.replace('main.py: ', 'main.py: process 0: ')
 
 
 @pytest.mark.parametrize('fault', ['different', 'missing'])
@@ -300,60 +240,20 @@ def test_data_that_is_not_the_same_everywhere(command, data_dir, tmp_path, fault
             raw = {'train': (images, train.labels), 'test': (test.images[..., 0], test.labels)}
             fashion_mnist.write(raw, place / 'data')
             (place / 'data' / 'fashion_mnist').rename(place / 'data' / 'mine')
-    crew = Crew(command, tmp_path / 'w', 2, splits, places=places)
-    assert crew.wait() == {0: 2, 1: 2}, crew.stderr(0) + crew.stderr(1)
+    crew = Crew(command, tmp_path / 'w', flags=splits, places=places)
+    assert crew.wait() == {0: 2, 1: 2}, crew.errors()
     if fault == 'different':
-        assert any('the training data of process 1 differs' in crew.last(i) for i in (0, 1))
+        assert 'process 1: the training data of process 1 differs' in crew.programs[0].err
     else:
-        assert "process 1: data.train=train[:256]: there is no data set 'mine'" in crew.last(0)
+        missing = "process 1: data.train=train[:256]: there is no data set 'mine'"
+        assert missing in crew.programs[0].err
 
 
-BUG = """
-import sys
-from alexnet_jax.parallel import distributed, launchers
-with distributed.joined(launchers.detect({}, sys.argv[1], 2, int(sys.argv[2])), {}):
-    distributed.wait_for_all('start')
-    if sys.argv[2] == '1':
-        raise KeyError('a bug')
-    distributed.wait_for_all('never')
-"""
-
-
-def test_a_bug_in_one_process_ends_the_other_where_it_waits(repository):
-    with socket.create_server(('127.0.0.1', 0)) as probe:
-        address = f'127.0.0.1:{probe.getsockname()[1]}'
-    (code0, err0), (code1, err1) = pair(repository, [BUG, address], each=(['0'], ['1']))
-    assert (code0, code1) == (1, 1)
-    assert err0.endswith("main.py: process 1: KeyError: 'a bug'\n")
-    assert err1.endswith("KeyError: 'a bug'\n")
-    assert 'Traceback' in err1
-
-
-def pair(repository, words, each=([], []), environs=({}, {})) -> list[tuple[int, str]]:
-    """Run a script in two processes; their exit codes and what they wrote to stderr."""
-    processes = [
-        subprocess.Popen(
-            [sys.executable, '-c', *words, *own],
-            cwd=repository,
-            env={**os.environ, 'JAX_NUM_CPU_DEVICES': '1', **environ},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for own, environ in zip(each, environs, strict=True)
-    ]
-    errors = [process.communicate(timeout=SECS)[1] for process in processes]
-    return [(process.returncode, error) for process, error in zip(processes, errors, strict=True)]
-
-
-def test_a_port_in_use(command, tmp_path):
+def test_a_port_in_use():
     with socket.create_server(('', 0)) as taken:
-        words = [*command, f'--workdir={tmp_path / "w"}', '--num_processes=2', '--process_id=0',
-                 f'--coordinator_address=127.0.0.1:{taken.getsockname()[1]}']  # fmt: skip
-        done = subprocess.run(words, capture_output=True, text=True, timeout=SECS, cwd=tmp_path)
-    assert done.returncode == 1
-    assert 'cannot listen on port' in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+        info = ProcessInfo(0, 2, f'127.0.0.1:{taken.getsockname()[1]}')
+        with pytest.raises(RunError, match='cannot listen on port'), distributed.joined(info, {}):
+            pass
 
 
 def test_a_lost_connection_is_recognised_behind_the_error_that_hides_it():
@@ -460,22 +360,63 @@ def test_processes_of_a_host_share_its_gpus(visible, info, own):
 
 CONNECT = """
 import os
+import numpy as np
 from alexnet_jax.parallel import distributed, launchers
 info = launchers.detect(os.environ)
 with distributed.joined(info, {}):
     import jax
-    distributed.agree('the value', 'the same')
+    from alexnet_jax.config import MeshShape
+    from alexnet_jax.parallel import mesh
     assert (jax.process_index(), jax.process_count()) == (info.process, 2)
+    distributed.agree('the value', b'the same')
+"""
+SHARES = """
+    for shape in ((4, 1), (2, 2), (1, 4), (4, 1, 'one_weird_trick')):
+        layout = mesh.make_layout(MeshShape(*shape), 64)
+        rows = layout.local_batch_slice(64)
+        read = np.arange(64)[rows]
+        batch = layout.put_batch({'label': read}, 64)
+        assert np.array_equal(layout.to_host(batch)['label'], np.arange(64))
+        print(rows.start, rows.stop)
+"""
+BUG = """
+    if info.process == 1:
+        raise KeyError('a bug')
+    distributed.wait_for_all('never')
 """
 
 
-@pytest.mark.parametrize('launcher', ['SLURM', 'OMPI'])
-def test_jax_connects_by_a_launchers_variables(repository, launcher):
-    base = {
-        'SLURM': SLURM | {'SLURM_STEP_NODELIST': 'localhost', 'SLURM_STEP_NUM_TASKS': '2',
-                          'SLURM_NTASKS': '2', 'SLURM_JOB_ID': str(os.getpid())},
-        'OMPI': OPEN_MPI | {'OMPI_MCA_orte_hnp_uri': f'{4096 * os.getpid()}.0;tcp://127.0.0.1:1'},
-    }[launcher]  # fmt: skip
-    index = {'SLURM': 'SLURM_PROCID', 'OMPI': 'OMPI_COMM_WORLD_RANK'}[launcher]
-    ends = pair(repository, [CONNECT], environs=[base | {index: i} for i in '01'])
-    assert [code for code, _ in ends] == [0, 0], ends
+def pair(script: str, environ: Mapping[str, str], index: str) -> list[tuple[int, str, str]]:
+    """Run a script in two processes of a launcher: exit code, stdout and stderr of each."""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, '-c', script],
+            cwd=REPOSITORY,
+            env={**os.environ, 'JAX_NUM_CPU_DEVICES': '2', **environ, index: i},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in '01'
+    ]
+    texts = [process.communicate(timeout=SECS) for process in processes]
+    return [(p.returncode, *both) for p, both in zip(processes, texts, strict=True)]
+
+
+def test_slurms_processes_read_their_parts_of_a_batch_only():
+    """Half of the batch where each process has its own images, all of it where they share them."""
+    slurm = SLURM | {'SLURM_STEP_NODELIST': 'localhost', 'SLURM_STEP_NUM_TASKS': '2',
+                     'SLURM_NTASKS': '2', 'SLURM_JOB_ID': str(os.getpid())}  # fmt: skip
+    ends = pair(CONNECT + SHARES, slurm, 'SLURM_PROCID')
+    for (code, out, err), half in zip(ends, ('0 32', '32 64'), strict=True):
+        assert code == 0, err
+        assert out.splitlines() == [half, half, '0 64', half]
+
+
+def test_a_bug_in_one_of_open_mpis_processes_ends_the_other_where_it_waits():
+    mpi = OPEN_MPI | {'OMPI_MCA_orte_hnp_uri': f'{4096 * os.getpid()}.0;tcp://127.0.0.1:1'}
+    (code0, _, err0), (code1, _, err1) = pair(CONNECT + BUG, mpi, 'OMPI_COMM_WORLD_RANK')
+    assert (code0, code1) == (1, 1)
+    assert err0.endswith("main.py: process 1: KeyError: 'a bug'\n")
+    assert err1.endswith("KeyError: 'a bug'\n")
+    assert 'Traceback' in err1

@@ -1,7 +1,7 @@
 """main.py as a person starts it: exit codes, one sentence, no traceback.
 
-`start_main` starts a process. `run_main` runs the same in this one, where the process does not
-matter: starting one takes seconds.
+`start_main` starts Python. `Program` forks a process that has imported everything, and `run_main`
+runs the same in this process, where that makes no difference.
 """
 
 import contextlib
@@ -19,8 +19,12 @@ from PIL import Image
 
 import main
 from alexnet_jax import command, config_file, machine
+from alexnet_jax import config as configuration
 from alexnet_jax.data.prepare import command as prepare
-from tests.conftest import REPOSITORY
+from alexnet_jax.model.alexnet import geometry
+from configs import smoke
+from tests.conftest import CACHE, REPOSITORY
+from tests.processes import Program
 
 CONFIG = '--config=configs/smoke.py'
 
@@ -77,14 +81,14 @@ def one_sentence(done, code: int, *words: str) -> None:
         ((), 'no --config; try --config=configs/alexnet.py'),
         (('--config=configs/nothing.py',), 'there is no config file configs/nothing.py'),
         ((f'{CONFIG}:huge',), "'huge' is not one of quickstart"),
-        ((CONFIG, '--config.bach_size=3'), 'did you mean batch_size'),
-        ((CONFIG, '--config.optimizer.multipliers.conv1=0'), 'this config has no such key'),
+        ((CONFIG, '--config.bach_size=3'), 'did you mean batch_size?'),
+        ((CONFIG, '--config.optimizer.multipliers.conv1=0'), 'configs/finetune.py has it'),
         ((CONFIG, '--config.batch_size=many'), 'batch_size=many: it must be of type int'),
         ((CONFIG, '--config.seed=18446744073709551616'), 'seed must be below 18446744073709551616'),
         ((CONFIG, '--config.epochs=1e30', '--workdir={tmp}/w'), 'more than 2^31 steps'),
         ((CONFIG, "--config.model.conv1.ops=('rel',)"), "'rel' is not one of relu"),
         ((CONFIG, '--config.model.input_px=7', '--mode=describe'), 'a kernel of 11 px does not'),
-        ((CONFIG, '--config.optimizer.late_freeze.layer=None'), "use 'none' instead"),
+        ((CONFIG, '--config.optimizer.late_freeze.layer=None'), "'None' is not one of none, conv1"),
         ((CONFIG, '--mode=sing'), "invalid choice: 'sing'"),
         ((CONFIG, '--cnfig=x'), 'unrecognized arguments: --cnfig=x'),
         ((CONFIG, 'please'), 'unrecognized arguments: please'),
@@ -132,45 +136,43 @@ def test_a_workdir_that_cannot_be_written(run_main, tmp_path):
     one_sentence(done, 1, 'cannot write to', 'choose another --workdir')
 
 
-def test_home_is_expanded(start_main, trained, data_dir, tmp_path):
-    """In a flag that a shell leaves as it is, and in a value of a config; spaces are cut."""
-    home = {'HOME': str(tmp_path)}
-    few = ('--config.data.train=train[:128]', '--config.data.test=test[:40]', '--config.epochs=1')
+def test_home_is_expanded(run_main, trained, data_dir, tmp_path, monkeypatch):
+    """In a flag that a shell leaves as it is, and in a value of a config; spaces are cut.
+
+    The config is that of a run, and the same numbers come of it.
+    """
+    workdir, first = trained
     (tmp_path / 'data').symlink_to(data_dir)
+    (tmp_path / 'cache').symlink_to(CACHE)
     where = ('--config.data.data_dir=~/data', '--config.loop.compilation_cache= ~/cache')
-    done = start_main(CONFIG, '--workdir=~/runs/w', *few, *where, data=False, **home)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / 'runs' / 'w' / 'config.json').is_file()
-    assert any((tmp_path / 'cache').iterdir())
-    done = start_main('--mode=evaluate', f'--workdir= ~/runs/w , {trained[0]}', data=False, **home)
-    one_sentence(done, 2, 'was evaluated on different images')  # so both were found
+    words = (f'--config={workdir}/config.json', '--workdir=~/runs/w', *where)
+    program = Program(words, tmp_path / 'log', cwd=tmp_path, HOME=str(tmp_path))
+    assert program.wait() == 0, program.err
+    assert {path.name for path in tmp_path.iterdir()} == {'data', 'cache', 'log', 'runs'}
+    assert program.out.partition(' on ')[0] == first.stdout.partition(' on ')[0]
+    old, new = (json.loads((w / 'config.json').read_text()) for w in (workdir, tmp_path / 'runs/w'))
+    assert [*config_file.differences(old, new)] == ['data.data_dir', 'loop.compilation_cache']
+    monkeypatch.setenv('HOME', str(tmp_path))
+    done = run_main('--mode=evaluate', f'--workdir= ~/runs/w , {workdir}', data=False)
+    assert len(json.loads(done.stdout)['members']) == 2
 
 
-@pytest.mark.parametrize('words', [(CONFIG, '--mode=describe'), ('--mode=evaluate',)])
-def test_a_platform_that_is_not_there(start_main, trained, words):
-    words = (*words, f'--workdir={trained[0]}')
+def test_a_platform_that_is_not_there(start_main, trained):
+    words = ('--mode=evaluate', f'--workdir={trained[0]}')
     done = start_main(*words, data=False, JAX_PLATFORMS='cuda')
     one_sentence(done, 2, 'the environment variable JAX_PLATFORMS=cuda')
 
 
-def test_a_reader_that_has_seen_enough(repository):
+def test_a_reader_that_has_seen_enough(repository, trained):
     """No sentence, no traceback, and the exit code of a broken pipe."""
-    command = f'{sys.executable} main.py {CONFIG} --mode=describe; echo $? >&2'
+    command = f'{sys.executable} main.py --mode=evaluate --workdir={trained[0]}; echo $? >&2'
     done = subprocess.run(
         ['bash', '-c', f'({command}) | true'],
         cwd=repository, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
-    assert done.stderr == '141\n'
-
-
-def test_the_config_of_a_run_starts_another(start_main, trained, tmp_path):
-    """The same numbers come of it."""
-    workdir, first = trained
-    done = start_main(f'--config={workdir}/config.json', f'--workdir={tmp_path}/w', data=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.partition(' on ')[0] == first.stdout.partition(' on ')[0]
-    old, new = (json.loads((w / 'config.json').read_text()) for w in (workdir, tmp_path / 'w'))
-    assert old == new
+    log, code = done.stderr.splitlines()
+    assert log.startswith(f'{trained[0]}: step 32, ')
+    assert code == '141'
 
 
 def test_own_pictures_in_one_command(run_main, tmp_path):
@@ -187,7 +189,8 @@ def test_own_pictures_in_one_command(run_main, tmp_path):
     assert prepare.main([*words, '--validation=0.1', '--test=0.1']) == 0
     flags = ('--config=configs/alexnet.py:pictures', '--config.data.name=mine',
              '--config.mesh.data=1')  # fmt: skip
-    small = ('--config.batch_size=16', '--config.epochs=1', '--config.preprocess.resize_px=64',
+    small = ("--config.model.layers=('conv1', 'conv2', 'fc6', 'fc8')",
+             '--config.batch_size=16', '--config.epochs=1', '--config.preprocess.resize_px=64',
              '--config.preprocess.image_px=64', '--config.model.input_px=64')  # fmt: skip
     where = (f'--config.data.data_dir={tmp_path}', f'--workdir={tmp_path}/w')
     for _ in range(2):
@@ -204,9 +207,11 @@ def test_own_pictures_in_one_command(run_main, tmp_path):
 
 
 def test_describe_prints_a_page(run_main):
-    done = run_main('--config=configs/alexnet.py:imagenet2012', '--mode=describe', data=False)
+    done = run_main(CONFIG, '--mode=describe', data=False)
     assert done.returncode == 0, done.stderr
-    assert '60,965,224 parameters' in done.stdout
+    net = configuration.unpack(smoke.get_config()).net
+    count = sum(stage.parameters for stage in geometry(net))
+    assert f'{count:,} parameters' in done.stdout
 
 
 @pytest.fixture(scope='module')
@@ -219,19 +224,24 @@ def trained(start_main, tmp_path_factory):
 
 
 @pytest.mark.skipif(machine.cores() < 2, reason='two cores are needed')
-@pytest.mark.parametrize('devices', [1, 2])
-def test_a_cpu_appears_as_several_devices(start_main, tmp_path, devices):
+def test_a_cpu_appears_as_several_devices(data_dir, tmp_path):
     """Also to a run, which asks JAX about processes before it makes its mesh."""
     few = ('--config.data.train=train[:128]', '--config.data.test=test[:40]', '--config.epochs=1')
-    flags = (f'--config.mesh.cpu_devices={devices}', '--config.loop.tensorboard=False')
-    done = start_main(CONFIG, f'--workdir={tmp_path}/w', *few, *flags)
-    assert done.returncode == 0, done.stderr
-    assert f'on {devices} device(s) of kind cpu: data {devices} x tower 1' in done.stderr
-    if devices == 1:
-        return
-    done = start_main('--mode=evaluate', f'--workdir={tmp_path}/w', data=False)
-    assert done.returncode == 0, done.stderr
-    assert f'40 images of test[:40], on data {devices} x tower 1' in done.stderr
+    flags = (
+        '--config.mesh.cpu_devices=2',
+        '--config.loop.tensorboard=False',
+        '--config.loop.compilation_cache=none',
+        f'--config.data.data_dir={data_dir}',
+    )
+    where = f'--workdir={tmp_path}/w'
+    program = Program((CONFIG, where, *few, *flags), tmp_path / 'log')
+    assert program.wait() == 0, program.err
+    assert 'on 2 device(s) of kind cpu: data 2 x tower 1' in program.err
+    for devices in (1, 2):
+        more = f'--config.mesh.cpu_devices={devices}'
+        program = Program(('--mode=evaluate', where, more), tmp_path / 'log')
+        assert program.wait() == 0, program.err
+        assert f'40 images of test[:40], on data {devices} x tower 1' in program.err
 
 
 def test_training_prints_the_accuracy_and_the_workdir(trained):

@@ -270,9 +270,12 @@ def test_steps_of_run_145():
 
 
 def test_epochs_need_not_be_full_numbers_of_steps():
-    """A change at epoch 2 of 4.5 steps each comes with step 9, one at epoch 1 with step 5."""
+    """A change at epoch 2 of 4.5 steps each comes with step 9, one at epoch 1 with step 5.
+
+    They may be listed in any order.
+    """
     rate = rate_of(
-        schedule('steps', 1.0, at_epochs=(1.0, 2.0)), total_steps=14, steps_per_epoch=4.5
+        schedule('steps', 1.0, at_epochs=(2.0, 1.0)), total_steps=14, steps_per_epoch=4.5
     )
     assert [at(rate, step) for step in (4, 5, 8, 9)] == pytest.approx([1.0, 0.1, 0.1, 0.01])
 

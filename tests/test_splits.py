@@ -113,9 +113,9 @@ def test_another_order_of_classes_is_mapped_by_name(copy, shades, permuted):
 def test_other_classes_are_refused_in_one_sentence(copy, request, capsys, which):
     folder = request.getfixturevalue(which)
     before = (copy / 'predictions_test.npz').read_bytes()
-    with pytest.raises(UsageError, match=r'shades has \d classes .* that differ') as caught:
+    with pytest.raises(UsageError, match=r'shades has \d classes that differ') as caught:
         evaluate.run([copy], data_dir=str(folder))
-    named = {'renamed': "without 'red', with 'a_red'", 'fourth': "with 'umber'"}[which]
+    named = {'renamed': '(a_red, red)', 'fourth': '(umber)'}[which]
     assert named in str(caught.value)
     assert (copy / 'predictions_test.npz').read_bytes() == before
     where = (f'--workdir={copy}', f'--data_dir={folder}')
@@ -171,7 +171,7 @@ def test_resuming_on_data_prepared_again(workdir, shades, permuted, renamed, tmp
     for path in (copy / 'checkpoints').iterdir():
         if path.name == str(steps[-1]):
             shutil.rmtree(path)
-    with pytest.raises(UsageError, match=r'shades has \d classes .* that differ'):
+    with pytest.raises(UsageError, match=r'shades has \d classes that differ'):
         train.run(recipe(renamed), copy)
     train.run(recipe(permuted), copy)
     assert 'they are mapped by name' in capsys.readouterr().err
@@ -206,14 +206,11 @@ def test_names_that_the_terminal_cannot_show(workdir, shades, tmp_path, monkeypa
     assert r'gr\xfcn' in text or r'gr\u00fcn' in text or r'\u84dd' in text
 
 
-@pytest.mark.parametrize('mode', ['evaluate', 'describe'])
-def test_main_on_such_a_terminal(workdir, repository, tmp_path, mode):
+def test_main_on_such_a_terminal(workdir, repository, tmp_path):
     linked = tmp_path / 'lauf蓝'
     shutil.copytree(workdir, linked)
-    config = ['--config=configs/smoke.py', "--config.model.layers=('conv1', 'fc8')"]
-    config = [*config, '--config.name=lauf蓝'] if mode == 'describe' else []
     done = subprocess.run(
-        [sys.executable, 'main.py', f'--mode={mode}', f'--workdir={linked}', *config],
+        [sys.executable, 'main.py', '--mode=evaluate', f'--workdir={linked}'],
         cwd=repository,
         env=os.environ | {'PYTHONIOENCODING': 'ascii'},
         capture_output=True,

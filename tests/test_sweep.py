@@ -161,15 +161,15 @@ def test_the_planned_config_is_the_trained_config(stopped, folder):
     ours = sweep.resolve(run.config, run.overrides, run.row)
     theirs = json.loads((workdirs / 'tiny-0' / 'config.json').read_text())
     keys = configuration.differences(json.loads(configuration.as_json(ours)), theirs)
-    assert keys == ['data.data_dir', 'loop.compilation_cache']  # which `start` gives
+    assert list(keys) == ['data.data_dir', 'loop.compilation_cache']  # which `start` gives
 
 
 def test_a_run_that_another_process_trains_is_not_a_failure(tmp_path):
-    config = smoke.get_config()
+    settings = configuration.unpack(smoke.get_config())
     with (
-        workdir.open_workdir(config, tmp_path),
+        workdir.open_workdir(settings, tmp_path),
         pytest.raises(RunError) as refused,
-        workdir.open_workdir(config, tmp_path),
+        workdir.open_workdir(settings, tmp_path),
     ):
         pass
     run = sweep.Run('tiny', 0, 'c', {}, tmp_path)

@@ -11,7 +11,6 @@ from alexnet_jax import config as configuration
 from alexnet_jax.analysis import communication
 from alexnet_jax.analysis.communication import Collective
 from alexnet_jax.config import Config, MeshShape, Settings
-from alexnet_jax.data import datasets
 from alexnet_jax.errors import UsageError
 from alexnet_jax.model.alexnet import Net, Stage, geometry
 from alexnet_jax.parallel import mesh
@@ -34,10 +33,8 @@ def run(config: Config) -> str:
         UsageError: the config is impossible.
     """
     settings = configuration.unpack(config)
-    data = settings.data
-    if not settings.net.classes and data.name != 'none':
-        config = splits.with_data(config, *datasets.describe(data.name, data.data_dir).facts)
-        settings = configuration.unpack(config)
+    if not settings.net.classes and settings.data.name != 'none':
+        settings = splits.complete(settings)
     if not settings.net.classes:
         raise UsageError(
             'the last layer has as many units as the data has classes: name the data set by '

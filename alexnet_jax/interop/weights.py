@@ -240,7 +240,8 @@ def import_foreign(
     settings = configuration.unpack(config)
     params = canonical(weight_files.read(file), origin, settings, str(file))
     statistics = statistics_of(origin, settings.preprocess, mean)
-    return _save(config, params, statistics, default_names(settings.net.classes), file, workdir)
+    names = default_names(settings.net.classes)
+    return _save(settings, params, statistics, names, file, workdir)
 
 
 def import_own(file: Path, workdir: Path) -> str:
@@ -253,20 +254,20 @@ def import_own(file: Path, workdir: Path) -> str:
     arrays, head = weight_files.read(file), weight_files.metadata(file)
     if not {'config', 'class_names'} <= head.keys():
         raise UsageError(f'{file} has no config in its header: `weights export` did not write it.')
-    config = config_file.translated(json.loads(head['config']))
+    settings = configuration.unpack(config_file.translated(json.loads(head['config'])))
     # Statistics have the shape of the stored images, which no config contains.
     fields = [f'statistics/{field}' for field in Statistics._fields]
     wanted = {field: arrays[field].shape if field in arrays else () for field in fields}
-    for stage in alexnet.geometry(configuration.unpack(config).net):
+    for stage in alexnet.geometry(settings.net):
         name = f'params/{stage.layer.name}'
         wanted |= {f'{name}/kernel': stage.kernel, f'{name}/bias': stage.kernel[-1:]}
     tree = traverse_util.unflatten_dict(_check(arrays, wanted, str(file)), sep='/')
     names = json.loads(head['class_names'])
-    return _save(config, tree['params'], Statistics(**tree['statistics']), names, file, workdir)
+    return _save(settings, tree['params'], Statistics(**tree['statistics']), names, file, workdir)
 
 
 def _save(
-    config: Config,
+    settings: Settings,
     params: Params,
     statistics: Statistics,
     class_names: Sequence[str],
@@ -276,18 +277,17 @@ def _save(
     """Write a workdir as a run leaves it before its first step."""
     if Checkpoints(workdir / 'checkpoints').steps():
         raise UsageError(f'{workdir} already has checkpoints; choose another --workdir.')
-    settings = configuration.unpack(config)
     optimizer = step.make_optimizer(settings, images=settings.batch_size)
     state = step.init_state(settings, optimizer).replace(params=jax.device_put(params))
     with file.open('rb') as opened:
         digest = hashlib.file_digest(opened, 'sha256').hexdigest()
     extra = {
-        'config': configuration.plain(config),
+        'config': settings.tree,
         'class_names': list(class_names),
         'imported': {'file': file.name, 'sha256': digest},
     }
     with (
-        workdirs.open_workdir(config, workdir),
+        workdirs.open_workdir(settings, workdir),
         Checkpoints(workdir / 'checkpoints') as checkpoints,
     ):
         tree = {'state': state, 'statistics': statistics._asdict()}

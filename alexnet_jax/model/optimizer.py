@@ -66,7 +66,7 @@ def rate_of(schedule: Schedule, *, total_steps: int, steps_per_epoch: float) -> 
         )
     values, starts = [rate], []
     if schedule.kind == 'steps':
-        starts = [math.ceil(epoch * steps_per_epoch) for epoch in schedule.at_epochs]
+        starts = [math.ceil(epoch * steps_per_epoch) for epoch in sorted(schedule.at_epochs)]
         values += [rate / schedule.divisor**i for i in range(1, len(starts) + 1)]
     elif schedule.kind == 'dexp':
         numbers = range(1, schedule.switches + 1)

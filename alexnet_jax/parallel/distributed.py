@@ -62,12 +62,12 @@ def joined(
     import jax
 
     global _joined
-    _initialize(info, max(1, int(join_timeout_secs)), max(1, int(peer_timeout_secs)))
+    _initialize(info, int(join_timeout_secs), int(peer_timeout_secs))
     _joined = info
     listener = threading.Thread(target=_follow_failures, daemon=True)
     listener.start()
     try:
-        _check_request(request, 1000 * max(1, int(join_timeout_secs)))
+        _check_request(request, 1000 * int(join_timeout_secs))
         yield
         jax.distributed.shutdown()
         listener.join()  # Python crashes if a thread returns from C++ at exit
@@ -248,23 +248,18 @@ def is_first() -> bool:
     return _joined.process == 0
 
 
-def agree(what: str, value: str) -> None:
-    """Check that all processes have the same value.
+def agree(what: str, value: bytes) -> None:
+    """Check that this process has the same value as process 0.
 
     Raises:
-        UsageError: one does not.
+        UsageError: it has not.
     """
-    if not several():
-        return
-    import numpy as np
-    from jax.experimental import multihost_utils
-
-    own = np.frombuffer(hashlib.sha256(value.encode()).digest(), np.uint8)
-    every = multihost_utils.process_allgather(own)
-    odd = [str(i) for i, digest in enumerate(every) if digest.tobytes() != every[0].tobytes()]
-    if odd:
+    digest = hashlib.sha256(value).hexdigest()
+    if is_first():
+        _store().key_value_set(what, digest)
+    elif digest != _store().blocking_key_value_get(what, 10**8):
         raise UsageError(
-            f'{what} of process {", ".join(odd)} differs from that of process 0; give all '
+            f'{what} of process {_joined.process} differs from that of process 0; give all '
             f'processes the same.'
         )
 

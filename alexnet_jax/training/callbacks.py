@@ -8,12 +8,11 @@ from typing import Any
 
 import jax
 
-from alexnet_jax.config import Settings
 from alexnet_jax.data import datasets
-from alexnet_jax.data.datasets import Dataset
 from alexnet_jax.errors import RunError
 from alexnet_jax.parallel import distributed
 from alexnet_jax.progress import ProgressBar, duration
+from alexnet_jax.training.job import Job
 from alexnet_jax.training.metrics import History, MetricWriter, log
 
 STALL_SHARE = 0.05  # of the training time; the log warns when waiting for input takes more
@@ -50,32 +49,17 @@ class StepLog(Callback):
     """Writes records of training and validation, and shows progress on the terminal.
 
     Args:
-        settings: of the run.
-        train: its training images.
-        rows: images of a batch that this process reads.
+        job: the run.
         history: of the run; the means since the last record and the time of training.
         writer: of the records.
         start: number of steps trained already.
     """
 
-    def __init__(
-        self,
-        settings: Settings,
-        train: Dataset,
-        rows: int,
-        history: History,
-        writer: MetricWriter,
-        start: int,
-    ):
-        self.settings, self.train, self.rows = settings, train, rows
-        self.history, self.writer = history, writer
-        self.total = settings.total_steps(len(train))
-        self.bar = ProgressBar(self.total, start, log, shown=distributed.is_first())
+    def __init__(self, job: Job, history: History, writer: MetricWriter, start: int):
+        self.job, self.history, self.writer = job, history, writer
+        self.bar = ProgressBar(job.total_steps, start, log, shown=distributed.is_first())
         self.steps, self.wait_secs, self.logged_secs = 0, 0.0, history.secs
         self.records, self.warned = 0, False
-
-    def _epoch(self, step: int) -> float:
-        return step / self.settings.steps_per_epoch(len(self.train))
 
     def on_metrics(
         self, step: int, metrics: Mapping[str, tuple[Any, Any]], wait_secs: float
@@ -85,20 +69,21 @@ class StepLog(Callback):
         self.steps += 1
         self.wait_secs += wait_secs
         self.bar.to(step)
-        if step % self.settings.loop.log_every_steps == 0 or step == self.total:
+        if step % self.job.settings.loop.log_every_steps == 0 or step == self.job.total_steps:
             self._write(step)
 
     def _write(self, step: int) -> None:
         secs = self.history.secs - self.logged_secs
-        rate = self.steps * self.settings.batch_size / max(secs, 1e-9)
+        size, total = self.job.settings.batch_size, self.job.total_steps
+        rate = self.steps * size / max(secs, 1e-9)
         means = self.history.take_means()
         timing = {'secs': self.history.secs, 'images_per_sec': rate, 'stall_secs': self.wait_secs}
-        self.writer.write('train', step, epoch=self._epoch(step), **means, **timing)
+        self.writer.write('train', step, epoch=self.job.epoch(step), **means, **timing)
         text = f'loss {means["loss"]:.4f}  {rate:.0f} images/s'
         self.bar.to(step, text)
         if self.bar.plain:
-            left = (self.total - step) * self.settings.batch_size / rate
-            log(f'step {step}/{self.total}  {text}  {duration(left)} left')
+            left = (total - step) * size / rate
+            log(f'step {step}/{total}  {text}  {duration(left)} left')
         self._warn_of_slow_input(secs)
         self.steps, self.wait_secs, self.logged_secs = 0, 0.0, self.history.secs
 
@@ -108,14 +93,16 @@ class StepLog(Callback):
         share = self.wait_secs / max(secs, 1e-9)
         if self.warned or self.records == 1 or share <= STALL_SHARE:  # start-up is in the first
             return
-        wanted = self.steps * self.rows / max(secs - self.wait_secs, 1e-9)
-        if why := datasets.shortage(self.train, wanted):
+        rows = self.job.local_rows
+        images = self.steps * (rows.stop - rows.start)
+        wanted = images / max(secs - self.wait_secs, 1e-9)
+        if why := datasets.shortage(self.job.train, wanted):
             self.warned = True
             self.bar.line(f'training is limited by the input {share:.0%} of the time: {why}')
 
     def on_evaluation(self, step: int, scores: Mapping[str, float]) -> None:
         """Write a record of the validation, and print it."""
-        epoch = self._epoch(step)
+        epoch = self.job.epoch(step)
         self.writer.write('validation', step, epoch=epoch, **scores)
         self.bar.line(
             f'epoch {epoch:.2f}: validation error {scores["top1_error"]:.2%}, '

@@ -26,12 +26,11 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent import futures
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import absl.logging
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -42,6 +41,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN
 from alexnet_jax import config_file
 from alexnet_jax.errors import RunError, UsageError
 from alexnet_jax.parallel import distributed
+from alexnet_jax.training.metrics import log
 
 PyTree = Any
 Step = int | str  # a number, 'latest' or 'best'
@@ -71,26 +71,17 @@ class Restored(NamedTuple):
 class Checkpoints(contextlib.AbstractContextManager):
     """The checkpoints of a workdir: saved in the background, verified on restore.
 
-    By default the latest two are kept, in case one is damaged. Nothing is created or deleted before
-    the first save, so other processes may read while one trains.
+    The latest two, in case one is damaged, and the one with the lowest validation error are kept.
+    Nothing is created or deleted before the first save, so other processes may read while one
+    trains.
 
     Args:
         directory: the folder of the checkpoints, created by the first save.
-        keep_latest: number of highest steps to keep, at least 1.
-        keep_best: number of lowest validation errors to keep besides.
-        report: called with one sentence for each damaged checkpoint that is set aside.
     """
 
-    def __init__(
-        self,
-        directory: Path,
-        *,
-        keep_latest: int = 2,
-        keep_best: int = 1,
-        report: Callable[[str], None] = absl.logging.warning,
-    ):
+    def __init__(self, directory: Path):
         self.directory = Path(directory).absolute()
-        self._latest, self._best, self._report = LatestN(keep_latest), _BestN(keep_best), report
+        self._errors: dict[int, float | None] = {}  # by step, of the checkpoints on disk
         self._manager: ocp.CheckpointManager | None = None
         self._saving: int | None = None
 
@@ -132,7 +123,7 @@ class Checkpoints(contextlib.AbstractContextManager):
             manager = self._manager or self._open()
             # An unwritable folder, if found by Orbax, leaves unawaited coroutines.
             tempfile.TemporaryFile(dir=self.directory).close()
-            self._best.errors[step] = rank
+            self._errors[step] = rank
             self._saving = step
             args = ocp.args.Composite(
                 state=ocp.args.PyTreeSave(_nested(arrays)),
@@ -164,13 +155,14 @@ class Checkpoints(contextlib.AbstractContextManager):
     def _open(self) -> ocp.CheckpointManager:
         _quiet_orbax()
         self._sweep()
-        self._best.errors = self._errors()
+        self._errors = self._read_errors()
+        policies = [LatestN(2), _Best(self._errors)]
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=AnyPreservationPolicy([self._latest, self._best]),
+            preservation_policy=AnyPreservationPolicy(policies),
             lightweight_initialize=True,
             todelete_subdir='deleted',  # a deletion cut short must not look like a checkpoint
         )
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
+        self._manager = _Manager(self.directory, options=options)
         return self._manager
 
     @contextlib.contextmanager
@@ -209,9 +201,9 @@ class Checkpoints(contextlib.AbstractContextManager):
 
     def best_step(self) -> int | None:
         """Return the step with the lowest validation error (of two equal, the later), or None."""
-        return next(iter(_ranked(self._errors())), None)
+        return _best(self._read_errors())
 
-    def _errors(self) -> dict[int, float | None]:
+    def _read_errors(self) -> dict[int, float | None]:
         errors = {}
         for step in self.steps():
             with contextlib.suppress(Damaged):
@@ -235,7 +227,8 @@ class Checkpoints(contextlib.AbstractContextManager):
         Args:
             target: tree of arrays or `jax.ShapeDtypeStruct`s (with shardings) with the structure,
                 shapes and dtypes that were saved. A leaf with a sharding is put on it, others are
-                NumPy arrays. None: return all leaves, as nested dicts of NumPy arrays.
+                NumPy arrays. A leaf `...` stands for any array. None: return all leaves, as nested
+                dicts of NumPy arrays.
             step: a step, 'latest' or 'best'.
 
         Raises:
@@ -299,8 +292,8 @@ class Checkpoints(contextlib.AbstractContextManager):
                 damaged[path] = damage
                 continue
             for bad, damage in damaged.items():
-                aside = bad.rename(_free(bad.with_name(f'damaged-{bad.name}')))
-                self._report(f'{damage}; it was renamed to {aside.name}; resuming from step {step}')
+                aside = bad.rename(_unused(bad.with_name(f'damaged-{bad.name}')))
+                log(f'{damage}; it was renamed to {aside.name}; resuming from step {step}')
             return found
         if damaged:
             reasons = '; '.join(map(str, damaged.values()))
@@ -316,29 +309,38 @@ def read(directory: Path, step: Step = 'latest') -> Restored:
     return Checkpoints(directory).restore(None, step)
 
 
+class _Manager(ocp.CheckpointManager):
+    """Orbax's manager, which would record what a save after a preemption was worth.
+
+    That fails in a resumed run: `lightweight_initialize` gives its checkpoints times without zone.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        del step
+        return False
+
+
 @dataclasses.dataclass
-class _BestN:
-    """Orbax's BestN by the errors in the manifests.
+class _Best:
+    """Orbax's BestN(1), by the errors in the manifests.
 
     BestN's own metrics file has no checksum, and a damaged one stops every later start.
     """
 
-    n: int
-    errors: dict[int, float | None] = dataclasses.field(default_factory=dict)
+    errors: Mapping[int, float | None]
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         del context
-        best = _ranked(self.errors)[: self.n]
-        return [info.step in best for info in checkpoints]
+        return [info.step == _best(self.errors) for info in checkpoints]
 
 
-def _ranked(errors: Mapping[int, float | None]) -> list[int]:
-    """Return the steps that have an error, best first; of two equal, the later first."""
-    ranks = {step: (error, -step) for step, error in errors.items() if error is not None}
-    return sorted(ranks, key=ranks.__getitem__)
+def _best(errors: Mapping[int, float | None]) -> int | None:
+    """Return the step with the lowest error (of two equal, the later), or None."""
+    ranks = [(error, -step) for step, error in errors.items() if error is not None]
+    return -min(ranks)[1] if ranks else None
 
 
-def _free(path: Path) -> Path:
+def _unused(path: Path) -> Path:
     """Return `path`, with a number appended if it exists."""
     numbered = (path.with_name(f'{path.name}-{n}') for n in itertools.count(1))
     return next(p for p in itertools.chain([path], numbered) if not p.exists())
@@ -430,7 +432,10 @@ def _read(path: Path, target: PyTree | None) -> Restored:
 
 def _check_fits(path: Path, saved: Mapping[str, Any], target: Mapping[str, Any]) -> None:
     has = {RENAMED.get(name, name): (x['dtype'], x['shape']) for name, x in saved.items()}
-    wants = {name: (np.dtype(x.dtype).name, list(x.shape)) for name, x in target.items()}
+    wants = {
+        name: has.get(name) if x is ... else (np.dtype(x.dtype).name, list(x.shape))
+        for name, x in target.items()
+    }
     for name in [*wants, *has]:
         if has.get(name) != wants.get(name):
             raise RunError(

@@ -2,8 +2,8 @@
 
 Weights are taken from a checkpoint, layer by layer, where name and shape agree. The mean image and
 colour components are also the source's, because its layers were trained on images minus that mean.
-The last layer is initialised from scratch unless the class names are the same. Everything that a
-run needs from the source is stored in its own workdir, so it can be resumed without the source.
+The last layer is initialised from scratch unless the class names are the same. The first
+checkpoint contains all that a run needs from the source, which may then be removed.
 """
 
 import re
@@ -11,17 +11,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from alexnet_jax import config as configuration
-from alexnet_jax import files
 from alexnet_jax.errors import RunError, UsageError
-from alexnet_jax.model.augment import Statistics
-from alexnet_jax.parallel import distributed
 from alexnet_jax.training import checkpoint
 from alexnet_jax.training.checkpoint import Restored, Step
 from alexnet_jax.training.metrics import log
+
+# The keys of a config, besides shapes, on which the output of a trained layer depends.
+SHARED = ('input_px', 'towers', 'lrn', 'spatial_norm', 'pool', 'dropout', 'lrn_reads')
+OWN = ('kind', 'reads', 'stride_px', 'padding_px', 'ops')
+PIXELS = ('image_px', 'resize_px', 'mean', 'scale')
 
 Params = Mapping[str, Mapping[str, np.ndarray]]  # the canonical tree, see alexnet.init
 
@@ -105,12 +106,11 @@ def parameters(
             f'{_because(reasons)}; choose a config that matches that net.'
         )
     rest = {name: reason for name, reason in reasons.items() if name not in carried}
-    what = (
-        f'initialised from scratch: {_because(rest)}'
-        if rest
-        else 'no layer initialised from scratch'
+    what = _because(rest) or 'no layer'
+    log(
+        f'starting from step {restored.step} of {where}: copied {", ".join(carried)}; '
+        f'initialised from scratch: {what}'
     )
-    log(f'starting from step {restored.step} of {where}: copied {", ".join(carried)}; {what}')
     return {layer: (theirs if layer in carried else fresh)[layer] for layer in layers}, carried
 
 
@@ -133,52 +133,18 @@ def compare(
         where: name of the source in messages.
         carried: layers taken from the source; differences in others do not matter.
     """
-    source_config = restored.extra['config']
-    layers, before = config['model']['layers'], source_config['model']['layers']
-    moved = [
-        layer
-        for layer in carried
-        if (previous := _previous(layers, layer)) not in ('', *carried)
-        or previous != _previous(before, layer)
-    ]
-    if moved:
-        log(
-            f'warning: {", ".join(moved)} of {where} followed a different layer there; to '
-            'train these from scratch, set init_layers to the layers before them'
-        )
-    differ = []
-    for section in ('model', 'preprocess'):
-        theirs, ours = source_config[section], config[section]
-        differ += configuration.differences(theirs, ours, f'{section}.')
-    others = '|'.join(map(re.escape, {*layers, *before, 'layers'} - {*carried}))
-    # Keys of initialisation and training only.
-    start = r'model\.(init_scaling|.*\.(init|init_std|bias|reference_fan_in))'
-    training = r'preprocess\.(crop|mirror|images_per_crop|colour_noise|noise_\w+)'
-    beside = rf'{start}|{training}|model\.({others})(\..*)?'
-    strange = [key for key in differ if not re.fullmatch(beside, key)]
-    if strange:
+    theirs, ours = _seen(restored.extra['config'], carried), _seen(config, carried)
+    if strange := configuration.differences(theirs, ours):
         log(f'warning: {where} was trained with different values of {", ".join(strange)}')
 
 
-def _previous(layers: Sequence[str], layer: str) -> str:
-    """Return the name of the layer before `layer`, '' for the first."""
-    return ['', *layers][list(layers).index(layer)]
-
-
-def statistics(init_from: str, workdir: Path) -> Statistics:
-    """Return the source's mean image and colours; the first start stores them in this workdir.
-
-    Raises:
-        UsageError, RunError: see `read`; or the copy is damaged.
-    """
-    path = workdir / 'source_statistics.npz'
-    if distributed.is_first() and not path.exists():
-        found = read(init_from).state['statistics']
-        workdir.mkdir(parents=True, exist_ok=True)
-        with files.atomic_write(path) as scratch, scratch.open('wb') as file:
-            arrays = {name: np.asarray(found[name]) for name in Statistics._fields}
-            np.savez(file, allow_pickle=False, **arrays)
-    distributed.wait_for_all('statistics of the source')
-    advice = f'remove it to copy it from {init_from} again'
-    arrays = files.read_npz(path, Statistics._fields, advice)
-    return Statistics(*(jnp.asarray(arrays[name]) for name in Statistics._fields))
+def _seen(config: Mapping[str, Any], carried: Sequence[str]) -> dict[str, Any]:
+    """Return the part of a config on which the outputs of layers depend, besides their weights."""
+    net, recipe = config['model'], config['preprocess']
+    before = dict(zip(net['layers'], ['image', *net['layers']], strict=False))
+    shared = {key: net.get(key) for key in SHARED}
+    layers = {
+        name: {key: net[name].get(key) for key in OWN} | {'follows': before[name]}
+        for name in carried
+    }
+    return {'model': shared | layers, 'preprocess': {key: recipe[key] for key in PIXELS}}

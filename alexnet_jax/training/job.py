@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from alexnet_jax import config_file
-from alexnet_jax.config import Config, Settings
+from alexnet_jax.config import Settings
 from alexnet_jax.data import datasets
 from alexnet_jax.data.batches import TrainStream
 from alexnet_jax.data.datasets import Dataset
@@ -35,26 +34,26 @@ from alexnet_jax.training.step import (
 )
 
 Array = jax.Array
-Changes = dict[str, list[Any]]  # {config key: [old value, new value]}
+AGREED_IMAGES = 256  # that several processes compare, evenly spaced
 PREFLIGHT_IMAGES = 128  # enough for a standard deviation, and any one device can hold them
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """An open run: its config, data, devices and compiled functions.
+    """An open run: its settings, data, devices and compiled functions.
 
     validation: None if data.validation is 'none'.
+    statistics: None from opening a workdir with checkpoints until `resume_or_start`.
     shardings: of the TrainState.
     """
 
     settings: Settings
-    config: dict[str, Any]
     workdir: Path
     layout: Layout
     train: Dataset
     validation: Dataset | None
     test: Dataset
-    statistics: Statistics
+    statistics: Any
     optimizer: optax.GradientTransformationExtraArgs
     shardings: Any
     train_step: Callable
@@ -64,12 +63,21 @@ class Job:
         """The number of the last step."""
         return self.settings.total_steps(len(self.train))
 
+    def epoch(self, step: int) -> float:
+        """Return how often the images have been seen after a step."""
+        return step / self.settings.steps_per_epoch(len(self.train))
+
     def steps_every(self, every_epochs: float) -> frozenset[int]:
         """Return the step numbers at multiples of `every_epochs`, and the last step."""
         interval = every_epochs * self.settings.steps_per_epoch(len(self.train))
         times = math.floor(self.total_steps / interval)
         steps = {math.ceil(interval * i) for i in range(1, times + 1)}
         return frozenset({*steps, self.total_steps})
+
+    @property
+    def local_rows(self) -> slice:
+        """The rows of a batch that this process reads."""
+        return self.layout.local_batch_slice(self.settings.batch_size)
 
     def start(self) -> TrainState:
         """Return the state of step 0, on the devices."""
@@ -78,8 +86,7 @@ class Job:
     def batch(self, step: int) -> dict[str, Array]:
         """Return the global batch of a step, on the devices; a process reads its part only."""
         size = self.settings.batch_size
-        rows = self.layout.local_batch_slice(size)
-        return self.layout.put_batch(self.host_batch(step, rows), size)
+        return self.layout.put_batch(self.host_batch(step, self.local_rows), size)
 
     def host_batch(self, step: int, rows: slice = slice(None)) -> dict[str, np.ndarray]:
         """Return the batch of a step, or rows of it, as NumPy arrays."""
@@ -87,8 +94,8 @@ class Job:
         return TrainStream(self.train, settings.seed, settings.batch_size, rows).batch(step)
 
 
-def open_job(config: Config, settings: Settings, workdir: Path) -> Job:
-    """Open the data of a config and build its functions.
+def open_job(settings: Settings, workdir: Path) -> Job:
+    """Open the data of a run and build its functions.
 
     Raises:
         UsageError: the config does not fit the devices or the data.
@@ -98,12 +105,16 @@ def open_job(config: Config, settings: Settings, workdir: Path) -> Job:
     validated = () if settings.data.validation == 'none' else ('validation',)
     train, test, *validation = splits.open_splits(settings.data, ('train', 'test', *validated))
     _check_data(settings, train)
-    statistics = mesh.put_global(_statistics(settings, train, workdir), layout.replicated)
+    if distributed.several():
+        sample = train.take(np.linspace(0, len(train) - 1, AGREED_IMAGES, dtype=int))
+        distributed.agree('the training data', b''.join(part.tobytes() for part in sample))
+    statistics = None
+    if not Checkpoints(workdir / 'checkpoints').steps():
+        statistics = mesh.put_global(_first_statistics(settings, train), layout.replicated)
     optimizer = make_optimizer(settings, len(train))
     train_step, shardings = jit_train_step(settings, layout, optimizer, len(train))
     return Job(
         settings=settings,
-        config=config_file.plain(config),
         workdir=workdir,
         layout=layout,
         train=train,
@@ -116,15 +127,13 @@ def open_job(config: Config, settings: Settings, workdir: Path) -> Job:
     )
 
 
-def _statistics(settings: Settings, train: Dataset, workdir: Path) -> Statistics:
+def _first_statistics(settings: Settings, train: Dataset) -> Statistics:
     """Return the statistics of the training images, or of the run that `init_from` names."""
-    if settings.init_from != 'none' and settings.init_statistics == 'source':
-        found = finetune.statistics(settings.init_from, workdir)
-    else:
+    if settings.init_from == 'none' or settings.init_statistics == 'data':
         measured = datasets.statistics_of(train)
         basis = measured.colour_vectors * measured.colour_std
-        found = Statistics(jnp.asarray(measured.mean_image), jnp.asarray(basis))
-    distributed.agree('the training data', f'{len(train)} {np.asarray(found[0]).tobytes()!r}')
+        return Statistics(jnp.asarray(measured.mean_image), jnp.asarray(basis))
+    found = Statistics(**finetune.read(settings.init_from).state['statistics'])
     channels, theirs = train.images.shape[-1], found.mean_image.shape[-1]
     if theirs != channels:
         raise UsageError(
@@ -156,7 +165,7 @@ def _check_data(settings: Settings, train: Dataset) -> None:
 # ------------------------------------------------------------------------------ the first state
 
 
-def resume_or_start(job: Job, checkpoints: Checkpoints) -> tuple[Job, TrainState, History, Changes]:
+def resume_or_start(job: Job, checkpoints: Checkpoints) -> tuple[Job, TrainState, History, dict]:
     """Return the newest checkpoint that verifies, or step 0 after its pre-flight check.
 
     A run keeps the mean image of its first start, however the data has changed since.
@@ -173,14 +182,14 @@ def resume_or_start(job: Job, checkpoints: Checkpoints) -> tuple[Job, TrainState
         jax.eval_shape(lambda: init_state(job.settings, job.optimizer)),
         job.shardings,
     )
-    restored = checkpoints.restore_newest_intact(
-        {'state': state, 'statistics': job.statistics._asdict()}
-    )
+    # Statistics have the shape of the images that the first start found.
+    statistics = dict.fromkeys(Statistics._fields, ...)
+    restored = checkpoints.restore_newest_intact({'state': state, 'statistics': statistics})
     if restored is None:
         state = _initialise(job)
         preflight(job, state)
         return job, state, History(), {}
-    changed = workdirs.changes(restored.extra['config'], job.config)
+    changed = workdirs.changes(restored.extra['config'], job.settings.tree)
     if changed and restored.step >= job.total_steps:
         raise UsageError(
             f'{job.workdir} has been trained for {restored.step} steps, but an extension to '
@@ -188,7 +197,8 @@ def resume_or_start(job: Job, checkpoints: Checkpoints) -> tuple[Job, TrainState
         )
     log(f'resuming at step {restored.step} of {job.total_steps} in {job.workdir}')
     job = _match_classes(job, restored.extra['class_names'])
-    job = dataclasses.replace(job, statistics=Statistics(**restored.state['statistics']))
+    found = mesh.put_global(restored.state['statistics'], job.layout.replicated)
+    job = dataclasses.replace(job, statistics=Statistics(**found))
     return job, restored.state['state'], History(**restored.extra.get('history', {})), changed
 
 
@@ -217,7 +227,7 @@ def _initialise(job: Job) -> TrainState:
     params, carried = finetune.parameters(
         fresh, restored, layers, names, where, settings.init_layers
     )
-    finetune.compare(job.config, restored, where, carried)
+    finetune.compare(settings.tree, restored, where, carried)
     return state.replace(params=mesh.put_global(params, job.shardings.params))
 
 
@@ -227,28 +237,25 @@ def preflight(job: Job, state: TrainState) -> None:
     Raises:
         RunError: the initialisation has collapsed, and `loop.on_collapsed_init` is 'error'.
     """
-    labels, pixels = first_batch(job)
-    params = job.layout.to_host(state.params)
-    found = checks.preflight(job.settings.net, params, pixels, labels)
-    log(
-        f'pre-flight: standard deviation of the logits across images {found.logit_std:.1e}, loss '
-        f'{found.loss:.4f}, ln({job.settings.net.classes}) = {found.plateau:.4f}'
-    )
-    problem = checks.collapsed_init(found, job.settings.loop.min_logit_std)
-    if problem and job.settings.loop.on_collapsed_init == 'error':
+    net, loop = job.settings.net, job.settings.loop
+    found = checks.signal(net, job.layout.to_host(state.params), first_crops(job))
+    spread = found[net.layers[-1].name]
+    log(f'pre-flight: standard deviation of the logits across images {spread:.1e}')
+    problem = checks.collapsed_init(found, loop.min_logit_std)
+    if problem and loop.on_collapsed_init == 'error':
         raise RunError(problem)
     if problem:
         log(f'warning: {problem}')
 
 
-def first_batch(job: Job) -> tuple[Array, Array]:
-    """Return labels [B] and centre crops [B, H, W, C], as conv1 sees them, of the first images."""
+def first_crops(job: Job) -> Array:
+    """Return centre crops [B, H, W, C], as conv1 sees them, of the first batch's images."""
     net, recipe = job.settings.net, job.settings.preprocess
-    batch = jax.tree.map(jnp.asarray, job.host_batch(0, slice(PREFLIGHT_IMAGES)))
+    images = jnp.asarray(job.host_batch(0, slice(PREFLIGHT_IMAGES))['image'])
     statistics = job.layout.to_host(job.statistics)
 
     @jax.jit
     def crops(images, statistics):
         return augment.view(images, statistics, net, recipe)
 
-    return batch['label'], crops(batch['image'], statistics)
+    return crops(images, statistics)

@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from alexnet_jax import config_file
-from alexnet_jax.config import Data
+from alexnet_jax.config import Data, Settings, plain, unpack
 from alexnet_jax.data import datasets
 from alexnet_jax.data.datasets import Dataset
 from alexnet_jax.data.prepare import fashion_mnist
@@ -59,11 +58,6 @@ def class_names(config: Data, data_dir: str = '', *, words: bool = True) -> tupl
     return about.words if words else about.class_names
 
 
-def facts(config: Data) -> tuple[int, int, tuple[str, ...]]:
-    """Return the number of classes, the channels and the splits of a run's data set."""
-    return datasets.describe(config.name, _ensure(config, '')).facts
-
-
 def match(
     dataset: Dataset, names: Sequence[str], config: Data, owner: object, data_dir: str = ''
 ) -> Dataset:
@@ -90,7 +84,12 @@ def match(
     if set(found) != set(names):
         found = _otherwise(dataset, names, class_names(config, data_dir, words=False))
     if sorted(found) != sorted(names) or len(set(names)) < len(names):
-        raise UsageError(_difference(dataset, names, owner))
+        odd = sorted({*dataset.class_names} ^ {*names})[:5] or ['repeated names']
+        raise UsageError(
+            f'{dataset.name} has {len(found)} classes that differ from the {len(names)} of the '
+            f'checkpoint in {owner} ({", ".join(odd)}); choose the data it was trained on, with '
+            '--data_dir or the config.'
+        )
     number = {name: label for label, name in enumerate(names)}
     mapping = np.array([number[name] for name in found], np.int32)
     labels = dataset.labels
@@ -105,23 +104,6 @@ def _otherwise(dataset: Dataset, names: tuple[str, ...], ids: tuple[str, ...]) -
     found, numbers = dataset.class_names, tuple(map(str, range(len(names))))
     unnamed = len(found) == len(names) and numbers in (names, found)
     return names if unnamed else found
-
-
-def _difference(dataset: Dataset, names: tuple[str, ...], owner: object) -> str:
-    found = dataset.class_names
-    missing = _few([name for name in names if name not in found])
-    unknown = _few([name for name in found if name not in names])
-    parts = [f'without {missing}'] * bool(missing) + [f'with {unknown}'] * bool(unknown)
-    return (
-        f'{dataset.name} has {len(found)} classes ({", ".join(parts) or "names repeat"}) that '
-        f'differ from the {len(names)} of the checkpoint in {owner}; choose the data it was '
-        'trained on, with --data_dir or the config.'
-    )
-
-
-def _few(names: Sequence[str]) -> str:
-    shown = [f"'{name}'" for name in names[:3]]
-    return ', '.join([*shown, f'{len(names) - 3} more'] if len(names) > 3 else shown)
 
 
 def _ensure(config: Data, data_dir: str) -> str:
@@ -140,15 +122,28 @@ def _ensure(config: Data, data_dir: str) -> str:
 # ---------------------------------------------------------------- a config's values from the data
 
 
-def is_open(config: config_file.Config) -> bool:
+def complete(settings: Settings) -> Settings:
+    """Return settings whose open values, see `with_data`, are taken from the data.
+
+    Raises:
+        UsageError, RunError: there is no such data, or see `with_data`.
+    """
+    if not is_open(settings.tree):
+        return settings
+    data = settings.data
+    found = datasets.describe(data.name, _ensure(data, '')).facts
+    return unpack(with_data(settings.tree, *found))
+
+
+def is_open(config: Mapping[str, Any]) -> bool:
     """Return true if the config takes values from the data, see `with_data`."""
     net, splits = config['model'], config['data']
     last = net[net['layers'][-1]]
-    return not last['features'] or not net['channels'] or 'auto' in dict(splits).values()
+    return not last['features'] or not net['channels'] or 'auto' in splits.values()
 
 
 def with_data(
-    config: config_file.Config, classes: int, channels: int = 0, splits: Sequence[str] = ()
+    config: Mapping[str, Any], classes: int, channels: int = 0, splits: Sequence[str] = ()
 ) -> dict[str, Any]:
     """Return the config with its open values taken from the data.
 
@@ -162,7 +157,7 @@ def with_data(
     Raises:
         UsageError: a split is 'auto', and there is no split to take it from.
     """
-    tree = config_file.plain(config)
+    tree = plain(config)
     net = tree['model']
     last = net[net['layers'][-1]]
     last['features'] = last['features'] or classes

@@ -31,7 +31,7 @@ from alexnet_jax.training import splits
 from alexnet_jax.training import workdir as workdirs
 from alexnet_jax.training.callbacks import Callback, Interrupt, StepLog, StepProfiler
 from alexnet_jax.training.checkpoint import Checkpoints
-from alexnet_jax.training.job import Changes, Job, open_job, resume_or_start
+from alexnet_jax.training.job import Job, open_job, resume_or_start
 from alexnet_jax.training.metrics import History, MetricWriter, log
 from alexnet_jax.training.step import TrainState, inputs
 
@@ -51,17 +51,14 @@ def run(config: Config, workdir: Path, extend: bool = False) -> str:
         UsageError: the config is impossible, or the workdir belongs to another one.
         RunError: data or disk fail, numbers are not finite, or a signal came.
     """
-    settings = configuration.unpack(config)
-    if splits.is_open(config):
-        config = splits.with_data(config, *splits.facts(settings.data))
-        settings = configuration.unpack(config)
+    settings = splits.complete(configuration.unpack(config))
     cpu.set_up_cpu(settings.mesh.cpu_devices)
-    with workdirs.open_workdir(config, workdir, extend):
+    with workdirs.open_workdir(settings, workdir, extend):
         workdirs.use_compilation_cache(settings.loop.compilation_cache, workdir)
-        job = open_job(config, settings, workdir)
+        job = open_job(settings, workdir)
         devices = job.layout.mesh.devices.flatten()
         log(f'on {len(devices)} device(s) of kind {devices[0].device_kind}: {job.layout}')
-        with Checkpoints(workdir / 'checkpoints', report=log) as checkpoints:
+        with Checkpoints(workdir / 'checkpoints') as checkpoints:
             job, state, history, changed = resume_or_start(job, checkpoints)
             writer = MetricWriter(workdir, int(state.step), settings.loop.tensorboard)
             with contextlib.closing(writer):
@@ -71,7 +68,7 @@ def run(config: Config, workdir: Path, extend: bool = False) -> str:
                 return finish(job, state, history, writer)
 
 
-def record_extension(job: Job, step: int, changed: Changes, writer: MetricWriter) -> None:
+def record_extension(job: Job, step: int, changed: dict, writer: MetricWriter) -> None:
     """Write the config of an extension, and a record of its changes and of their first step.
 
     The state, its step and its velocity are those of the checkpoint. Rates are functions of the
@@ -80,13 +77,9 @@ def record_extension(job: Job, step: int, changed: Changes, writer: MetricWriter
     length.
     """
     words = ', '.join(f'{key} {old} -> {new}' for key, (old, new) in changed.items())
-    log(
-        f'extending from step {step}: {words}. Learning rates now follow the new config and may '
-        f'rise: until now, schedules that scale with the number of epochs, such as dexp, differed '
-        f'from those of a run of {job.settings.epochs:g} epochs.'
-    )
+    log(f'extending from step {step}: {words}. Learning rates now follow the new config.')
     if distributed.is_first():
-        workdirs.write_config(job.config, job.workdir)
+        workdirs.write_config(job.settings, job.workdir)
     records = run_metrics.read(job.workdir)
     if not any(r['kind'] == 'extension' and r['step'] == step for r in records):
         writer.write('extension', step, changed=changed)
@@ -104,12 +97,10 @@ def train_to_end(
         RunError: numbers are not finite; or a signal came, and the run has been saved.
     """
     start, total = int(state.step), job.total_steps
-    size, settings = job.settings.batch_size, job.settings
-    rows = len(range(size)[job.layout.local_batch_slice(size)])
-    profile_steps = settings.loop.profile_steps if distributed.is_first() else 0
+    profile_steps = job.settings.loop.profile_steps if distributed.is_first() else 0
     profiler = StepProfiler(job.workdir / 'profile', profile_steps, start, total)
     saver = CheckpointSaver(job, history, checkpoints)
-    step_log = StepLog(settings, job.train, rows, history, writer, start)
+    step_log = StepLog(job, history, writer, start)
     with contextlib.closing(step_log), contextlib.closing(profiler), Interrupt() as interrupt:
         state = train(job, state, history, [step_log, profiler, saver, interrupt])
         checkpoints.wait()
@@ -128,7 +119,7 @@ class CheckpointSaver(Callback):
         """Start to save a checkpoint."""
         tree = {'state': state, 'statistics': self.job.statistics._asdict()}
         extra = {
-            'config': self.job.config,
+            'config': self.job.settings.tree,
             'history': dataclasses.asdict(self.history),
             'class_names': list(self.job.train.class_names),
             'stored': list(self.job.train.images.shape[1:]),
@@ -229,7 +220,8 @@ def validate(
         The state with its number of rate drops, and the top-1 error.
     """
     assert job.validation is not None
-    scores = validation_scores(job, state.params, job.validation)
+    found = probabilities(job, state.params, job.validation, evaluate.CENTRE)
+    scores = evaluate.scores(found['centre'], job.validation.labels)
     history.errors.append(scores['top1_error'])
     for callback in callbacks:
         callback.on_evaluation(int(state.step), scores)
@@ -238,12 +230,6 @@ def validate(
     )
     replicated = mesh.put_global(np.int32(drops), job.layout.replicated)
     return state.replace(num_lr_drops=replicated), scores['top1_error']
-
-
-def validation_scores(job: Job, params: Any, dataset: Dataset) -> dict[str, float]:
-    """Return the errors on the centre view of every image."""
-    found = probabilities(job, params, dataset, evaluate.CENTRE)
-    return evaluate.scores(found['centre'], dataset.labels)
 
 
 def probabilities(job: Job, params: Any, dataset: Dataset, views: Any) -> dict[str, np.ndarray]:

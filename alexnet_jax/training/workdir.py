@@ -2,16 +2,15 @@
 
 import contextlib
 import fcntl
-import functools
 import json
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from alexnet_jax import config_file, files
-from alexnet_jax.config_file import Config
+from alexnet_jax.config import Settings
 from alexnet_jax.errors import RunError, UsageError
 from alexnet_jax.parallel import distributed
 from alexnet_jax.training import metrics
@@ -36,18 +35,18 @@ MAY_DIFFER = (
 )
 
 # Keys that an extension may change besides: the state has the same arrays under all their values.
-EXTENDABLE = ('epochs', 'optimizer', 'preprocess.noise_until_epoch')
+EXTENDABLE = ('epochs', 'optimizer.', 'preprocess.noise_until_epoch')
 
 
 @contextlib.contextmanager
-def open_workdir(config: Config, workdir: Path, extend: bool = False) -> Generator[None]:
+def open_workdir(settings: Settings, workdir: Path, extend: bool = False) -> Generator[None]:
     """Create and lock the folder of a run, compare its config, and record the environment.
 
     With several processes, the first does it, and the others check that they see the same folder.
 
     Args:
-        config: of the run; written unless the folder has a checkpoint or a recorded step, which a
-            start that failed does not leave.
+        settings: of the run; their config is written unless the folder has a checkpoint or a
+            recorded step, which a start that failed does not leave.
         workdir: the folder.
         extend: allow changes of EXTENDABLE; the caller then writes the config by `write_config`.
 
@@ -55,7 +54,7 @@ def open_workdir(config: Config, workdir: Path, extend: bool = False) -> Generat
         UsageError: the folder holds a run of another config, or no run to extend.
         RunError: it is not writable, another process trains in it, or processes do not share it.
     """
-    with _open(config, workdir, extend) if distributed.is_first() else contextlib.nullcontext():
+    with _open(settings, workdir, extend) if distributed.is_first() else contextlib.nullcontext():
         distributed.wait_for_all('workdir')
         if not (workdir / 'config.json').exists():
             raise RunError(
@@ -66,7 +65,7 @@ def open_workdir(config: Config, workdir: Path, extend: bool = False) -> Generat
 
 
 @contextlib.contextmanager
-def _open(config: Config, workdir: Path, extend: bool) -> Generator[None]:
+def _open(settings: Settings, workdir: Path, extend: bool) -> Generator[None]:
     if extend and not _has_checkpoint(workdir):
         raise UsageError(f'{workdir} contains no checkpoint to extend; remove --extend.')
     try:
@@ -84,13 +83,10 @@ def _open(config: Config, workdir: Path, extend: bool) -> Generator[None]:
                 f'another process is training in {workdir}; wait until it ends.'
             ) from error
         path = workdir / 'config.json'
-        if not _has_checkpoint(workdir):
-            # Left by an earlier start that failed before its first step.
-            (workdir / 'source_statistics.npz').unlink(missing_ok=True)
         if path.exists() and (_has_checkpoint(workdir) or metrics.read(workdir)):
-            _check_same(config_file.read_json(path), config, workdir, extend)
+            _check_same(config_file.read_json(path), settings, workdir, extend)
         else:
-            write_config(config, workdir)
+            write_config(settings, workdir)
         _write(workdir / 'environment.json', json.dumps(metrics.environment(), indent=2) + '\n')
         yield
 
@@ -99,20 +95,15 @@ def _has_checkpoint(workdir: Path) -> bool:
     return any(path.name.isdecimal() for path in (workdir / 'checkpoints').glob('*'))
 
 
-def write_config(config: Config, workdir: Path) -> None:
+def write_config(settings: Settings, workdir: Path) -> None:
     """Write config.json."""
-    _write(workdir / 'config.json', config_file.as_json(config) + '\n')
+    _write(workdir / 'config.json', config_file.as_json(settings.tree) + '\n')
 
 
-def changes(old: Config, new: Config) -> dict[str, list[Any]]:
-    """Return {dotted key: [old value, new value]} of all keys that a resumed run may not change."""
-    trees = config_file.plain(old), config_file.plain(new)
-    keys = [key for key in config_file.differences(*trees) if key not in MAY_DIFFER]
-    return {key: [_value(tree, key) for tree in trees] for key in keys}
-
-
-def _value(tree: dict, key: str) -> Any:
-    return functools.reduce(lambda node, name: (node or {}).get(name), key.split('.'), tree)
+def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the `differences` of two configs in keys that a resumed run may not change."""
+    found = config_file.differences(old, new)
+    return {key: values for key, values in found.items() if key not in MAY_DIFFER}
 
 
 def use_compilation_cache(where: str, workdir: Path) -> None:
@@ -124,22 +115,14 @@ def use_compilation_cache(where: str, workdir: Path) -> None:
         jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
 
 
-def _check_same(old: Config, new: Config, workdir: Path, extend: bool) -> None:
-    barred = changes(old, new)
-    allowed = tuple(f'{key}.' for key in EXTENDABLE)
-    fixed = [key for key in barred if not f'{key}.'.startswith(allowed)]
-    if extend and fixed:
-        raise UsageError(
-            f'--extend can change {", ".join(EXTENDABLE)} only, but the run in {workdir} differs '
-            f'in {", ".join(fixed)}; set these to the values in its config.json.'
-        )
-    if barred and not extend:
-        way = 'the config it was started with (its config.json)'
-        if not fixed and _has_checkpoint(workdir):
-            way += ', or add --extend to continue it with the new one'
+def _check_same(old: Mapping[str, Any], settings: Settings, workdir: Path, extend: bool) -> None:
+    allowed = EXTENDABLE if extend else ()
+    barred = [key for key in changes(old, settings.tree) if not key.startswith(allowed)]
+    if barred:
         raise UsageError(
             f'{workdir} contains a run with a different config: {", ".join(barred)}; choose '
-            f'another --workdir, or {way}.'
+            'another --workdir, or the config it was started with (its config.json). --extend '
+            'allows other values of epochs, optimizer and preprocess.noise_until_epoch only.'
         )
 
 

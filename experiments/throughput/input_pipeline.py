@@ -84,7 +84,7 @@ def feed(config: Any, scratch: Path, rounds: int, sample_secs: float) -> Row:
     config.loop.eval_batch_size = 64
     if config.data.name == 'fashion_mnist':
         config.data.update(validation='train[-64:]', test='test[:64]')
-    job = open_job(config, configuration.unpack(config), scratch)
+    job = open_job(configuration.unpack(config), scratch)
     batch = job.batch(0)
     state, _ = resident(job, job.start(), batch, 1)
     cpu.keep_freed()
