@@ -196,6 +196,11 @@ def speed() -> str:
     return markdown([tables.README_HEAD, *tables.readme_rows(RESULTS / 'throughput')])
 
 
+def accuracy() -> str:
+    """Return the time of training to a test accuracy."""
+    return tables.accuracy_table(tables.timed_runs(RESULTS))
+
+
 def datasets() -> str:
     """Return the costs of preparation and reading."""
     rows = [['command', 'result']]
@@ -274,7 +279,7 @@ PAGES = {
     'docs/configs.md': {'configs': configs},
     'docs/data.md': {'datasets': datasets},
     'docs/parallelism.md': {'communication': communication, 'meshes': meshes},
-    'docs/performance.md': {'speed': speed},
+    'docs/performance.md': {'speed': speed, 'accuracy': accuracy},
     'docs/reproducibility.md': {'starts': starts},
     'docs/results.md': {
         'runs': runs,

@@ -39,8 +39,13 @@ def page(folder: Path) -> str:
     ]
     for rows in stored(folder):
         parts += _device(rows)
-    timed = (path.parent for path in folder.parent.glob('time_to_accuracy*/metrics.jsonl'))
-    return '\n\n'.join([*parts, '## Time to accuracy', accuracy_table(timed)]) + '\n'
+    timed = accuracy_table(timed_runs(folder.parent))
+    return '\n\n'.join([*parts, '## Time to accuracy', timed]) + '\n'
+
+
+def timed_runs(results: Path) -> Iterable[Path]:
+    """Return the archived runs whose time to accuracy is of interest."""
+    return (path.parent for path in results.glob('time_to_accuracy*/metrics.jsonl'))
 
 
 def _device(rows: dict[str, list[Row]]) -> list[str]:
