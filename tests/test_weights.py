@@ -5,8 +5,10 @@ channels first. The full-sized ones, and PyTorch's own files, need PyTorch (`mak
 """
 
 import argparse
+import collections
 import json
 import os
+import pathlib
 import shutil
 import subprocess
 import sys
@@ -429,6 +431,30 @@ def imagenet_example(torch, net):
     }
 
 
+def torchvision_reference(torch, net):
+    """Return the checkpoint.pth of torchvision's references/classification/train.py."""
+    optimizer, scheduler = trained(torch, net)
+    return {
+        'model': torch.nn.DataParallel(net).module.state_dict(),
+        'optimizer': optimizer.state_dict(),
+        'lr_scheduler': scheduler.state_dict(),
+        'epoch': 89,
+        'args': argparse.Namespace(lr=0.01, output_dir=pathlib.Path('.')),
+        'scaler': {'scale': 65536.0},
+    }
+
+
+def lightning(torch, net):
+    """Return PyTorch Lightning's checkpoint of a module with self.model and NumPy scalars."""
+    return {
+        'pytorch-lightning_version': '2.5.0',
+        'state_dict': {f'model.{key}': value for key, value in net.state_dict().items()},
+        'callbacks': {"ModelCheckpoint{'monitor': 'loss'}": {'best_model_score': np.float64(1.5)}},
+        'hyper_parameters': {'lr': 0.1, 'mean': np.ones(3)},
+        'optimizer_states': [trained(torch, net)[0].state_dict()],
+    }
+
+
 def trained(torch, net):
     """Return an optimizer with momentum after a step, and its schedule."""
     optimizer = torch.optim.SGD(net.parameters(), 0.0, momentum=0.9)
@@ -465,6 +491,8 @@ SAVED = {
     'double': lambda torch, net: net.double().state_dict(),
     'views': views,
     'imagenet example': imagenet_example,
+    'torchvision reference': torchvision_reference,
+    'lightning': lightning,
 }
 
 
@@ -513,7 +541,13 @@ def test_a_pickle_with_code_in_it_is_not_run(torch, tmp_path, capsys, zipped):
     tree = torchvision_net(torch, WRAPPED).state_dict()
     tree['trap'] = Trap(os.mknod, str(sprung))
     torch.save(tree, file, _use_new_zipfile_serialization=zipped)
-    refused(['import', 'torchvision', 'bad.pth'], 1, 'save only model.st', tmp_path, capsys)
+    refused(['import', 'torchvision', 'bad.pth'], 1, 'objects (posix.mknod)', tmp_path, capsys)
+    tree['trap'] = Trap(eval, f'open({str(sprung)!r}, "w")')
+    torch.save(tree, file, _use_new_zipfile_serialization=zipped)
+    refused(['import', 'torchvision', 'bad.pth'], 1, 'objects (eval)', tmp_path, capsys)
+    tree['trap'] = Trap(subprocess.check_call, ['touch', str(sprung)])
+    torch.save(tree, file, _use_new_zipfile_serialization=zipped)
+    same_net(weight_files.read(file), WRAPPED)  # the weights are read without the call
     assert not sprung.exists()
 
 
@@ -524,11 +558,17 @@ def saved_net(torch):
 @pytest.mark.parametrize(
     ('make', 'zipped', 'code', 'sentence'),
     [
-        (saved_net, True, 1, 'save only model.state_dict()'),
+        (
+            saved_net,
+            True,
+            2,
+            'features.0.weight of this net is missing; the file contains no arrays',
+        ),
         (saved_net, False, 1, 'save only model.state_dict()'),
-        (lambda torch: {'args': argparse.Namespace(lr=0.01)}, True, 1, 'save only model.state'),
+        (lambda torch: {'a': collections.UserDict()}, True, 2, 'the file contains no arrays'),
+        (lambda torch: {'a': Trap(os.mknod, '/dev/null')}, True, 1, 'objects (posix.mknod)'),
         (lambda torch: torch.ones(3), True, 2, 'is missing; the file contains'),
-        (lambda torch: [torch.ones(3)], True, 2, 'is missing; the file contains 0'),
+        (lambda torch: [torch.ones(3)], True, 2, 'the file contains no arrays'),
         (lambda torch: {'features.0.weight': torch.ones(2).to_sparse()}, True, 1, 'Sparse'),
     ],
 )

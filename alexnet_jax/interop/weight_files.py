@@ -11,11 +11,12 @@ become float32.
 """
 
 import pickle
+import re
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -87,19 +88,54 @@ def metadata(path: Path) -> dict[str, str]:
         return file.metadata() or {}
 
 
+class _Ignored:
+    """A stand-in for Python objects other than tensors, whose own classes are not run."""
+
+    def __init__(self, *_: Any):
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
 def _read_torch(path: Path) -> Arrays:
     torch = library('torch', 'torch')
-    try:
-        tree = torch.load(path, map_location='cpu', weights_only=True)
-    except pickle.UnpicklingError as problem:
-        raise RunError(
-            f'{path} is damaged, or contains Python objects, which are not loaded, for safety; '
-            f'save only model.state_dict().'
-        ) from problem
     return {
-        jax.tree_util.keystr(path, simple=True, separator='.'): (
-            x.detach().float() if x.is_floating_point() else x.detach()
-        ).numpy()
-        for path, x in jax.tree.leaves_with_path(tree)
+        name: (x.detach().float() if x.is_floating_point() else x.detach()).numpy()
+        for name, x in _leaves(_load(torch, path))
         if isinstance(x, torch.Tensor)
     }
+
+
+def _load(torch: Any, path: Path) -> Any:
+    """Return a file's contents by PyTorch's own restricted loader.
+
+    Training programs save more than weights: torchvision's saves an argparse.Namespace, others save
+    NumPy scalars. The loader refuses such names one by one; each gets a stand-in.
+    """
+    names: list[str] = []
+    while True:
+        try:
+            with torch.serialization.safe_globals([(_Ignored, name) for name in names]):
+                return torch.load(path, map_location='cpu', weights_only=True)
+        except pickle.UnpicklingError as problem:
+            text = ' '.join(str(problem).split())
+            refused = re.search(r'GLOBAL (\S+) was not an allowed global', text)
+            if refused and refused[1] not in names:
+                names.append(refused[1])
+                continue
+            found = re.search(r'GLOBAL (\S+)', text) or re.search(r'Unpickler error: (.+)', text)
+            reason = (found[1] if found else text)[:120]
+            raise RunError(
+                f'{path} is damaged, or contains Python objects ({reason}), which are not loaded, '
+                f'for safety; save only model.state_dict().'
+            ) from problem
+
+
+def _leaves(tree: Any, path: str = '') -> Iterator[tuple[str, Any]]:
+    """Yield all values of nested dictionaries, their keys joined by dots."""
+    if not isinstance(tree, Mapping):
+        yield path, tree
+        return
+    for key, value in tree.items():
+        yield from _leaves(value, f'{path}.{key}' if path else str(key))

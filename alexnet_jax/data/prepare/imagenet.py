@@ -29,11 +29,12 @@ FOLDERS = {'train': ('train',), 'validation': ('val', 'validation'), 'test': ('t
 
 @dataclass(frozen=True)
 class Archive:
-    """An official tar file of pictures."""
+    """An official tar file of pictures; size and md5 are None if they were not published."""
 
     name: str
     images: int
-    md5: str | None = None  # None if it was not published
+    size: int | None = None  # bytes
+    md5: str | None = None
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,20 @@ class Challenge:
         return f'imagenet{self.year}'
 
 
-# Sums: image-net.org's download page, also in torchvision/datasets/imagenet.py.
+# Sizes: TFDS 4.9.10, datasets/imagenet2012/checksums.tsv. Sums: image-net.org's download page, also
+# in torchvision/datasets/imagenet.py.
 ILSVRC_2012 = Challenge(
     year=2012,
     archives={
-        'train': Archive('ILSVRC2012_img_train.tar', 1_281_167, '1d675b47d978889d74fa0da5fadfb00e'),
-        'validation': Archive('ILSVRC2012_img_val.tar', 50_000, '29b22e2961454d5413ddabcf34fc5622'),
+        'train': Archive(
+            'ILSVRC2012_img_train.tar',
+            1_281_167,
+            147_897_477_120,
+            '1d675b47d978889d74fa0da5fadfb00e',
+        ),
+        'validation': Archive(
+            'ILSVRC2012_img_val.tar', 50_000, 6_744_924_160, '29b22e2961454d5413ddabcf34fc5622'
+        ),
     },
     devkit='ILSVRC2012_devkit_t12.tar.gz',
     truths={'validation': 'ILSVRC2012_validation_ground_truth.txt'},
@@ -116,10 +125,16 @@ def source(challenge: Challenge, folder: Path) -> Source:
 
 def _find(challenge: Challenge, split: str, folder: Path) -> Path:
     """Return the tar file of a split, or the folder of its extracted pictures."""
-    path = folder / challenge.archives[split].name
+    archive = challenge.archives[split]
+    path = folder / archive.name
     names = (*FOLDERS[split], path.stem)
     extracted = (folder / parent / name for parent in PARENTS for name in names)
     if found := next((one for one in (path, *extracted) if one.exists()), None):
+        if found == path and archive.size not in (None, path.stat().st_size):
+            raise RunError(
+                f'{path} has {path.stat().st_size:,} of {archive.size:,} bytes: resume or repeat '
+                'its download.'
+            )
         return found
     raise RunError(
         f'{path} is missing, and {folder} has no folder {names[0]} with its images: download the '
