@@ -346,11 +346,13 @@ def _check_rates(settings: Settings) -> None:
         'none: set it to a split, or choose another schedule.',
     )
     _require_one_of(['none', *names], update.late_freeze.layer, 'optimizer.late_freeze.layer')
-    for name, _ in update.multipliers:
+    for name, factor in update.multipliers:
         _require_one_of(names, name, 'optimizer.multipliers')
+        _require(factor >= 0, f'optimizer.multipliers.{name} must be at least 0, but is {factor}.')
 
 
 def _check_mesh(mesh: MeshShape, net: Net) -> None:
+    _require(mesh.data != 0, 'mesh.data must be positive, or -1 for all remaining devices.')
     _require(
         net.towers % mesh.tower == 0,
         f'mesh.tower is {mesh.tower}, but the net has {net.towers} tower(s); choose a divisor of '

@@ -195,9 +195,11 @@ def differences(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = '') ->
 
     Configs are dicts of JSON values. A missing key has the value None.
     """
-    left, right, missing = _flat(a, prefix), _flat(b, prefix), object()
-    return {
-        key: [left.get(key), right.get(key)]
-        for key in sorted({*left, *right})
-        if left.get(key, missing) != right.get(key, missing)
-    }
+    found = {}
+    for key in sorted({*a, *b}):
+        left, right = a.get(key), b.get(key)
+        if isinstance(left, Mapping) and isinstance(right, Mapping):
+            found |= differences(left, right, f'{prefix}{key}.')
+        elif left != right or (key in a) != (key in b):
+            found[prefix + key] = [left, right]
+    return found

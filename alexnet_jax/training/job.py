@@ -107,7 +107,8 @@ def open_job(settings: Settings, workdir: Path) -> Job:
     _check_data(settings, train)
     if distributed.several():
         sample = train.take(np.linspace(0, len(train) - 1, AGREED_IMAGES, dtype=int))
-        distributed.agree('the training data', b''.join(part.tobytes() for part in sample))
+        facts = [str(len(train)).encode(), *(part.tobytes() for part in sample)]
+        distributed.agree('the training data', b''.join(facts))
     statistics = None
     if not Checkpoints(workdir / 'checkpoints').steps():
         statistics = mesh.put_global(_first_statistics(settings, train), layout.replicated)
