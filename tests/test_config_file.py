@@ -136,7 +136,8 @@ def test_what_depends_on_a_value_follows_it():
 @pytest.mark.parametrize(
     ('key', 'text', 'words'),
     [
-        ('optimizer.multipliers.conv1', '0', 'no such key; the groups of keys are'),
+        ('optimizer.multipliers.conv1', '0', 'no such key; configs/finetune.py has it.'),
+        ('init_from', 'W', 'configs/finetune.py has it.'),
         ('bach_size', '3', 'did you mean batch_size?'),
         ('optimzer.late_freeze.layer', 'conv1', 'did you mean optimizer.late_freeze.layer'),
         ('model.conv9.features', '3', 'did you mean model.conv'),

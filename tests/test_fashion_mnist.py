@@ -324,7 +324,11 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(raw_dir, tmp_path):
     [
         ([], 2, 'DATASET'),
         (['fashion'], 2, "invalid choice: 'fashion'"),
-        (['fashion_mnist', '--source=not/there', '--data_dir={tmp}'], 1, 'not/there/train-images'),
+        (
+            ['fashion_mnist', '--source=not/there', '--data_dir={tmp}'],
+            2,
+            'not/there is not a folder',
+        ),
         (['fashion_mnist', '--data_dir={file}/data'], 1, 'Not a directory'),
         (['fashion_mnist', '--data_dir={tmp}', '--source={tmp}'], 1, 'idx3-ubyte.gz is missing'),
     ],

@@ -31,7 +31,7 @@ from alexnet_jax.inference import evaluate
 from alexnet_jax.training import callbacks, train
 from alexnet_jax.training.workdir import MAY_DIFFER
 from tests.conftest import smoke_config
-from tests.test_distributed import Crew
+from tests.processes import Program
 from tests.test_train import assert_same, outcome
 
 SIZES = {'train': 300, 'test': 70}
@@ -487,20 +487,15 @@ def stopped_config(data_dir, cache_dir):
     return as_smoke_run(data_dir, loop__compilation_cache=str(cache_dir), mesh__data=8)
 
 
-@pytest.fixture
-def command(repository, stopped_config, tmp_path):
-    """The same as a command line."""
-    path = tmp_path / 'config.json'
-    path.write_text(as_json(stopped_config))
-    return [sys.executable, str(repository / 'main.py'), f'--config={path}']
-
-
-def test_a_stopped_run_on_a_large_set_resumes(smoke_run, stopped_config, command, tmp_path, capsys):
-    crew = Crew(command, tmp_path, 1, devices=8)
-    crew.wait_for_step(2)
-    crew.processes[0].send_signal(signal.SIGTERM)
-    assert crew.wait() == {0: 143}, crew.stderr(0)
-    assert 'Traceback' not in crew.stderr(0)
+def test_a_stopped_run_on_a_large_set_resumes(smoke_run, stopped_config, tmp_path, capsys):
+    config = tmp_path / 'config.json'
+    config.write_text(as_json(stopped_config))
+    words = [f'--config={config}', f'--workdir={tmp_path}/run']
+    program = Program(words, tmp_path, devices=8)
+    program.wait_for_step(2)
+    program.send(signal.SIGTERM)
+    assert program.wait() == 143, program.err
+    assert 'Traceback' not in program.err
     train.run(stopped_config, tmp_path / 'run')
     assert 'resuming at step' in capsys.readouterr().err
     assert_same(outcome(smoke_run), outcome(tmp_path / 'run'))

@@ -1,12 +1,14 @@
 """Metrics of a run: its history, metrics.jsonl and TensorBoard, and the environment."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import platform
 import re
 import subprocess
-from collections.abc import Mapping
+import sys
+from collections.abc import Generator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -107,7 +109,9 @@ def read(workdir: Path) -> list[dict[str, Any]]:
 
 def _board(folder: Path, resume_step: int):
     try:
-        from tensorboardX import SummaryWriter
+        # tensorboardX tries to import torch, and uses it for nothing that is written here.
+        with _without('torch'):
+            from tensorboardX import SummaryWriter
     except ImportError:
         log(
             'no TensorBoard files are written, because tensorboardX is not installed: '
@@ -115,6 +119,19 @@ def _board(folder: Path, resume_step: int):
         )
         return None
     return SummaryWriter(str(folder), purge_step=resume_step + 1)
+
+
+@contextlib.contextmanager
+def _without(module: str) -> Generator[None]:
+    """Hide a module from imports unless already imported: importing PyTorch takes seconds."""
+    if module in sys.modules:
+        yield
+        return
+    sys.modules[module] = None  # ty: ignore[invalid-assignment] (documented way to block an import)
+    try:
+        yield
+    finally:
+        del sys.modules[module]
 
 
 # ------------------------------------------------------------------------------- environment
