@@ -30,6 +30,7 @@ from alexnet_jax.data import prepared
 
 Term = tuple[str, int, int]  # (base split, first example, one past the last)
 LEAST = 8  # images a task: starting one costs some 0.05 ms
+RUN = 64  # consecutive records that are read by one call
 
 
 class StoredImages:
@@ -103,13 +104,10 @@ class StoredImages:
         Without `out` only the labels are read. It raises as `take` does.
         """
         labels = np.empty(len(numbers), np.int32)
-        for row, number in enumerate(numbers):
-            which = bisect.bisect_right(self._ends, number)
-            path, skip, take = self.segments[which]
-            position = skip + number - (self._ends[which] - take)
+        for row, (path, position, record) in enumerate(self._records(numbers)):
             try:
-                # One by one: array_record reads a list of records at half the speed.
-                image, labels[row] = image_and_label(self._reader(path).read([position])[0])
+                record = record or self._reader(path).read([position])[0]
+                image, labels[row] = image_and_label(record)
                 if out is not None and self.encoded:
                     image_io.decode_into(image, out[row])
                 elif out is not None:
@@ -122,6 +120,30 @@ class StoredImages:
                 reason = f'{path.name}, record {position}: {reason}'
                 raise prepared.damaged(self.folder, reason) from error
         return labels
+
+    def _records(self, numbers: Sequence[int]) -> Iterator[tuple[Path, int, bytes | None]]:
+        """Yield file, position and record of each image; None if it must be read by itself.
+
+        Up to RUN consecutive records are read by one call, 30 times as fast as one by one.
+        array_record reads a list of other records at half the speed of one by one.
+        """
+        places = []
+        for number in numbers:
+            which = bisect.bisect_right(self._ends, number)
+            path, skip, take = self.segments[which]
+            places.append((path, skip + number - (self._ends[which] - take)))
+
+        def run(item: tuple[int, tuple[Path, int]]) -> tuple[Path, int, int]:
+            row, (path, position) = item
+            return path, position - row, row // RUN
+
+        for (path, *_), group in itertools.groupby(enumerate(places), run):
+            positions = [position for _, (_, position) in group]
+            records: Sequence[bytes | None] = [None] * len(positions)
+            if len(positions) > 1:
+                with contextlib.suppress(Exception):  # damaged: one by one, to name the record
+                    records = self._reader(path).read(positions[0], positions[-1] + 1)
+            yield from zip([path] * len(positions), positions, records, strict=True)
 
     def _reader(self, path: Path) -> Any:
         """Return array_record's reader of a file."""
