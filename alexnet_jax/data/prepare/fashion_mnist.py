@@ -13,6 +13,7 @@ import subprocess
 import tempfile
 import urllib.request
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -113,12 +114,13 @@ def prepare(
 
 def _find(name: str, data_dir: Path, scratch: Path) -> Raw:
     """Return the verified raw arrays from the first source that has them."""
-    sources = {f'{data_dir / "raw"}': lambda: data_dir / 'raw'}
+    sources: dict[str, Callable[[], Path]] = {}
+    if (raw_dir := data_dir / 'raw').is_dir():
+        sources[str(raw_dir)] = lambda: raw_dir
+    if name == 'fashion_mnist' and DEBIAN_FOLDER.is_dir():
+        sources[f"Debian's package {DEBIAN_PACKAGE}"] = lambda: DEBIAN_FOLDER
     if name == 'fashion_mnist':
-        sources |= {
-            f"Debian's package {DEBIAN_PACKAGE}": lambda: DEBIAN_FOLDER,
-            f'apt-get download {DEBIAN_PACKAGE}': lambda: _fetch_by_apt(scratch),
-        }
+        sources[f'apt-get download {DEBIAN_PACKAGE}'] = lambda: _fetch_by_apt(scratch)
     sources["TFDS's download URL"] = lambda: _download(name, scratch)
     for description, find in sources.items():
         try:
