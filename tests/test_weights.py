@@ -916,7 +916,7 @@ def test_another_frameworks_tree(tmp_path, capsys):
         (
             ['import', 'own', 'a.safetensors', '--workdir=w', '--mean=m.npy'],
             2,
-            'contain config and mean',
+            'contain config, mean and class names',
         ),
         (
             ['import', 'caffenet', 'a.npz', '--workdir=w', '--config=no.py'],
@@ -954,6 +954,8 @@ def test_a_foreign_file_as_own(tmp_path, capsys, name):
     [
         ('--mean', 'mean.binaryproto', b'\x08\x01\x10\x03', 'blobproto_to_array'),
         ('--mean', 'mean.npy', np.zeros((256, 256)), 'is not Caffe'),
+        ('--class_names', 'names.txt', b'caf\xe9', 'is not UTF-8 text'),
+        ('--class_names', 'names.txt', b'one\ntwo', '2 class names were given for 10 classes'),
     ],
 )
 def test_damaged_companion_files(tmp_path, capsys, flag, name, body, sentence):

@@ -10,10 +10,10 @@
 
 An import creates a workdir at step 0, like that of a run, for `main.py --mode=evaluate
 --workdir=W`. The docstring of each net's config names the file to download and the accuracy to
-expect. PyTorch files need PyTorch (pip install 'alexnet_jax[torch]'); a checkpoint of a training
-program is read if it contains no Python objects other than tensors. This code converts a
-.caffemodel to .npz with OpenCV (pip install 'opencv-python-headless<5'). With Caffe itself, replace
-getParam(n, i) by caffe.Net(..., caffe.TEST).params[n][i].data:
+expect. PyTorch files, including checkpoints of training programs, need PyTorch (pip install
+'alexnet_jax[torch]'). This code converts a .caffemodel to .npz with OpenCV (pip install
+'opencv-python-headless<5'). With Caffe itself, replace getParam(n, i) by caffe.Net(...,
+caffe.TEST).params[n][i].data:
 
     net = cv2.dnn.readNetFromCaffe('deploy.prototxt', 'bvlc_alexnet.caffemodel')
     layers = 'conv1 conv2 conv3 conv4 conv5 fc6 fc7 fc8'.split()
@@ -220,6 +220,7 @@ def import_foreign(
     workdir: Path,
     *,
     mean: np.ndarray | None = None,
+    class_names: Sequence[str] = (),
 ) -> str:
     """Make a workdir with a checkpoint at step 0 of another framework's weights.
 
@@ -229,6 +230,7 @@ def import_foreign(
         config: of the net.
         workdir: new, or without a checkpoint.
         mean: Caffe's mean image, see `statistics_of`.
+        class_names: by label; WordNet ids or numbers if there are none.
 
     Returns:
         One sentence for the user.
@@ -240,7 +242,9 @@ def import_foreign(
     settings = configuration.unpack(config)
     params = canonical(weight_files.read(file), origin, settings, str(file))
     statistics = statistics_of(origin, settings.preprocess, mean)
-    names = default_names(settings.net.classes)
+    names = tuple(class_names) or default_names(settings.net.classes)
+    if len(names) != settings.net.classes:
+        raise UsageError(f'{len(names)} class names were given for {settings.net.classes} classes.')
     return _save(settings, params, statistics, names, file, workdir)
 
 
@@ -357,6 +361,13 @@ def _read_mean(file: Path) -> np.ndarray:
     )
 
 
+def _read_lines(file: Path) -> list[str]:
+    try:
+        return file.read_text('utf-8-sig').splitlines()
+    except UnicodeDecodeError as problem:
+        raise UsageError(f'{file} is not UTF-8 text; save it as UTF-8.') from problem
+
+
 def _parser() -> command.Parser:
     parser = command.Parser(
         prog='python -m alexnet_jax weights',
@@ -374,6 +385,8 @@ def _parser() -> command.Parser:
     what = 'config of the net (default: the one for this origin)'
     add('--config', metavar='FILE[:SCALE]', help=what)
     add('--mean', type=command.path, metavar='FILE', help="Caffe's mean image (.npy)")
+    what = 'text file of class names, one per line, in label order'
+    add('--class_names', type=command.path, metavar='FILE', help=what)
     into.set_defaults(act=_import)
     out = verbs.add_parser('export', help='write a checkpoint to a file')
     kinds = ', '.join(WRITERS)
@@ -385,8 +398,8 @@ def _parser() -> command.Parser:
 
 def _import(args: argparse.Namespace) -> str:
     if args.origin == 'own':
-        if args.config or args.mean:
-            raise UsageError('own files contain config and mean: remove these flags.')
+        if args.config or args.mean or args.class_names:
+            raise UsageError('own files contain config, mean and class names: remove these flags.')
         return import_own(args.file, args.workdir)
     origin = ORIGINS[args.origin]
     return import_foreign(
@@ -395,6 +408,7 @@ def _import(args: argparse.Namespace) -> str:
         config_file.load(args.config or origin.config, {}),
         args.workdir,
         mean=_read_mean(args.mean) if args.mean else None,
+        class_names=_read_lines(args.class_names) if args.class_names else (),
     )
 
 
