@@ -29,7 +29,7 @@ def load(where: str, overrides: Mapping[str, Any]) -> Config:
     """Return the config of 'FILE.py', 'FILE.py:ARGUMENT' or of a run's config.json.
 
     Args:
-        where: the file, as `--config` takes it; or the folder of a run.
+        where: the file, as `--config` takes it.
         overrides: {dotted key: new value}, see `override`.
 
     Raises:
@@ -39,13 +39,15 @@ def load(where: str, overrides: Mapping[str, Any]) -> Config:
     file = Path(os.path.expanduser((name + python.removesuffix(':')).strip()))
     if not file.exists() and (ROOT / file).exists():  # one of configs/, from any folder
         file = ROOT / file
-    config = _read(file / 'config.json' if file.is_dir() else file, argument)
+    config = _read(file, argument)
     for key, value in overrides.items():
         override(config, key, value)
     return config
 
 
 def _read(file: Path, argument: str) -> Config:
+    if (file / 'config.json').is_file():
+        raise UsageError(f'{file} is the folder of a run; use --config={file / "config.json"}.')
     if not file.is_file():
         raise UsageError(f'there is no config file {file}; the shipped ones are in configs/.')
     if str(ROOT) not in sys.path:  # configs import each other
@@ -54,7 +56,10 @@ def _read(file: Path, argument: str) -> Config:
         if file.suffix == '.json':
             config = read_json(file)
         else:
-            config = runpy.run_path(str(file))['get_config'](*filter(None, [argument]))
+            found = runpy.run_path(str(file))
+            if 'get_config' not in found:
+                raise ValueError('it has no function get_config')
+            config = found['get_config'](*filter(None, [argument]))
         if missing := {'name', 'scale', 'seed', 'model', 'data'} - {*config}:
             raise ValueError(f'{", ".join(sorted(missing))} is missing from this config')
         return config

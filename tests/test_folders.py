@@ -65,9 +65,9 @@ def test_leftovers_of_systems_are_neither_classes_nor_pictures(tmp_path, inside,
 def test_ignored_files_are_reported(tmp_path, capsys):
     put(tmp_path, 'a/1.jpg', 'a/2.heic', 'a/3.HEIC', 'a/.hidden', 'b/1.png', 'b/deep/README')
     image_folder.source(tmp_path, 'x', validation=0, test=0)
-    assert capsys.readouterr().err.endswith('ignored files: 2 .heic, 1 no suffix\n')
+    assert capsys.readouterr().err.endswith('2 .heic, 1 no suffix; convert HEIC to JPEG first\n')
     put(tmp_path, 'c/1.heic')
-    with pytest.raises(UsageError, match=r"no images of class 'c' .*ignored files: 3 \.heic"):
+    with pytest.raises(UsageError, match=r"no images of class 'c' .*3 \.heic.* convert HEIC"):
         image_folder.source(tmp_path, 'x')
 
 

@@ -83,8 +83,8 @@ def decode_image(
         reason = str(error) or type(error).__name__
         raise BadImage(f'cannot be read as an image: {reason}') from None
     raise BadImage(
-        f'has {pixels:,} pixels; more than {most_pixels:,} may be a decompression bomb '
-        f'(`prepare ... --max_megapixels={-(-pixels // 10**6)}` accepts it)'
+        f'has {pixels:,} pixels; more than {most_pixels:,} may be a decompression bomb: '
+        f'make it smaller (`prepare ... --max_megapixels={-(-pixels // 10**6)}` accepts it)'
     )
 
 

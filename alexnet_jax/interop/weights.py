@@ -183,7 +183,8 @@ def _check(arrays: Arrays, wanted: Mapping[str, tuple[int, ...]], file: str) -> 
 def _fault(arrays: Arrays, key: str, shape: tuple[int, ...]) -> str:
     if key not in arrays:
         names = sorted(arrays)
-        some = ', '.join([*names[:3], *['...'][: len(names) - 3]]) or 'no arrays'
+        some = ', '.join([*names[:3], *['...'][: len(names) - 3]])
+        some = some or 'no arrays (save model.state_dict(), not the model)'
         return f'{key} of this net is missing; the file contains {some}'
     array = arrays[key]
     if [n for n in array.shape if n != 1] != [n for n in shape if n != 1]:

@@ -51,6 +51,8 @@ def source(
     if splits.keys() == {'train'}:
         splits = _divide(splits['train'], validation=validation, test=test)
     passed_over = ', '.join(f'{n:,} {end}' for end, n in ignored.most_common()) or 'none'
+    if {'.heic', '.heif'} & ignored.keys():
+        passed_over += '; convert HEIC to JPEG first'
     if problems := _problems(splits):
         raise UsageError(
             f'{folder} has {problems[0]} (ignored files: {passed_over}): give it one folder of '
