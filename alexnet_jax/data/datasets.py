@@ -184,10 +184,12 @@ def _folder(name: str, data_dir: Path) -> Path:
     problem, wanted = f"there is no data set '{name}' in {data_dir}", name
     if name == 'none':  # the default of the config of one's own pictures
         problem, wanted = 'data.name is not set', 'NAME'
-    error = RunError if name in (*prepared.FETCHED, *prepared.OFFICIAL) else UsageError
+    known = name in (*prepared.FETCHED, *prepared.OFFICIAL)
+    tfds = '' if known else ' (a data set of TFDS: `tfds build`, see docs/data.md)'
+    error = RunError if known else UsageError
     raise error(
         f'{problem} (found: {found}): set data.name to another, or run '
-        f'`{prepared.command(wanted, data_dir)}`.'
+        f'`{prepared.command(wanted, data_dir)}`{tfds}.'
     )
 
 
