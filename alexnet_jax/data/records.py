@@ -127,23 +127,25 @@ class StoredImages:
         Up to RUN consecutive records are read by one call, 30 times as fast as one by one.
         array_record reads a list of other records at half the speed of one by one.
         """
-        places = []
-        for number in numbers:
-            which = bisect.bisect_right(self._ends, number)
-            path, skip, take = self.segments[which]
-            places.append((path, skip + number - (self._ends[which] - take)))
 
         def run(item: tuple[int, tuple[Path, int]]) -> tuple[Path, int, int]:
             row, (path, position) = item
             return path, position - row, row // RUN
 
-        for (path, *_), group in itertools.groupby(enumerate(places), run):
+        # Lazily: all labels of ImageNet are read by one call.
+        for (path, *_), group in itertools.groupby(enumerate(map(self._place, numbers)), run):
             positions = [position for _, (_, position) in group]
             records: Sequence[bytes | None] = [None] * len(positions)
             if len(positions) > 1:
                 with contextlib.suppress(Exception):  # damaged: one by one, to name the record
                     records = self._reader(path).read(positions[0], positions[-1] + 1)
             yield from zip([path] * len(positions), positions, records, strict=True)
+
+    def _place(self, number: int) -> tuple[Path, int]:
+        """Return an image's file, and its position there."""
+        which = bisect.bisect_right(self._ends, number)
+        path, skip, take = self.segments[which]
+        return path, skip + number - (self._ends[which] - take)
 
     def _reader(self, path: Path) -> Any:
         """Return array_record's reader of a file."""

@@ -30,10 +30,7 @@ Params = Mapping[str, Mapping[str, np.ndarray]]  # the canonical tree, see alexn
 def source(init_from: str) -> tuple[Path, Step]:
     """Split 'WORKDIR', 'WORKDIR:best' or 'WORKDIR:500' into a folder and a step."""
     found = re.fullmatch(r'(.+):(\d+|latest|best)', init_from)
-    if not found:
-        return Path(init_from), 'latest'
-    step = found[2]
-    return Path(found[1]), int(step) if step.isdigit() else step
+    return (Path(found[1]), found[2]) if found else (Path(init_from), 'latest')
 
 
 def read(init_from: str) -> Restored:

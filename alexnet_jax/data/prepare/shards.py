@@ -346,7 +346,9 @@ def _describe(source: Source, found: Mapping[Task, Facts], folder: Path) -> None
         shards[task.split].append((facts.images, facts.record_bytes))
         skipped += facts.skipped
         if task.split == 'train':
-            sums.merge(facts.images, **files.read_npz(task.facts, ['total', 'products']))
+            advice = 'remove it and run the command again'
+            arrays = files.read_npz(task.facts, ['total', 'products'], advice)
+            sums.merge(facts.images, **arrays)
     for reason in skipped:
         log(f'{source.name}: skipped: {reason}')
     features = tfds_format.features((form.px, form.px, 3), form.storage, source.class_names)
