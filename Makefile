@@ -68,11 +68,11 @@ test-cluster: data
 golden: env
 	$(BIN)/python -m tests.golden.configs
 
-# The contribution table: the base and every ablation, ten seeds; the rates of rows that do not train
+# The contribution table: the base and every ablation, twenty seeds; the rates of rows that do not train
 # at the base's; bfloat16. Many hours on a CPU; the same command resumes.
 TABLE := contribution_table contribution_rates contribution_bfloat16
 table: data
-	for sweep in $(TABLE); do $(BIN)/python -m experiments.sweep $$sweep --seeds=10 --parallel=2 || exit 1; done
+	for sweep in $(TABLE); do $(BIN)/python -m experiments.sweep $$sweep --seeds=20 --parallel=2 || exit 1; done
 	$(BIN)/python -m experiments.contribution_table --runs $(TABLE:%=workdirs/%-quickstart)
 
 # Everything that needs a GPU, most important first; see experiments/gpu.py.

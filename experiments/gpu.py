@@ -24,7 +24,8 @@ STEPS = {
     # name: (seconds at most, command). On an H100, 26 November 2026: smoke 50 s (all of it
     # compilation), quickstart 30, gluon 44, d2l 47, fashion_mnist 74, table 277 for 95 runs. On an
     # H200, 27 November 2026: throughput 148 for 4 rows, time_to_accuracy 45 to the first step and 4
-    # an epoch, bfloat16 and variants 100 for 31 runs. layers and feeding have not been run there.
+    # an epoch, bfloat16 and variants 100 for 31 runs, layers 68; feeding was stopped after 120, with
+    # one of its inputs measured.
     'smoke': (90, 'main.py --config=configs/smoke.py --workdir={workdirs}/smoke'),
     # PyTorch as it is fastest on a GPU: channels_last, compiled, autocast.
     'throughput': (
@@ -48,11 +49,11 @@ STEPS = {
         120,
         'main.py --config=configs/alexnet.py:fashion_mnist --workdir={workdirs}/fashion_mnist',
     ),
-    'table': (500, SWEEP.format(name='contribution_table') + ' --seeds=10'),
+    'table': (500, SWEEP.format(name='contribution_table') + ' --seeds=20'),
     'keep_table': (60, KEEP.format('contribution_table-quickstart')),
-    'rates': (200, SWEEP.format(name='contribution_rates') + ' --seeds=10'),
+    'rates': (200, SWEEP.format(name='contribution_rates') + ' --seeds=20'),
     'keep_rates': (60, KEEP.format('contribution_rates-quickstart')),
-    'bfloat16': (100, SWEEP.format(name='contribution_bfloat16') + ' --seeds=10'),
+    'bfloat16': (100, SWEEP.format(name='contribution_bfloat16') + ' --seeds=20'),
     'keep_bfloat16': (60, KEEP.format('contribution_bfloat16-quickstart')),
     'variants': (200, SWEEP.format(name='variants') + ' --seeds=3'),
     'keep_variants': (
