@@ -29,6 +29,8 @@ def atomic_write(path: str | Path) -> Generator[Path]:
     scratch.touch()
     try:
         yield scratch
+        with scratch.open('rb') as written:
+            os.fsync(written.fileno())  # else a power cut may leave an empty file
         scratch.replace(path)
     finally:
         scratch.unlink(missing_ok=True)

@@ -16,7 +16,7 @@ import pytest
 from tensorflow_datasets.core import hashing
 
 from alexnet_jax.data import batches as batching
-from alexnet_jax.data import datasets, records
+from alexnet_jax.data import datasets, records, statistics
 from alexnet_jax.data.prepare import fashion_mnist
 from alexnet_jax.errors import RunError, UsageError
 
@@ -371,7 +371,7 @@ def test_prefetch_leaves_no_thread_when_the_consumer_stops_early():
 
 def test_statistics_of_the_training_images(train):
     images = train.images[::4]
-    result = datasets.statistics(images)
+    result = statistics.of_images(images)
     direct = images.astype(np.float64)
     # float32 rounds to 6e-8; the float64 sums themselves are exact.
     np.testing.assert_allclose(result.mean_image, direct.mean(axis=0), rtol=1e-7)
@@ -385,7 +385,7 @@ def test_statistics_in_colour_are_the_principal_components(train):
     grey = train.images[:1500, ..., 0].astype(np.float64)
     colour = np.stack([grey, 0.5 * grey + 60, 0.9 * np.roll(grey, 1, axis=0)], axis=-1)
     images = colour.astype(np.uint8)  # 1500: the last chunk is a part
-    result = datasets.statistics(images)
+    result = statistics.of_images(images)
     covariance = np.cov(images.reshape(-1, 3).T.astype(np.float64), bias=True)
     vectors, std = result.colour_vectors.astype(np.float64), result.colour_std.astype(np.float64)
     # float32 entries: 1e-6 of the largest variance

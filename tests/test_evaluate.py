@@ -11,6 +11,7 @@ from alexnet_jax import config as configuration
 from alexnet_jax.analysis import figures, report
 from alexnet_jax.config import MeshShape
 from alexnet_jax.data import datasets
+from alexnet_jax.data import statistics as image_statistics
 from alexnet_jax.errors import RunError
 from alexnet_jax.inference import evaluate, features
 from alexnet_jax.model import alexnet
@@ -66,7 +67,7 @@ def test_class_accuracy():
 def net(data_dir):
     settings = configuration.unpack(smoke.get_config())
     dataset = datasets.load('fashion_mnist', data_dir, 'test[:150]')
-    measured = datasets.statistics(dataset.images)
+    measured = image_statistics.of_images(dataset.images)
     statistics = Statistics(
         measured.mean_image, (measured.colour_vectors * measured.colour_std).astype(np.float32)
     )

@@ -204,16 +204,16 @@ def test_no_source_has_the_digits(tmp_path, monkeypatch):
 
 
 def test_the_next_source_is_used_if_one_is_damaged(raw_dir, raw, tmp_path, monkeypatch, capsys):
-    """data_dir/raw is incomplete; the folder of Debian's package is complete."""
-    (tmp_path / 'data/raw').mkdir(parents=True)
-    monkeypatch.setattr(fashion_mnist, 'DEBIAN_FOLDER', raw_dir)
-    found = fashion_mnist._find('fashion_mnist', tmp_path / 'data', tmp_path / 'scratch')
+    """Debian's package is incomplete; the download is complete."""
+    monkeypatch.setattr(fashion_mnist, '_fetch_by_apt', lambda *_: tmp_path)
+    monkeypatch.setattr(fashion_mnist, '_download', lambda *_: raw_dir)
+    found = fashion_mnist._fetch('fashion_mnist', tmp_path, tmp_path)
     for split in raw:
         for ours, theirs in zip(found[split], raw[split], strict=True):
             assert np.array_equal(ours, theirs)
     first, second = capsys.readouterr().err.splitlines()
     assert 'train-images-idx3-ubyte.gz is missing' in first
-    assert "from Debian's package" in second
+    assert "from TFDS's download URL" in second
 
 
 @pytest.mark.skipif(not shutil.which('dpkg-deb'), reason='packages are made by dpkg-deb')
@@ -242,7 +242,9 @@ def test_apt_updates_its_lists_in_a_folder_of_its_own(raw_dir, raw, tmp_path, mo
     )
     stand_in.chmod(0o755)
     monkeypatch.setenv('PATH', f'{stand_in.parent}:{os.environ["PATH"]}')
-    found = fashion_mnist.read_raw(fashion_mnist._fetch_by_apt(tmp_path / 'scratch'))
+    found = fashion_mnist.read_raw(
+        fashion_mnist._fetch_by_apt('fashion_mnist', tmp_path / 'scratch')
+    )
     assert np.array_equal(found['train'][0], raw['train'][0])
 
 
@@ -269,7 +271,6 @@ def test_a_download_from_a_server(raw_dir, raw, tmp_path, monkeypatch):
 def test_the_error_names_the_sources(tmp_path, monkeypatch):
     monkeypatch.setenv('PATH', str(tmp_path))
     monkeypatch.setenv('NO_PROXY', '127.0.0.1')
-    monkeypatch.setattr(fashion_mnist, 'DEBIAN_FOLDER', Path('/nowhere'))
     monkeypatch.setattr(mnist.FashionMNIST, 'URL', 'http://127.0.0.1:9/')  # nobody listens
     with pytest.raises(RunError, match=r'internet, or put its four raw files'):
         fashion_mnist.prepare(tmp_path)

@@ -42,13 +42,10 @@ def test_splits_that_are_folders(tmp_path):
     }
 
 
-def test_classes_are_listed_with_their_counts(tmp_path, capsys):
+def test_classes_are_listed(tmp_path, capsys):
     put(tmp_path, 'a/1.jpg', 'a/2.jpg', 'b/1.png', 'c/x/1.png')
     image_folder.source(tmp_path, 'x', validation=0, test=0)
-    assert '3 classes: a 2, b 1, c 1\n' in capsys.readouterr().err
-    put(tmp_path, *(f'{i}/1.jpg' for i in range(200)))
-    image_folder.source(tmp_path, 'x', validation=0, test=0)
-    assert '199 1, 2 1, 20 1' in capsys.readouterr().err
+    assert '3 classes: a, b, c\n' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('inside', ['', 'train'])

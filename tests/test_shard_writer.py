@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections import namedtuple
 from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from alexnet_jax.data import images, prepared, statistics
 from alexnet_jax.data.prepare import image_folder, tfds_format
 from alexnet_jax.data.prepare import shards as shard_writer
 from alexnet_jax.data.prepare.archives import File
-from alexnet_jax.data.prepare.shards import Form, Task
+from alexnet_jax.data.prepare.shards import Form, Shard
 from alexnet_jax.errors import RunError, UsageError
 from tests import sources
 
@@ -76,10 +75,10 @@ class InThisProcess:
     def __exit__(self, *_):
         pass
 
-    def submit(self, fn, task):
+    def submit(self, fn, *args):
         future = Future()
         try:
-            future.set_result(fn(task))
+            future.set_result(fn(*args))
         except Exception as error:
             future.set_exception(error)
         return future
@@ -368,8 +367,7 @@ def test_shards_of_unchanged_pictures_are_kept(half, pets, tmp_path, change):
 
 def test_a_shard_without_its_facts_is_written_again(half, made):
     copy, data_dir = half
-    lost = next(data_dir.glob('.prepare-pets/*/plan/train-*.npz'))
-    lost.write_bytes(b'')
+    next(data_dir.glob('.prepare-pets/*/pets-train*.json')).unlink()
     make(copy, data_dir)
     assert sums(data_dir / 'pets/1.0.0') == sums(made)
 
@@ -437,20 +435,8 @@ def test_a_missing_picture_is_named(pets, tmp_path):
         shard_writer.make(seen, tmp_path / 'data', SMALL, workers=1)
 
 
-def test_a_disk_too_small_is_noticed_before_anything_is_written(pets, tmp_path, monkeypatch):
-    usage = namedtuple('usage', 'total used free')
-    monkeypatch.setattr(shard_writer.shutil, 'disk_usage', lambda path: usage(0, 0, 50_000))
-    with pytest.raises(
-        RunError, match=r'needs about .* GB, but only 0.0 GB are free: free some space'
-    ):
-        make(pets, tmp_path)
-    assert not list(tmp_path.glob('.prepare-pets/*/set/*'))
-
-
-def test_a_disk_that_fills_up_leaves_nothing_incomplete(pets, small_disk, monkeypatch):
-    """A disk of 3 MB that seems larger when the run starts."""
-    usage = namedtuple('usage', 'total used free')
-    monkeypatch.setattr(shard_writer.shutil, 'disk_usage', lambda path: usage(0, 0, 10**12))
+def test_a_disk_that_fills_up_leaves_nothing_incomplete(pets, small_disk):
+    """A disk of 3 MB."""
     with pytest.raises(OSError, match=r'No space left on device'):
         make(pets, small_disk, Form(64, 'raw'))
     assert not (small_disk / 'pets').exists()
@@ -473,31 +459,21 @@ def test_a_shard_that_lacks_pictures_is_written_again(pets, tmp_path):
 
 def test_a_shard_by_itself(pets, tmp_path):
     """`write_shard` alone, without pool and lock."""
-    plan = tmp_path / 'plan'
+    (tmp_path / 'set').mkdir()
     names = [f'cat/{i:04d}.jpg' for i in range(5)]
-    lines = [
-        json.dumps([f'{9 - i:016x}', i, *File(name, str(path), 0, path.stat().st_size)]) + '\n'
+    pictures = [
+        json.dumps(['', i, *File(name, str(path), 0, path.stat().st_size)])
         for i, name in enumerate(names)
         for path in [pets / name]
     ]
-    plan.write_text(''.join(sorted(lines)))
-    task = Task('train', plan, tmp_path / 'out', SMALL, 10**8)
-    assert shard_writer.write_shard(task).images == 5
-    reader = array_record_module.ArrayRecordReader(str(tmp_path / 'out'))
-    assert reader.num_records() == 5
-    assert b'cat/0004.jpg' in reader.read_all()[0]  # its hash is the smallest
-    assert {path.name for path in tmp_path.iterdir()} == {'plan', 'out', 'plan.npz'}
-
-
-def test_a_shard_of_an_earlier_plan_never_meets_new_facts(tmp_path, monkeypatch):
-    """Killed between the two renames, the old shard would count as the new one."""
-    (tmp_path / 'plan').write_text('')
-    (tmp_path / 'out').write_text('of other pictures')
-    task = Task('train', tmp_path / 'plan', tmp_path / 'out', SMALL, 10**8)
-    monkeypatch.setattr(os, 'replace', interrupt)
-    with pytest.raises(InterruptedError):
-        shard_writer.write_shard(task)
-    assert not task.target.exists()
+    shard = Shard('train', 'out', pictures)
+    count, record_bytes, skipped = shard_writer.write_shard(shard, tmp_path, SMALL, 10**8)
+    assert (count, skipped) == (5, [])
+    reader = array_record_module.ArrayRecordReader(str(tmp_path / 'set/out'))
+    found = reader.read_all()
+    assert sum(map(len, found)) == record_bytes
+    assert all(name.encode() in record for name, record in zip(names, found, strict=True))
+    assert {path.name for path in tmp_path.iterdir()} == {'set', 'out.json'}
 
 
 def test_shards_of_imagenet_are_fewer_than_the_limit_of_open_files():

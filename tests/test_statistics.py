@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from alexnet_jax.data import statistics
-from alexnet_jax.data.statistics import Sums
 
 
 def some(count=40, shape=(30, 20, 3), seed=0):
@@ -26,9 +25,7 @@ def direct(images):
 def test_against_a_direct_computation(shape):
     images = some(shape=shape)
     mean, stds, vectors = direct(images)
-    sums = Sums(shape)
-    sums.add(images)
-    found = sums.result()
+    found = statistics.of_images(images)
     # float32 has a relative precision of 6e-8.
     np.testing.assert_allclose(found.mean_image, mean, rtol=1e-6)
     np.testing.assert_allclose(found.colour_std, stds, rtol=1e-6)
@@ -38,50 +35,40 @@ def test_against_a_direct_computation(shape):
     assert (found.colour_vectors[largest, np.arange(shape[-1])] > 0).all()
 
 
-def test_neither_order_nor_parts_matter():
+def test_neither_order_nor_parts_matter(monkeypatch):
     images = some(50)
-    full, parts = Sums(images.shape[1:]), Sums(images.shape[1:])
-    full.add(images)
-    for part in (images[30:], images[:1], images[1:30][::-1]):
-        sums = Sums(images.shape[1:])
-        sums.add(part)
-        parts.merge(sums.count, sums.total, sums.products)
-    assert parts.count == full.count == 50
-    for name, value in vars(full.result()).items():
-        np.testing.assert_array_equal(getattr(parts.result(), name), value)
+    expected = vars(statistics.of_images(images))
+    monkeypatch.setattr(statistics, 'CHUNK_BYTES', 7 * images[0].size)
+    for other in (images, images[::-1], np.roll(images, 13, axis=0)):
+        for name, value in vars(statistics.of_images(other)).items():
+            np.testing.assert_array_equal(value, expected[name])
 
 
 def test_large_sums_are_exact():
     """White images but for one value, which rounding would lose in float32."""
     white = np.full((5, 256, 256, 3), 255, np.uint8)
     white[0, 0, 0] = 254
-    sums = Sums(white.shape[1:])
-    sums.add(white)
+    total, products = statistics.sums(white)
     pixels = white.reshape(-1, 3).astype(np.int64)
-    np.testing.assert_array_equal(sums.products, pixels.T @ pixels)
-    np.testing.assert_array_equal(sums.total, white.astype(np.int64).sum(axis=0).transpose(2, 0, 1))
+    np.testing.assert_array_equal(products, pixels.T @ pixels)
+    np.testing.assert_array_equal(total, white.astype(np.int64).sum(axis=0).transpose(2, 0, 1))
 
 
 def test_sums_of_as_many_white_images_as_imagenet_has_are_exact():
-    white, more = Sums((256, 256, 3)), Sums((256, 256, 3))
-    white.add(np.full((1, 256, 256, 3), 255, np.uint8))
-    for name in ('count', 'total', 'products'):
-        setattr(white, name, getattr(white, name) * 1_281_166)
-    more.add(np.full((1, 256, 256, 3), 254, np.uint8))
-    white.merge(more.count, more.total, more.products)
+    _, white = statistics.sums(np.full((1, 256, 256, 3), 255, np.uint8))
+    _, other = statistics.sums(np.full((1, 256, 256, 3), 254, np.uint8))
+    products = white * 1_281_166 + other
     exact = 256 * 256 * (1_281_166 * 255**2 + 254**2)
-    assert [[int(value) for value in row] for row in white.products] == [[exact] * 3] * 3
+    assert [[int(value) for value in row] for row in products] == [[exact] * 3] * 3
 
 
 def test_saving_is_deterministic(tmp_path):
-    images = some()
-    sums = Sums(images.shape[1:])
-    sums.add(images)
+    computed = statistics.of_images(some())
     for name in ('a.npz', 'b.npz'):
-        statistics.save(tmp_path / name, sums.result(), sums.count)
+        statistics.save(tmp_path / name, computed, 40)
     assert (tmp_path / 'a.npz').read_bytes() == (tmp_path / 'b.npz').read_bytes()
     found, count = statistics.load(tmp_path / 'a.npz')
     assert count == 40
-    for name, value in vars(sums.result()).items():
+    for name, value in vars(computed).items():
         np.testing.assert_array_equal(getattr(found, name), value)
         assert getattr(found, name).dtype == np.float32

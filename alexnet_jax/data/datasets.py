@@ -16,17 +16,14 @@ from pathlib import Path
 import numpy as np
 
 from alexnet_jax import files
-from alexnet_jax.data import prepared
-from alexnet_jax.data import statistics as image_statistics
-from alexnet_jax.data.prefetch import prefetch
+from alexnet_jax.data import prepared, statistics
 from alexnet_jax.data.prepared import Description
 from alexnet_jax.data.records import StoredImages, Term
-from alexnet_jax.data.statistics import Statistics, Sums
+from alexnet_jax.data.statistics import Statistics
 from alexnet_jax.errors import RunError, UsageError
 
 log = logging.getLogger(__name__)
 
-CHUNK_BYTES = 2**26  # of images read into memory at once
 RESIDENT_GIB = 4.0  # up to this size a decoded split is held in memory
 
 
@@ -224,23 +221,13 @@ def statistics_of(dataset: Dataset) -> Statistics:
     """
     images = dataset.images
     if isinstance(images, np.ndarray):
-        return statistics(images)
-    beside = image_statistics.load(images.folder / 'statistics.npz')
+        return statistics.of_images(images)
+    beside = statistics.load(images.folder / 'statistics.npz')
     if beside and images.terms == [('train', 0, beside[1])]:
         return beside[0]
 
     def compute() -> Iterable[np.ndarray]:
         log.warning('%s: computing the mean image of %s images', images.folder, f'{len(images):,}')
-        return vars(statistics(images)).values()
+        return vars(statistics.of_images(images)).values()
 
-    return Statistics(*_kept(images, image_statistics.NAMES, compute))
-
-
-def statistics(images: np.ndarray | StoredImages) -> Statistics:
-    """Compute mean image and colours of uint8 images [N, H, W, C], chunk by chunk; see `Sums`."""
-    sums = Sums(images.shape[1:])
-    chunk = max(1, CHUNK_BYTES // math.prod(images.shape[1:]))
-    parts = prefetch(lambda i: images[i * chunk : (i + 1) * chunk], 0, -(-len(images) // chunk))
-    for part in parts:
-        sums.add(part)
-    return sums.result()
+    return Statistics(*_kept(images, statistics.NAMES, compute))

@@ -4,14 +4,18 @@ They are computed from the decoded records that training reads, because JPEG enc
 mean image by up to one of 255 levels. Preparation and training therefore get identical values.
 """
 
+import math
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from alexnet_jax import files
+from alexnet_jax import files, machine
+from alexnet_jax.data.prefetch import prefetch
 from alexnet_jax.errors import RunError
 
+CHUNK_BYTES = 2**24  # of images in memory at once, in each thread
 CHUNK_VALUES = 2**18  # summed at once: 2 MiB of float64 fit in a cache
 
 
@@ -27,48 +31,49 @@ class Statistics:
 NAMES = tuple(field.name for field in fields(Statistics))
 
 
-class Sums:
-    """Sums over images, from which their statistics follow.
+def of_images(images: Any) -> Statistics:
+    """Compute the statistics of uint8 images [N, H, W, C], an array or `records.StoredImages`.
 
     All summands are integers, which float64 adds exactly up to 2^53: 2.1 million white images of
     256 x 256 px. So the result depends neither on the order of the images nor on their partition.
     """
+    size, threads = max(1, CHUNK_BYTES // math.prod(images.shape[1:])), machine.cores()
+    total = products = np.zeros(())
+    for more in prefetch(
+        lambda i: sums(images[i * size : (i + 1) * size]),
+        0,
+        -(-len(images) // size),
+        depth=threads,
+        threads=threads,
+    ):
+        total, products = total + more[0], products + more[1]
+    return of_sums(len(images), total, products)
 
-    def __init__(self, shape: tuple[int, ...]):
-        """Start with no image; `shape` is that of an image, [H, W, C]."""
-        *self.size, channels = shape
-        self.count = 0
-        self.total = np.zeros((channels, *self.size))  # of the images
-        self.products = np.zeros((channels, channels))  # of two channels, over all pixels
 
-    def add(self, images: np.ndarray) -> None:
-        """Add images, uint8 [N, H, W, C]."""
-        channels = len(self.total)
-        for part in np.array_split(images, 1 + images.size // CHUNK_VALUES):
-            planes = part.reshape(-1, channels).T.astype(np.float64, order='C')  # [C, N H W]
-            # Not planes @ planes.T: BLAS starts threads, which doubles the processor time.
-            self.products += np.einsum('ip,jp->ij', planes, planes)
-            self.total += planes.reshape(channels, len(part), *self.size).sum(axis=1)
-        self.count += len(images)
+def sums(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Sum uint8 images [N, H, W, C]: float64 [C, H, W], and products of channels [C, C]."""
+    *size, channels = images.shape[1:]
+    total, products = np.zeros((channels, *size)), np.zeros((channels, channels))
+    for part in np.array_split(images, 1 + images.size // CHUNK_VALUES):
+        planes = part.reshape(-1, channels).T.astype(np.float64, order='C')  # [C, N H W]
+        # Not planes @ planes.T: BLAS starts threads, which doubles the processor time.
+        products += np.einsum('ip,jp->ij', planes, planes)
+        total += planes.reshape(channels, len(part), *size).sum(axis=1)
+    return total, products
 
-    def merge(self, count: int, total: np.ndarray, products: np.ndarray) -> None:
-        """Add the sums over `count` other images."""
-        self.count += count
-        self.total += total
-        self.products += products
 
-    def result(self) -> Statistics:
-        """Return the statistics; each vector's entry of largest magnitude is positive."""
-        pixel_count = self.count * self.total[0].size
-        mean = self.total.sum(axis=(1, 2)) / pixel_count
-        variances, vectors = np.linalg.eigh(self.products / pixel_count - np.outer(mean, mean))
-        variances, vectors = variances[::-1], vectors[:, ::-1]  # eigh sorts upwards
-        largest = np.take_along_axis(vectors, np.abs(vectors).argmax(axis=0)[None, :], axis=0)
-        return Statistics(
-            mean_image=(np.moveaxis(self.total, 0, -1) / self.count).astype(np.float32, order='C'),
-            colour_std=np.sqrt(np.maximum(variances, 0)).astype(np.float32),
-            colour_vectors=(vectors * np.sign(largest)).astype(np.float32),
-        )
+def of_sums(count: int, total: np.ndarray, products: np.ndarray) -> Statistics:
+    """Return the statistics of `count` images; each vector's largest entry is positive."""
+    pixel_count = count * total[0].size
+    mean = total.sum(axis=(1, 2)) / pixel_count
+    variances, vectors = np.linalg.eigh(products / pixel_count - np.outer(mean, mean))
+    variances, vectors = variances[::-1], vectors[:, ::-1]  # eigh sorts upwards
+    largest = np.take_along_axis(vectors, np.abs(vectors).argmax(axis=0)[None, :], axis=0)
+    return Statistics(
+        mean_image=(np.moveaxis(total, 0, -1) / count).astype(np.float32, order='C'),
+        colour_std=np.sqrt(np.maximum(variances, 0)).astype(np.float32),
+        colour_vectors=(vectors * np.sign(largest)).astype(np.float32),
+    )
 
 
 def save(path: Path, statistics: Statistics, count: int) -> None:

@@ -13,7 +13,6 @@ import subprocess
 import tempfile
 import urllib.request
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,7 +64,6 @@ FILES = {
 }
 VERSION = '3.0.1'  # of TFDS's builders
 DEBIAN_PACKAGE = 'dataset-fashion-mnist'
-DEBIAN_FOLDER = Path('/usr/share/datasets/fashion-mnist')
 
 
 def ensure(name: str, data_dir: str | Path) -> None:
@@ -79,13 +77,10 @@ def prepare(
 ) -> Path:
     """Prepare a data set in `data_dir` and return the builder's folder, at once if it exists.
 
-    The raw files come from `source`; if it is None, from the first of these that has them:
-    `data_dir/raw`; of Fashion-MNIST, Debian's package `dataset-fashion-mnist`, installed or fetched
-    by `apt-get download`, which needs no root; the address that TFDS downloads from.
-
     Args:
         data_dir: the folder of all data sets.
-        source: a folder with the four files.
+        source: a folder with the four files. If it is None they are downloaded: Fashion-MNIST as
+            Debian's package by `apt-get download`, which needs no root; else from TFDS's address.
         name: 'fashion_mnist', or 'mnist' for the digits.
 
     Raises:
@@ -101,7 +96,7 @@ def prepare(
         tempfile.TemporaryDirectory(dir=staging) as scratch,
     ):
         if not folder.exists():  # else another process made it while this one waited
-            raw = read_raw(source, name) if source else _find(name, data_dir, Path(scratch))
+            raw = read_raw(source, name) if source else _fetch(name, data_dir, Path(scratch))
             written = write(raw, Path(scratch), name)
             folder.parent.mkdir(exist_ok=True)
             written.rename(folder)
@@ -112,19 +107,14 @@ def prepare(
 # ---- the raw files --------------------------------------------------------------------------
 
 
-def _find(name: str, data_dir: Path, scratch: Path) -> Raw:
-    """Return the verified raw arrays from the first source that has them."""
-    sources: dict[str, Callable[[], Path]] = {}
-    if (raw_dir := data_dir / 'raw').is_dir():
-        sources[str(raw_dir)] = lambda: raw_dir
-    if name == 'fashion_mnist' and DEBIAN_FOLDER.is_dir():
-        sources[f"Debian's package {DEBIAN_PACKAGE}"] = lambda: DEBIAN_FOLDER
+def _fetch(name: str, data_dir: Path, scratch: Path) -> Raw:
+    """Return the verified raw arrays from the first address that has them."""
+    ways = {"TFDS's download URL": _download}
     if name == 'fashion_mnist':
-        sources[f'apt-get download {DEBIAN_PACKAGE}'] = lambda: _fetch_by_apt(scratch)
-    sources["TFDS's download URL"] = lambda: _download(name, scratch)
-    for description, find in sources.items():
+        ways = {f'apt-get download {DEBIAN_PACKAGE}': _fetch_by_apt} | ways
+    for description, fetch in ways.items():
         try:
-            raw = read_raw(find(), name)
+            raw = read_raw(fetch(name, scratch), name)
         except (RunError, OSError, subprocess.SubprocessError) as error:
             log(f'{name}: {description} failed: {error}')
         else:
@@ -137,7 +127,7 @@ def _find(name: str, data_dir: Path, scratch: Path) -> Raw:
     )
 
 
-def _fetch_by_apt(scratch: Path) -> Path:
+def _fetch_by_apt(name: str, scratch: Path) -> Path:
     """Download and unpack Debian's package, as any user; nothing is installed."""
     apt = scratch.resolve() / 'apt'  # lists of our own: the system's belong to root
     for part in ('state/lists/partial', 'cache/archives/partial'):
@@ -149,7 +139,7 @@ def _fetch_by_apt(scratch: Path) -> Path:
         subprocess.run(words, cwd=apt, capture_output=True, timeout=600, check=True)
     unpack = ['dpkg-deb', '-x', str(next(apt.glob('*.deb'))), str(apt)]
     subprocess.run(unpack, capture_output=True, check=True)
-    return apt / DEBIAN_FOLDER.relative_to('/')
+    return apt / 'usr/share/datasets' / name.replace('_', '-')
 
 
 def _download(name: str, folder: Path) -> Path:
@@ -169,14 +159,7 @@ def _builder(name: str) -> Any:
 
 
 def read_raw(folder: Path, name: str = 'fashion_mnist') -> Raw:
-    """Read and verify the four gzipped IDX files in `folder`.
-
-    Returns:
-        {split: (images uint8 [N, 28, 28], labels uint8 [N])}.
-
-    Raises:
-        RunError: a file is missing, cannot be read, or has other contents than the original.
-    """
+    """Read the four gzipped IDX files in `folder`; RunError if one differs from the original."""
     return {
         split: (_read_idx(folder, images), _read_idx(folder, labels))
         for split, (images, labels) in FILES[name].items()
@@ -203,11 +186,6 @@ def _read_idx(folder: Path, file: Idx) -> np.ndarray:
 
 def write(raw: Raw, folder: Path, name: str = 'fashion_mnist') -> Path:
     """Write `raw` as TFDS's own builder would, but the same bytes in every process.
-
-    Args:
-        raw: see `read_raw`; labels of any integer type.
-        folder: of all data sets.
-        name: see `prepare`.
 
     Returns:
         `folder/name/3.0.1`, which `tfds.builder_from_directory` reads.

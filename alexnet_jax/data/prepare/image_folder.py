@@ -20,9 +20,7 @@ from alexnet_jax.errors import UsageError
 # Names of folders that are splits, here and elsewhere.
 SPLITS = {'train': 'train', 'training': 'train', 'val': 'validation', 'valid': 'validation',
           'validation': 'validation', 'test': 'test'}  # fmt: skip
-ORDER = ('train', 'validation', 'test', '')
 RESERVED = (*FETCHED, *OFFICIAL, 'decoded')
-LIST_WIDTH = 4000  # characters of the list of classes that is reported
 
 Pictures = dict[str, list[File]]  # {class: its pictures}
 
@@ -33,11 +31,11 @@ def source(
     """Return the pictures of `folder`: train/CLASS/..., val/CLASS/..., test/CLASS/...; or CLASS/...
 
     A single split is divided, class by class, by a hash of the names: nearly all pictures stay in
-    their split when others are added.
+    their split when others are added. Hidden files, `archives.LEFTOVERS` and files without the
+    suffix of a picture are ignored.
 
     Args:
-        folder: its subfolders are the classes, or the splits and theirs the classes. Hidden files,
-            `archives.LEFTOVERS` and files without the suffix of a picture are ignored.
+        folder: its subfolders are the classes, or the splits and theirs the classes.
         name: of the data set; that of the folder if not given.
         validation: the share of it that validates, if the folder has one split.
         test: the share of it that tests, likewise.
@@ -53,9 +51,9 @@ def source(
     passed_over = ', '.join(f'{n:,} {end}' for end, n in ignored.most_common()) or 'none'
     if {'.heic', '.heif'} & ignored.keys():
         passed_over += '; convert HEIC to JPEG first'
-    if problems := _problems(splits):
+    if problem := _problem(splits):
         raise UsageError(
-            f'{folder} has {problems[0]} (ignored files: {passed_over}): give it one folder of '
+            f'{folder} has {problem} (ignored files: {passed_over}): give it one folder of '
             'images per class, or train/ (and val/ and test/) with the same classes, and no other '
             'folders.'
         )
@@ -67,9 +65,7 @@ def source(
         for file in found.get(one, ())
     ]
     counts = {split: sum(map(len, found.values())) for split, found in splits.items()}
-    per_class = collections.Counter(label for _, label, _ in every)
-    listed = ', '.join(f'{one} {per_class[label]:,}' for label, one in enumerate(classes))
-    listed = textwrap.shorten(listed, LIST_WIDTH, placeholder=' ...')
+    listed = textwrap.shorten(', '.join(classes), 1000, placeholder=' ...')
     log(f'{folder}: {len(classes):,} classes: {listed}')
     shown = ', '.join(f'{split} {count:,}' for split, count in counts.items())
     log(f'{folder}: images: {shown}; ignored files: {passed_over}')
@@ -105,49 +101,42 @@ def _name(name: str | None, folder: Path) -> str:
 def _splits(folder: Path, ignored: collections.Counter[str]) -> dict[str, Pictures]:
     """Return {split: {class: pictures}}, 'train' alone if no folder is a split.
 
-    If some folders are splits, all others count as split ''.
+    If some folders are splits, all others count as split ''. Ignored files are counted by suffix.
     """
-    places = [(SPLITS.get(path.name.lower(), ''), path) for path in _subfolders(folder)]
-    if not any(split for split, _ in places):
-        places = [('train', folder)]
-    suffixes = {
-        end for end, kind in Image.registered_extensions().items() if kind in images.FORMATS
-    }
-    found: dict[str, Pictures] = {}
-    for split, place in sorted(places, key=lambda one: ORDER.index(one[0])):
-        pictures = found.setdefault(split, {})
-        for one in _subfolders(place):
-            pictures.setdefault(one.name, [])
-        for file in archives.folder_files(place):
-            label, *inside = Path(file.path).relative_to(place).parts
-            suffix = Path(file.name).suffix.lower()
-            if inside and suffix in suffixes:
-                name = Path(file.path).relative_to(folder).as_posix()
-                pictures[label].append(file._replace(name=name))
-            else:
-                ignored[suffix or 'no suffix'] += 1
-        for files in pictures.values():
-            files.sort()
-    return found
+    known = Image.registered_extensions().items()
+    suffixes = {end for end, kind in known if kind in images.FORMATS}
+    files = [(Path(file.path).relative_to(folder), file) for file in archives.folder_files(folder)]
+    has_splits = any(path.parts[0].lower() in SPLITS for path, _ in files if len(path.parts) > 1)
+    found: dict[str, Pictures] = {'train': {}}
+    for path, file in files:
+        *inside, _ = path.parts
+        split = SPLITS.get(inside.pop(0).lower(), '') if has_splits and inside else 'train'
+        classes = found.setdefault(split, {})
+        pictures = classes.setdefault(inside[0], []) if inside else []
+        if inside and path.suffix.lower() in suffixes:
+            pictures.append(file._replace(name=path.as_posix()))
+        else:
+            ignored[path.suffix.lower() or 'no suffix'] += 1
+    for classes in found.values():
+        for pictures in classes.values():
+            pictures.sort()
+    return {split: found[split] for split in ('train', 'validation', 'test', '') if split in found}
 
 
-def _subfolders(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if p.is_dir() and not archives.is_leftover(p.name))
-
-
-def _problems(splits: dict[str, Pictures]) -> list[str]:
-    """Return why folders are not those of a data set, each completing '<folder> has ...'."""
-    train = splits.get('train', {})
-    found = [] if len(train) > 1 else ['fewer than two classes to train on']
+def _problem(splits: dict[str, Pictures]) -> str | None:
+    """Return why folders are not those of a data set; it completes '<folder> has ...'."""
+    train = splits['train']
+    if len(train) < 2:
+        return 'fewer than two classes to train on'
     if '' in splits:
-        found.append('other folders beside those of the splits')
+        return 'other folders beside those of the splits'
     for split, classes in splits.items():
         if not any(classes.values()):
-            found.append(f'no class with images in {split}')
-        found += [
-            f'no images of class {one!a} to train on' for one in classes if not train.get(one)
-        ]
-    return found
+            return f'no class with images in {split}'
+        for one in classes:
+            if not train.get(one):
+                return f'no images of class {one!a} to train on'
+    return None
 
 
 def _divide(found: Pictures, **shares: float) -> dict[str, Pictures]:
