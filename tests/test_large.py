@@ -277,7 +277,7 @@ def test_a_damaged_record_is_named(copy, workers):
     path.write_bytes(content)
     dataset = large(copy, workers=workers)
     with pytest.raises(
-        RunError, match=r'is damaged \(drawn-train\S+-00001-of-\d+, record \d+: '
+        RunError, match=r'is damaged \(drawn-train\S+-00001-of-\d+, records from \d+: '
     ) as e:
         dataset.images[:]
     assert '\n' not in str(e.value)

@@ -128,14 +128,9 @@ def _kept(
 
 
 def parse_split(split: str, shard_lengths: dict[str, list[int]]) -> list[Term]:
-    """Resolve a TFDS split expression.
+    """Resolve a TFDS split expression into a term for each part of its sum.
 
-    Args:
-        split: see `load`.
-        shard_lengths: {base split: number of examples in each of its files}.
-
-    Returns:
-        A term for each part of the sum.
+    `shard_lengths` is {base split: number of examples in each of its files}.
 
     Raises:
         UsageError: the syntax, the base split or the bounds are wrong, or no example is left.
@@ -191,11 +186,7 @@ def _folder(name: str, data_dir: Path) -> Path:
 
 
 def describe(name: str, data_dir: str | Path) -> Description:
-    """Return the description of a data set.
-
-    Raises:
-        UsageError, RunError: as `load`.
-    """
+    """Return the description of a data set; it raises as `load` does."""
     return prepared.describe(_folder(name, Path(data_dir)))
 
 

@@ -24,11 +24,7 @@ class BadImage(ValueError):
 
 
 def decode(encoded: bytes, shape: tuple[int, int, int]) -> np.ndarray:
-    """Decode a picture to uint8 of `shape` [H, W, C], see `decode_into`.
-
-    Raises:
-        BadImage: it cannot be decoded, or is too large to be decoded safely.
-    """
+    """Decode a picture to uint8 of `shape` [H, W, C], see `decode_into`."""
     out = np.empty(shape, np.uint8)
     decode_into(encoded, out)
     return out

@@ -40,11 +40,7 @@ def is_leftover(name: str) -> bool:
 
 
 def folder_files(folder: str | Path) -> Iterator[File]:
-    """Yield every file below `folder`, links followed, without the leftovers of systems.
-
-    Raises:
-        OSError: a folder or file cannot be read, or links form a loop.
-    """
+    """Yield every file below `folder`, links followed, without the leftovers of systems."""
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         if is_leftover(entry.name):
             continue
@@ -56,11 +52,9 @@ def folder_files(folder: str | Path) -> Iterator[File]:
 
 
 def tar_files(path: Path, md5: str | None = None) -> Iterator[File]:
-    """Yield every plain file of a tar file, and of the tar files in it, in their order.
+    """Yield every plain file of an uncompressed tar file, and of the tar files in it, in order.
 
-    Args:
-        path: of an uncompressed tar file.
-        md5: of the tar file, compared when all has been read.
+    The md5 is compared when all has been read.
 
     Raises:
         RunError: it is not a tar file, is incomplete, or has another md5.
@@ -105,11 +99,7 @@ def _files(path: str, stream: Any, start: int = 0) -> Iterator[File]:
 
 
 def read(file: File) -> bytes:
-    """Return the contents of a file, unpacked where they are gzipped (ILSVRC-2010 has one).
-
-    Raises:
-        OSError: it cannot be read.
-    """
+    """Return the contents of a file, unpacked where they are gzipped (ILSVRC-2010 has one)."""
     with open(file.path, 'rb', buffering=0) as source:
         content = os.pread(source.fileno(), file.size, file.offset)
     if content[:2] == b'\x1f\x8b':

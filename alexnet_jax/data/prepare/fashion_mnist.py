@@ -14,7 +14,7 @@ import tempfile
 import urllib.request
 import zlib
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -31,31 +31,21 @@ from alexnet_jax.errors import RunError
 Raw = dict[str, tuple[np.ndarray, np.ndarray]]  # {split: (uint8 [N, H, W], uint8 [N])}
 
 
-class Idx(NamedTuple):
-    """A raw file in the IDX format, gzipped as `<name>.gz`."""
-
-    name: str
-    sha256: str  # of the unpacked bytes: gzip headers differ from copy to copy
-
-
-def _files(*sums: str) -> dict[str, tuple[Idx, Idx]]:
-    """Return {split: (images, labels)}."""
-    stems = ('train-images-idx3', 'train-labels-idx1', 't10k-images-idx3', 't10k-labels-idx1')
-    files = [Idx(f'{stem}-ubyte', one) for stem, one in zip(stems, sums, strict=True)]
-    return {'train': (files[0], files[1]), 'test': (files[2], files[3])}
-
-
-FILES = {
+# In the IDX format.
+FILES = ('train-images-idx3-ubyte.gz', 'train-labels-idx1-ubyte.gz',
+         't10k-images-idx3-ubyte.gz', 't10k-labels-idx1-ubyte.gz')  # fmt: skip
+# Their sha256 when they are unpacked: gzip headers differ from copy to copy.
+SUMS = {
     # With upstream's file name and time (31 August 2017) put back into their gzip headers, the
     # files of Debian's package have the sums that TFDS 4.9.10 lists (url_checksums/fashion_mnist).
-    'fashion_mnist': _files(
+    'fashion_mnist': (
         'c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888',
         'bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9',
         '5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b',
         '0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34',
     ),
     # Files at storage.googleapis.com/cvdf-datasets/mnist; many public repositories list these sums.
-    'mnist': _files(
+    'mnist': (
         'ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db',
         '65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5',
         '0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7',
@@ -122,7 +112,7 @@ def _fetch(name: str, data_dir: Path, scratch: Path) -> Raw:
             return raw
     raise RunError(
         f'{name} is not in {data_dir} and could not be downloaded: connect to the internet, or put '
-        f'its four raw files ({FILES[name]["train"][0].name}.gz, ...) into a folder and run '
+        f'its four raw files ({FILES[0]}, ...) into a folder and run '
         f'`{prepared.command(name, data_dir)} --source=FOLDER`.'
     )
 
@@ -144,7 +134,7 @@ def _fetch_by_apt(name: str, scratch: Path) -> Path:
 
 def _download(name: str, folder: Path) -> Path:
     """Download the four files from TFDS's address."""
-    for file in (f'{one.name}.gz' for pair in FILES[name].values() for one in pair):
+    for file in FILES:
         url = _builder(name).URL + file
         with urllib.request.urlopen(url, timeout=20) as answer, (folder / file).open('wb') as copy:
             shutil.copyfileobj(answer, copy)
@@ -160,17 +150,15 @@ def _builder(name: str) -> Any:
 
 def read_raw(folder: Path, name: str = 'fashion_mnist') -> Raw:
     """Read the four gzipped IDX files in `folder`; RunError if one differs from the original."""
-    return {
-        split: (_read_idx(folder, images), _read_idx(folder, labels))
-        for split, (images, labels) in FILES[name].items()
-    }
+    sums = zip(FILES, SUMS[name], strict=True)
+    images, labels, test_images, test_labels = [_read_idx(folder / file, sha) for file, sha in sums]
+    return {'train': (images, labels), 'test': (test_images, test_labels)}
 
 
-def _read_idx(folder: Path, file: Idx) -> np.ndarray:
-    path = folder / f'{file.name}.gz'
+def _read_idx(path: Path, sha256: str) -> np.ndarray:
     try:
         raw = gzip.decompress(path.read_bytes())
-        if hashlib.sha256(raw).hexdigest() != file.sha256:
+        if hashlib.sha256(raw).hexdigest() != sha256:
             raise OSError('its sha256 is another')
     except (OSError, EOFError, zlib.error) as error:
         raise RunError(

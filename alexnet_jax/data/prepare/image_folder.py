@@ -37,8 +37,7 @@ def source(
     Args:
         folder: its subfolders are the classes, or the splits and theirs the classes.
         name: of the data set; that of the folder if not given.
-        validation: the share of it that validates, if the folder has one split.
-        test: the share of it that tests, likewise.
+        validation, test: the shares of these splits, if the folder has one split.
 
     Raises:
         UsageError: the name is not usable, or the folders are not those of a data set.
