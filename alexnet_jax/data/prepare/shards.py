@@ -74,7 +74,7 @@ class Shard(NamedTuple):
     pictures: list[str]  # JSON, in order: a hash of the name, the label, the fields of File
 
 
-# Facts about a finished shard: images, bytes of records, pictures that cannot be decoded, and why.
+# Facts about a shard: its images, the bytes of their records, and why pictures are missing.
 Facts = tuple[int, int, list[str]]
 
 
@@ -167,13 +167,12 @@ def _shard_count(pictures: int) -> int:
 
 
 def _facts_path(work: Path, shard: Shard) -> Path:
-    """Return the path of the facts of a shard; the file exists if the shard is finished."""
     return work / f'{shard.name}.json'
 
 
-def _facts(work: Path, shard: Shard) -> Facts | None:
+def _facts(work: Path, shard: Shard) -> Facts:
     path = _facts_path(work, shard)
-    return json.loads(path.read_text()) if path.exists() else None
+    return json.loads(path.read_text()) if path.exists() else (0, 0, ['not written yet'])
 
 
 def write_shard(shard: Shard, work: Path, form: Form, most_pixels: int) -> Facts:
@@ -213,12 +212,13 @@ def _write_shards(
 
     A shard that lacks pictures is written again: they may have been repaired, or be accepted now.
     """
-    every = [(shard, _facts(work, shard)) for shard in plan]
-    finished = [facts for _, facts in every if facts and not facts[2]]
-    missing = [shard for shard, facts in every if not facts or facts[2]]
-    if finished:
-        log(f'{source.name}: resuming, {len(finished):,} of {len(plan):,} shards are finished')
-    done, skipped = sum(count for count, *_ in finished), list[str]()
+    facts = {shard.name: _facts(work, shard) for shard in plan}
+    missing = [shard for shard in plan if facts[shard.name][2]]
+    done = sum(count for count, _, lacking in facts.values() if not lacking)
+    if done:
+        finished = len(plan) - len(missing)
+        log(f'{source.name}: resuming, {finished:,} of {len(plan):,} shards are finished')
+    skipped = list[str]()
     context = multiprocessing.get_context('spawn')  # a fork of a process with threads may hang
     with (
         progress(f'{source.name} (images)', sum(source.images.values())) as update,
@@ -266,7 +266,7 @@ def _describe(source: Source, plan: list[Shard], work: Path, form: Form, workers
     folder, skipped = work / 'set', list[str]()
     shards: dict[str, list[tuple[int, int]]] = {shard.split: [] for shard in plan}
     for shard in plan:
-        count, record_bytes, lacking = json.loads(_facts_path(work, shard).read_text())
+        count, record_bytes, lacking = _facts(work, shard)
         shards[shard.split].append((count, record_bytes))
         skipped += lacking
     for reason in skipped:
