@@ -74,6 +74,9 @@ def _add_pictures(parser: argparse.ArgumentParser, source: str) -> None:
 
 
 def _prepare(args: argparse.Namespace) -> Path:
+    for name, (least, most) in RANGES.items():
+        if not least <= (value := getattr(args, name, least)) <= most:
+            raise UsageError(f'--{name} must be from {least} to {most:,}, but is {value:,}.')
     if args.source and not args.source.is_dir():
         raise UsageError(f'--source={args.source} is not a folder.')
     if args.set in prepared.FETCHED:
@@ -93,13 +96,6 @@ def _prepare(args: argparse.Namespace) -> Path:
     )
 
 
-def _act(args: argparse.Namespace) -> None:
-    for name, (least, most) in RANGES.items():
-        if not least <= (value := getattr(args, name, least)) <= most:
-            raise UsageError(f'--{name} must be from {least} to {most:,}, but is {value:,}.')
-    print(_prepare(args))
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Prepare the data set of the command line and print its folder; return the exit code."""
-    return command.run('prepare', _parser, _act, argv)
+    return command.run('prepare', _parser, lambda args: print(_prepare(args)), argv)

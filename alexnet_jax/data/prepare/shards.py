@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -255,9 +254,8 @@ def _start_worker() -> None:
 
 def _end_with_parent() -> None:
     """End this worker when its parent is gone: a killed parent cannot."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        connection.wait([parent.sentinel])
+    if parent := multiprocessing.parent_process():
+        parent.join()
         os._exit(1)
 
 
