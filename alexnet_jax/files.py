@@ -29,11 +29,16 @@ def atomic_write(path: str | Path) -> Generator[Path]:
     scratch.touch()
     try:
         yield scratch
-        with scratch.open('rb') as written:
-            os.fsync(written.fileno())  # else a power cut may leave an empty file
+        sync(scratch)
         scratch.replace(path)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Flush a file to the disk, so that a power cut cannot leave an empty one under its name."""
+    with path.open('rb') as file:
+        os.fsync(file.fileno())
 
 
 @contextlib.contextmanager

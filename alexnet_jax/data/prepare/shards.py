@@ -112,7 +112,8 @@ def make(
             plan = _plan(source, work)
             _write_shards(source, plan, work, form, most_pixels, workers, skip_corrupt)
             _describe(source, plan, work, form, workers)
-            os.sync()  # a power cut must not leave empty files under the final name
+            for path in (work / 'set').glob('*.[jt]*'):  # those that TFDS wrote
+                files.sync(path)
             folder.parent.mkdir(exist_ok=True)
             (work / 'set').rename(folder)
             log(f'{source.name}: prepared in {folder}')
