@@ -3,9 +3,9 @@
 Errors are fractions in [0, 1]. Every image is counted once.
 """
 
+import contextlib
 import dataclasses
 import functools
-import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,6 @@ from alexnet_jax.training.metrics import log
 
 VIEWS = {'centre': (0,), 'ten_views': tuple(range(10))}  # by the names used in results
 CENTRE = {'centre': (0,)}
-EMPTY: Mapping[str, Any] = types.MappingProxyType({})
 Predict = Callable[[Any, Statistics, jax.Array, int], jax.Array]
 Extract = Callable[[np.ndarray], np.ndarray]
 
@@ -68,11 +67,10 @@ class Trained:
         )
 
     def extractor(self, layer: str) -> Extract:
-        """Return a function from uint8 images [B, H, W, C], as stored, to a layer's activations.
+        """Return a function from images uint8 [B, H, W, C], as stored, to float32 [B, ...].
 
-        It returns float32 [B, ...] for any B, of the centre view without dropout masks, computed in
-        the evaluation's batches. Images are split over all devices, each of which has the complete
-        net.
+        Activations are of the centre view, without dropout masks, for any B.
+        Images are split over all devices, each of which has the complete net.
 
         Args:
             layer: a name as `alexnet.activation_names` gives: 'fc7_relu'.
@@ -114,11 +112,9 @@ class Trained:
 
 
 def restore(
-    workdir: str | Path, step: Step = 'latest', overrides: Mapping[str, Any] = EMPTY
+    workdir: str | Path, step: Step = 'latest', overrides: Mapping[str, Any] | None = None
 ) -> Trained:
     """Read and verify a checkpoint, and put it on this machine's devices.
-
-    The mesh is the training's if this machine has enough devices for it, otherwise one device.
 
     Args:
         workdir: the run's folder.
@@ -149,37 +145,30 @@ def restore(
     )
 
 
-def _override(config: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    for key, value in overrides.items():
-        new = config_file.plain(config)
+def _override(config: dict[str, Any], overrides: Mapping[str, Any] | None) -> dict[str, Any]:
+    new = config_file.plain(config)
+    for key, value in (overrides or {}).items():
         config_file.override(new, key, value)
-        free = (*workdirs.MAY_DIFFER, 'loop.eval_batch_size')
-        if key not in free and config_file.differences(config, new):
-            raise UsageError(
-                f'--config.{key} has no effect on an evaluation, which uses the net and recipe of '
-                f'the checkpoint; remove it.'
-            )
-        config = new
-    return config
+    changed = config_file.differences(config, new).keys() - {'loop.eval_batch_size'}
+    if odd := sorted(changed.difference(workdirs.MAY_DIFFER)):
+        raise UsageError(
+            f'--config.{odd[0]} has no effect on an evaluation, which uses the net and recipe of '
+            f'the checkpoint; remove it.'
+        )
+    return new
 
 
 def _layout(settings: Settings) -> Layout:
     """Return the training's layout, or one device if this machine has too few for it."""
-    try:
+    if jax.process_count() > 1:
         return mesh.make_layout(settings.mesh, settings.batch_size)
-    except UsageError:
-        if jax.process_count() > 1:
-            raise
-        return mesh.make_layout(MeshShape(data=1, tower=1), 1)
+    with contextlib.suppress(UsageError):
+        return mesh.make_layout(settings.mesh, settings.batch_size)
+    return mesh.make_layout(MeshShape(data=1, tower=1), 1)
 
 
 def open_split(trained: Trained, split: str, data_dir: str = '') -> Dataset:
-    """Open a split of the run's data set with the checkpoint's classes; see `splits.match`.
-
-    Args:
-        trained: the checkpoint.
-        split: 'train', 'validation', 'test', or a split expression of TFDS.
-        data_dir: the folder of all data sets; the config's if empty.
+    """Open a split of the run's data, its labels numbered as the checkpoint's; see `splits`.
 
     Raises:
         UsageError: the split does not exist, or the data has other classes or channels.
@@ -211,11 +200,8 @@ def make_predict(settings: Settings, layout: Layout) -> Predict:
         pixels = augment.view(images, statistics, settings.net, settings.preprocess, view)
         return jax.nn.softmax(forward(params, pixels, None))
 
-    return jax.jit(
-        predict,
-        out_shardings=layout.replicated,
-        compiler_options=cpu.compiler_options(),
-    )
+    options = cpu.compiler_options()
+    return jax.jit(predict, out_shardings=layout.replicated, compiler_options=options)
 
 
 def probabilities(
@@ -230,9 +216,8 @@ def probabilities(
 ) -> dict[str, np.ndarray]:
     """Return the class probabilities of every image, float32 [N, classes], by the names in `views`.
 
-    Each is an average over several views, of softmax probabilities and not of logits (paper,
-    section 4.1). Each image is read once. Each of several processes reads its own share of the
-    images, and gets the complete result.
+    Each is a mean of several views' softmax probabilities (paper, section 4.1). Each of several
+    processes reads its own share of the images, and gets the complete result.
 
     Raises:
         RunError: a probability is not finite.
@@ -277,9 +262,8 @@ def scores(probability: np.ndarray, label: np.ndarray) -> dict[str, float]:
         probability: [N, classes].
         label: int [N].
 
-    A label is among the top k if fewer than k classes are more probable. Equally probable classes
-    are ranked by number, so that a constant prediction is right once in `classes` times. A
-    probability of zero counts as the smallest normal float32.
+    Equally probable classes are ranked by number, so that a constant prediction is right once in
+    `classes` times. A probability of zero counts as the smallest normal float32.
     """
     rank, own = ranks(probability, label), probability[np.arange(len(label)), label]
     likelihood = np.maximum(own, np.finfo(np.float32).tiny).astype(np.float64)
@@ -293,26 +277,14 @@ def scores(probability: np.ndarray, label: np.ndarray) -> dict[str, float]:
 def class_accuracy(probability: np.ndarray, label: np.ndarray, names: Sequence[str]) -> dict:
     """Return the top-1 accuracy of each class that has images, by name."""
     right = np.argmax(probability, axis=1) == label
-    return {
-        name: float(np.mean(right[label == i]))
-        for i, name in enumerate(names)
-        if np.any(label == i)
-    }
+    return {names[i]: float(np.mean(right[label == i])) for i in np.unique(label).tolist()}
 
 
 def summary(arrays: Mapping[str, np.ndarray], class_names: Sequence[str]) -> dict[str, Any]:
-    """Return the scores of predictions, for JSON.
-
-    Args:
-        arrays: 'label', int [N], and each of VIEWS, float32 [N, classes].
-        class_names: by label.
-    """
+    """Return the scores of predictions, as `load_predictions` returns them, for JSON."""
     label = arrays['label']
-    result: dict[str, Any] = {'images': len(label)}
-    for name in VIEWS:
-        result[name] = scores(arrays[name], label)
-    result['class_accuracy'] = class_accuracy(arrays['centre'], label, class_names)
-    return result
+    accuracy = {'class_accuracy': class_accuracy(arrays['centre'], label, class_names)}
+    return {'images': len(label)} | {name: scores(arrays[name], label) for name in VIEWS} | accuracy
 
 
 # ------------------------------------------------------------------------- predictions on disk
@@ -353,23 +325,15 @@ def run(
     step: Step = 'latest',
     split: str = 'test',
     data_dir: str = '',
-    overrides: Mapping[str, Any] = EMPTY,
+    overrides: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Evaluate a checkpoint, or the ensemble of several, on every image of a split.
+    """Evaluate a checkpoint, or an ensemble, whose probabilities are averaged, on a split.
 
-    Args:
-        workdirs: the runs; probabilities of several are averaged, class by class.
-        step: see `restore`.
-        split: 'train', 'validation' or 'test' of the run's config, or an expression of TFDS.
-        data_dir: the folder of all data sets; the config's if empty.
-        overrides: see `restore`.
+    For arguments and errors see `restore` and `open_split`. All runs need the same images and
+    classes.
 
     Returns:
         The scores, as `summary`, and the step of each workdir.
-
-    Raises:
-        UsageError: a step or split does not exist, or nets and data do not fit together.
-        RunError: there is no checkpoint, it is damaged, or there is no data.
     """
     members, steps, totals = [], [], dict[str, np.ndarray]()
     for workdir in workdirs:

@@ -33,19 +33,12 @@ from alexnet_jax.training.metrics import log
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Features:
-    """One layer's features of many images.
+    """One layer's features of many images."""
 
-    Attributes:
-        rows: float32 [N, ...].
-        label: int32 [N], -1 for an unknown one; None if all are unknown.
-        path: of image files; None for a split of the data set.
-        about: layer, split, class_names; step of the checkpoint and sha256 of its parameters.
-    """
-
-    rows: np.ndarray | Computed
-    label: np.ndarray | None
-    path: Sequence[str] | None
-    about: dict[str, Any]
+    rows: np.ndarray | Computed  # float32 [N, ...]
+    label: np.ndarray | None  # int32 [N], -1 for an unknown one; None if all are unknown
+    path: Sequence[str] | None  # of image files; None for a split of the data set
+    about: dict[str, Any]  # see `_about`
 
     def __len__(self) -> int:
         return self.rows.shape[0]
@@ -66,15 +59,7 @@ class Features:
 def of_split(trained: Trained, layer: str, split: str, data_dir: str = '') -> Features:
     """Return the features of a split of the run's data set; they are computed when indexed.
 
-    Args:
-        trained: the checkpoint.
-        layer: see `Trained.extractor`.
-        split: 'train', 'validation' or 'test' of the run's config, or an expression of TFDS.
-        data_dir: the folder of all data sets; the config's if empty.
-
-    Raises:
-        UsageError: the layer or split does not exist, or the data has other classes.
-        RunError: the data set does not exist.
+    For arguments and errors see `Trained.extractor` and `evaluate.open_split`.
     """
     dataset = evaluate.open_split(trained, split, data_dir)
     rows = Computed(dataset.images.__getitem__, trained.extractor(layer), len(dataset))
@@ -88,15 +73,10 @@ def of_files(trained: Trained, layer: str, words: Sequence[str], faults: list[st
 
     Raises:
         UsageError: the layer does not exist.
-        RunError: none of the files is an image.
     """
     extract = trained.extractor(layer)  # before the files are read
     found = image_files.read_ahead(image_files.find(words), trained.stored, 100, faults)
     paths = [path for names, _ in found for path in names]
-    if not paths:
-        raise RunError(
-            'none of the files is an image; give image files, or folders that contain some.'
-        )
 
     def images(rows: slice) -> np.ndarray:
         read = [image_files.read(path, trained.stored) for path in paths[rows]]
@@ -168,12 +148,7 @@ def read(path: Path) -> Features:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write features, or print nearest images; return the number of files that were no image.
-
-    Raises:
-        UsageError: the layer, split or step does not exist, or --among has other features.
-        RunError: there is no checkpoint, data or image, or the output cannot be written.
-    """
+    """Write features, or print nearest images; return the number of files that were no image."""
     if args.output is not None:
         files.check_writable(args.output)
     trained = evaluate.restore(args.workdir, args.step)
@@ -182,6 +157,8 @@ def run(args: argparse.Namespace) -> int:
         features = of_split(trained, args.layer, args.split, args.data_dir or '')
     else:
         features = of_files(trained, args.layer, args.images, faults)
+    if not len(features):  # each is reported
+        return len(faults)
     log(f'{args.workdir}: step {trained.step}, {args.layer} of {len(features)} image(s)')
     if args.output is not None:
         write(features, args.output, trained.settings.loop.eval_batch_size)
@@ -207,29 +184,23 @@ def _among(trained: Trained, queries: Features, args: argparse.Namespace) -> Fea
 def _print_nearest(queries: Features, among: Features, k: int, as_json: bool) -> None:
     rows = np.concatenate([*neighbours.blocks(queries.rows, neighbours.BLOCK)])
     found = neighbours.nearest(rows, among.rows, k)
-    answers = [
-        {
-            'query': queries.image(row),
-            'class': queries.class_name(row),
-            'neighbours': [
-                {'image': among.image(i), 'row': i, 'class': among.class_name(i), 'distance': own}
-                for i, own in zip(index, distances, strict=True)
-            ],
-        }
-        for row, (index, distances) in enumerate(zip(*map(np.ndarray.tolist, found), strict=True))
-    ]
-    print('\n'.join(map(json.dumps, answers)) if as_json else _table(answers))
-
-
-def _table(answers: Sequence[dict[str, Any]]) -> str:
-    rows = [('query', 'distance', 'neighbour', 'class')]
-    for answer in answers:
-        query = command.shown(answer['query'])
-        for own in answer['neighbours']:
-            image, label = map(command.shown, (own['image'], own['class'] or ''))
-            rows.append((query, f'{own["distance"]:>12.6g}', image, label))
+    table = [('query', 'distance', 'neighbour', 'class')]
+    for row, (index, distances) in enumerate(zip(*map(np.ndarray.tolist, found), strict=True)):
+        query = queries.image(row)
+        near: list[dict[str, Any]] = [
+            {'image': among.image(i), 'row': i, 'class': among.class_name(i), 'distance': own}
+            for i, own in zip(index, distances, strict=True)
+        ]
+        answer = {'query': query, 'class': queries.class_name(row), 'neighbours': near}
+        if as_json:
+            print(json.dumps(answer))
+        for own in near:
+            names = query, own['image'], own['class'] or ''
+            query, image, label = map(command.shown, names)
+            table.append((query, f'{own["distance"]:>12.6g}', image, label))
             query = ''  # in the first row only
-    return command.table(rows)
+    if not as_json:
+        print(command.table(table))
 
 
 def _parser() -> command.Parser:

@@ -8,10 +8,9 @@ from typing import NamedTuple
 import numpy as np
 
 from alexnet_jax.data.prefetch import prefetch
-from alexnet_jax.errors import RunError, UsageError
 
 BLOCK = 256  # rows in memory at a time: images of 256 px take 50 MB, features of conv1 300 MB
-TERMS = 2**22  # of exact distances that are summed at a time: 32 MB
+EPSILON = np.finfo(np.float64).eps
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -54,62 +53,33 @@ def nearest(
     """Find the k nearest rows by Euclidean distance.
 
     Distances are sums of squared differences in float64, so the result is exact: a duplicate is at
-    distance 0, and rows at the same distance are ranked by index. A matrix product selects the few
-    rows for which they are computed.
+    distance 0, and rows at the same distance are ranked by index. They are computed only for rows
+    that may be among the nearest by |q|^2 - 2 q.r + |r|^2, which is off by at most `error`, by the
+    usual bound of a scalar product.
 
     Args:
         queries: float32 [Q, D], or [Q, ...], which is flattened.
-        features: float32 [N, D], or [N, ...].
-        k: neighbours of each query.
+        features: float32 [N, D], or [N, ...]; a row that is not finite is ranked last.
+        k: neighbours of each query; all N rows if there are fewer.
         block: rows in memory at a time.
-
-    Raises:
-        UsageError: k is not in 1..N.
-        RunError: features are not finite.
     """
-    count, width = features.shape[0], math.prod(features.shape[1:])
-    if not 1 <= k <= count:
-        raise UsageError(f'k must be between 1 and {count}, the number of images, but is {k}.')
+    width = math.prod(features.shape[1:])
     queries = np.asarray(queries, np.float64).reshape(len(queries), width)
     squared, index = np.zeros((len(queries), 0)), np.zeros((len(queries), 0), np.int64)
     start = 0
     for rows in blocks(features, block):
         rows = rows.reshape(len(rows), width).astype(np.float64)
-        if not (np.isfinite(rows).all() and np.isfinite(queries).all()):
-            raise RunError('some features are not finite, so they have no neighbours.')
-        new = _squared_distances(queries, rows, squared, k)
+        norms = np.sum(queries**2, axis=1)[:, None] + np.sum(rows**2, axis=1)
+        rough, error = norms - 2 * queries @ rows.T, 2 * (width + 8) * EPSILON * norms
+        most = np.hstack([squared, rough + error])
+        place = min(k, most.shape[1]) - 1
+        kth = np.partition(most, place, axis=1)[:, place, None]
+        new = np.full(rough.shape, np.inf)
+        for own, query, near in zip(new, queries, ~(rough - error > kth), strict=True):
+            own[near] = np.sum((rows[near] - query) ** 2, axis=1)
         numbers = np.broadcast_to(np.arange(start, start + len(rows)), new.shape)
         squared, index = np.hstack([squared, new]), np.hstack([index, numbers])
         order = np.argsort(squared, axis=1, kind='stable')[:, :k]  # earlier rows come first
         squared, index = (np.take_along_axis(x, order, 1) for x in (squared, index))
         start += len(rows)
     return Neighbours(index, np.sqrt(squared))
-
-
-def _squared_distances(
-    queries: np.ndarray, rows: np.ndarray, found: np.ndarray, k: int
-) -> np.ndarray:
-    """Return squared distances [Q, b], or infinity where a row is not among the k nearest.
-
-    |q|^2 - 2 q.r + |r|^2 is off by at most `error`, by the usual bound of a scalar product. The
-    differences are squared only for rows that may be as near as the k-th.
-
-    Args:
-        queries: float64 [Q, D].
-        rows: float64 [b, D].
-        found: squared distances of the nearest earlier rows, [Q, 0..k].
-        k: the number of neighbours.
-    """
-    width = queries.shape[1]
-    norms = np.sum(queries**2, axis=1)[:, None] + np.sum(rows**2, axis=1)[None]
-    rough = norms - 2 * queries @ rows.T
-    error = 2 * (width + 8) * np.finfo(np.float64).eps * norms
-    most = np.hstack([found, rough + error])
-    place = min(k, most.shape[1]) - 1
-    may_be_near = rough - error <= np.partition(most, place, axis=1)[:, place, None]
-    result = np.full(rough.shape, np.inf)
-    query, row = np.nonzero(may_be_near)
-    for start in range(0, len(query), chunk := max(1, TERMS // width)):
-        q, r = query[start : start + chunk], row[start : start + chunk]
-        result[q, r] = np.sum((queries[q] - rows[r]) ** 2, axis=1)
-    return result

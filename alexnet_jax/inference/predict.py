@@ -16,6 +16,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -49,8 +50,7 @@ class Classifier:
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """Return class probabilities, float32 [B, classes], of uint8 [B, H, W, C], any B.
 
-        Images of another size than the stored one are resized as files are. C is 1 (grey), 3 (RGB)
-        or 4 (RGB and alpha).
+        Images of another size are resized as files are. C is 1 (grey), 3 (RGB) or 4 (RGB, alpha).
 
         Raises:
             UsageError: the images are not uint8, or of another shape.
@@ -79,11 +79,7 @@ class Classifier:
 
 
 def load(
-    workdir: str | Path,
-    step: Step = 'latest',
-    *,
-    views: str = 'centre',
-    batch_size: int = 0,
+    workdir: str | Path, step: Step = 'latest', *, views: str = 'centre', batch_size: int = 0
 ) -> Classifier:
     """Return a function from uint8 images [B, H, W, C] to probabilities, compiled once.
 
@@ -115,31 +111,25 @@ def run(args: argparse.Namespace) -> int:
     views = 'ten_views' if args.views == 10 else 'centre'
     classify = load(args.workdir, args.step, views=views, batch_size=args.batch_size)
     paths, faults = image_files.find(args.images), list[str]()
+    class_names = classify.class_names
     log(f'{args.workdir}: step {classify.trained.step}, {len(paths)} file(s)')
     blocks = image_files.read_ahead(paths, classify.trained.stored, classify.batch_size, faults)
     rows = [('image', 'probability', 'class')]
     for names, images in blocks:
         for path, probability in zip(names, classify(images), strict=True):
-            labels, name = evaluate.top(probability, args.top), command.shown(path)
+            found: list[dict[str, Any]] = [
+                {'class': class_names[i], 'label': i, 'probability': float(probability[i])}
+                for i in evaluate.top(probability, args.top)
+            ]
             if args.json:
-                print(_as_json(path, labels, probability, classify.class_names), flush=True)
-            for label in labels:
-                share, class_name = f'{probability[label]:>11.2%}', classify.class_names[label]
-                rows.append((name, share, command.shown(class_name)))
+                print(json.dumps({'image': str(path), 'top': found}), flush=True)
+            name = command.shown(path)
+            for own in found:
+                rows.append((name, f'{own["probability"]:>11.2%}', command.shown(own['class'])))
                 name = ''  # in the first of an image's rows only
     if rows[1:] and not args.json:
         print(command.table(rows))
     return len(faults)
-
-
-def _as_json(
-    path: Path, labels: Sequence[int], probability: np.ndarray, names: Sequence[str]
-) -> str:
-    found = [
-        {'class': names[label], 'label': label, 'probability': float(probability[label])}
-        for label in labels
-    ]
-    return json.dumps({'image': str(path), 'top': found})
 
 
 def _parser() -> command.Parser:
