@@ -13,8 +13,8 @@ here: neither the file nor the data were available).
 Differs from configs/alexnet.py, according to Caffe's train_val.prototxt, in: ReLU, LRN, pool in
 conv1 and conv2, no spatial norm; LRN with k = 1, whose windows extend across groups;
 227 px; bias 0.1; std 0.005 in fc6 and fc7; inverted dropout; no colour noise; rates divided by ten
-every 100,000 of 450,000 steps of 256 images. The channels of the weights and of the mean image are
-BGR; an import reverses them. Caffe's pooling rounds up, which changes nothing at these sizes.
+every 100,000 of 450,000 steps of 256 images. The channels of the weights are BGR; an import
+reverses them. Caffe's pooling rounds up, which changes nothing at these sizes.
 
 k = 1 was tried in 2012: run 135 is run 131 with k = 2, 41.07 / 18.42 % against 40.93 / 18.57 % on
 ILSVRC-2012 val, ten views, one seed each (layer-params-131.cfg, layer-params-135.cfg).

@@ -22,7 +22,7 @@ import pytest
 from alexnet_jax import config as configuration
 from alexnet_jax import config_file as loader
 from alexnet_jax.data import datasets
-from alexnet_jax.errors import RunError, UsageError
+from alexnet_jax.errors import RunError
 from alexnet_jax.inference import evaluate
 from alexnet_jax.interop import export, weight_files, weights
 from alexnet_jax.model import alexnet as model
@@ -101,9 +101,9 @@ def torchvision_logits(w, images):
     return x
 
 
-def caffe_logits(w, images, pool_first, mean=(104.007, 116.669, 122.679)):
-    """RGB uint8 crops [B, H, W, 3] -> logits, as Caffe's deploy.prototxt has it; `mean` is BGR."""
-    x = (images[..., ::-1] - np.asarray(mean)).transpose(0, 3, 1, 2)
+def caffe_logits(w, images, pool_first):
+    """RGB uint8 crops [B, H, W, 3] -> logits, as Caffe's deploy.prototxt has it."""
+    x = (images[..., ::-1] - np.array([104.007, 116.669, 122.679])).transpose(0, 3, 1, 2)
     for name, stride, pad, groups in (
         ('conv1', 4, 0, 1),
         ('conv2', 1, 2, 2),
@@ -125,8 +125,8 @@ def caffe_logits(w, images, pool_first, mean=(104.007, 116.669, 122.679)):
 
 THEIRS = {
     'torchvision': torchvision_logits,
-    'bvlc_alexnet': lambda w, images, **how: caffe_logits(w, images, False, **how),
-    'caffenet': lambda w, images, **how: caffe_logits(w, images, True, **how),
+    'bvlc_alexnet': lambda w, images: caffe_logits(w, images, False),
+    'caffenet': lambda w, images: caffe_logits(w, images, True),
 }
 
 
@@ -195,27 +195,6 @@ def test_caffes_normalisation_crosses_the_groups(monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], 'caffe_lrn', halves)
     wrong = caffe_logits(arrays, images, False)
     assert np.abs(right - wrong).max() > 10 * TOLERANCE * np.abs(right).max()
-
-
-def test_caffes_mean_image(tmp_path):
-    """The mean image has the layout of Caffe's examples: BGR, channels first."""
-    config = small('bvlc_alexnet')
-    settings = configuration.unpack(config)
-    px = settings.preprocess.image_px
-    mean = np.random.default_rng(1).uniform(90, 130, (3, px, px)).astype(np.float32)
-    arrays, images = foreign('bvlc_alexnet', config), pictures(px)
-    expected = caffe_logits(
-        arrays, images[:, 4:-4, 4:-4], False, mean=mean.transpose(1, 2, 0)[4:-4, 4:-4]
-    )
-    np.save(tmp_path / 'mean.npy', mean)
-    file = write(tmp_path / 'net.npz', arrays)
-    words = ['import', 'bvlc_alexnet', file, '--workdir', tmp_path / 'w']
-    words += ['--config', net_file(tmp_path, 'bvlc_alexnet'), '--mean', tmp_path / 'mean.npy']
-    assert weights.main([str(word) for word in words]) == 0
-    state = checkpoint.read(tmp_path / 'w' / 'checkpoints').state
-    statistics = Statistics(**state['statistics'])
-    found = our_logits(settings, state['state']['params'], statistics, images)
-    np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
 
 
 # ---------------------------------------------------------------------------------- full-sized nets
@@ -745,10 +724,17 @@ def average_tanh_sigmoid(scale):
     return config
 
 
+def own_towers(scale):
+    config = alexnet.get_config(scale)
+    config.model.fc6.reads = config.model.fc7.reads = 'own'
+    return config
+
+
 @pytest.mark.parametrize(
     ('get_config', 'gain'),
     [
         (alexnet.get_config, 2),
+        (own_towers, 1.5),
         (alexnet_paper.get_config, 3),
         (average_tanh_sigmoid, 4),
         (ablation_overlap.get_config, 3),
@@ -914,9 +900,9 @@ def test_another_frameworks_tree(tmp_path, capsys):
         (['import', 'caffenet', 'a.npz', '--workdir=w'], 1, 'a.npz: No such file or directory'),
         (['import', 'overfeat', 'a.npz', '--workdir=w'], 2, "invalid choice: 'overfeat'"),
         (
-            ['import', 'own', 'a.safetensors', '--workdir=w', '--mean=m.npy'],
+            ['import', 'own', 'a.safetensors', '--workdir=w', '--config=c.py'],
             2,
-            'contain config, mean and class names',
+            'contain config and class names',
         ),
         (
             ['import', 'caffenet', 'a.npz', '--workdir=w', '--config=no.py'],
@@ -949,20 +935,11 @@ def test_a_foreign_file_as_own(tmp_path, capsys, name):
     assert not (tmp_path / 'w').exists()
 
 
-@pytest.mark.parametrize(
-    ('flag', 'name', 'body', 'sentence'),
-    [
-        ('--mean', 'mean.binaryproto', b'\x08\x01\x10\x03', 'blobproto_to_array'),
-        ('--mean', 'mean.npy', np.zeros((256, 256)), 'is not Caffe'),
-        ('--class_names', 'names.txt', b'caf\xe9', 'is not UTF-8 text'),
-        ('--class_names', 'names.txt', b'one\ntwo', '2 class names were given for 10 classes'),
-    ],
-)
-def test_damaged_companion_files(tmp_path, capsys, flag, name, body, sentence):
+def test_class_names_of_another_net(tmp_path, capsys):
     write(tmp_path / 'a.npz', foreign('caffenet', small('caffenet')))
-    file = tmp_path / name
-    np.save(file, body) if isinstance(body, np.ndarray) else file.write_bytes(body)
-    refused(['import', 'caffenet', 'a.npz', flag, str(file)], 2, sentence, tmp_path, capsys)
+    (tmp_path / 'names.txt').write_text('one\ntwo')
+    words = ['import', 'caffenet', 'a.npz', '--class_names', str(tmp_path / 'names.txt')]
+    refused(words, 2, '2 class names were given for 10 classes', tmp_path, capsys)
 
 
 def test_a_missing_library(monkeypatch, tmp_path):
@@ -970,13 +947,3 @@ def test_a_missing_library(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, 'safetensors', None)
     with pytest.raises(RunError, match=r'pip install .alexnet_jax\[weights\]'):
         weight_files.read(tmp_path / 'a.safetensors')
-
-
-def test_a_net_that_onnx_cannot_express():
-    made = alexnet.get_config('quickstart')
-    made.model.fc7.reads = 'own'
-    settings = configuration.unpack(made)
-    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), settings.net))
-    params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
-    with pytest.raises(UsageError, match=r'fc7 reads only its own tower.*\.stablehlo'):
-        export.onnx(settings, params, Statistics(jnp.zeros((28, 28, 1)), jnp.zeros((1, 1))))

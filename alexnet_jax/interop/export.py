@@ -12,10 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy import linalg
 
 from alexnet_jax import command
 from alexnet_jax.config import Settings
-from alexnet_jax.errors import UsageError
 from alexnet_jax.model import alexnet, augment
 from alexnet_jax.model.alexnet import AlexNet, Stage
 from alexnet_jax.model.augment import Statistics
@@ -50,7 +50,6 @@ def onnx(settings: Settings, params: Any, statistics: Statistics) -> bytes:
     """Return a float32 ONNX model, with a few nodes for each operation of the layer table.
 
     Raises:
-        UsageError: a fully connected layer reads its own tower only.
         RunError: the library onnx is not installed.
     """
     graph = _Graph()
@@ -76,12 +75,6 @@ class _Graph:
         output = output or f'{kind.lower()}_{len(self.nodes)}'
         self.nodes.append(self.onnx.helper.make_node(kind, inputs, [output], **attributes))
         return output
-
-    def split(self, x: str, parts: int) -> list[str]:
-        """Add a split of the channels into equal parts; return their names."""
-        names = [f'split_{len(self.nodes)}_{part}' for part in range(parts)]
-        self.nodes.append(self.onnx.helper.make_node('Split', [x], names, axis=1))
-        return names
 
     def constant(self, value: Any) -> str:
         """Add a float32 array; return its name."""
@@ -135,22 +128,15 @@ def _linear(graph: _Graph, x: str, stage: Stage, kernel: np.ndarray, bias: np.nd
     layer = stage.layer
     if layer.kind == 'conv':
         (top, bottom), (left, right) = layer.padding_px
-        return graph.node(
-            'Conv',
-            x,
-            graph.constant(kernel.transpose(3, 2, 0, 1)),
-            graph.constant(bias),
-            strides=[layer.stride_px] * 2,
-            pads=[top, left, bottom, right],
-            group=stage.groups,
-        )
-    if stage.groups > 1:
-        raise UsageError(
-            f'{layer.name} reads only its own tower, which ONNX cannot express; use .stablehlo.'
-        )
+        how: dict[str, Any] = {'strides': [layer.stride_px] * 2, 'pads': [top, left, bottom, right]}
+        weights = graph.constant(kernel.transpose(3, 2, 0, 1)), graph.constant(bias)
+        return graph.node('Conv', x, *weights, group=stage.groups, **how)
+    towers = np.split(kernel, stage.groups, axis=1)
     if len(stage.input) == 3:  # flattened with channels first
-        kernel = kernel.reshape(*stage.input, -1).transpose(2, 0, 1, 3).reshape(kernel.shape)
+        shape = *stage.input[:2], stage.input[2] // stage.groups, -1
+        towers = [k.reshape(shape).transpose(2, 0, 1, 3).reshape(k.shape) for k in towers]
         x = graph.node('Flatten', x, axis=1)
+    kernel = linalg.block_diag(*towers)  # zeros where a tower does not read the other
     return graph.node('Gemm', x, graph.constant(kernel), graph.constant(bias))
 
 
@@ -178,20 +164,19 @@ def _lrn(graph: _Graph, x: str, net: alexnet.Net) -> str:
     )
     if net.towers == 1 or net.lrn_reads == 'all':
         return graph.node('LRN', x, **how)
-    towers = graph.split(x, net.towers)
-    return graph.node('Concat', *(graph.node('LRN', tower, **how) for tower in towers), axis=1)
+    names = [f'tower_{len(graph.nodes)}_{number}' for number in range(net.towers)]
+    graph.nodes.append(graph.onnx.helper.make_node('Split', [x], names, axis=1))
+    return graph.node('Concat', *(graph.node('LRN', name, **how) for name in names), axis=1)
 
 
 def _spatial_norm(graph: _Graph, x: str, norm: alexnet.Norm) -> str:
     """Add spatial normalisation. A window's sum is its zero-padded mean times its size."""
-    mean = graph.node(
-        'AveragePool',
-        graph.node('Mul', x, x),
-        kernel_shape=[norm.size] * 2,
-        pads=[norm.size // 2] * 4,
-        strides=[1, 1],
-        count_include_pad=1,
-    )
+    how: dict[str, Any] = {
+        'kernel_shape': [norm.size] * 2,
+        'pads': [norm.size // 2] * 4,
+        'count_include_pad': 1,
+    }
+    mean = graph.node('AveragePool', graph.node('Mul', x, x), **how)
     weighted = graph.node('Mul', mean, graph.constant(norm.alpha * norm.size**2))
     scale = graph.node('Add', weighted, graph.constant(norm.k))
     return graph.node('Div', x, graph.node('Pow', scale, graph.constant(norm.beta)))

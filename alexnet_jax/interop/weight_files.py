@@ -119,17 +119,16 @@ def _load(torch: Any, path: Path) -> Any:
             with torch.serialization.safe_globals([(_Ignored, name) for name in names]):
                 return torch.load(path, map_location='cpu', weights_only=True)
         except pickle.UnpicklingError as problem:
-            text = ' '.join(str(problem).split())
-            refused = re.search(r'GLOBAL (\S+) was not an allowed global', text)
-            if refused and refused[1] not in names:
-                names.append(refused[1])
-                continue
-            found = re.search(r'GLOBAL (\S+)', text) or re.search(r'Unpickler error: (.+)', text)
-            reason = (found[1] if found else text)[:120]
-            raise RunError(
-                f'{path} is damaged, or contains Python objects ({reason}), which are not loaded, '
-                f'for safety; save only model.state_dict().'
-            ) from problem
+            reason = ' '.join(str(problem).split())
+            refused = re.search(r'GLOBAL (\S+) was not an allowed global', reason)
+            if refused is None or refused[1] in names:
+                break
+            names.append(refused[1])
+    found = re.search(r'GLOBAL (\S+)', reason)
+    raise RunError(
+        f'{path} is damaged, or contains Python objects ({found[1] if found else "unreadable"}), '
+        f'which are not loaded, for safety; save only model.state_dict().'
+    )
 
 
 def _leaves(tree: Any, path: str = '') -> Iterator[tuple[str, Any]]:

@@ -91,30 +91,20 @@ ORIGINS = {
 
 
 def canonical(arrays: Arrays, origin: Origin, settings: Settings, file: str = 'the file') -> Params:
-    """Convert another framework's weights to our parameter tree, float32.
+    """Convert another framework's weights, by their names in `file`, to our parameters, float32.
 
     Their kernels are [out, in, height, width], or [out, in] with `in` running over channels,
     height, width. Ours are [height, width, in, out] and [in, out] with channels last. The order of
     the channels and their different deviations are folded into conv1, which reads
     (pixel - mean) * scale, see `augment.apply`.
 
-    Args:
-        arrays: by their names in the file, wrappers included.
-        origin: the framework.
-        settings: of the net.
-        file: its name for error messages.
-
     Raises:
         UsageError: they are another net's; names the first key at fault.
     """
-    stages = alexnet.geometry(settings.net)
-    if len(stages) != len(origin.names):
-        raise UsageError(
-            f'the net of {file} has the layers {", ".join(origin.names)}, but that of the config '
-            f'has {len(stages)} layers; {OTHER_CONFIG}.'
-        )
-    wanted: dict[str, tuple[int, ...]] = {}
-    for name, stage in zip(origin.names, stages, strict=True):
+    stages, wanted = alexnet.geometry(settings.net), dict[str, tuple[int, ...]]()
+    own = [stage.layer.name for stage in stages]
+    names = (*origin.names, *own[len(origin.names) :])  # those of layers too many are missed
+    for name, stage in zip(names, stages, strict=False):
         kernel, bias = (name + part for part in origin.parts)
         wanted |= {kernel: stage.kernel[::-1], bias: stage.kernel[-1:]}  # kernels are square
     checked = _check(_unwrap(arrays, next(iter(wanted)), file), wanted, file)
@@ -123,7 +113,7 @@ def canonical(arrays: Arrays, origin: Origin, settings: Settings, file: str = 't
             'kernel': _kernel(checked[name + origin.parts[0]], stage),
             'bias': checked[name + origin.parts[1]],
         }
-        for name, stage in zip(origin.names, stages, strict=True)
+        for name, stage in zip(names, stages, strict=False)
     }
     conv1 = params[stages[0].layer.name]
     kernel = conv1['kernel'][:, :, :: -1 if origin.bgr else 1]
@@ -144,11 +134,10 @@ _WRAPPER = r'(?:(?:module|_orig_mod)\.)*'
 
 
 def _unwrap(arrays: Arrays, first: str, file: str) -> Arrays:
-    """Return the arrays of the one net in a file by the net's own names.
+    """Return the arrays of the one net in a file by the net's own names, of which `first` is one.
 
     In a training program's checkpoint, the net has a prefix ('state_dict.', 'model.', ...), and
     other arrays, such as the optimizer's, are beside it. Wrappers of the net insert components.
-    `first` is the net's own name of one of its arrays.
     """
     components = (re.escape(part) for part in first.split('.'))
     pattern = re.compile(r'((?:.+\.)?)' + (r'\.' + _WRAPPER).join(components))
@@ -194,21 +183,10 @@ def _fault(arrays: Arrays, key: str, shape: tuple[int, ...]) -> str:
     return '' if np.isfinite(array).all() else f'{key} contains NaN or infinity (in float32)'
 
 
-def statistics_of(origin: Origin, recipe: Preprocess, mean: np.ndarray | None = None) -> Statistics:
-    """Return the statistics of a checkpoint: the mean image, and no colour components.
-
-    Args:
-        origin: its mean pixel is used if there is no `mean`.
-        recipe: gives the size of the image.
-        mean: Caffe's mean image [3, H, W], channels in the origin's order.
-    """
-    side = recipe.resize_px
-    if mean is None:
-        image = np.broadcast_to(np.array(origin.mean), (side, side, len(origin.mean)))
-    else:
-        image = mean.transpose(1, 2, 0)[:, :, :: -1 if origin.bgr else 1]
-    channels = image.shape[-1]
-    return Statistics(jnp.array(image, jnp.float32), jnp.zeros((channels, channels), jnp.float32))
+def statistics_of(origin: Origin, recipe: Preprocess) -> Statistics:
+    """Return the statistics of a checkpoint: the origin's mean pixel, and no colour components."""
+    image = jnp.broadcast_to(jnp.float32(origin.mean), (recipe.resize_px, recipe.resize_px, 3))
+    return Statistics(image, jnp.zeros((3, 3), jnp.float32))
 
 
 # --------------------------------------------------------------------------------------- import
@@ -219,22 +197,11 @@ def import_foreign(
     origin: Origin,
     config: Config,
     workdir: Path,
-    *,
-    mean: np.ndarray | None = None,
     class_names: Sequence[str] = (),
 ) -> str:
-    """Make a workdir with a checkpoint at step 0 of another framework's weights.
+    """Make a workdir with a checkpoint at step 0 of another framework's weights; return a sentence.
 
-    Args:
-        file: see weight_files.read.
-        origin: the framework.
-        config: of the net.
-        workdir: new, or without a checkpoint.
-        mean: Caffe's mean image, see `statistics_of`.
-        class_names: by label; WordNet ids or numbers if there are none.
-
-    Returns:
-        One sentence for the user.
+    Without `class_names`, by label, the classes are WordNet ids or numbers.
 
     Raises:
         UsageError: the file contains another net, or the workdir another run.
@@ -242,7 +209,7 @@ def import_foreign(
     """
     settings = configuration.unpack(config)
     params = canonical(weight_files.read(file), origin, settings, str(file))
-    statistics = statistics_of(origin, settings.preprocess, mean)
+    statistics = statistics_of(origin, settings.preprocess)
     names = tuple(class_names) or default_names(settings.net.classes)
     if len(names) != settings.net.classes:
         raise UsageError(f'{len(names)} class names were given for {settings.net.classes} classes.')
@@ -291,12 +258,9 @@ def _save(
         'class_names': list(class_names),
         'imported': {'file': file.name, 'sha256': digest},
     }
-    with (
-        workdirs.open_workdir(settings, workdir),
-        Checkpoints(workdir / 'checkpoints') as checkpoints,
-    ):
-        tree = {'state': state, 'statistics': statistics._asdict()}
-        checkpoints.save(0, tree, extra, error=None)
+    tree = {'state': state, 'statistics': statistics._asdict()}
+    with workdirs.open_workdir(settings, workdir), Checkpoints(workdir / 'checkpoints') as found:
+        found.save(0, tree, extra, error=None)
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     return f'{workdir}: {count:,} parameters of {file} as {settings.name}, step 0'
 
@@ -310,23 +274,17 @@ def default_names(classes: int) -> tuple[str, ...]:
 
 
 def export_checkpoint(file: Path, workdir: Path, at: checkpoint.Step = 'latest') -> str:
-    """Write a checkpoint's net to a file with one of the endings of WRITERS, atomically.
-
-    Returns:
-        One sentence for the user.
+    """Write a checkpoint's net atomically in the format of the file's ending; return a sentence.
 
     Raises:
-        UsageError: the step does not exist, or the format cannot express this net.
+        UsageError: the step does not exist.
         RunError: there is no checkpoint, it is damaged, or the file cannot be written.
     """
     restored = checkpoint.read(workdir / 'checkpoints', at)
-    params, statistics = restored.state['state']['params'], restored.state['statistics']
-    body = WRITERS[file.suffix](
-        configuration.unpack(restored.extra['config']),
-        params,
-        Statistics(**jax.tree.map(jnp.asarray, statistics)),
-        restored.extra,
-    )
+    settings = configuration.unpack(restored.extra['config'])
+    params = restored.state['state']['params']
+    statistics = Statistics(**jax.tree.map(jnp.asarray, restored.state['statistics']))
+    body = WRITERS[file.suffix](settings, params, statistics, restored.extra)
     with files.output(file) as scratch:
         scratch.write_bytes(body)
     return f'{file}: step {restored.step} of {workdir}, {len(body):,} bytes'
@@ -348,27 +306,6 @@ WRITERS = {
 # ---------------------------------------------------------------------------------- the command
 
 
-def _read_mean(file: Path) -> np.ndarray:
-    """Return Caffe's mean image [3, H, W], as in ilsvrc_2012_mean.npy."""
-    try:
-        image = np.load(file, allow_pickle=False)
-        if image.ndim == 3 and image.shape[0] == 3:
-            return image
-    except (ValueError, AttributeError):
-        pass
-    raise UsageError(
-        f"{file} is not Caffe's mean image, an .npy file of shape [3, height, width]; "
-        f'caffe.io.blobproto_to_array converts a .binaryproto.'
-    )
-
-
-def _read_lines(file: Path) -> list[str]:
-    try:
-        return file.read_text('utf-8-sig').splitlines()
-    except UnicodeDecodeError as problem:
-        raise UsageError(f'{file} is not UTF-8 text; save it as UTF-8.') from problem
-
-
 def _parser() -> command.Parser:
     parser = command.Parser(
         prog='python -m alexnet_jax weights',
@@ -385,8 +322,7 @@ def _parser() -> command.Parser:
     into.add_shared('workdir', help='a new folder for the checkpoint')
     what = 'config of the net (default: the one for this origin)'
     add('--config', metavar='FILE[:SCALE]', help=what)
-    add('--mean', type=command.path, metavar='FILE', help="Caffe's mean image (.npy)")
-    what = 'text file of class names, one per line, in label order'
+    what = 'text file of class names (UTF-8), one per line, in label order'
     add('--class_names', type=command.path, metavar='FILE', help=what)
     into.set_defaults(act=_import)
     out = verbs.add_parser('export', help='write a checkpoint to a file')
@@ -399,18 +335,13 @@ def _parser() -> command.Parser:
 
 def _import(args: argparse.Namespace) -> str:
     if args.origin == 'own':
-        if args.config or args.mean or args.class_names:
-            raise UsageError('own files contain config, mean and class names: remove these flags.')
+        if args.config or args.class_names:
+            raise UsageError('own files contain config and class names: remove these flags.')
         return import_own(args.file, args.workdir)
-    origin = ORIGINS[args.origin]
-    return import_foreign(
-        args.file,
-        origin,
-        config_file.load(args.config or origin.config, {}),
-        args.workdir,
-        mean=_read_mean(args.mean) if args.mean else None,
-        class_names=_read_lines(args.class_names) if args.class_names else (),
-    )
+    origin, names = ORIGINS[args.origin], args.class_names
+    config = config_file.load(args.config or origin.config, {})
+    lines = names.read_text('utf-8-sig', 'replace').splitlines() if names else ()
+    return import_foreign(args.file, origin, config, args.workdir, lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
