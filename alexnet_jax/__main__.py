@@ -15,10 +15,7 @@ COMMANDS = {  # name: (module, what it does)
     ),
     'predict': ('inference.predict', 'classify image files'),
     'features': ('inference.features', "save a layer's activations, or find the nearest images"),
-    'figures': (
-        'analysis.figures',
-        "draw the paper's figures, learning curves, the confusion matrix",
-    ),
+    'figures': ('analysis.figures', "draw the paper's figures, or learning curves"),
     'report': ('analysis.report', "write a run's results as one HTML page"),
     'weights': ('interop.weights', 'import or export weights; export StableHLO or ONNX'),
 }

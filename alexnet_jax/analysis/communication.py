@@ -1,7 +1,7 @@
 """Read the communication and memory of a training step from its compiled program.
 
-The step is compiled from shapes alone, without data, and the compiled program's text is parsed. It
-shows what the compiler added, merged or removed, and thus tests the claims about the two towers.
+The step is compiled from shapes alone. The compiled program's text shows what the compiler added,
+merged or removed, and thus tests the claims about the two towers.
 """
 
 import dataclasses
@@ -32,40 +32,27 @@ QUICK_COMPILE = {'xla_backend_optimization_level': '0'}
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One array that devices exchange in a step. XLA may send several in one instruction.
+    """One array that devices exchange in a step. XLA may send several in one instruction."""
 
-    Attributes:
-        layer: a name of the layer table, BOOKKEEPING or UNKNOWN.
-        phase: 'forward', 'backward', 'gradient' (of a parameter), or '' for BOOKKEEPING.
-        kind: one of KINDS.
-        axis: 'data', 'tower', 'data+tower', or 'other' if the groups follow no mesh axis.
-        devices: number of devices in each group.
-        array_bytes: the full array: a gather's result, a reduction's operand on each device.
-        sent_bytes: bytes that each device sends in a ring: (n - 1) / n of the array for a gather
-            and for a reduce-scatter, twice that for an all-reduce.
-        instruction: XLA's name; arrays with the same name are one message.
-    """
-
-    layer: str
-    phase: str
-    kind: str
-    axis: str
-    devices: int
-    array_bytes: int
+    layer: str  # a name of the layer table, BOOKKEEPING or UNKNOWN
+    phase: str  # 'forward', 'backward', 'gradient' (of a parameter), or '' for BOOKKEEPING
+    kind: str  # one of KINDS
+    axis: str  # 'data', 'tower', 'data+tower', or 'other' if the groups follow no mesh axis
+    devices: int  # in each group
+    array_bytes: int  # the full array: a gather's result, a reduction's operand on each device
+    # By each device in a ring: (n - 1) / n of the array for a gather and for a reduce-scatter,
+    # twice that for an all-reduce.
     sent_bytes: int
-    instruction: str
+    instruction: str  # XLA's name; arrays with the same name are one message
 
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
     """A compiled step; all but `collectives` is about one device.
 
-    Attributes:
-        collectives: what devices exchange.
-        memory: bytes. 'state' is parameters and velocity, by their shapes; 'arguments' (state,
-            batch and statistics), 'outputs' (the next state, which reuses their memory) and
-            'temporaries' are the compiler's figures.
-        flops, bytes_accessed: by XLA's count.
+    memory, bytes: 'state' is parameters and velocity, by their shapes; 'arguments' (state, batch
+    and statistics), 'outputs' (the next state, which reuses their memory) and 'temporaries' are
+    the compiler's figures. flops, bytes_accessed: by XLA's count.
     """
 
     collectives: tuple[Collective, ...]
@@ -76,7 +63,7 @@ class Reading:
 
 def read_step(settings: Settings, layout: Layout) -> Reading:
     """Compile the training step for this layout and read it; takes some seconds."""
-    compiled, state = compile_step(settings, layout)
+    compiled, state = _compile_step(settings, layout)
     cost: Any = compiled.cost_analysis()  # a dict; the stubs are wrong
     held: Any = compiled.memory_analysis()  # not None for a compiled program
     leaves = [leaf for leaf in jax.tree.leaves((state.params, state.opt_state)) if leaf.ndim]
@@ -94,12 +81,8 @@ def read_step(settings: Settings, layout: Layout) -> Reading:
     return Reading(sent, memory, cost['flops'], cost['bytes accessed'])
 
 
-def compile_step(settings: Settings, layout: Layout) -> tuple[jax.stages.Compiled, TrainState]:
-    """Compile the training step as the trainer does, from shapes alone.
-
-    Returns:
-        The compiled step, and the shapes and shardings of its state.
-    """
+def _compile_step(settings: Settings, layout: Layout) -> tuple[jax.stages.Compiled, TrainState]:
+    """Compile the step as the trainer does; return it, and its state's shapes and shardings."""
 
     def shaped(shape: Sequence[int], dtype: Any, sharding: Any) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
@@ -148,8 +131,8 @@ def collectives(text: str, mesh: Mesh, layers: Sequence[str]) -> tuple[Collectiv
 
     Args:
         text: `compiled.as_text()`.
-        mesh: the mesh of the compiled program.
-        layers: names of the layers.
+        mesh: of the compiled program.
+        layers: their names.
 
     Raises:
         RunError: XLA writes groups of devices in an unknown form.
@@ -167,17 +150,9 @@ def collectives(text: str, mesh: Mesh, layers: Sequence[str]) -> tuple[Collectiv
             share = 1 if kind == 'collective-permute' else (devices - 1) / devices
             scalar = not any(sides for _, sides in shapes)
             layer = named or (BOOKKEEPING if scalar else _layer_that_made(operand, program, layers))
-            row = Collective(
-                layer=layer,
-                phase='' if layer == BOOKKEEPING else _phase(instruction.source),
-                kind=kind,
-                axis=axis,
-                devices=devices,
-                array_bytes=size,
-                sent_bytes=round(size * share * (2 if kind == 'all-reduce' else 1)),
-                instruction=instruction.name,
-            )
-            rows.append(row)
+            phase = '' if layer == BOOKKEEPING else _phase(instruction.source)
+            sent = round(size * share * (2 if kind == 'all-reduce' else 1))
+            rows.append(Collective(layer, phase, kind, axis, devices, size, sent, instruction.name))
     return tuple(rows)
 
 

@@ -20,7 +20,6 @@ COLUMNS = (
     'layer', 'reads', 'input', 'kernel/stride/pad', 'output', 'init std', 'bias', 'parameters',
     'multiply-adds', 'ops',
 )  # fmt: skip
-MOST_VIRTUAL_DEVICES = 512
 
 
 def run(config: Config) -> str:
@@ -52,18 +51,8 @@ def page(settings: Settings) -> str:
         f'{net.input_px} x {net.input_px} x {net.channels} from {settings.preprocess.image_px} px',
         command.table([COLUMNS, *(_row(stage, net) for stage in stages)]),
         _totals(stages),
-        _recipe(settings),
     ]
     return '\n\n'.join(parts)
-
-
-def totals(stages: Sequence[Stage]) -> dict[str, int]:
-    """Count parameters, neurons (units before pooling, as in the paper), multiply-adds a view."""
-    return {
-        'parameters': sum(stage.parameters for stage in stages),
-        'neurons': sum(math.prod(stage.output) for stage in stages),
-        'multiply_adds': sum(stage.multiply_adds for stage in stages),
-    }
 
 
 def _row(stage: Stage, net: Net) -> tuple[str, ...]:
@@ -104,31 +93,12 @@ def _shape(shape: Sequence[int]) -> str:
 
 
 def _totals(stages: Sequence[Stage]) -> str:
-    total = totals(stages)
+    parameters = sum(stage.parameters for stage in stages)
+    neurons = sum(math.prod(stage.output) for stage in stages)  # before pooling, as in the paper
+    adds = sum(stage.multiply_adds for stage in stages)
     return (
-        f'{total["parameters"]:,} parameters, {total["neurons"]:,} neurons, '
-        f'{total["multiply_adds"] / 1e6:.1f} M multiply-adds per view '
-        f'({total["multiply_adds"]:,})'
-    )
-
-
-def _recipe(settings: Settings) -> str:
-    recipe, net = settings.optimizer, settings.net
-    norms = ', '.join(
-        f'{name}: size {norm.size}, k {norm.k:g}, alpha {norm.alpha:g}, beta {norm.beta:g}'
-        for name, norm in (('lrn', net.lrn), ('spatial_norm', net.spatial_norm))
-    )
-    edge = ', with partial windows at the edge' if net.pool.rounding == 'up' else ''
-    return '\n'.join(
-        [
-            f'{norms}; lrn reads {net.lrn_reads}',
-            f'pool: {net.pool.kind} {net.pool.window_px}/{net.pool.stride_px}{edge}; dropout: '
-            f'{net.dropout.kind}, keep {net.dropout.keep:g}; compute in {net.compute_dtype}',
-            f'batch {settings.batch_size}, {settings.epochs:g} epochs, momentum '
-            f'{recipe.momentum:g}, weight decay {recipe.weight_decay:g}; rates: weights '
-            f'{recipe.weights.rate:g} ({recipe.weights.kind}), biases {recipe.biases.rate:g} '
-            f'({recipe.biases.kind})',
-        ]
+        f'{parameters:,} parameters, {neurons:,} neurons, {adds / 1e6:.1f} M multiply-adds per '
+        f'view ({adds:,})'
     )
 
 
@@ -166,15 +136,9 @@ def compiled(settings: Settings) -> list[str]:
 
 def _provide_devices(shape: MeshShape) -> None:
     """Create virtual CPU devices for a mesh of stated size, unless JAX has its devices already."""
-    wanted = shape.data * shape.tower
-    if wanted > MOST_VIRTUAL_DEVICES:
-        raise UsageError(
-            f'a mesh of data {shape.data} x tower {shape.tower} is too large for --mode=describe: '
-            f'choose at most {MOST_VIRTUAL_DEVICES} devices.'
-        )
-    if wanted > 1:
+    if shape.data * shape.tower > 1:
         with contextlib.suppress(RuntimeError):  # JAX has its devices already
-            jax.config.update('jax_num_cpu_devices', wanted)
+            jax.config.update('jax_num_cpu_devices', shape.data * shape.tower)
             jax.config.update('jax_platforms', 'cpu')
 
 

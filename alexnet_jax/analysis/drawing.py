@@ -1,4 +1,4 @@
-"""Draw arrays with matplotlib: the paper's figures, learning curves, a confusion matrix.
+"""Draw arrays with matplotlib: the paper's figures and learning curves.
 
 Matplotlib is installed by pip install 'alexnet_jax[figures]'.
 """
@@ -119,14 +119,11 @@ class Specialisation(NamedTuple):
 
 
 def saturation(kernels: np.ndarray) -> np.ndarray:
-    """Return the share of each filter's energy that is colour: float64 [features], in 0..1.
+    """Return the share of each filter's energy that is colour, in 0..1: [kh, kw, 3, n] -> [n].
 
     saturation = sum of (w - mean of w over channels)^2 / sum of w^2, both over all positions and
     channels. It is 0 for equal weights of red, green and blue, 1 for a filter without response to
     grey, 2/3 on average for independent Gaussian weights, and 0 for a filter of zeros.
-
-    Args:
-        kernels: [kh, kw, 3, features].
     """
     kernels = kernels.astype(np.float64)
     colour = kernels - kernels.mean(axis=2, keepdims=True)
@@ -137,9 +134,9 @@ def saturation(kernels: np.ndarray) -> np.ndarray:
 def specialisation(kernels: np.ndarray, towers: int) -> Specialisation:
     """Score whether one tower is colour-blind and another colour-specific (paper, section 6.1).
 
-    The score is the gap between the towers' mean saturations. The authors saw the two kinds in
-    every run. A permutation test gives the share of the divisions of the filters into towers that
-    have as large a gap: of all divisions, or of 9,999 random ones (seed 0) if there are more.
+    The score is the gap between the towers' mean saturations. A permutation test gives the share of
+    the divisions of the filters into towers that have as large a gap: of all divisions, or of 9,999
+    random ones (seed 0) if there are more.
 
     Args:
         kernels: the first layer's, [kh, kw, 3, features], tower by tower.
@@ -159,11 +156,9 @@ def specialisation(kernels: np.ndarray, towers: int) -> Specialisation:
 def fig3(kernels: np.ndarray, towers: int, found: Specialisation | None = None) -> Figure:
     """Draw the filters [kh, kw, C, features], tower by tower (paper, figure 3).
 
-    Each filter is scaled by its largest absolute weight; grey is 0. If C is neither 1 nor 3, the
-    mean over channels is drawn. The towers' saturations are in the titles if `found` is given.
+    C is 1 or 3. Each filter is scaled by its largest absolute weight; grey is 0. The towers'
+    saturations are in the titles if `found` is given.
     """
-    if kernels.shape[2] not in (1, 3):
-        kernels = kernels.mean(axis=2, keepdims=True)
     each = np.split(np.moveaxis(kernels, -1, 0), towers)
     columns = min(len(each[0]), 12 if len(each[0]) > 24 else 6)
     tiles = [_tile(own, columns) for own in each]
@@ -255,74 +250,22 @@ def curves(found: Sequence[Record]) -> Figure:
 
 
 @styled
-def confusion(probability: np.ndarray, label: np.ndarray, names: Sequence[str]) -> Figure:
-    """Draw the share of the images of each class (row) that is taken for each class (column).
-
-    The opacity is the square root of the share, since errors are few. With up to 12 classes, shares
-    other than 0 are written in %. A class without images has an empty row.
-
-    Args:
-        probability: [N, classes]; an image is taken for the most probable class.
-        label: int [N].
-        names: the class names.
-    """
-    share = confusion_matrix(probability, label)
-    figure = blank(WIDTH)
-    axes = figure.subplots()
-    cells = np.empty((*share.shape, 4))
-    cells[..., :3] = command.library('matplotlib.colors', 'figures').to_rgb(BLUE)
-    cells[..., 3] = np.sqrt(share)
-    axes.imshow(cells)
-    axes.set(xlabel='taken for', ylabel='is')
-    axes.spines[:].set_visible(True)
-    if len(share) <= 30:
-        short = [_short(name, 14) for name in names]
-        axes.set_xticks(range(len(share)), short, rotation=90, fontsize=8)
-        axes.set_yticks(range(len(share)), short, fontsize=8)
-    if len(share) <= 12:
-        for (row, column), value in np.ndenumerate(share):
-            if (text := f'{100 * value:.0f}') != '0':
-                axes.text(column, row, text, ha='center', va='center', fontsize=8)
-    return figure
-
-
-def confusion_matrix(probability: np.ndarray, label: np.ndarray) -> np.ndarray:
-    """Return float64 [classes, classes]: rows by label, columns by prediction.
-
-    Each row sums to 1; the row of a class without images is 0.
-    """
-    classes = probability.shape[1]
-    matrix = np.zeros((classes, classes))
-    np.add.at(matrix, (label, probability.argmax(axis=1)), 1)
-    total = matrix.sum(axis=1, keepdims=True)
-    return matrix / np.where(total == 0, 1, total)
-
-
-@styled
 def fig4_left(
     images: np.ndarray, probability: np.ndarray, label: np.ndarray, names: Sequence[str]
 ) -> Figure:
-    """Draw images with their five most probable classes (paper, figure 4, left).
+    """Draw images [B, H, W, C] with their five most probable classes (paper, figure 4, left).
 
-    The correct class is written above the image. If it is among the five, its bar is orange and its
-    name bold.
-
-    Args:
-        images: uint8 [B, H, W, C].
-        probability: [B, classes].
-        label: int [B].
-        names: the class names.
+    The correct class, `label` [B], is written above the image. If it is among the five most
+    probable of [B, classes], its bar is orange and its name bold.
     """
     rows = -(-len(images) // 2)
     figure = blank(1.15 * rows)
     grid = figure.subplots(rows, 4, squeeze=False, width_ratios=[1, 1.6, 1, 1.6])
-    for number in range(2 * rows):
-        picture, bars = grid[number // 2, 2 * (number % 2) :][:2]
-        if number == len(images):  # the last place if their number is odd
-            picture.set_axis_off()
-            bars.set_axis_off()
-            break
-        _show(picture, images[number])
+    for axes in grid.reshape(-1)[2 * len(images) :]:
+        axes.set_axis_off()
+    for number, image in enumerate(images):
+        picture, bars = grid.reshape(-1)[2 * number :][:2]
+        _show(picture, image)
         picture.set_anchor('NW')  # a long title then passes over the bars, not through them
         picture.set_title(_short(names[label[number]]), fontsize=8, loc='left', weight='bold')
         _bars(bars, probability[number], int(label[number]), names)
@@ -350,17 +293,10 @@ def fig4_right(
     label: np.ndarray,
     names: Sequence[str],
 ) -> Figure:
-    """Draw images, each followed by its nearest neighbours (paper, figure 4, right).
+    """Draw images [Q, H, W, C], each followed by its neighbours [Q, k, H, W, C] (paper, figure 4).
 
-    The queries' classes are written at the left. A neighbour of another class has an orange frame
-    and the name of its class below.
-
-    Args:
-        queries: uint8 [Q, H, W, C].
-        neighbours: uint8 [Q, k, H, W, C], nearest first.
-        query_label: int [Q].
-        label: int [Q, k], of the neighbours.
-        names: the class names.
+    The queries' classes [Q] are written at the left. A neighbour whose class in `label` [Q, k] is
+    another has an orange frame and the name of its class below.
     """
     count, k = label.shape
     ratios = [1, 0.15] + [1] * k

@@ -7,7 +7,6 @@
                 the towers' colour saturation (paper, section 6.1)
     fig4_left   test images with their five most probable classes (paper, figure 4)
     fig4_right  test images and the training images nearest to them (paper, figure 4)
-    confusion   confusion matrix: the share of each class that is predicted as each class
     curves      loss and errors against epochs
 
 Figures need matplotlib: pip install 'alexnet_jax[figures]'.
@@ -47,20 +46,12 @@ class Run:
     """A workdir, of which each property reads one part at its first use.
 
     Each property raises RunError if what it reads is missing or damaged.
-
-    Attributes:
-        workdir: the run's folder.
-        step: a checkpoint: a number, 'latest' or 'best'.
-        data_dir: the folder of all data sets; the config's if empty.
-        among: the split in which neighbours are searched.
-        rows: the test images to show; () for some at even distances.
     """
 
     workdir: Path
     step: Step = 'latest'
-    data_dir: str = ''
-    among: str = 'train'
-    rows: tuple[int, ...] = ()
+    data_dir: str = ''  # of all data sets; the config's if empty
+    among: str = 'train'  # the split in which neighbours are searched
 
     def read(self, name: str, parse: Callable[[Path], Any]) -> Any:
         """Return what `parse` reads from one of the run's files."""
@@ -92,13 +83,13 @@ class Run:
     def records(self) -> list[dict[str, Any]]:
         """Return its metrics.jsonl, which has a training record."""
 
-        def parse(path: Path) -> list[dict[str, Any]]:
-            found = metrics.read(path.parent)
-            if not any(record['kind'] == 'train' for record in found):
-                raise ValueError('it has no training record')
-            return found
+        def parse(path: Path) -> list[tuple[str, dict[str, Any]]]:
+            return [(record['kind'], record) for record in metrics.read(path.parent)]
 
-        return self.read('metrics.jsonl', parse)
+        found = self.read('metrics.jsonl', parse)
+        if 'train' not in dict(found):
+            raise RunError(f'{self.workdir}/metrics.jsonl has no training record: train first.')
+        return [record for _, record in found]
 
     @functools.cached_property
     def predictions(self) -> dict[str, np.ndarray]:
@@ -138,24 +129,16 @@ class Run:
 
     @property
     def specialisation(self) -> Specialisation | None:
-        """Return how far the towers specialise in colour; None with one tower or grey images.
-
-        Grey images repeated for three channels have no colour.
-        """
+        """Return how far the towers specialise in colour; None with one tower or grey images."""
         net = self.trained.settings.net
         if net.towers == 1 or self.trained.stored[2] != 3:
             return None
         return drawing.specialisation(self.kernels, net.towers)
 
     def choose(self, count: int) -> list[int]:
-        """Return the test images to show: `rows`, or `count` at even distances."""
-        last = len(self.test) - 1
-        if outside := [row for row in self.rows if not 0 <= row <= last]:
-            raise UsageError(
-                f'--rows: there is no image {outside[0]}; images are numbered from 0 to {last}.'
-            )
-        even = np.linspace(0, last, min(count, last + 1)).round().astype(int)
-        return list(self.rows) or even.tolist()
+        """Return the test images to show: `count`, at even distances."""
+        total = len(self.test)
+        return np.linspace(0, total - 1, min(count, total)).round().astype(int).tolist()
 
 
 # ----------------------------------------------------------------------------- figures of a run
@@ -166,11 +149,6 @@ def _fig3_of(run: Run) -> Figure:
     if found is not None:
         print(found)
     return drawing.fig3(kernels, run.trained.settings.net.towers, found)
-
-
-def _confusion_of(run: Run) -> Figure:
-    label, probability = run.predictions['label'], run.predictions['centre']
-    return drawing.confusion(probability, label, run.trained.class_names)
 
 
 def _fig4_left_of(run: Run) -> Figure:
@@ -186,7 +164,7 @@ def _fig4_right_of(run: Run, k: int = 6) -> Figure:
     log(f'{run.workdir}: {layer} of {len(among)} images of {among.split}')
     images, extract = test.images[chosen], trained.extractor(layer)
     rows = Computed(among.images.__getitem__, extract, len(among))
-    found = neighbours.nearest(extract(images), rows, min(k, len(among))).index
+    found = neighbours.nearest(extract(images), rows, k).index
     near = among.images[found.reshape(-1)].reshape(*found.shape, *images.shape[1:])
     return drawing.fig4_right(
         images, near, test.labels[chosen], among.labels[found], test.class_names
@@ -203,7 +181,6 @@ FIGURES: dict[str, Callable[[Run], Figure]] = {
     'fig3': _fig3_of,
     'fig4_left': _fig4_left_of,
     'fig4_right': _fig4_right_of,
-    'confusion': _confusion_of,
     'curves': lambda run: drawing.curves(run.records),
 }
 
@@ -230,15 +207,8 @@ def make(name: str, runs: Sequence[Run]) -> Figure:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Draw and write a figure, and print its path.
-
-    Raises:
-        UsageError: the figure does not apply to this run.
-        RunError: what it needs is missing, or it cannot be written.
-    """
-    runs = [
-        Run(path, args.step, args.data_dir or '', args.among, args.rows) for path in args.workdir
-    ]
+    """Draw and write a figure, and print its path; raises as `make`."""
+    runs = [Run(path, args.step, args.data_dir or '', args.among) for path in args.workdir]
     output = args.output or runs[0].workdir / f'{args.figure}.png'
     if runs[0].workdir.is_dir():  # otherwise `make` reports that there is no run
         files.check_writable(output)
@@ -246,11 +216,6 @@ def run(args: argparse.Namespace) -> None:
     with files.output(output) as scratch:
         scratch.write_bytes(body)
     print(output)
-
-
-def numbers(text: str) -> tuple[int, ...]:
-    """Parse '3,14' as (3, 14), for argparse."""
-    return tuple(map(int, text.split(',')))
 
 
 def _parser() -> command.Parser:
@@ -267,8 +232,6 @@ def _parser() -> command.Parser:
     what = '.png or .svg (default: NAME.png in the workdir)'
     add('--output', type=command.ending('.png', '.svg'), metavar='FILE', help=what)
     parser.add_shared('step', 'data_dir', 'among')
-    rows = 'indices of the test images that fig4 shows, for example 0,7'
-    add('--rows', type=numbers, default=(), metavar='I,J', help=rows)
     return parser
 
 

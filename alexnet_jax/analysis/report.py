@@ -2,9 +2,8 @@
 
     python -m alexnet_jax report --workdir=W --output=report.html
 
-report.html.jinja contains the page and its text; the functions here compute what it shows. The page
-follows the reader's choice of a light or dark theme, and fits a phone. If a section's data is
-missing (predictions, metrics, images), one sentence replaces it.
+report.html.jinja contains the page and its text; the functions here compute what it shows. If a
+section's data is missing (predictions, metrics, images), one sentence replaces it.
 """
 
 import argparse
@@ -12,10 +11,9 @@ import base64
 import contextlib
 import io
 import re
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from flax import traverse_util
@@ -24,7 +22,7 @@ from PIL import Image
 from alexnet_jax import command, files
 from alexnet_jax.analysis import drawing, figures
 from alexnet_jax.analysis.figures import Run
-from alexnet_jax.errors import AlexNetError, RunError
+from alexnet_jax.errors import AlexNetError
 from alexnet_jax.inference import evaluate
 from alexnet_jax.model import alexnet
 from alexnet_jax.training.metrics import log
@@ -72,11 +70,9 @@ def _part(run: Run, find: Callable[[Run], Any]) -> Any:
 
 
 def inline_svg(figure: drawing.Figure, name: str) -> str:
-    """Return the inside of an <svg> tag that draws `figure` in the page's text colour.
+    """Return the inside of an <svg> tag that draws a figure in the page's text colour.
 
-    Args:
-        figure: matplotlib's.
-        name: a prefix that makes the figure's ids unique on the page.
+    `name` is a prefix that makes its ids unique on the page.
     """
     text = drawing.render(figure, 'svg', transparent=True).decode()
     opening, inside = text[text.index('<svg') :].split('>', 1)
@@ -104,44 +100,23 @@ def percent(share: float) -> str:
 def results(run: Run) -> tuple[Mapping[str, Any], str]:
     """Return the test errors, as `evaluate.summary` does, and the file that they come from.
 
-    They come from the saved predictions, or else from the record of the run's end.
+    Without saved predictions they come from the record of the run's end.
 
     Raises:
         RunError: there is neither.
     """
-    try:
-        summary = evaluate.summary(run.predictions, run.trained.class_names)
-        return summary, 'predictions_test.npz'
-    except RunError:
-        for recorded in _records(run, 'test')[-1:]:
-            return recorded, 'metrics.jsonl'
-        raise
+    if not evaluate.predictions_path(run.workdir).exists():
+        for record in reversed(run.records):
+            if record['kind'] == 'test':
+                return record, 'metrics.jsonl'
+    return evaluate.summary(run.predictions, run.trained.class_names), 'predictions_test.npz'
 
 
-def _records(run: Run, kind: str) -> list[dict[str, Any]]:
-    """Return a run's records of one kind, if they can be read."""
-    try:
-        return [record for record in run.records if record['kind'] == kind]
-    except RunError:
-        return []
-
-
-class Mistake(NamedTuple):
-    """A test image with a wrong prediction."""
-
-    row: int  # of the test images
-    label: int
-    taken_for: int
-    probability: float  # of the wrong class
-
-
-def mistakes(probability: np.ndarray, label: np.ndarray, count: int) -> list[Mistake]:
-    """Return the `count` most confident wrong predictions of [N, classes] for labels [N]."""
-    taken_for, confidence = probability.argmax(axis=1), probability.max(axis=1)
-    wrong = np.flatnonzero(taken_for != label)
-    rows = wrong[np.argsort(-confidence[wrong], kind='stable')][:count]
-    columns = (rows, label[rows], taken_for[rows], confidence[rows])
-    return [Mistake(*values) for values in zip(*(own.tolist() for own in columns), strict=True)]
+def mistakes(probability: np.ndarray, label: np.ndarray, count: int) -> list[int]:
+    """Return the rows of the `count` most confident mistakes among [N, classes] for labels [N]."""
+    wrong = np.flatnonzero(probability.argmax(axis=1) != label)
+    confidence = probability[wrong].max(axis=1)
+    return wrong[np.argsort(-confidence, kind='stable')][:count].tolist()
 
 
 # --------------------------------------------------------------------------------------- sections
@@ -162,24 +137,12 @@ def _tiles(run: Run) -> dict[str, str]:
 
 def _errors(run: Run) -> dict[str, Any]:
     scores, source = results(run)
-    rows = [(name, *_row(scores[view])) for view, name in VIEW_NAMES.items()]
-    found = {'images': scores['images'], 'source': source, 'rows': rows, 'recorded': None}
-    for recorded in _records(run, 'test')[-1:]:
-        if any(recorded[view] != scores[view] for view in VIEW_NAMES):
-            ends = {view: percent(recorded[view]['top1_error']) for view in VIEW_NAMES}
-            found['recorded'] = {'step': recorded['step'], **ends}
-    return found
-
-
-def _row(scores: Mapping[str, float]) -> tuple[str, str, str]:
-    return percent(scores['top1_error']), percent(scores['top5_error']), f'{scores["nll"]:.4f}'
-
-
-def _curves(run: Run) -> dict[str, Any]:
-    rows = [
-        (f'{r["epoch"]:.2f}', r['step'], *_row(r)) for r in run.records if r['kind'] == 'validation'
-    ]
-    return {'svg': inline_svg(drawing.curves(run.records), 'curves'), 'rows': rows}
+    rows = []
+    for view, name in VIEW_NAMES.items():
+        own = scores[view]
+        errors = percent(own['top1_error']), percent(own['top5_error'])
+        rows.append((name, *errors, f'{own["nll"]:.4f}'))
+    return {'images': scores['images'], 'source': source, 'rows': rows}
 
 
 def _filters(run: Run) -> dict[str, Any]:
@@ -197,9 +160,12 @@ def _neighbours(run: Run) -> dict[str, Any]:
     return {'svg': svg, 'among': run.among, 'layer': figures.last_hidden(run.settings.net)}
 
 
-def _confusion(run: Run) -> dict[str, Any]:
-    names = run.trained.class_names
-    share = drawing.confusion_matrix(run.predictions['centre'], run.predictions['label'])
+def _confusions(run: Run) -> dict[str, Any]:
+    """Return the most frequent confusions: label, prediction, share of the label's images."""
+    names, label = run.trained.class_names, run.predictions['label']
+    share = np.zeros((len(names), len(names)))
+    np.add.at(share, (label, run.predictions['centre'].argmax(axis=1)), 1)
+    share /= np.maximum(share.sum(axis=1, keepdims=True), 1)
     np.fill_diagonal(share, 0)
     pairs = np.argsort(-share, axis=None, kind='stable')[:CONFUSIONS]
     rows = [
@@ -207,7 +173,7 @@ def _confusion(run: Run) -> dict[str, Any]:
         for own, taken in zip(*np.unravel_index(pairs, share.shape), strict=True)
         if share[own, taken] > 0
     ]
-    return {'svg': inline_svg(figures.FIGURES['confusion'](run), 'confusion'), 'rows': rows}
+    return {'rows': rows}
 
 
 def _classes(run: Run) -> dict[str, Any]:
@@ -217,31 +183,26 @@ def _classes(run: Run) -> dict[str, Any]:
 
 
 def _mistakes(run: Run) -> dict[str, Any]:
-    test = run.test
-    found = mistakes(run.predictions['centre'], test.labels, MISTAKES)
-    images = [picture(test.images[one.row]) for one in found]
-    return {'mistakes': list(zip(images, found, strict=True)), 'names': test.class_names}
-
-
-def _environment(run: Run) -> list[tuple[str, Any]]:
-    found = dict(run.environment)
-    if timed := [r for r in _records(run, 'train') if 'images_per_sec' in r]:
-        rate = statistics.median(r['images_per_sec'] for r in timed)
-        found['training, s'] = round(timed[-1]['secs'], 1)
-        found['images/s, median of the records'] = round(rate, 1)
-    return list(found.items())
+    test, probability, found = run.test, run.predictions['centre'], []
+    for row in mistakes(probability, test.labels, MISTAKES):
+        predicted, label = (
+            test.class_names[i] for i in (probability[row].argmax(), test.labels[row])
+        )
+        share = f'{100 * probability[row].max():.1f}'
+        found.append((picture(test.images[row]), row, predicted, share, label))
+    return {'mistakes': found}
 
 
 PARTS: dict[str, Callable[[Run], Any]] = {
     'errors': _errors,
-    'curves': _curves,
+    'curves': lambda run: {'svg': inline_svg(drawing.curves(run.records), 'curves')},
     'filters': _filters,
     'examples': lambda run: {'svg': inline_svg(figures.FIGURES['fig4_left'](run), 'fig4l')},
     'neighbours': _neighbours,
-    'confusion': _confusion,
+    'confusions': _confusions,
     'classes': _classes,
     'mistakes': _mistakes,
-    'environment': _environment,
+    'environment': lambda run: list(run.environment.items()),
     'config': lambda run: sorted(traverse_util.flatten_dict(run.config, sep='.').items()),
 }
 
@@ -250,11 +211,7 @@ PARTS: dict[str, Callable[[Run], Any]] = {
 
 
 def run(args: argparse.Namespace) -> None:
-    """Write the report atomically, and print its path.
-
-    Raises:
-        RunError: the folder has no run, the file cannot be written, or a library is missing.
-    """
+    """Write the report atomically, and print its path; raises as `page`."""
     output = args.output or args.workdir / 'report.html'
     if args.workdir.is_dir():  # otherwise `page` reports that there is no run
         files.check_writable(output)
