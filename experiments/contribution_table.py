@@ -151,14 +151,12 @@ def chosen_rate(
 ) -> str | None:
     """Return the row of an ablation at the rate with the lowest validation error.
 
-    None if no other rate was tried, seeds of RATE_SEEDS are missing, or the base's rate is best.
+    None if seeds of RATE_SEEDS are missing, or the base's rate is best.
     """
     tried = [name, *(row for row, (config, _) in OVERRIDDEN.items() if config == name != BASE)]
     errors = {row: _validation_error(by_row.get(row, {}), lost.get(row, ())) for row in tried}
-    if len(tried) == 1 or None in errors.values():
-        return None
     best = min(tried, key=lambda row: errors[row] or 0.0)
-    return None if best == name else best
+    return None if best == name or None in errors.values() else best
 
 
 def _validation_error(own: Runs, lost: Sequence[int]) -> float | None:
@@ -243,12 +241,6 @@ HEAD = [
     'change', 'top-1 error', 'top-1, points', 'p', 'top-5, points', 'seeds', 'std of seeds',
     'reported in 2012: top-1 / top-5, points',
 ]  # fmt: skip
-
-
-def page(found: Sequence[Row], runs: Sequence[ArchivedRun]) -> str:
-    """Return the text of table.md: the table and its notes."""
-    table = markdown([HEAD, _base_cells(runs), *map(_cells, found)])
-    return f'{table}\n\n{notes(found, runs)}\n'
 
 
 def short(found: Sequence[Row]) -> str:
@@ -393,10 +385,7 @@ def _csv_values(row: Row, measure: str) -> list[Any]:
 
 @drawing.styled
 def differences_figure(found: Sequence[Row]) -> drawing.Figure:
-    """Draw the differences in top-1 error with their intervals, and the claims as diamonds.
-
-    Differences beyond the axis are written at its end.
-    """
+    """Draw the differences in top-1 error with their intervals, and the claims as diamonds."""
     figure = drawing.blank(0.24 * len(found) + 1.0)
     axes = figure.subplots()
     limit = _limit(found)
@@ -491,9 +480,10 @@ def archive(folder: Path, results: Path) -> Path:
 def build(folder: Path) -> str:
     """Write tables and figures from the archive in `folder`; return the table."""
     runs = run_archive.read(folder)
-    _check_recipes(runs, folder)
     found = rows(runs, folder)
-    table = page(found, runs)
+    _check_recipes(runs, folder)
+    table = markdown([HEAD, _base_cells(runs), *map(_cells, found)])
+    table = f'{table}\n\n{notes(found, runs)}\n'
     names = [name for name in CONFIGS if any(run.row == name for run in runs)]
     panels = names[1:] or names
     bodies = {
@@ -510,9 +500,7 @@ def build(folder: Path) -> str:
 
 def _check_recipes(runs: Sequence[ArchivedRun], folder: Path) -> None:
     """Check that each run differs from the base in what its config changes, and nothing else."""
-    base = next((run for run in runs if run.row == BASE), None)
-    if base is None:
-        return
+    base = next(run for run in runs if run.row == BASE)
     recipes = {row: _config_of(row, base.config['scale']) for row in {run.row for run in runs}}
     for run in runs:
         should = {*configuration.differences(recipes[BASE], recipes[run.row])}

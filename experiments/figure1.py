@@ -161,14 +161,8 @@ def page(found: Sequence[Curves], scale: str) -> str:
 
 def _compared(relu: Curves | None, tanh: Curves | None) -> str:
     if relu is None or tanh is None:
-        missed = [name for name, own in (('ReLU', relu), ('tanh', tanh)) if own is None]
-        return (
-            f'{" and ".join(missed)} did not reach it with all seeds at any rate, so there is no '
-            f'ratio: finish the sweep, or run it with a larger --config.epochs.'
-        )
+        return 'One did not reach it with all seeds at any rate, so there is no ratio.'
     seeds, mean, low, high = ratio(tanh, relu)
-    if not seeds:
-        return 'The fastest rates have no seed in common, so there is no ratio.'
     between = f' [{low:.2f}, {high:.2f}]' if math.isfinite(low) else ''
     inconclusive = '; inconclusive' if low <= 1 <= high else ''
     return (

@@ -10,7 +10,7 @@ import ast
 import json
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from alexnet_jax.training import metrics
@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / 'results'
 # Folders of RESULTS with runs of the recipe as it is.
 KEPT_RUNS = ('quickstart', 'gpu', 'variants/fashion_mnist')
+CONTRIBUTION = 'contribution_table/quickstart'
 
 # ------------------------------------------------------------------------------ runs of the recipe
 
@@ -87,16 +88,16 @@ def results() -> str:
         ['result', 'here', 'for comparison', 'command'],
         [
             'Fashion-MNIST, a quarter of the width, 112 px: test accuracy',
-            *(_accuracies('quickstart'), '-', '`make`'),
+            *(_first('quickstart'), '-', '`make`'),
         ],
         [
             'Fashion-MNIST, full net, 224 px: test accuracy',
-            _accuracies('fashion_mnist'),
-            *(f'{d2l} (d2l, one tower, no LRN)', f'`{train}:fashion_mnist`'),
+            *(_first('fashion_mnist'), f'{d2l} (d2l, one tower, no LRN)'),
+            f'`{train}:fashion_mnist`',
         ],
         [
             'ILSVRC-2012 val, full net: top-1 / top-5 error',
-            _errors('imagenet2012'),
+            _first('imagenet2012', _errors),
             '42.34 / 19.58 %, ten views 40.53 / 18.05 % (run 170)',
             f'`{train}:imagenet2012`',
         ],
@@ -104,21 +105,15 @@ def results() -> str:
     return markdown(rows + _speeds())
 
 
-def _accuracies(scale: str) -> str:
-    """Return 'one view, ten views' of the first archived run at a scale."""
-    for run in archived_runs(scale):
-        return f'{_accuracy(run, "centre")}, ten views {_accuracy(run, "ten_views")}'
-    return NOT_RUN
+def _errors(run: ArchivedRun, view: str) -> str:
+    scores = run.final()[view]
+    return f'{100 * scores["top1_error"]:.2f} / {100 * scores["top5_error"]:.2f} %'
 
 
-def _errors(scale: str) -> str:
-    """Return 'top-1 / top-5, ten views top-1 / top-5' of the first archived run at a scale."""
+def _first(scale: str, show: Callable[[ArchivedRun, str], str] = _accuracy) -> str:
+    """Return both views of the first archived run at a scale."""
     for run in archived_runs(scale):
-        centre, ten = (
-            f'{100 * view["top1_error"]:.2f} / {100 * view["top5_error"]:.2f} %'
-            for view in (run.final()['centre'], run.final()['ten_views'])
-        )
-        return f'{centre}, ten views {ten}'
+        return f'{show(run, "centre")}, ten views {show(run, "ten_views")}'
     return NOT_RUN
 
 
@@ -160,22 +155,10 @@ def _claim(claim: Claim) -> str:
     return f'{claim.words if points == "- / -" else points} ({claim.source})'
 
 
-def contribution_short() -> str:
-    """Return README's rows of the contribution table, and the counts."""
-    return (RESULTS / 'contribution_table/quickstart/short.md').read_text().rstrip()
-
-
 def contribution() -> str:
     """Return the complete contribution table."""
-    return _table(
-        'contribution_table/quickstart',
-        {'differences.svg': 'differences, with their intervals', 'curves.svg': 'learning curves'},
-    )
-
-
-def figure1() -> str:
-    """Return the epochs to 25 % training error with ReLU and with tanh."""
-    return _table('figure1/fashion_mnist', {'figure1.svg': 'training error of both'})
+    drawn = 'differences, with their intervals'
+    return _table(CONTRIBUTION, {'differences.svg': drawn, 'curves.svg': 'learning curves'})
 
 
 def variants() -> str:
@@ -189,16 +172,6 @@ def _table(kept: str, drawings: Mapping[str, str]) -> str:
     folder = RESULTS / kept
     shown = [f'![{name}](../{(folder / f).relative_to(ROOT)})' for f, name in drawings.items()]
     return '\n\n'.join([(folder / 'table.md').read_text().rstrip(), *shown])
-
-
-def speed() -> str:
-    """Return our speed beside PyTorch's best, a naive Flax form and the machine's limit."""
-    return markdown([tables.README_HEAD, *tables.readme_rows(RESULTS / 'throughput')])
-
-
-def accuracy() -> str:
-    """Return the time of training to a test accuracy."""
-    return tables.accuracy_table(tables.timed_runs(RESULTS))
 
 
 def datasets() -> str:
@@ -274,17 +247,24 @@ PAGES = {
     'README.md': {
         'quickstart': quickstart,
         'results': results,
-        'contribution': contribution_short,
+        'contribution': lambda: (RESULTS / CONTRIBUTION / 'short.md').read_text().rstrip(),
     },
     'docs/configs.md': {'configs': configs},
     'docs/data.md': {'datasets': datasets},
     'docs/parallelism.md': {'communication': communication, 'meshes': meshes},
-    'docs/performance.md': {'speed': speed, 'accuracy': accuracy},
+    'docs/performance.md': {
+        'speed': lambda: markdown(
+            [tables.README_HEAD, *tables.readme_rows(RESULTS / 'throughput')]
+        ),
+        'accuracy': lambda: tables.accuracy_table(tables.timed_runs(RESULTS)),
+    },
     'docs/reproducibility.md': {'starts': starts},
     'docs/results.md': {
         'runs': runs,
         'contribution': contribution,
-        'figure1': figure1,
+        'figure1': lambda: _table(
+            'figure1/fashion_mnist', {'figure1.svg': 'training error of both'}
+        ),
         'variants': variants,
     },
 }

@@ -103,8 +103,7 @@ def archive_all(
 ) -> Archived:
     """Archive every ended run in a sweep's folder whose row is in `rows`.
 
-    Returns:
-        The archive's folder, results/<scale>, and the finished workdirs by row and seed.
+    Return the archive's folder, results/<scale>, and the finished workdirs by row and seed.
     """
     found = {}
     for path in sorted(file.parent for file in folder.glob('*/metrics.jsonl')):
@@ -182,10 +181,7 @@ def archive_ensembles(workdirs: Mapping[int, Path], path: Path) -> None:
 
 
 def read(folder: Path, predictions: bool = True) -> list[ArchivedRun]:
-    """Return all archived runs of results/<scale>, by row and seed.
-
-    With `predictions`, runs without wrong.json are left out.
-    """
+    """Return all archived runs of results/<scale>; with `predictions`, those with wrong.json."""
     found = folder.glob('*/wrong.json' if predictions else '*/metrics.jsonl')
     ended = (path.parent for path in found if not (path.parent / 'diverged').exists())
     runs = [read_run(path) for path in sorted(ended, key=name_of)]
@@ -254,11 +250,8 @@ def read_ensembles(path: Path) -> Iterator[tuple[tuple[int, ...], Missed]]:
 
 def parser(name: str, results: Path) -> command.Parser:
     """Return the parser of a table's module in experiments/; `results` is its archive."""
-    found = command.Parser(
-        prog=f'python -m experiments.{name}',
-        description='Archive finished runs, and rebuild the tables and figures from the archive.',
-        allow_abbrev=False,
-    )
+    what = 'Archive finished runs, and rebuild the tables and figures from the archive.'
+    found = command.Parser(prog=f'python -m experiments.{name}', description=what)
     what = 'workdirs of sweeps to archive first'
     found.add_argument('--runs', type=command.path, nargs='+', default=(), help=what)
     what = 'folder of the archive'

@@ -48,13 +48,6 @@ def settings_of(net: str, placement: str, devices: int) -> Settings:
     return config.unpack(source)
 
 
-def cases() -> list[tuple[str, str, int]]:
-    """Return (net, placement, devices) of every step that is compiled."""
-    single = [(net, 'data', 1) for net in NETS]  # on one device every placement is the same
-    several = [(net, name, n) for net in NETS for name in placements(net) for n in DEVICES[1:]]
-    return single + several
-
-
 def placements(net: str) -> list[str]:
     """Return the placements of a net; that of 2014 has one tower."""
     return [name for name in PLACEMENTS if (net, name) != ('2014', 'towers')]
@@ -88,16 +81,13 @@ def compile_all() -> list[Row]:
     """Compile every case on virtual CPU devices, before JAX has looked for devices."""
     jax.config.update('jax_num_cpu_devices', max(DEVICES))
     jax.config.update('jax_platforms', 'cpu')
+    cases = [(net, 'data', 1) for net in NETS]  # on one device every placement is the same
+    cases += [(net, name, n) for net in NETS for name in placements(net) for n in DEVICES[1:]]
     rows = []
-    for case in cases():
+    for case in cases:
         rows.append(compile_step(*case))
         print(*case, f'{_mib(sent(rows[-1]))} MiB sent', flush=True)
     return rows
-
-
-def read() -> list[Row]:
-    """Return the stored rows."""
-    return read_lines(STEPS)
 
 
 def find(rows: list[Row], net: str, placement: str, devices: int) -> Row:
@@ -176,7 +166,7 @@ def main() -> None:
         rows = compile_all()
         write_text(STEPS, lines(rows))
         write_text(TABLES, tables(rows))
-    print(tables(read()))
+    print(tables(read_lines(STEPS)))
 
 
 if __name__ == '__main__':

@@ -75,11 +75,6 @@ class Run:
         values = [f'--config.{key}={value}' for key, value in self.overrides.items()]
         return [sys.executable, 'main.py', *flags, *values]
 
-    @property
-    def finished(self) -> bool:
-        """Return whether it was evaluated on the test images at its end."""
-        return finished(self.workdir)
-
 
 def finished(workdir: Path) -> bool:
     """Return whether a run was evaluated on the test images at its end."""
@@ -90,12 +85,8 @@ def finished(workdir: Path) -> bool:
 def plan(name: str, folder: Path, scale: str, seeds: int, common: Mapping[str, Any]) -> list[Run]:
     """Return all runs of a sweep, seed by seed, so that a table fills evenly.
 
-    Args:
-        name: a sweep in experiments/, or the path of its file.
-        folder: the parent of all sweeps' folders.
-        scale: of the configs; '' for the sweep's own.
-        seeds: 0 to seeds - 1; 0 for the sweep's own.
-        common: overrides of all runs.
+    `folder` is the parent of all sweeps' folders, `common` are overrides of all runs. A `scale` of
+    '' and `seeds` of 0 stand for the sweep's own.
     """
     sweep = load(name)
     scale = scale or sweep.get('SCALE', 'quickstart')
@@ -266,11 +257,8 @@ class Job:
 def run_by_submitit(runs: Sequence[Run], cluster: str, folder: Path, **parameters: Any) -> Outcomes:
     """Submit all runs; yield each with its exit code when its job ends.
 
-    Args:
-        runs: to be submitted.
-        cluster: 'slurm', or 'local' for submitit's local executor.
-        folder: for submitit's files, on a disk that all nodes share.
-        parameters: of submitit's AutoExecutor.update_parameters.
+    `cluster` is 'slurm', or 'local' for submitit's local executor; its files are in `folder`, on a
+    disk that all nodes share. `parameters` are those of AutoExecutor.update_parameters.
     """
     os.environ.setdefault('SUBMITIT_LOG_LEVEL', 'NOCONFIG')  # it would log to stdout
     submitit = command.library('submitit', 'sweep')
@@ -321,17 +309,12 @@ def stop_on_signals() -> None:
         signal.signal(kind, stop)
 
 
-BUSY = 'another process is training'  # main.py's sentence about a workdir that is locked
-
-
 def outcome(run: Run, code: int) -> str:
-    """Return the outcome of a run: 'done', 'in training elsewhere', or 'failed' and the error."""
-    if run.finished:
+    """Return the outcome of a run: 'done', or 'failed' and the error."""
+    if finished(run.workdir):
         return 'done'
     text = run.log.read_text(errors='replace').strip() if run.log.exists() else ''
     last = text.rpartition('\n')[2].removeprefix('main.py: ') or 'no output'
-    if BUSY in last:
-        return 'in training elsewhere'
     if code < 0:
         memory = ', as the system does when memory runs out' if code == -signal.SIGKILL else ''
         last = f'ended by {signal.Signals(-code).name}{memory}.'
@@ -341,7 +324,7 @@ def outcome(run: Run, code: int) -> str:
 def act(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
     """Plan, and run or print; return 1 if a run failed."""
     runs = plan(args.sweep, args.workdirs, args.scale, args.seeds, overrides)
-    left = [run for run in runs if not run.finished]
+    left = [run for run in runs if not finished(run.workdir)]
     if args.dry_run:
         for run in left:
             print(shlex.join(run.command))
@@ -357,7 +340,7 @@ def act(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
     except SystemExit:
         log('all runs have stopped; the same command resumes.')
         raise
-    done = sum(run.finished for run in runs)
+    done = sum(finished(run.workdir) for run in runs)
     print(f'{done} of {len(runs)} done, {len(failed)} failed, in {runs[0].workdir.parent}')
     return 1 if failed else 0
 

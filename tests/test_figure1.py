@@ -140,7 +140,7 @@ def test_where_one_never_reaches_the_target_the_other_is_still_shown(runs, tmp_p
         (path / 'metrics.jsonl').write_text(output.lines(curve(9.0)) + end + '\n')
     folder = figure1.archive(runs, tmp_path / 'results')
     text = figure1.build(folder)
-    assert 'tanh did not reach it with all seeds at any rate, so there is no ratio' in text
+    assert 'One did not reach it with all seeds at any rate, so there is no ratio' in text
     assert '**0.255' in text
     assert (folder / 'figure1.svg').exists()
     assert figure1.main([f'--results={folder.parent}']) == 0

@@ -8,7 +8,7 @@ from experiments import scaling
 
 def test_xla_counts_the_operations_counted_by_hand():
     """Check XLA's count: 5 to 8 % lower (products with padding), the same on every mesh."""
-    rows = scaling.read()
+    rows = scaling.read_lines(scaling.STEPS)
     for one in rows:
         assert 0.92 < one['flops'] / one['flops_by_hand'] < 0.95
         alone = scaling.find(rows, one['net'], 'data', 1)
@@ -17,7 +17,7 @@ def test_xla_counts_the_operations_counted_by_hand():
 
 def test_communication_by_hand():
     """Check the bytes a device sends: 8 devices, 1,024 images of the 2012 net."""
-    rows = scaling.read()
+    rows = scaling.read_lines(scaling.STEPS)
     data = scaling.find(rows, '2012', 'data', 8)
     assert scaling.sent(data, 'gradient') == 2 * 7 * (4 * 60_965_224) // 8
     towers = scaling.find(rows, '2012', 'towers', 8)
@@ -33,7 +33,7 @@ def test_stored_rows_match_programs_compiled_now():
     if jax.device_count() < 4:
         pytest.skip('four devices are needed; tests/conftest.py makes them')
     case = ('2012', 'one_weird_trick', 4)
-    now, kept = scaling.compile_step(*case), scaling.find(scaling.read(), *case)
+    now, kept = scaling.compile_step(*case), scaling.find(scaling.read_lines(scaling.STEPS), *case)
     for phase in ('forward', 'backward', 'gradient'):
         assert scaling.sent(now, phase) == scaling.sent(kept, phase)
     assert now['state_bytes'] == kept['state_bytes']
@@ -41,4 +41,4 @@ def test_stored_rows_match_programs_compiled_now():
 
 
 def test_the_tables_are_those_of_the_stored_rows():
-    assert scaling.TABLES.read_text() == scaling.tables(scaling.read())
+    assert scaling.TABLES.read_text() == scaling.tables(scaling.read_lines(scaling.STEPS))

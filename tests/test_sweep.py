@@ -15,8 +15,8 @@ import pytest
 
 from alexnet_jax import config as configuration
 from alexnet_jax.errors import RunError, UsageError
-from alexnet_jax.training import metrics, workdir
-from configs import ABLATIONS, smoke
+from alexnet_jax.training import metrics
+from configs import ABLATIONS
 from experiments import sweep
 from tests.test_train import assert_same, outcome
 
@@ -152,7 +152,7 @@ def test_finished_runs_are_skipped(stopped, folder, capsys):
     (line,) = capsys.readouterr().out.splitlines()
     assert f'--workdir={workdirs}/tiny-none-0' in shlex.split(line)
     runs = sweep.plan(argv[0], folder / 'stopped', '', 0, {})
-    assert [run.name for run in runs if run.finished] == ['tiny-0']
+    assert [run.name for run in runs if sweep.finished(run.workdir)] == ['tiny-0']
 
 
 def test_the_planned_config_is_the_trained_config(stopped, folder):
@@ -162,19 +162,6 @@ def test_the_planned_config_is_the_trained_config(stopped, folder):
     theirs = json.loads((workdirs / 'tiny-0' / 'config.json').read_text())
     keys = configuration.differences(json.loads(configuration.as_json(ours)), theirs)
     assert list(keys) == ['data.data_dir', 'loop.compilation_cache']  # which `start` gives
-
-
-def test_a_run_that_another_process_trains_is_not_a_failure(tmp_path):
-    settings = configuration.unpack(smoke.get_config())
-    with (
-        workdir.open_workdir(settings, tmp_path),
-        pytest.raises(RunError) as refused,
-        workdir.open_workdir(settings, tmp_path),
-    ):
-        pass
-    run = sweep.Run('tiny', 0, 'c', {}, tmp_path)
-    run.log.write_text(f'main.py: {refused.value}\n')
-    assert sweep.outcome(run, 1) == 'in training elsewhere'
 
 
 def test_through_submitit(start, folder):

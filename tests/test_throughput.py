@@ -141,7 +141,7 @@ def test_benchmarks_take_turns(monkeypatch):
     assert timing.ratio(rows['a'], rows['b']) == 2.0
 
 
-def test_slow_forms_of_pytorch_are_dropped_and_broken_ones_reported(monkeypatch):
+def test_broken_forms_of_pytorch_are_reported(monkeypatch):
     clock = Clock(monkeypatch)
 
     def broken():
@@ -151,12 +151,11 @@ def test_slow_forms_of_pytorch_are_dropped_and_broken_ones_reported(monkeypatch)
         'ours': clock.benchmark('o', 8.0),
         'torch, eager': clock.benchmark('e', 1.4),
         'torch, fast': clock.benchmark('f', 1.0),
-        'torch, slow': clock.benchmark('s', 1.6),
         'torch, broken': broken,
     }
     rows, _ = timing.alternate(makers, rounds=3, sample_secs=0.1)
     assert {name: len(row.get('secs', ())) for name, row in rows.items()} == {
-        'ours': 3, 'torch, eager': 3, 'torch, fast': 3, 'torch, slow': 1, 'torch, broken': 0,
+        'ours': 3, 'torch, eager': 3, 'torch, fast': 3, 'torch, broken': 0,
     }  # fmt: skip
     assert rows['torch, broken'] == {'failed': 'ValueError: no compiler'}
     assert timing.best_torch(rows) == 'torch, fast'

@@ -18,12 +18,7 @@ POLL_SECS = 0.05
 def run(
     words: Sequence[str], log: Path, until: Callable[[], bool] = lambda: False
 ) -> dict[str, float]:
-    """Run `python WORDS...` in the repository, its output appended to `log`.
-
-    Args:
-        words: arguments of the Python interpreter.
-        log: the file for stdout and stderr.
-        until: the process is killed once this returns True.
+    """Run `python WORDS...` in the repository, its output appended to `log`; kill it at `until`.
 
     Returns:
         'secs', 'cpu_secs' (with its children's), 'main_process_mib' and 'worker_mib': the peak

@@ -23,8 +23,7 @@ os.environ.setdefault('XLA_PYTHON_CLIENT_MEM_FRACTION', '0.45')
 from alexnet_jax import command
 from alexnet_jax.parallel import cpu
 from experiments.output import write_text
-from experiments.throughput import baselines, input_pipeline, layers, steps, tables
-from experiments.throughput.input_pipeline import INPUTS
+from experiments.throughput import input_pipeline, layers, steps, tables
 from experiments.throughput.results import RESULTS, keep
 from experiments.throughput.steps import KINDS, NETS, platform
 
@@ -51,16 +50,10 @@ def _parser() -> command.Parser:
         prog='python -m experiments.throughput', description=(__doc__ or '').splitlines()[0]
     )
     add = parser.add_argument
-    for name, known in (
-        ('parts', tuple(PARTS)),
-        ('nets', tuple(NETS)),
-        ('inputs', tuple(INPUTS)),
-        ('passes', baselines.PASSES),
-        ('kinds', KINDS),
-    ):
+    for name, known in (('parts', tuple(PARTS)), ('nets', tuple(NETS)), ('kinds', KINDS)):
         add(f'--{name}', type=_words(*known), default=known, help=', '.join(known))
     what = 'batch sizes (default: 64,128 on a CPU, 128,1024 on a GPU)'
-    add('--batches', type=_numbers, default=(), help=what)
+    add('--batches', type=lambda text: tuple(map(int, text.split(','))), default=(), help=what)
     what = 'PyTorch variants to skip, for example compiled,NCHW'
     add('--without', type=_words(), default=(), help=what)
     what = 'default: float32 on a CPU, bfloat16 on a GPU'
@@ -71,10 +64,6 @@ def _parser() -> command.Parser:
     add('--out', type=command.path, default=RESULTS, help='folder for the results')
     add('--page', action='store_true', help='only write the tables, without measuring')
     return parser
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(word) for word in text.split(','))
 
 
 def act(flags: argparse.Namespace) -> None:

@@ -113,7 +113,7 @@ def measure_all(flags: argparse.Namespace) -> Iterator[Row]:
     for net in flags.nets:
         usual = flags.batches or BATCHES[platform()]
         batches = (QUICKSTART_BATCH,) if net == 'quickstart' else usual
-        for batch_size, what in itertools.product(batches, flags.passes):
+        for batch_size, what in itertools.product(batches, baselines.PASSES):
             yield measure(net, batch_size, what, flags)
 
 

@@ -183,8 +183,6 @@ def feeding_table(rows: Sequence[Row]) -> str:
 
 
 def _feeding_cells(row: Row) -> list[Any]:
-    if 'not_run' in row:
-        return [row['input'], f'{NOT_RUN}: {row["not_run"]}', *[''] * 5]
     size, real, resident = row['batch_size'], row['real_secs'], row['resident_secs']
     ratio = statistics.median(a / b for a, b in zip(resident, real, strict=True))
     speeds = (f'{size / median(secs):.1f}' for secs in (real, resident))
@@ -206,8 +204,7 @@ def start_table(rows: Sequence[Row]) -> str:
 def accuracy_table(folders: Iterable[Path]) -> str:
     """Return the seconds of training to TARGET on the test images, of runs that validate on them.
 
-    The seconds at an evaluation are interpolated between the training records; they include
-    compilation of the step, but not evaluations or checkpoints.
+    They include compilation of the step, but not evaluations or checkpoints.
     """
     head = ['config', 'device', 'target test accuracy', 'seconds of training', 'epoch', 'reached']
     return markdown([head, *(_accuracy_cells(folder) for folder in sorted(folders))])

@@ -15,8 +15,6 @@ import numpy as np
 from alexnet_jax.parallel import cpu
 from experiments.throughput.results import Row, median
 
-SLOW = 1.5  # a form of PyTorch that takes this many times its best form's time is dropped
-
 
 def as_array(result: Any) -> np.ndarray:
     """Return a loss or logits."""
@@ -82,10 +80,10 @@ def alternate(
             if not name.startswith('torch'):
                 raise
             rows[name] = {'failed': f'{type(error).__name__}: {str(error).strip()[:200]}'}
-    for number in range(rounds):
+    for _ in range(rounds):
         gc.collect()
-        for name in _still_running(rows) if number else ready:
-            values[name] = _sample(ready[name], rows[name])
+        for name, benchmark in ready.items():
+            values[name] = _sample(benchmark, rows[name])
     return rows, values
 
 
@@ -110,30 +108,15 @@ def _sample(benchmark: Benchmark, row: Row) -> np.ndarray:
     return benchmark.value(result)
 
 
-def _still_running(rows: Mapping[str, Row]) -> list[str]:
-    """Return all but the forms of PyTorch that were slow in the first round."""
-    torch = _torch(rows)
-    best = min((rows[name]['secs'][0] for name in torch), default=0.0)
-    dropped = [name for name in torch if rows[name]['secs'][0] > SLOW * best]
-    return [name for name, row in rows.items() if 'secs' in row and name not in dropped]
-
-
-def _torch(rows: Mapping[str, Row]) -> list[str]:
-    """Return the forms of PyTorch that run."""
-    return [name for name, row in rows.items() if name.startswith('torch') and 'secs' in row]
-
-
 def ratio(slow: Row, fast: Row) -> float:
     """Return how many times as fast, the median of the rounds' own ratios."""
-    return median(a / b for a, b in zip(slow['secs'], fast['secs'], strict=False))
+    return median(a / b for a, b in zip(slow['secs'], fast['secs'], strict=True))
 
 
 def best_torch(rows: Mapping[str, Row]) -> str | None:
-    """Return the fastest form of PyTorch among those that ran in every round."""
-    torch = _torch(rows)
-    most = max((len(rows[name]['secs']) for name in torch), default=0)
-    complete = [name for name in torch if len(rows[name]['secs']) == most]
-    return min(complete, key=lambda name: median(rows[name]['secs']), default=None)
+    """Return the fastest form of PyTorch that ran, if any."""
+    torch = [name for name, row in rows.items() if name.startswith('torch') and 'secs' in row]
+    return min(torch, key=lambda name: median(rows[name]['secs']), default=None)
 
 
 def run_alone(cpu_devices: int, function: Callable[..., Any], *arguments: Any) -> Any:

@@ -1,4 +1,4 @@
-"""AlexNet in fast, idiomatic PyTorch, built from the same layer table.
+"""The nets of steps.NETS in fast, idiomatic PyTorch, built from the same layer table.
 
 LRN is a sum of shifted slices, and its power two roots: on a CPU twice as fast as
 `nn.LocalResponseNorm`. The reference that values are checked against is tests/golden/make_net.py.
@@ -14,8 +14,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from alexnet_jax.model.alexnet import Layer, Net, Norm, geometry
-
-SIMPLE = {'relu': F.relu, 'tanh': torch.tanh, 'sigmoid': torch.sigmoid}
 
 
 class TorchAlexNet(nn.Module):
@@ -33,8 +31,6 @@ class TorchAlexNet(nn.Module):
                 module = _conv(stage.layer, stage.input[-1], stage.groups)
                 weight = values['kernel'].transpose(3, 2, 0, 1)
             else:
-                if stage.groups > 1:
-                    raise NotImplementedError('a fully connected layer that reads its own tower')
                 module = nn.Linear(stage.fan_in, stage.layer.features)
                 weight = _channels_first(values['kernel'], stage.input)
             with torch.no_grad():
@@ -57,8 +53,8 @@ class TorchAlexNet(nn.Module):
 
     def _apply_op(self, op: str, x):
         net = self.net
-        if op in SIMPLE:
-            return SIMPLE[op](x)
+        if op == 'relu':
+            return F.relu(x)
         if op == 'lrn':
             return _lrn(x, net.towers if net.lrn_reads == 'own' else 1, net.lrn)
         if op == 'spatial_norm':
@@ -66,8 +62,7 @@ class TorchAlexNet(nn.Module):
             mean = F.avg_pool2d(x * x, norm.size, stride=1, padding=norm.size // 2)
             return x * _power(norm.k + norm.alpha * norm.size**2 * mean, norm.beta)
         if op == 'pool':
-            pool = F.max_pool2d if net.pool.kind == 'max' else F.avg_pool2d
-            return pool(x, net.pool.window_px, net.pool.stride_px)
+            return F.max_pool2d(x, net.pool.window_px, net.pool.stride_px)
         if op == 'dropout':
             kept = F.dropout(x, 1 - net.dropout.keep, self.training)
             return kept * net.dropout.keep if net.dropout.kind == 'mask' else kept
