@@ -7,7 +7,7 @@ import sys
 
 from alexnet_jax import command, config_file
 from alexnet_jax.errors import UsageError
-from alexnet_jax.parallel import distributed, launchers
+from alexnet_jax.parallel import distributed
 
 MODES = {'step': 'evaluate', 'split': 'evaluate', 'data_dir': 'evaluate', 'extend': 'train'}
 
@@ -24,7 +24,7 @@ def parser() -> command.Parser:
     add('--step', help='the checkpoint to evaluate: latest (the default), best, or a number')
     add('--split', help="to evaluate: train, validation, test (the default), or as 'test[:100]'")
     add('--data_dir', type=command.expand, help='to evaluate: the folder of all data, if it moved')
-    launchers.add_flags(flags)
+    distributed.add_flags(flags)
     return flags
 
 
@@ -34,13 +34,13 @@ def main(flags: argparse.Namespace, values: dict[str, str]) -> None:
         if getattr(flags, name) and flags.mode != mode:
             raise UsageError(f'--{name} needs --mode={mode}; set that mode, or remove --{name}.')
     if not flags.config and (flags.mode != 'evaluate' or not flags.workdir):
-        if flags.mode == 'evaluate':
-            raise UsageError('no --workdir; name the folder of a run: --workdir=workdirs/NAME.')
-        raise UsageError('no --config; try --config=configs/alexnet.py.')
+        raise UsageError(
+            'no --config; try --config=configs/alexnet.py, or to evaluate a run --workdir=DIR.'
+        )
     config = config_file.plain(config_file.load(flags.config, values)) if flags.config else {}
     workdir = flags.workdir or 'workdirs/{name}-{scale}-{seed}'.format(**config)
     where = flags.coordinator_address, flags.num_processes, flags.process_id
-    info = None if flags.mode == 'describe' else launchers.detect(os.environ, *where)
+    info = None if flags.mode == 'describe' else distributed.detect(os.environ, *where)
     request = vars(flags) | {'config': config or values, 'process_id': None}
     with distributed.joined(info, request, **config.get('processes', {})):
         from alexnet_jax.analysis import describe  # here, as these imports take seconds

@@ -1,12 +1,13 @@
-"""Multi-process training: connection, consistency checks, preemption and shared failure handling.
+"""Multi-process training: rank, connection, consistency checks, preemption, shared failure.
 
 JAX connects the processes and checks their heartbeats. The launcher (srun, mpirun, a Kubernetes
 Job) starts them, terminates the remaining ones after a failure, and restarts all of them.
 docs/parallelism.md lists for each fault what detects it, how fast, and the exit code.
 """
 
+import argparse
 import contextlib
-import hashlib
+import dataclasses
 import json
 import os
 import re
@@ -17,23 +18,133 @@ import threading
 import time
 import traceback
 from collections.abc import Generator, Mapping
+from pathlib import Path
 from typing import Any, NoReturn
 
 from alexnet_jax import command, config_file
 from alexnet_jax.errors import AlexNetError, RunError, UsageError
-from alexnet_jax.parallel import launchers
-from alexnet_jax.parallel.launchers import ProcessInfo
 
 AGAIN = 'start all processes again to resume from the latest checkpoint'
 PROGRAM = 'main.py'
 # Words of gloo, NCCL and JAX's coordination service for the loss of a process.
 LOST = re.compile(r'gloo|nccl|coordination|heartbeat', re.IGNORECASE)
-# Keys of JAX's key-value store.
-FAILURE = 'alexnet_jax/failure'
-REQUEST = 'alexnet_jax/request'
+FAILURE = 'alexnet_jax/failure'  # a key of JAX's key-value store
+ADDRESS = 'JAX_COORDINATOR_ADDRESS'
+# Environment variables: number of processes, index, and the source of process 0's address in JAX.
+LAUNCHERS = (
+    ('JAX_NUM_PROCESSES', ('JAX_PROCESS_ID', 'JOB_COMPLETION_INDEX'), ADDRESS),
+    ('OMPI_COMM_WORLD_SIZE', ('OMPI_COMM_WORLD_RANK',), 'OMPI_MCA_orte_hnp_uri'),
+    ('SLURM_STEP_NUM_TASKS', ('SLURM_PROCID',), 'SLURM_STEP_NODELIST'),
+    ('PMI_SIZE', ('PMI_RANK',), ADDRESS),  # MPICH, Intel MPI
+    ('WORLD_SIZE', ('RANK',), ADDRESS),  # torchrun
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class ProcessInfo:
+    """Rank and number of the processes.
+
+    coordinator: 'host:port' of process 0; None if JAX finds it by the launcher's variables.
+    """
+
+    process: int
+    processes: int
+    coordinator: str | None
+
 
 _joined = ProcessInfo(0, 1, None)
 _ending = threading.Lock()  # taken by the error that ends this process, and never released
+
+
+# ------------------------------------------------------------------------------------ launchers
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that describe this process where no launcher does."""
+    add = parser.add_argument
+    add('--coordinator_address', metavar='HOST:PORT', help='address of process 0')
+    add('--num_processes', type=int, help='number of processes, if no launcher sets it')
+    add('--process_id', type=int, help='rank of this process, from 0')
+
+
+def detect(
+    environ: Mapping[str, str],
+    coordinator: str | None = None,
+    processes: int | None = None,
+    process: int | None = None,
+) -> ProcessInfo | None:
+    """Return the rank of this process, by flags or a launcher's variables; None if it is alone.
+
+    Raises:
+        UsageError: the description is impossible, or incomplete: each process would train alone.
+    """
+    flags: dict[str, Any] = {
+        '--coordinator_address': coordinator,
+        '--num_processes': processes,
+        '--process_id': process,
+    }
+    values = _from_launcher(environ) | {k: v for k, v in flags.items() if v is not None}
+    if not values or values.get('--num_processes') == 1:
+        return None
+    known = ' '.join(f'{flag}={value}' for flag, value in values.items())
+    if missing := [flag for flag in flags if flag not in values]:
+        raise UsageError(
+            f'this is one of several processes ({known}), but the description is incomplete; '
+            f'also give {" and ".join(missing)}, or --num_processes=1 for a single process.'
+        )
+    address, count, rank = (values[flag] for flag in flags)
+    if not 0 <= rank < count or not re.fullmatch(r'.+:\d{1,5}', address or 'host:0'):
+        raise UsageError(
+            f'{known} is impossible: --process_id must be between 0 and {count - 1}, and '
+            f'--coordinator_address must have the form host:port.'
+        )
+    return ProcessInfo(rank, count, address)
+
+
+def _from_launcher(environ: Mapping[str, str]) -> dict[str, Any]:
+    """Return the flags that the first launcher with several processes stands for.
+
+    JAX_NUM_PROCESSES=1 counts too: it separates a process from its launcher.
+    """
+    address = {'--coordinator_address': environ[ADDRESS]} if ADDRESS in environ else {}
+    for size, indices, source in LAUNCHERS:
+        processes = int(environ.get(size, 0))
+        if processes > 1 or (size == 'JAX_NUM_PROCESSES' and size in environ):
+            index = [{'--process_id': int(environ[i])} for i in indices if i in environ] or [{}]
+            found = {'--coordinator_address': None} if source in environ else {}
+            return {'--num_processes': processes} | index[0] | found | address
+    return address
+
+
+def coordinator_port(environ: Mapping[str, str]) -> int:
+    """Return a port for this job, and for this step of it; JAX's own is shared by all its steps."""
+    if 'OMPI_MCA_orte_hnp_uri' in environ:  # '<job * 4096>.0;tcp://...'
+        job = int(environ['OMPI_MCA_orte_hnp_uri'].partition('.')[0]) >> 12
+    else:
+        job = 8 * int(environ.get('SLURM_JOB_ID', 0)) + int(environ.get('SLURM_STEP_ID', 0))
+    return 61440 + job % 4096
+
+
+def local_gpus(environ: Mapping[str, str]) -> list[int] | None:
+    """Return this task's share of the GPUs of its host; [] for all that it sees.
+
+    JAX's default is one GPU a task. None leaves it to JAX_LOCAL_DEVICE_IDS.
+    """
+    if 'JAX_LOCAL_DEVICE_IDS' in environ:
+        return None
+    rank, tasks = 0, 1
+    if 'OMPI_COMM_WORLD_LOCAL_SIZE' in environ:
+        rank, tasks = (int(environ[f'OMPI_COMM_WORLD_LOCAL_{x}']) for x in ('RANK', 'SIZE'))
+    elif 'SLURM_STEP_NUM_NODES' in environ:
+        rank, nodes = int(environ['SLURM_LOCALID']), int(environ['SLURM_STEP_NUM_NODES'])
+        tasks = -(-int(environ['SLURM_STEP_NUM_TASKS']) // nodes)
+    devices = ','.join(map(str, Path('/dev').glob('nvidia[0-9]*')))
+    visible = environ.get('CUDA_VISIBLE_DEVICES', devices)
+    share = len([*filter(None, visible.split(','))]) // tasks  # 0: each task sees its own
+    return list(range(rank * share, (rank + 1) * share)) if tasks > 1 else []
+
+
+# ------------------------------------------------------------------------------------ connection
 
 
 @contextlib.contextmanager
@@ -54,7 +165,8 @@ def joined(
         peer_timeout_secs: time after which a process without a heartbeat counts as lost.
 
     Raises:
-        RunError: the port of process 0 is in use, or the processes do not connect.
+        OSError: the port of process 0 is in use.
+        RunError: the processes do not connect.
     """
     if info is None:
         yield
@@ -67,7 +179,7 @@ def joined(
     listener = threading.Thread(target=_follow_failures, daemon=True)
     listener.start()
     try:
-        _check_request(request, 1000 * int(join_timeout_secs))
+        agree('the flags', request)
         yield
         jax.distributed.shutdown()
         listener.join()  # Python crashes if a thread returns from C++ at exit
@@ -78,17 +190,14 @@ def joined(
 def _initialize(info: ProcessInfo, join_secs: int, peer_secs: int) -> None:
     import jax
 
-    if info.coordinator is None:
-        os.environ.setdefault('JAX_COORDINATOR_PORT', str(launchers.coordinator_port(os.environ)))
-        port = launchers.number(os.environ, 'JAX_COORDINATOR_PORT')
-    else:
-        port = int(info.coordinator.rpartition(':')[2])
-    if info.process == 0:
-        _check_port(port)
+    os.environ.setdefault('JAX_COORDINATOR_PORT', str(coordinator_port(os.environ)))
+    port = int((info.coordinator or os.environ['JAX_COORDINATOR_PORT']).rpartition(':')[2])
+    where = f'at {info.coordinator or f"port {port} of process 0"}'
+    if info.process == 0:  # gRPC would share the port with another program unnoticed
+        socket.create_server(('', port), reuse_port=False).close()
     _keep_stdout_for_python()
-    signal.signal(signal.SIGINT, _interrupt)
+    signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     jax.config.update('jax_enable_preemption_service', False)  # see preempted
-    where = f'at {info.coordinator}' if info.coordinator else f'at port {port} of process 0'
     why = (
         f'not all of {info.processes} processes connected {where} within {join_secs} s '
         f'(processes.join_timeout_secs); see the logs of the other processes, then {AGAIN}.'
@@ -101,7 +210,7 @@ def _initialize(info: ProcessInfo, join_secs: int, peer_secs: int) -> None:
             info.coordinator,
             info.processes,
             info.process,
-            local_device_ids=launchers.local_gpus(info, os.environ),
+            local_device_ids=local_gpus(os.environ),
             # JAX's default needs IPv6.
             coordinator_bind_address=None if socket.has_dualstack_ipv6() else f'0.0.0.0:{port}',
             initialization_timeout=join_secs + 60,  # JAX would end by SIGABRT: the alarm is first
@@ -114,18 +223,6 @@ def _initialize(info: ProcessInfo, join_secs: int, peer_secs: int) -> None:
         alarm.cancel()
 
 
-def _check_port(port: int) -> None:
-    """Raise RunError if another program listens at the port; gRPC would share it unnoticed."""
-    try:
-        socket.create_server(('', port), reuse_port=False).close()
-    except OSError as error:
-        why = os.strerror(error.errno or 0)
-        raise RunError(
-            f'process 0 cannot listen on port {port} ({why}); choose another with '
-            f'--coordinator_address=HOST:PORT for all processes.'
-        ) from error
-
-
 def _keep_stdout_for_python() -> None:
     """Discard the stdout of C++ code: gloo prints its connections there."""
     sys.stdout.flush()
@@ -134,35 +231,14 @@ def _keep_stdout_for_python() -> None:
     sys.stdout = os.fdopen(python, 'w', errors='backslashreplace')
 
 
-def _interrupt(number: int, frame: Any) -> None:
-    """Turn the first Ctrl-C into a SIGTERM; the second ends the process at once."""
-    del number, frame
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-def _check_request(request: Mapping[str, Any], timeout_ms: int) -> None:
-    """Raise UsageError, with the keys that differ, if process 0 has another request."""
-    own = json.dumps(request)
-    if is_first():
-        _store().key_value_set(REQUEST, own)
-    first = json.loads(_store().blocking_key_value_get(REQUEST, timeout_ms))
-    if keys := config_file.differences(first, json.loads(own)):
-        raise UsageError(
-            f'the flags differ from those of process 0 in {", ".join(keys)}; give all processes '
-            f'the same flags.'
-        )
-    _store().wait_at_barrier(REQUEST, timeout_ms)
-
-
 # --------------------------------------------------------------------------------- failure
 
 
 def _store() -> Any:
     """Return JAX's key-value store; it has no public name."""
-    from jax._src import distributed
+    from jax._src.distributed import global_state
 
-    return distributed.global_state.client
+    return global_state.client
 
 
 def _end(error: BaseException) -> NoReturn:
@@ -188,8 +264,7 @@ def _end(error: BaseException) -> NoReturn:
     with contextlib.suppress(Exception):
         failure = {'process': _joined.process, 'code': code, 'why': why}
         _store().key_value_set(FAILURE, json.dumps(failure))
-    _wait_for_readers(1 if lost else 10)
-    _exit(code)
+    _end_together(code, 1 if lost else 10)
 
 
 def _is_loss(error: BaseException | None) -> str:
@@ -212,21 +287,17 @@ def _follow_failures() -> None:
 def _follow(text: str) -> NoReturn:
     """Print another process's failure, and end with its exit code."""
     failure = json.loads(text)
-    if sys.stderr.isatty():
-        sys.stderr.write('\x1b[?25h\n')  # a progress bar has hidden the cursor
     print(f'{PROGRAM}: process {failure["process"]}: {failure["why"]}', file=sys.stderr)
-    _wait_for_readers(10)
-    _exit(failure['code'])
+    _end_together(failure['code'], 10)
 
 
-def _wait_for_readers(secs: int) -> None:
-    """Acknowledge a failure; process 0, which hosts the store, waits until all have."""
+def _end_together(code: int, secs: int) -> NoReturn:
+    """Exit when all processes know of the failure, process 0 last, as it hosts the store."""
     with contextlib.suppress(Exception):
-        _store().key_value_set(f'{FAILURE}/{_joined.process}', 'read')
-        for other in range(1, _joined.processes) if is_first() else ():
-            _store().blocking_key_value_get(f'{FAILURE}/{other}', 1000 * secs)
+        _store().wait_at_barrier(FAILURE, 1000 * secs)
     if is_first():
         time.sleep(1)  # the others are ending; JAX aborts a process that loses the store
+    _exit(code)
 
 
 def _exit(code: int) -> NoReturn:
@@ -248,20 +319,24 @@ def is_first() -> bool:
     return _joined.process == 0
 
 
-def agree(what: str, value: bytes) -> None:
-    """Check that this process has the same value as process 0.
+def agree(what: str, value: Mapping[str, Any]) -> None:
+    """Wait for all processes, and check that they have the same values, which JSON can hold.
 
     Raises:
-        UsageError: it has not.
+        UsageError: this process has others than process 0; names their keys.
     """
-    digest = hashlib.sha256(value).hexdigest()
+    if not several():
+        return
+    own, key, wait_ms = json.dumps(value), f'alexnet_jax/{what}', 10**8
     if is_first():
-        _store().key_value_set(what, digest)
-    elif digest != _store().blocking_key_value_get(what, 10**8):
+        _store().key_value_set(key, own)
+    first = json.loads(_store().blocking_key_value_get(key, wait_ms))
+    if keys := config_file.differences(first, json.loads(own)):
         raise UsageError(
-            f'{what} of process {_joined.process} differs from that of process 0; give all '
-            f'processes the same.'
+            f'{what} differ from those of process 0 in {", ".join(keys)}; give all processes the '
+            f'same.'
         )
+    _store().wait_at_barrier(key, wait_ms)
 
 
 def wait_for_all(what: str) -> None:
@@ -278,10 +353,10 @@ def preempted(step: int) -> bool:
     Before the first call SIGTERM ends a process at once, as there is nothing to save.
     """
     import jax
-    from jax._src import distributed
+    from jax._src.distributed import global_state
     from jax.experimental import multihost_utils
 
-    if distributed.global_state.preemption_sync_manager is None:
+    if global_state.preemption_sync_manager is None:
         jax.config.update('jax_enable_preemption_service', True)
-        distributed.global_state.initialize_preemption_sync_manager()
+        global_state.initialize_preemption_sync_manager()
     return multihost_utils.reached_preemption_sync_point(step)

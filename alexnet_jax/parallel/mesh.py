@@ -208,17 +208,14 @@ def make_layout(shape: MeshShape, batch_size: int) -> Layout:
         UsageError: the sizes do not fit the devices, or the batch does not divide.
     """
     cpu.set_up_cpu(shape.cpu_devices)
-    devices = jax.device_count()
+    devices, processes = jax.device_count(), jax.process_count()
     data = shape.data if shape.data > 0 else devices // shape.tower
-    if data < 1 or devices % (data * shape.tower):
+    size = data * shape.tower
+    if data < 1 or devices % size or (processes > 1 and size != devices):
         raise UsageError(
             f'a mesh of data {shape.data} x tower {shape.tower} does not match the {devices} '
-            f'device(s) here; choose divisors, or mesh.data=-1 for all remaining devices.'
-        )
-    if jax.process_count() > 1 and data * shape.tower != devices:
-        raise UsageError(
-            f'a mesh of data {data} x tower {shape.tower} leaves some of the {devices} devices of '
-            f'{jax.process_count()} processes idle; set mesh.data=-1.'
+            f'device(s) here; choose divisors (several processes must use all devices), or '
+            f'mesh.data=-1 for all remaining ones.'
         )
     if batch_size % data:
         raise UsageError(
@@ -229,7 +226,7 @@ def make_layout(shape: MeshShape, batch_size: int) -> Layout:
         (data, shape.tower),
         ('data', 'tower'),  # towers innermost: the two of a pair are neighbours
         axis_types=(AxisType.Auto, AxisType.Auto),
-        devices=jax.devices()[: data * shape.tower],
+        devices=jax.devices()[:size],
     )
     _warm_up_collectives(mesh)
     if shape.placement == 'one_weird_trick':

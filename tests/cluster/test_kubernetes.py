@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from alexnet_jax.errors import UsageError
-from alexnet_jax.parallel import launchers
+from alexnet_jax.parallel import distributed
 from configs import alexnet
 
 
@@ -37,7 +37,7 @@ def test_each_pod_finds_its_index(parts, pod):
     count = job['spec']['completions']
     assert job['spec']['parallelism'] == count
     for index in range(count):
-        info = launchers.detect(environ | {'JOB_COMPLETION_INDEX': str(index)})
+        info = distributed.detect(environ | {'JOB_COMPLETION_INDEX': str(index)})
         assert info is not None
         assert (info.process, info.processes) == (index, count)
         host, port = str(info.coordinator).rsplit(':', 1)
