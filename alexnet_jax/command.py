@@ -23,16 +23,12 @@ def expand(path: str) -> str:
         UsageError: it is empty, has a scheme such as gs://, or the home directory is unknown.
     """
     path = path.strip()
-    if not path:
-        raise UsageError('a path is empty; give a file or a folder.')
-    if re.match(r'[A-Za-z][\w+.-]*://', path):
+    expanded = os.path.expanduser(path)  # leaves '~nobody' as it is
+    if not path or expanded[0] == '~' or re.match(r'[A-Za-z][\w+.-]*://', path):
         raise UsageError(
-            f'{path} is not a local path; copy or mount it, and give the local folder.'
+            f'{path or "an empty path"} is not a local path; give a local file or folder.'
         )
-    try:
-        return str(Path(path).expanduser())
-    except RuntimeError as error:  # '~nobody'
-        raise UsageError(f'{path}: there is no such home directory; give the full path.') from error
+    return str(Path(expanded))
 
 
 def path(text: str) -> Path:

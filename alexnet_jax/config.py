@@ -130,8 +130,7 @@ class Settings:
     def total_steps(self, images: int) -> int:
         """Return the steps of the run: enough to see all images `epochs` times."""
         steps = self.epochs * images / self.batch_size
-        if steps >= 2**31:
-            raise UsageError(f'epochs={self.epochs:g} is more than 2^31 steps; lower it.')
+        _require(steps < 2**31, f'epochs={self.epochs:g} is more than 2^31 steps; lower it.')
         return math.ceil(steps)
 
     def steps_per_epoch(self, images: int) -> float:
@@ -197,15 +196,16 @@ def _build(cls: Any, section: Any, path: str, **given: Any) -> Any:
     section = _group(section, path)
     hints, where = typing.get_type_hints(cls), f'{path}.' if path else ''
     fields = {field.name: field for field in dataclasses.fields(cls) if field.name not in given}
-    for key in sorted(set(section) - set(fields)):
-        known = ', '.join(sorted(fields))
-        raise UsageError(f'{where}{key} is not a key of this config; choose one of {known}.')
+    known = ', '.join(sorted(fields))
+    for key in sorted(section):
+        _require(key in fields, f'{where}{key} is not a key of this config; choose one of {known}.')
     for key, field in sorted(fields.items()):
         if key in section:
             make = _build if dataclasses.is_dataclass(hints[key]) else _value
             given[key] = make(hints[key], section[key], where + key)
-        elif field.default is dataclasses.MISSING:  # keys younger than checkpoints have a default
-            raise UsageError(f'{where}{key} is missing from this config; set it.')
+        else:  # keys younger than checkpoints have a default
+            absent = field.default is dataclasses.MISSING
+            _require(not absent, f'{where}{key} is missing from this config; set it.')
     return cls(**given)
 
 

@@ -512,7 +512,7 @@ WRONG = {
     'batch_size': ('64', 'batch_size must be of type int'),
     'loop.log_every_steps': (2**31, 'must be below 2147483648'),
     'data.data_dir': ('gs://bucket/data', 'data.data_dir: gs://bucket/data is not a local path'),
-    'data.data_dir[1]': ('', 'data.data_dir: a path is empty'),
+    'data.data_dir[1]': ('', 'data.data_dir: an empty path is not a local path'),
     'init_from': ('s3://bucket/run:best', 'init_from: s3://bucket/run:best is not a local path'),
     'loop.compilation_cache': ('gs://b/c', 'loop.compilation_cache: gs://b/c is not a local path'),
     'seed': (-1, 'seed must be at least 0'),

@@ -27,15 +27,11 @@ def test_home_is_expanded_and_spaces_are_cut(monkeypatch):
     assert command.expand('W:best') == 'W:best'
 
 
-@pytest.mark.parametrize('path', ['gs://bucket/x', 'file:///tmp/x', 's3://b', 'https://host/x.png'])
-def test_a_scheme_is_refused(path):
+@pytest.mark.parametrize(
+    'path', ['gs://bucket/x', 'file:///tmp/x', 'https://host/x.png', '', ' ', '~nobody-of-this/x']
+)
+def test_what_is_no_local_path_is_refused(path):
     with pytest.raises(UsageError, match='is not a local path'):
-        command.path(path)
-
-
-@pytest.mark.parametrize('path', ['', ' ', '~nobody-of-this-name/x'])
-def test_no_path_at_all(path):
-    with pytest.raises(UsageError, match=r'is empty|no such home'):
         command.path(path)
 
 
@@ -71,10 +67,10 @@ def test_a_config_of_a_run_is_a_config(tmp_path):
         ('a.py', 'def get_config(): return undefined', "name 'undefined' is not defined"),
         ('a.py', 'def get_config(): raise ValueError("not so")', 'not so'),
         ('a.json', '{"mod', 'a.json'),
-        ('a.json', '[1]', 'a config must be a JSON object'),
+        ('a.json', '[1]', 'a.json gives no config'),
         ('a.json', '{"model": {}}', 'is missing from this config'),
         ('a.py', 'def get_config(): return None', 'gives no config'),
-        ('a.py', 'x = 1', 'it has no function get_config'),
+        ('a.py', 'x = 1', 'get_config'),
         ('a.json:quickstart', '{"model": {}}', 'there is no config file'),
     ],
 )

@@ -59,7 +59,7 @@ class StepLog(Callback):
         self.job, self.history, self.writer = job, history, writer
         self.bar = ProgressBar(job.total_steps, start, log, shown=distributed.is_first())
         self.steps, self.wait_secs, self.logged_secs = 0, 0.0, history.secs
-        self.records, self.warned = 0, False
+        self.may_warn: bool | None = None  # not in the first record, which contains the start-up
 
     def on_metrics(
         self, step: int, metrics: Mapping[str, tuple[Any, Any]], wait_secs: float
@@ -89,16 +89,14 @@ class StepLog(Callback):
 
     def _warn_of_slow_input(self, secs: float) -> None:
         """Log once if input is the bottleneck, with the number of cores that would be enough."""
-        self.records += 1
         share = self.wait_secs / max(secs, 1e-9)
-        if self.warned or self.records == 1 or share <= STALL_SHARE:  # start-up is in the first
-            return
-        rows = self.job.local_rows
-        images = self.steps * (rows.stop - rows.start)
-        wanted = images / max(secs - self.wait_secs, 1e-9)
-        if why := datasets.shortage(self.job.train, wanted):
-            self.warned = True
-            self.bar.line(f'training is limited by the input {share:.0%} of the time: {why}')
+        if self.may_warn and share > STALL_SHARE:
+            rows = self.job.local_rows
+            wanted = self.steps * (rows.stop - rows.start) / max(secs - self.wait_secs, 1e-9)
+            if why := datasets.shortage(self.job.train, wanted):
+                self.may_warn = False
+                self.bar.line(f'training is limited by the input {share:.0%} of the time: {why}')
+        self.may_warn = self.may_warn is not False
 
     def on_evaluation(self, step: int, scores: Mapping[str, float]) -> None:
         """Write a record of the validation, and print it."""
@@ -129,39 +127,33 @@ class StepProfiler(Callback):
 
     def __init__(self, folder: Path, steps: int, start: int, total: int):
         settle = min(SETTLE_STEPS, max(1, total - start - steps))
-        self.folder, self.running = folder, False
-        self.first = min(start + settle + 1, total) if steps else total + 1
-        self.last = min(self.first + steps - 1, total)
+        first = min(start + settle + 1, total)
+        self.folder, self.steps = folder, range(first, min(first + steps, total + 1))
 
     def on_step_begin(self, step: int) -> None:
         """Start the trace before its first step; mark each step by its number."""
-        if step == self.first:
-            log(f'tracing steps {self.first} to {self.last}')
-            jax.profiler.start_trace(self.folder)
-            self.running = True
-        self._mark = jax.profiler.StepTraceAnnotation('train', step_num=step)
-        self._mark.__enter__()
+        if step in self.steps:
+            if step == self.steps[0]:
+                log(f'tracing steps {self.steps[0]} to {self.steps[-1]}')
+                jax.profiler.start_trace(self.folder)
+            self._mark = jax.profiler.StepTraceAnnotation('train', step_num=step)
+            self._mark.__enter__()
 
     def on_step_end(self, step: int, state: Any) -> None:
         """End the trace when its last step has been computed."""
-        self._mark.__exit__(None, None, None)
-        if step == self.last and self.running:
-            jax.block_until_ready(state)
-            self.close()
-            log(
-                f'the trace is in {self.folder}: tensorboard --logdir={self.folder.parent}, or '
-                f'open its trace.json.gz at ui.perfetto.dev'
-            )
-
-    def close(self) -> None:
-        """End a trace that is incomplete."""
-        if self.running:
-            self.running = False
-            jax.profiler.stop_trace()
+        if step in self.steps:
+            self._mark.__exit__(None, None, None)
+            if step == self.steps[-1]:
+                jax.block_until_ready(state)
+                jax.profiler.stop_trace()
+                log(
+                    f'the trace is in {self.folder}: tensorboard --logdir={self.folder.parent}, or '
+                    f'open its trace.json.gz at ui.perfetto.dev'
+                )
 
 
 class Interrupt(Callback):
-    """Stop the loop after SIGTERM or Ctrl-C; a second Ctrl-C ends the process immediately.
+    """Stop the loop after SIGTERM or Ctrl-C; a second Ctrl-C ends a single process immediately.
 
     Any of several processes may get the signal, and all stop after the same step.
     """
