@@ -164,7 +164,7 @@ def test_an_ensemble_averages_class_by_class(copy, shades, permuted, tmp_path):
     assert both['members'][1]['centre'] == evaluate.scores(arrays[1]['centre'], arrays[1]['label'])
 
 
-def test_resuming_on_data_prepared_again(workdir, shades, permuted, renamed, tmp_path, capsys):
+def test_resuming_on_data_prepared_again(workdir, shades, permuted, renamed, tmp_path):
     """The last half epoch again, on data whose classes have another order, or other names."""
     copy = shutil.copytree(workdir, tmp_path / 'copy')
     steps = sorted(int(path.name) for path in (copy / 'checkpoints').iterdir())
@@ -174,7 +174,6 @@ def test_resuming_on_data_prepared_again(workdir, shades, permuted, renamed, tmp
     with pytest.raises(UsageError, match=r'shades has \d classes that differ'):
         train.run(recipe(renamed), copy)
     train.run(recipe(permuted), copy)
-    assert 'they are mapped by name' in capsys.readouterr().err
     saved = json.loads((workdir / 'metrics.jsonl').read_text().splitlines()[-1])
     again = json.loads((copy / 'metrics.jsonl').read_text().splitlines()[-1])
     assert saved['kind'] == again['kind'] == 'test'
