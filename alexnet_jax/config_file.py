@@ -46,20 +46,20 @@ def load(where: str, overrides: Mapping[str, Any]) -> Config:
 
 
 def _read(file: Path, argument: str) -> Config:
-    if (file / 'config.json').is_file():
-        raise UsageError(f'{file} is the folder of a run; use --config={file / "config.json"}.')
     if not file.is_file():
-        raise UsageError(f'there is no config file {file}; the shipped ones are in configs/.')
+        run = (file / 'config.json').is_file()
+        raise UsageError(
+            f'{file} is the folder of a run; use --config={file / "config.json"}.'
+            if run
+            else f'there is no config file {file}; the shipped ones are in configs/.'
+        )
     if str(ROOT) not in sys.path:  # configs import each other
         sys.path.insert(0, str(ROOT))
     try:
         if file.suffix == '.json':
             config = read_json(file)
         else:
-            found = runpy.run_path(str(file))
-            if 'get_config' not in found:
-                raise ValueError('it has no function get_config')
-            config = found['get_config'](*filter(None, [argument]))
+            config = runpy.run_path(str(file))['get_config'](*filter(None, [argument]))
         if missing := {'name', 'scale', 'seed', 'model', 'data'} - {*config}:
             raise ValueError(f'{", ".join(sorted(missing))} is missing from this config')
         return config
@@ -173,15 +173,8 @@ def translated(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the config in a config.json, its keys translated.
-
-    Raises:
-        ValueError: it is no JSON object.
-    """
-    tree = json.loads(path.read_text())
-    if not isinstance(tree, dict):
-        raise ValueError('a config must be a JSON object')
-    return translated(tree)
+    """Return the config in a config.json, its keys translated."""
+    return translated(json.loads(path.read_text()))
 
 
 def plain(config: Config) -> dict[str, Any]:

@@ -16,25 +16,16 @@ from alexnet_jax.parallel import distributed
 from alexnet_jax.training import metrics
 
 # Keys that a resumed run may change: they change no number beyond rounding.
+# fmt: off
 MAY_DIFFER = (
-    'data.data_dir',
-    'data.resident_gib',
-    'data.workers',
-    'loop.checkpoint_every_epochs',
-    'loop.compilation_cache',
-    'loop.on_collapsed_init',
-    'loop.prefetch_batches',
-    'loop.profile_steps',
-    'loop.tensorboard',
-    'mesh.cpu_devices',
-    'mesh.data',
-    'mesh.placement',
-    'mesh.tower',
-    'processes.join_timeout_secs',
-    'processes.peer_timeout_secs',
+    'data.data_dir', 'data.resident_gib', 'data.workers',
+    'loop.checkpoint_every_epochs', 'loop.compilation_cache', 'loop.on_collapsed_init',
+    'loop.prefetch_batches', 'loop.profile_steps', 'loop.tensorboard',
+    'mesh.cpu_devices', 'mesh.data', 'mesh.placement', 'mesh.tower',
+    'processes.join_timeout_secs', 'processes.peer_timeout_secs',
 )
-
-# Keys that an extension may change besides: the state has the same arrays under all their values.
+# fmt: on
+# Keys that an extension may change too: the state has the same arrays under all their values.
 EXTENDABLE = ('epochs', 'optimizer.', 'preprocess.noise_until_epoch')
 
 
@@ -52,42 +43,33 @@ def open_workdir(settings: Settings, workdir: Path, extend: bool = False) -> Gen
 
     Raises:
         UsageError: the folder holds a run of another config, or no run to extend.
-        RunError: it is not writable, another process trains in it, or processes do not share it.
+        RunError: another process trains in it, or processes do not share it.
+        OSError: it is not writable.
     """
-    with _open(settings, workdir, extend) if distributed.is_first() else contextlib.nullcontext():
+    with contextlib.ExitStack() as lock:
+        if distributed.is_first():
+            if extend and not _has_checkpoint(workdir):
+                raise UsageError(f'{workdir} contains no checkpoint to extend; remove --extend.')
+            workdir.mkdir(parents=True, exist_ok=True)
+            file = lock.enter_context((workdir / '.lock').open('w'))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise RunError(
+                    f'another process is training in {workdir}; wait until it ends.'
+                ) from error
+            path = workdir / 'config.json'
+            if path.exists() and (_has_checkpoint(workdir) or metrics.read(workdir)):
+                _check_same(config_file.read_json(path), settings, workdir, extend)
+            else:
+                write_config(settings, workdir)
+            _write(workdir / 'environment.json', json.dumps(metrics.environment(), indent=2) + '\n')
         distributed.wait_for_all('workdir')
         if not (workdir / 'config.json').exists():
             raise RunError(
                 f'process 0 has created {workdir}, but this process does not see it; choose a '
                 f'--workdir that all processes share.'
             )
-        yield
-
-
-@contextlib.contextmanager
-def _open(settings: Settings, workdir: Path, extend: bool) -> Generator[None]:
-    if extend and not _has_checkpoint(workdir):
-        raise UsageError(f'{workdir} contains no checkpoint to extend; remove --extend.')
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        lock = (workdir / '.lock').open('w')
-    except OSError as error:
-        raise RunError(
-            f'cannot write to {workdir} ({error.strerror}); choose another --workdir.'
-        ) from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise RunError(
-                f'another process is training in {workdir}; wait until it ends.'
-            ) from error
-        path = workdir / 'config.json'
-        if path.exists() and (_has_checkpoint(workdir) or metrics.read(workdir)):
-            _check_same(config_file.read_json(path), settings, workdir, extend)
-        else:
-            write_config(settings, workdir)
-        _write(workdir / 'environment.json', json.dumps(metrics.environment(), indent=2) + '\n')
         yield
 
 
