@@ -14,15 +14,17 @@ from typing import Any
 import numpy as np
 
 from alexnet_jax import config as configuration
-from alexnet_jax.errors import RunError, UsageError
+from alexnet_jax.errors import UsageError
 from alexnet_jax.training import checkpoint
 from alexnet_jax.training.checkpoint import Restored, Step
 from alexnet_jax.training.metrics import log
 
 # The keys of a config, besides shapes, on which the output of a trained layer depends.
-SHARED = ('input_px', 'towers', 'lrn', 'spatial_norm', 'pool', 'dropout', 'lrn_reads')
-OWN = ('kind', 'reads', 'stride_px', 'padding_px', 'ops')
-PIXELS = ('image_px', 'resize_px', 'mean', 'scale')
+SEEN = re.compile(
+    r'model\.(input_px|towers|layers|(lrn|spatial_norm|pool|dropout).*)|'
+    r'model\.(?P<layer>\w+)\.(kind|reads|stride_px|padding_px|ops)|'
+    r'preprocess\.(image_px|resize_px|mean|scale)'
+)
 
 Params = Mapping[str, Mapping[str, np.ndarray]]  # the canonical tree, see alexnet.init
 
@@ -43,10 +45,6 @@ def read(init_from: str) -> Restored:
     if not init_from:
         raise UsageError('init_from is empty: set --config.init_from=WORKDIR[:step].')
     folder, step = source(init_from)
-    if not (folder / 'checkpoints').is_dir():
-        raise RunError(
-            f'init_from={init_from}: {folder} contains no checkpoint; give the workdir of a run.'
-        )
     return checkpoint.read(folder / 'checkpoints', step)
 
 
@@ -90,17 +88,12 @@ def parameters(
         return 'other classes' if layer == last and not same_classes else ''
 
     reasons = {layer: why_fresh(layer) for layer in layers}
-    missing = [f'{layer} ({reasons[layer]})' for layer in wanted if reasons[layer]]
-    if missing:
-        raise UsageError(
-            f'init_from={where} has no {", ".join(missing)} for this net; '
-            'remove it from init_layers.'
-        )
     carried = [name for name in layers if not reasons[name] and name in (wanted or layers)]
-    if not carried:
+    if not carried or {*wanted} - {*carried}:
+        lacking = {name: reasons[name] for name in wanted or layers if reasons[name]}
         raise UsageError(
-            f'init_from={where} has no layer with the same name and shape as this net: '
-            f'{_because(reasons)}; choose a config that matches that net.'
+            f'init_from={where} lacks layers of this net: {_because(lacking)}; choose a config '
+            f'that matches that net, or other init_layers.'
         )
     rest = {name: reason for name, reason in reasons.items() if name not in carried}
     what = _because(rest) or 'no layer'
@@ -130,18 +123,7 @@ def compare(
         where: name of the source in messages.
         carried: layers taken from the source; differences in others do not matter.
     """
-    theirs, ours = _seen(restored.extra['config'], carried), _seen(config, carried)
-    if strange := configuration.differences(theirs, ours):
+    keys = configuration.differences(restored.extra['config'], config)
+    found = [match for key in keys if (match := SEEN.fullmatch(key))]
+    if strange := [match[0] for match in found if match['layer'] in (None, *carried)]:
         log(f'warning: {where} was trained with different values of {", ".join(strange)}')
-
-
-def _seen(config: Mapping[str, Any], carried: Sequence[str]) -> dict[str, Any]:
-    """Return the part of a config on which the outputs of layers depend, besides their weights."""
-    net, recipe = config['model'], config['preprocess']
-    before = dict(zip(net['layers'], ['image', *net['layers']], strict=False))
-    shared = {key: net.get(key) for key in SHARED}
-    layers = {
-        name: {key: net[name].get(key) for key in OWN} | {'follows': before[name]}
-        for name in carried
-    }
-    return {'model': shared | layers, 'preprocess': {key: recipe[key] for key in PIXELS}}

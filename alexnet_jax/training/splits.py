@@ -33,23 +33,23 @@ def open_splits(config: Data, splits: Sequence[str], data_dir: str = '') -> list
         UsageError: a split does not exist.
         RunError: the data set does not exist or is damaged.
     """
-    folder, found = _ensure(config, data_dir), []
-    for split in splits:
-        key = f'data.{split}={getattr(config, split)}: ' if split in NAMED else ''
-        if key == 'data.validation=none: ':
-            raise UsageError('data.validation is none: choose another split of the data.')
+    folder = _ensure(config, data_dir)
+
+    def load(split: str) -> Dataset:
+        part = getattr(config, split) if split in NAMED else split
         try:
-            dataset = datasets.load(
+            return datasets.load(
                 config.name,
                 folder,
-                getattr(config, split) if key else split,
+                part,
                 workers=config.workers,
                 resident_gib=config.resident_gib,
             )
         except UsageError as error:
+            key = f'data.{split}={part}: ' if split in NAMED else ''
             raise UsageError(f'{key}{error}') from error
-        found.append(dataset)
-    return found
+
+    return [load(split) for split in splits]
 
 
 def class_names(config: Data, data_dir: str = '', *, words: bool = True) -> tuple[str, ...]:
@@ -80,30 +80,20 @@ def match(
     names = tuple(names)
     if dataset.class_names == names:
         return dataset
-    found = dataset.class_names
-    if set(found) != set(names):
-        found = _otherwise(dataset, names, class_names(config, data_dir, words=False))
-    if sorted(found) != sorted(names) or len(set(names)) < len(names):
+    ids, numbers = class_names(config, data_dir, words=False), tuple(map(str, range(len(names))))
+    unnamed = names if numbers in (names, dataset.class_names) else ()
+    choices = (dataset.class_names, ids, unnamed)
+    found = next((x for x in choices if sorted(x) == sorted(names)), ())
+    if len(found) != len(dataset.class_names) or len(set(names)) < len(names):
         odd = sorted({*dataset.class_names} ^ {*names})[:5] or ['repeated names']
         raise UsageError(
-            f'{dataset.name} has {len(found)} classes that differ from the {len(names)} of the '
-            f'checkpoint in {owner} ({", ".join(odd)}); choose the data it was trained on, with '
-            '--data_dir or the config.'
+            f'{dataset.name} has {len(dataset.class_names)} classes that differ from the '
+            f'{len(names)} of the checkpoint in {owner} ({", ".join(odd)}); choose the data it was '
+            f'trained on, with --data_dir or the config.'
         )
-    number = {name: label for label, name in enumerate(names)}
-    mapping = np.array([number[name] for name in found], np.int32)
-    labels = dataset.labels
-    labels = np.where(labels < 0, labels, mapping[labels])
+    mapping = np.array([names.index(name) for name in found], np.int32)
+    labels = np.where(dataset.labels < 0, dataset.labels, mapping[dataset.labels])
     return Dataset(dataset.name, dataset.split, dataset.images, labels, names)
-
-
-def _otherwise(dataset: Dataset, names: tuple[str, ...], ids: tuple[str, ...]) -> tuple[str, ...]:
-    """Return other names of the data's classes: their ids, or `names` if one side has numbers."""
-    if set(ids) == set(names):
-        return ids
-    found, numbers = dataset.class_names, tuple(map(str, range(len(names))))
-    unnamed = len(found) == len(names) and numbers in (names, found)
-    return names if unnamed else found
 
 
 def _ensure(config: Data, data_dir: str) -> str:
@@ -123,15 +113,10 @@ def _ensure(config: Data, data_dir: str) -> str:
 
 
 def complete(settings: Settings) -> Settings:
-    """Return settings whose open values, see `with_data`, are taken from the data.
-
-    Raises:
-        UsageError, RunError: there is no such data, or see `with_data`.
-    """
+    """Return settings whose open values, see `with_data`, are taken from the data."""
     if not is_open(settings.tree):
         return settings
-    data = settings.data
-    found = datasets.describe(data.name, _ensure(data, '')).facts
+    found = datasets.describe(settings.data.name, _ensure(settings.data, '')).facts
     return unpack(with_data(settings.tree, *found))
 
 
@@ -171,10 +156,9 @@ def _auto_splits(wanted: Mapping[str, Any], there: Sequence[str]) -> dict[str, s
     names = dict(train=('train',), validation=('validation', 'val', 'valid'), test=('test',))
     auto = [key for key in names if wanted[key] == 'auto']
     found = {key: name for key in auto for name in names[key] if name in there}
-    missing = [key for key in auto if key not in found]
-    if missing and 'train' not in found and len(there) == 1:  # one split, by any name
+    if 'train' in auto and len(there) == 1:  # one split, by any name
         found['train'] = there[0]
-        missing = [key for key in missing if key != 'train']
+    missing = [key for key in auto if key not in found]
     if missing and 'train' not in found:
         raise UsageError(
             f"data.{missing[0]} is 'auto', but {wanted['name']} only has the splits "
