@@ -15,12 +15,13 @@ jax.config.update('jax_numpy_rank_promotion', 'raise')
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
-# Compiled programs are shared by tests, their processes, and test runs: most of a small run
-# is compilation.
+# Most of a small run is compilation. It is therefore brief, and compiled programs are shared by
+# tests, their processes, and test runs.
 CACHE = REPOSITORY / '.cache' / 'jax'
 for name, value in (
     ('jax_compilation_cache_dir', str(CACHE)),
     ('jax_persistent_cache_min_compile_time_secs', 0),
+    ('jax_disable_most_optimizations', True),
 ):
     jax.config.update(name, value)
     os.environ[name.upper()] = str(value)

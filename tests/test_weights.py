@@ -754,7 +754,8 @@ def test_stablehlo_is_the_net():
     """JAX itself exports it, so one net stands for all."""
     parts, images, expected = small_net(alexnet.get_config, gain=2)
     found = jax.export.deserialize(bytearray(export.stablehlo(*parts))).call(images)
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+    # Two programs, each rounded where its compiler fuses operations: 2e-6 under conftest's options.
+    np.testing.assert_allclose(found, expected, rtol=0, atol=5e-6)
 
 
 def small_net(get_config, gain):
