@@ -59,7 +59,10 @@ def _read(file: Path, argument: str) -> Config:
         if file.suffix == '.json':
             config = read_json(file)
         else:
-            config = runpy.run_path(str(file))['get_config'](*filter(None, [argument]))
+            found = runpy.run_path(str(file))
+            if 'get_config' not in found:
+                raise ValueError('it has no function get_config')
+            config = found['get_config'](*filter(None, [argument]))
         if missing := {'name', 'scale', 'seed', 'model', 'data'} - {*config}:
             raise ValueError(f'{", ".join(sorted(missing))} is missing from this config')
         return config

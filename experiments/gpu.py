@@ -24,8 +24,8 @@ STEPS = {
     # name: (seconds at most, command). On an H100, 26 November 2026: smoke 50 s (all of it
     # compilation), quickstart 30, gluon 44, d2l 47, fashion_mnist 74, table 277 for 95 runs. On an
     # H200, 27 November 2026: throughput 148 for 4 rows, time_to_accuracy 45 to the first step and 4
-    # an epoch, bfloat16 and variants 100 for 31 runs, layers 68; feeding was stopped after 120, with
-    # one of its inputs measured.
+    # an epoch, bfloat16 and variants 100 for 31 runs, layers 68; feeding was stopped after 120 s,
+    # with one of its inputs measured.
     'smoke': (90, 'main.py --config=configs/smoke.py --workdir={workdirs}/smoke'),
     # PyTorch as it is fastest on a GPU: channels_last, compiled, autocast.
     'throughput': (

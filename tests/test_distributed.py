@@ -255,7 +255,10 @@ def test_data_that_is_not_the_same_everywhere(command, data_dir, tmp_path, fault
 def test_a_port_in_use():
     with socket.create_server(('', 0)) as taken:
         info = ProcessInfo(0, 2, f'127.0.0.1:{taken.getsockname()[1]}')
-        with pytest.raises(OSError, match='already in use'), distributed.joined(info, {}):
+        with (
+            pytest.raises(RunError, match='in use.*; choose another with --coordinator_address'),
+            distributed.joined(info, {}),
+        ):
             pass
 
 
@@ -281,6 +284,7 @@ OPEN_MPI = {
 }  # fmt: skip
 OPEN_MPI_5 = {k: v for k, v in OPEN_MPI.items() if 'uri' not in k}
 JAX = {'JAX_COORDINATOR_ADDRESS': 'alexnet-0.alexnet:6000', 'JAX_NUM_PROCESSES': '8'}
+TPU = {'TPU_WORKER_HOSTNAMES': 't0,t1,t2', 'TPU_WORKER_ID': '2'}
 
 
 @pytest.mark.parametrize(
@@ -292,10 +296,12 @@ JAX = {'JAX_COORDINATOR_ADDRESS': 'alexnet-0.alexnet:6000', 'JAX_NUM_PROCESSES':
         (JAX | {'JOB_COMPLETION_INDEX': '5'}, ProcessInfo(5, 8, 'alexnet-0.alexnet:6000')),
         (JAX | {'JAX_PROCESS_ID': '6'}, ProcessInfo(6, 8, 'alexnet-0.alexnet:6000')),
         (OPEN_MPI_5 | {'JAX_COORDINATOR_ADDRESS': 'a:1'}, ProcessInfo(1, 2, 'a:1')),
+        (TPU, ProcessInfo(2, 3, None)),
         ({}, None),
         ({'SLURM_JOB_ID': '1', 'SLURM_NTASKS': '2'}, None),  # the batch script, not a task of srun
         (SLURM | {'SLURM_STEP_NUM_TASKS': '1', 'SLURM_PROCID': '0'}, None),
         (SLURM | {'JAX_NUM_PROCESSES': '1'}, None),
+        ({'TPU_WORKER_HOSTNAMES': 'localhost', 'TPU_WORKER_ID': '0'}, None),
         ({'JOB_COMPLETION_INDEX': '3'}, None),  # pods that have nothing to do with each other
     ],
 )

@@ -198,7 +198,7 @@ def test_no_source_has_the_digits(tmp_path, monkeypatch):
 
 def test_the_next_source_is_used_if_one_is_damaged(raw_dir, raw, tmp_path, monkeypatch, capsys):
     """Debian's package is incomplete; the download is complete."""
-    monkeypatch.setattr(fashion_mnist, '_fetch_by_apt', lambda *_: tmp_path)
+    monkeypatch.setattr(fashion_mnist, '_fetch_from_debian', lambda *_: tmp_path)
     monkeypatch.setattr(fashion_mnist, '_download', lambda *_: raw_dir)
     found = fashion_mnist._fetch('fashion_mnist', tmp_path, tmp_path)
     for split in raw:
@@ -214,7 +214,9 @@ def test_apt_updates_its_lists_in_a_folder_of_its_own(raw_dir, raw, tmp_path, mo
     """A stand-in for apt-get that has the package only after an update of its own lists."""
     share = tmp_path / 'package/usr/share/datasets'
     share.mkdir(parents=True)
-    shutil.copytree(raw_dir, share / 'fashion-mnist')
+    shutil.copytree(raw_dir, share / 'not-installed')
+    folder = Path('/usr/share/datasets/not-installed')
+    monkeypatch.setattr(fashion_mnist, 'DEBIAN_FOLDER', folder)
     control = tmp_path / 'package/DEBIAN/control'
     control.parent.mkdir()
     control.write_text(
@@ -236,7 +238,7 @@ def test_apt_updates_its_lists_in_a_folder_of_its_own(raw_dir, raw, tmp_path, mo
     stand_in.chmod(0o755)
     monkeypatch.setenv('PATH', f'{stand_in.parent}:{os.environ["PATH"]}')
     found = fashion_mnist.read_raw(
-        fashion_mnist._fetch_by_apt('fashion_mnist', tmp_path / 'scratch')
+        fashion_mnist._fetch_from_debian('fashion_mnist', tmp_path / 'scratch')
     )
     assert np.array_equal(found['train'][0], raw['train'][0])
 

@@ -340,7 +340,10 @@ def _import(args: argparse.Namespace) -> str:
         return import_own(args.file, args.workdir)
     origin, names = ORIGINS[args.origin], args.class_names
     config = config_file.load(args.config or origin.config, {})
-    lines = names.read_text('utf-8-sig', 'replace').splitlines() if names else ()
+    try:
+        lines = names.read_text('utf-8-sig').splitlines() if names else ()
+    except UnicodeDecodeError as problem:
+        raise UsageError(f'{names} is not UTF-8 text; save it as UTF-8.') from problem
     return import_foreign(args.file, origin, config, args.workdir, lines)
 
 

@@ -30,9 +30,11 @@ PROGRAM = 'main.py'
 LOST = re.compile(r'gloo|nccl|coordination|heartbeat', re.IGNORECASE)
 FAILURE = 'alexnet_jax/failure'  # a key of JAX's key-value store
 ADDRESS = 'JAX_COORDINATOR_ADDRESS'
-# Environment variables: number of processes, index, and the source of process 0's address in JAX.
+# Environment variables: number (of a TPU pod: a list) of processes, index, and where JAX finds the
+# address of process 0.
 LAUNCHERS = (
     ('JAX_NUM_PROCESSES', ('JAX_PROCESS_ID', 'JOB_COMPLETION_INDEX'), ADDRESS),
+    ('TPU_WORKER_HOSTNAMES', ('TPU_WORKER_ID',), 'TPU_WORKER_HOSTNAMES'),
     ('OMPI_COMM_WORLD_SIZE', ('OMPI_COMM_WORLD_RANK',), 'OMPI_MCA_orte_hnp_uri'),
     ('SLURM_STEP_NUM_TASKS', ('SLURM_PROCID',), 'SLURM_STEP_NODELIST'),
     ('PMI_SIZE', ('PMI_RANK',), ADDRESS),  # MPICH, Intel MPI
@@ -108,7 +110,8 @@ def _from_launcher(environ: Mapping[str, str]) -> dict[str, Any]:
     """
     address = {'--coordinator_address': environ[ADDRESS]} if ADDRESS in environ else {}
     for size, indices, source in LAUNCHERS:
-        processes = int(environ.get(size, 0))
+        value = environ.get(size, '0')
+        processes = len(value.split(',')) if size == 'TPU_WORKER_HOSTNAMES' else int(value)
         if processes > 1 or (size == 'JAX_NUM_PROCESSES' and size in environ):
             index = [{'--process_id': int(environ[i])} for i in indices if i in environ] or [{}]
             found = {'--coordinator_address': None} if source in environ else {}
@@ -165,8 +168,7 @@ def joined(
         peer_timeout_secs: time after which a process without a heartbeat counts as lost.
 
     Raises:
-        OSError: the port of process 0 is in use.
-        RunError: the processes do not connect.
+        RunError: the port of process 0 is in use, or the processes do not connect.
     """
     if info is None:
         yield
@@ -194,7 +196,13 @@ def _initialize(info: ProcessInfo, join_secs: int, peer_secs: int) -> None:
     port = int((info.coordinator or os.environ['JAX_COORDINATOR_PORT']).rpartition(':')[2])
     where = f'at {info.coordinator or f"port {port} of process 0"}'
     if info.process == 0:  # gRPC would share the port with another program unnoticed
-        socket.create_server(('', port), reuse_port=False).close()
+        try:
+            socket.create_server(('', port), reuse_port=False).close()
+        except OSError as error:
+            raise RunError(
+                f'process 0 cannot listen on port {port} ({error.strerror}); choose another with '
+                f'--coordinator_address=HOST:PORT for all processes.'
+            ) from error
     _keep_stdout_for_python()
     signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     jax.config.update('jax_enable_preemption_service', False)  # see preempted

@@ -54,6 +54,7 @@ SUMS = {
 }
 VERSION = '3.0.1'  # of TFDS's builders
 DEBIAN_PACKAGE = 'dataset-fashion-mnist'
+DEBIAN_FOLDER = Path('/usr/share/datasets/fashion-mnist')
 
 
 def ensure(name: str, data_dir: str | Path) -> None:
@@ -69,8 +70,8 @@ def prepare(
 
     Args:
         data_dir: the folder of all data sets.
-        source: a folder with the four files. If it is None they are downloaded: Fashion-MNIST as
-            Debian's package by `apt-get download`, which needs no root; else from TFDS's address.
+        source: a folder with the four files. If it is None: of Fashion-MNIST, Debian's package,
+            installed or fetched by `apt-get download`, which needs no root; else TFDS's address.
         name: 'fashion_mnist', or 'mnist' for the digits.
 
     Raises:
@@ -101,7 +102,7 @@ def _fetch(name: str, data_dir: Path, scratch: Path) -> Raw:
     """Return the verified raw arrays from the first address that has them."""
     ways = {"TFDS's download URL": _download}
     if name == 'fashion_mnist':
-        ways = {f'apt-get download {DEBIAN_PACKAGE}': _fetch_by_apt} | ways
+        ways = {f"Debian's package {DEBIAN_PACKAGE}": _fetch_from_debian} | ways
     for description, fetch in ways.items():
         try:
             raw = read_raw(fetch(name, scratch), name)
@@ -117,8 +118,10 @@ def _fetch(name: str, data_dir: Path, scratch: Path) -> Raw:
     )
 
 
-def _fetch_by_apt(name: str, scratch: Path) -> Path:
-    """Download and unpack Debian's package, as any user; nothing is installed."""
+def _fetch_from_debian(name: str, scratch: Path) -> Path:
+    """Return the folder of Debian's package, which is fetched as any user if it is not installed."""
+    if DEBIAN_FOLDER.is_dir():
+        return DEBIAN_FOLDER
     apt = scratch.resolve() / 'apt'  # lists of our own: the system's belong to root
     for part in ('state/lists/partial', 'cache/archives/partial'):
         (apt / part).mkdir(parents=True)
@@ -129,7 +132,7 @@ def _fetch_by_apt(name: str, scratch: Path) -> Path:
         subprocess.run(words, cwd=apt, capture_output=True, timeout=600, check=True)
     unpack = ['dpkg-deb', '-x', str(next(apt.glob('*.deb'))), str(apt)]
     subprocess.run(unpack, capture_output=True, check=True)
-    return apt / 'usr/share/datasets' / name.replace('_', '-')
+    return apt / DEBIAN_FOLDER.relative_to('/')
 
 
 def _download(name: str, folder: Path) -> Path:
