@@ -256,7 +256,7 @@ def test_a_port_in_use():
     with socket.create_server(('', 0)) as taken:
         info = ProcessInfo(0, 2, f'127.0.0.1:{taken.getsockname()[1]}')
         with (
-            pytest.raises(RunError, match='in use.*; choose another with --coordinator_address'),
+            pytest.raises(RunError, match=r'in use.*; choose another with --coordinator_address'),
             distributed.joined(info, {}),
         ):
             pass

@@ -1,6 +1,7 @@
 """Open a run: its data, devices and compiled functions, and its first or restored state."""
 
 import dataclasses
+import hashlib
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -106,9 +107,9 @@ def open_job(settings: Settings, workdir: Path) -> Job:
     train, test, *validation = splits.open_splits(settings.data, ('train', 'test', *validated))
     _check_data(settings, train)
     if distributed.several():
-        sample = train.take(np.linspace(0, len(train) - 1, AGREED_IMAGES, dtype=int))
-        facts = [str(len(train)).encode(), *(part.tobytes() for part in sample)]
-        distributed.agree('the training data', b''.join(facts))
+        images, labels = train.take(np.linspace(0, len(train) - 1, AGREED_IMAGES, dtype=int))
+        digest = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
+        distributed.agree('the training data', {'images': len(train), 'sha256': digest})
     statistics = None
     if not Checkpoints(workdir / 'checkpoints').steps():
         statistics = mesh.put_global(_first_statistics(settings, train), layout.replicated)

@@ -1,6 +1,5 @@
 """Metrics of a run: its history, metrics.jsonl and TensorBoard, and the environment."""
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -8,7 +7,7 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Generator, Mapping
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -67,14 +66,19 @@ class MetricWriter:
 
     def __init__(self, workdir: Path, resume_step: int, tensorboard: bool):
         self.path, self._file, self._board = workdir / 'metrics.jsonl', None, None
+        kept = [record for record in read(workdir) if record['step'] <= resume_step]
+        self._resumed = {(record['kind'], record['step']) for record in kept}
         if not distributed.is_first():
             return
-        kept = [record for record in read(workdir) if record['step'] <= resume_step]
         with files.atomic_write(self.path) as scratch:
             scratch.write_text(''.join(json.dumps(record) + '\n' for record in kept))
         self._file = self.path.open('a')
         if tensorboard:
             self._board = _board(workdir / 'tensorboard', resume_step)
+
+    def has(self, kind: str, step: int) -> bool:
+        """Return whether an earlier start has written this record."""
+        return (kind, step) in self._resumed
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """Append a record and flush it."""
@@ -107,31 +111,20 @@ def read(workdir: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _board(folder: Path, resume_step: int):
+def _board(folder: Path, resume_step: int) -> Any:
+    """Return a TensorBoard writer; None, and a line in the log, without tensorboardX."""
+    # tensorboardX tries to import torch, which takes seconds, for nothing that is written here.
+    if hide := 'torch' not in sys.modules:
+        sys.modules['torch'] = None  # ty: ignore[invalid-assignment] (documented way to block it)
     try:
-        # tensorboardX tries to import torch, and uses it for nothing that is written here.
-        with _without('torch'):
-            from tensorboardX import SummaryWriter
+        from tensorboardX import SummaryWriter
     except ImportError:
-        log(
-            'no TensorBoard files are written, because tensorboardX is not installed: '
-            'pip install tensorboardX.'
-        )
+        log('no TensorBoard files are written: tensorboardX is missing (pip install tensorboardX).')
         return None
-    return SummaryWriter(str(folder), purge_step=resume_step + 1)
-
-
-@contextlib.contextmanager
-def _without(module: str) -> Generator[None]:
-    """Hide a module from imports unless already imported: importing PyTorch takes seconds."""
-    if module in sys.modules:
-        yield
-        return
-    sys.modules[module] = None  # ty: ignore[invalid-assignment] (documented way to block an import)
-    try:
-        yield
     finally:
-        del sys.modules[module]
+        if hide:
+            del sys.modules['torch']
+    return SummaryWriter(str(folder), purge_step=resume_step + 1)
 
 
 # ------------------------------------------------------------------------------- environment
@@ -173,16 +166,15 @@ def commit() -> str:
     It is unknown where git does not track this file: an installed package may be inside another
     repository. Logs do not count as changes, as measurements write them while they run.
     """
+    here, quiet = Path(__file__), subprocess.DEVNULL
 
     def git(*words: str) -> str:
-        here = Path(__file__).parent
-        done = subprocess.run(
-            ['git', *words], cwd=here, capture_output=True, text=True, check=True, timeout=10
-        )
-        return done.stdout.strip()
+        command = ['git', *words]
+        found = subprocess.check_output(command, cwd=here.parent, stderr=quiet, timeout=10)
+        return found.decode().strip()
 
     try:
-        git('ls-files', '--error-unmatch', '--', Path(__file__).name)
+        git('ls-files', '--error-unmatch', here.name)
         logs = ':(top,exclude)experiments/results'
         changed = git('status', '--porcelain', '--untracked-files=no', '--', ':(top)', logs)
         return git('rev-parse', 'HEAD') + ('+' if changed else '')

@@ -25,7 +25,6 @@ from alexnet_jax.errors import RunError
 from alexnet_jax.inference import evaluate
 from alexnet_jax.model import optimizer as optimizers
 from alexnet_jax.parallel import cpu, distributed, mesh
-from alexnet_jax.training import metrics as run_metrics
 from alexnet_jax.training import preflight as checks
 from alexnet_jax.training import splits
 from alexnet_jax.training import workdir as workdirs
@@ -80,8 +79,7 @@ def record_extension(job: Job, step: int, changed: dict, writer: MetricWriter) -
     log(f'extending from step {step}: {words}. Learning rates now follow the new config.')
     if distributed.is_first():
         workdirs.write_config(job.settings, job.workdir)
-    records = run_metrics.read(job.workdir)
-    if not any(r['kind'] == 'extension' and r['step'] == step for r in records):
+    if not writer.has('extension', step):
         writer.write('extension', step, changed=changed)
 
 
@@ -101,7 +99,7 @@ def train_to_end(
     profiler = StepProfiler(job.workdir / 'profile', profile_steps, start, total)
     saver = CheckpointSaver(job, history, checkpoints)
     step_log = StepLog(job, history, writer, start)
-    with contextlib.closing(step_log), contextlib.closing(profiler), Interrupt() as interrupt:
+    with contextlib.closing(step_log), Interrupt() as interrupt:
         state = train(job, state, history, [step_log, profiler, saver, interrupt])
         checkpoints.wait()
     if (step := int(state.step)) < total:
@@ -272,8 +270,7 @@ def finish(job: Job, state: TrainState, history: History, writer: MetricWriter) 
     result = evaluate.summary(arrays, job.test.class_names)
     if distributed.is_first():
         evaluate.keep_predictions(job.workdir, 'test', arrays)
-    tested = {r['step'] for r in run_metrics.read(job.workdir) if r['kind'] == 'test'}
-    if job.total_steps not in tested:
+    if not writer.has('test', job.total_steps):
         writer.write('test', job.total_steps, secs=history.secs, **result)
     centre, ten = result['centre'], result['ten_views']
     return (

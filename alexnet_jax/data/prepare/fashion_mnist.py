@@ -119,7 +119,7 @@ def _fetch(name: str, data_dir: Path, scratch: Path) -> Raw:
 
 
 def _fetch_from_debian(name: str, scratch: Path) -> Path:
-    """Return the folder of Debian's package, which is fetched as any user if it is not installed."""
+    """Return the folder of Debian's package; fetch it, as any user, if it is not installed."""
     if DEBIAN_FOLDER.is_dir():
         return DEBIAN_FOLDER
     apt = scratch.resolve() / 'apt'  # lists of our own: the system's belong to root
