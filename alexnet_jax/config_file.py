@@ -176,8 +176,11 @@ def translated(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the config in a config.json, its keys translated."""
-    return translated(json.loads(path.read_text()))
+    """Return the config in a config.json, its keys translated; ValueError if it is no object."""
+    tree = json.loads(path.read_text())
+    if not isinstance(tree, dict):
+        raise ValueError('a config must be a JSON object')
+    return translated(tree)
 
 
 def plain(config: Config) -> dict[str, Any]:

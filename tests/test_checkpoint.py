@@ -301,7 +301,9 @@ def test_a_checkpoint_in_the_place_of_another_is_damaged(tmp_path):
     checkpoints = saved(tmp_path)
     shutil.rmtree(tmp_path / '2')
     shutil.copytree(tmp_path / '1', tmp_path / '2')
-    with pytest.raises(RunError, match=r'checkpoint 2 in .* is damaged: it is for step 1'):
+    with pytest.raises(
+        RunError, match=r'checkpoint 2 in .* is damaged: manifest: .* of another step'
+    ):
         checkpoints.restore(None)
 
 

@@ -395,12 +395,12 @@ def _read_manifest(path: Path) -> dict[str, Any]:
             manifest = json.loads((path / 'manifest' / 'metadata').read_bytes())
             expected = manifest.pop('sha256')
             digest = _sha256_of_json(manifest)
-    except Exception as problem:  # damage may raise anything
-        raise Damaged(path, f'manifest: {_reason(problem)}') from problem
-    if digest != expected:
-        raise Damaged(path, 'its manifest does not match its sha256')
-    if str(manifest['step']) != path.name:
-        raise Damaged(path, f'it is for step {manifest["step"]}')
+        same = digest == expected and str(manifest['step']) == path.name
+        problem = '' if same else 'it does not match its sha256, or is that of another step'
+    except Exception as error:  # damage may raise anything
+        problem = _reason(error)
+    if problem:
+        raise Damaged(path, f'manifest: {problem}')
     if 'config' in manifest['extra']:
         manifest['extra']['config'] = config_file.translated(manifest['extra']['config'])
     return manifest

@@ -20,11 +20,9 @@ from alexnet_jax.training.checkpoint import Restored, Step
 from alexnet_jax.training.metrics import log
 
 # The keys of a config, besides shapes, on which the output of a trained layer depends.
-SEEN = re.compile(
-    r'model\.(input_px|towers|layers|(lrn|spatial_norm|pool|dropout).*)|'
-    r'model\.(?P<layer>\w+)\.(kind|reads|stride_px|padding_px|ops)|'
-    r'preprocess\.(image_px|resize_px|mean|scale)'
-)
+SHARED = ('input_px', 'towers', 'lrn', 'spatial_norm', 'pool', 'dropout', 'lrn_reads')
+OWN = ('kind', 'reads', 'stride_px', 'padding_px', 'ops')
+PIXELS = ('image_px', 'resize_px', 'mean', 'scale')
 
 Params = Mapping[str, Mapping[str, np.ndarray]]  # the canonical tree, see alexnet.init
 
@@ -123,7 +121,18 @@ def compare(
         where: name of the source in messages.
         carried: layers taken from the source; differences in others do not matter.
     """
-    keys = configuration.differences(restored.extra['config'], config)
-    found = [match for key in keys if (match := SEEN.fullmatch(key))]
-    if strange := [match[0] for match in found if match['layer'] in (None, *carried)]:
+    theirs, ours = _seen(restored.extra['config'], carried), _seen(config, carried)
+    if strange := configuration.differences(theirs, ours):
         log(f'warning: {where} was trained with different values of {", ".join(strange)}')
+
+
+def _seen(config: Mapping[str, Any], carried: Sequence[str]) -> dict[str, Any]:
+    """Return the part of a config on which the outputs of layers depend, besides their weights."""
+    net, recipe = config['model'], config['preprocess']
+    before = dict(zip(net['layers'], ['image', *net['layers']], strict=False))
+    shared = {key: net.get(key) for key in SHARED}
+    layers = {
+        name: {key: net[name].get(key) for key in OWN} | {'follows': before[name]}
+        for name in carried
+    }
+    return {'model': shared | layers, 'preprocess': {key: recipe[key] for key in PIXELS}}
