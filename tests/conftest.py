@@ -33,6 +33,10 @@ LONG = (
     'test_distributed.py',
     'test_communication.py',
     'test_describe.py',
+    'test_main.py',
+    'test_model.py',
+    'test_weights.py',
+    'test_tour.py',
 )
 
 
