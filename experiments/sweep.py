@@ -265,7 +265,8 @@ def run_by_submitit(runs: Sequence[Run], cluster: str, folder: Path, **parameter
     try:
         executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
         executor.update_parameters(**parameters)
-        jobs = executor.map_array(Job.__call__, [Job(run) for run in runs])
+        with executor.batch():  # an array; of a method submitit would not find `checkpoint`
+            jobs = [executor.submit(Job(run)) for run in runs]
     except Exception as error:  # submitit's own kinds, from sbatch's messages
         what = ' '.join(str(error).split())[-300:]
         raise RunError(

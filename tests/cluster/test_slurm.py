@@ -229,7 +229,7 @@ def test_started_again_so_often_and_no_more(submit):
     shown = job.finish()
     assert (shown['JobState'], shown['ExitCode']) == ('FAILED', '1:0'), job.output()
     assert shown['Restarts'] == '1', job.output()
-    assert 'choose another --workdir' in job.output()
+    assert '/proc/nowhere: No such file or directory' in job.output()
     assert job.output().strip().endswith('exit code 1, not started again after 1 restarts')
 
 
