@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from alexnet_jax.errors import UsageError
+from alexnet_jax.errors import RunError, UsageError
 
 # An ml_collections.ConfigDict, or the dict of its JSON. To type checkers the former is no Mapping.
 Config = Any
@@ -55,14 +55,13 @@ def _read(file: Path, argument: str) -> Config:
         )
     if str(ROOT) not in sys.path:  # configs import each other
         sys.path.insert(0, str(ROOT))
+    if file.suffix == '.json':
+        return read_json(file)
     try:
-        if file.suffix == '.json':
-            config = read_json(file)
-        else:
-            found = runpy.run_path(str(file))
-            if 'get_config' not in found:
-                raise ValueError('it has no function get_config')
-            config = found['get_config'](*filter(None, [argument]))
+        found = runpy.run_path(str(file))
+        if 'get_config' not in found:
+            raise ValueError('it has no function get_config')
+        config = found['get_config'](*filter(None, [argument]))
         if missing := {'name', 'scale', 'seed', 'model', 'data'} - {*config}:
             raise ValueError(f'{", ".join(sorted(missing))} is missing from this config')
         return config
@@ -176,11 +175,14 @@ def translated(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the config in a config.json, its keys translated; ValueError if it is no object."""
-    tree = json.loads(path.read_text())
-    if not isinstance(tree, dict):
-        raise ValueError('a config must be a JSON object')
-    return translated(tree)
+    """Return the config in a config.json, its keys translated; RunError if it is damaged."""
+    try:
+        return translated(dict(json.loads(path.read_text())))
+    except (TypeError, ValueError) as error:
+        raise RunError(
+            f'{path} is damaged, it is not a JSON object ({error}); restore it, or choose another '
+            f'folder.'
+        ) from error
 
 
 def plain(config: Config) -> dict[str, Any]:

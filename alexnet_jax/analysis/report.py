@@ -22,7 +22,7 @@ from PIL import Image
 from alexnet_jax import command, files
 from alexnet_jax.analysis import drawing, figures
 from alexnet_jax.analysis.figures import Run
-from alexnet_jax.errors import AlexNetError
+from alexnet_jax.errors import AlexNetError, RunError
 from alexnet_jax.inference import evaluate
 from alexnet_jax.model import alexnet
 from alexnet_jax.training.metrics import log
@@ -215,7 +215,10 @@ def run(args: argparse.Namespace) -> None:
     output = args.output or args.workdir / 'report.html'
     if args.workdir.is_dir():  # otherwise `page` reports that there is no run
         files.check_writable(output)
-    body = page(Run(args.workdir, args.step, args.data_dir or '', args.among)).encode()
+    found = Run(args.workdir, args.step, args.data_dir or '', args.among)
+    with contextlib.suppress(RunError):  # a missing checkpoint leaves its sections out
+        _ = found.trained  # a step that does not exist is a usage error
+    body = page(found).encode()
     with files.output(output) as scratch:
         scratch.write_bytes(body)
     log(f'{args.workdir}: {len(body):,} bytes')

@@ -85,7 +85,12 @@ def detect(
         '--num_processes': processes,
         '--process_id': process,
     }
-    values = _from_launcher(environ) | {k: v for k, v in flags.items() if v is not None}
+    try:
+        values = _from_launcher(environ) | {k: v for k, v in flags.items() if v is not None}
+    except ValueError as error:
+        raise UsageError(
+            f"a launcher's variable is no whole number ({error}); correct it."
+        ) from None
     if not values or values.get('--num_processes') == 1:
         return None
     known = ' '.join(f'{flag}={value}' for flag, value in values.items())
