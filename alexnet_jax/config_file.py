@@ -55,13 +55,14 @@ def _read(file: Path, argument: str) -> Config:
         )
     if str(ROOT) not in sys.path:  # configs import each other
         sys.path.insert(0, str(ROOT))
-    if file.suffix == '.json':
-        return read_json(file)
     try:
-        found = runpy.run_path(str(file))
-        if 'get_config' not in found:
-            raise ValueError('it has no function get_config')
-        config = found['get_config'](*filter(None, [argument]))
+        if file.suffix == '.json':
+            config = read_json(file)
+        else:
+            found = runpy.run_path(str(file))
+            if 'get_config' not in found:
+                raise ValueError('it has no function get_config')
+            config = found['get_config'](*filter(None, [argument]))
         if missing := {'name', 'scale', 'seed', 'model', 'data'} - {*config}:
             raise ValueError(f'{", ".join(sorted(missing))} is missing from this config')
         return config
