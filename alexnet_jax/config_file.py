@@ -59,15 +59,15 @@ def _read(file: Path, argument: str) -> Config:
         if file.suffix == '.json':
             config = read_json(file)
         else:
-            found = runpy.run_path(str(file))
-            if 'get_config' not in found:
-                raise ValueError('it has no function get_config')
-            config = found['get_config'](*filter(None, [argument]))
+            config = runpy.run_path(str(file))['get_config'](*filter(None, [argument]))
         if missing := {'name', 'scale', 'seed', 'model', 'data'} - {*config}:
             raise ValueError(f'{", ".join(sorted(missing))} is missing from this config')
         return config
     except Exception as error:  # anything may be wrong in a user's Python file
-        raise UsageError(f'{file} gives no config: {error} ({type(error).__name__}).') from error
+        raise UsageError(
+            f'{file} gives no config: {error} ({type(error).__name__}); correct it: configs/smoke.py '
+            f'shows a get_config.'
+        ) from error
 
 
 # ------------------------------------------------------------------------------------- overrides

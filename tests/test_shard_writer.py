@@ -466,14 +466,15 @@ def test_a_shard_by_itself(pets, tmp_path):
         for i, name in enumerate(names)
         for path in [pets / name]
     ]
-    shard = Shard('train', 'out', pictures)
+    shard = Shard('train', 'out')
+    (tmp_path / 'out.plan').write_text('\n'.join(pictures))
     count, record_bytes, skipped = shard_writer.write_shard(shard, tmp_path, SMALL, 10**8)
     assert (count, skipped) == (5, [])
     reader = array_record_module.ArrayRecordReader(str(tmp_path / 'set/out'))
     found = reader.read_all()
     assert sum(map(len, found)) == record_bytes
     assert all(name.encode() in record for name, record in zip(names, found, strict=True))
-    assert {path.name for path in tmp_path.iterdir()} == {'set', 'out.json'}
+    assert {path.name for path in tmp_path.iterdir()} == {'set', 'out.json', 'out.plan'}
 
 
 def test_shards_of_imagenet_are_fewer_than_the_limit_of_open_files():

@@ -398,7 +398,9 @@ class AlexNet(nn.Module):
             pool = ops.max_pool if net.pool.kind == 'max' else ops.avg_pool
             x = _pad_overhang(x, net.pool)
             return pool(x, window=net.pool.window_px, stride=net.pool.stride_px)
-        return drop(x, None if masks is None else masks[layer.name], net.dropout)
+        if op == 'dropout':
+            return drop(x, None if masks is None else masks[layer.name], net.dropout)
+        raise ValueError(f"{layer.name}: '{op}' is not one of {', '.join(OPS)}.")
 
     def _lrn(self, x: Array, layer: Layer) -> Array:
         net, shard = self.net, self.tensor_parallel.conv

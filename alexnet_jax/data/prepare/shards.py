@@ -66,11 +66,10 @@ class Source:
 
 
 class Shard(NamedTuple):
-    """A shard to write."""
+    """A shard to write; its pictures are in a file, see `_plan_path`."""
 
     split: str
     name: str  # of its file
-    pictures: list[str]  # JSON, in order: a hash of the name, the label, the fields of File
 
 
 # Facts about a shard: its images, the bytes of their records, and why pictures are missing.
@@ -131,34 +130,45 @@ def make(
 def _plan(source: Source, work: Path) -> list[Shard]:
     """Assign the pictures to shards; a plan of the same, unchanged files is used again.
 
-    Shards of an earlier plan that contain other pictures are removed.
+    Shards of an earlier plan that contain other pictures are written again.
     """
-    path, old = work / 'plan.json', list[Shard]()
+    path = work / 'plan.json'
     if path.exists():
         stamp, shards = json.loads(path.read_text())
-        old = [Shard(*fields) for fields in shards]
         if stamp == source.stamp:
-            return old
+            return [Shard(*fields) for fields in shards]
     counts = {split: _shard_count(n) for split, n in source.images.items() if n}
-    plan = {
-        (split, i): Shard(split, prepared.shard_name(source.name, split, i, count), [])
-        for split, count in counts.items()
-        for i in range(count)
+    pictures: dict[tuple[str, int], list[str]] = {
+        (split, i): [] for split, count in counts.items() for i in range(count)
     }
     for split, label, file in source.pictures():
         name = os.fsencode(f'{split}/{file.name}')
         key = hashlib.blake2b(name, digest_size=8).hexdigest()
-        shard = plan[split, int(key, 16) % counts[split]]
-        shard.pictures.append(json.dumps([key, label, *file]))
-    for shard in plan.values():
-        shard.pictures.sort()
-    for shard in old:
-        if shard not in plan.values():
+        line = json.dumps([key, label, *file])
+        pictures[split, int(key, 16) % counts[split]].append(line)
+    plan = []
+    for (split, i), lines in pictures.items():
+        shard = Shard(split, prepared.shard_name(source.name, split, i, counts[split]))
+        own, text = _plan_path(work, shard), '\n'.join(sorted(lines))
+        if not own.exists() or own.read_text() != text:
             _facts_path(work, shard).unlink(missing_ok=True)
-            (work / 'set' / shard.name).unlink(missing_ok=True)
+            with files.atomic_write(own) as scratch:
+                scratch.write_text(text)
+        plan.append(shard)
+    for left in {*os.listdir(work / 'set')} - {shard.name for shard in plan}:
+        (work / 'set' / left).unlink()
     with files.atomic_write(path) as scratch:
-        scratch.write_text(json.dumps([source.stamp, list(plan.values())]))
-    return list(plan.values())
+        scratch.write_text(json.dumps([source.stamp, plan]))
+    return plan
+
+
+def _plan_path(work: Path, shard: Shard) -> Path:
+    """Return the file of a shard's pictures: a hash of the name, the label, the fields of File.
+
+    They are not sent to the workers: before Python 3.11.5 the queue of a pool whose workers have
+    died is blocked by more than 64 kB.
+    """
+    return work / f'{shard.name}.plan'
 
 
 def _shard_count(pictures: int) -> int:
@@ -180,7 +190,8 @@ def write_shard(shard: Shard, work: Path, form: Form, most_pixels: int) -> Facts
     count, record_bytes, skipped = 0, 0, list[str]()
     with files.atomic_write(work / 'set' / shard.name) as scratch:
         writer = tfds_format.record_writer(scratch)
-        for _, label, *fields in map(json.loads, shard.pictures):
+        for line in _plan_path(work, shard).read_text().splitlines():
+            _, label, *fields = json.loads(line)
             file = File(*fields)
             try:
                 image = images.decode_image(archives.read(file), form.shape, most_pixels)
