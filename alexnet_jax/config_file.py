@@ -65,8 +65,8 @@ def _read(file: Path, argument: str) -> Config:
         return config
     except Exception as error:  # anything may be wrong in a user's Python file
         raise UsageError(
-            f'{file} gives no config: {error} ({type(error).__name__}); correct it: configs/smoke.py '
-            f'shows a get_config.'
+            f'{file} gives no config: {error} ({type(error).__name__}); correct it, as '
+            f'configs/smoke.py shows.'
         ) from error
 
 
