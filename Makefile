@@ -43,7 +43,7 @@ types: env
 	$(BIN)/ty check --python $(VENV) $(TYPED)
 
 tests: data
-	$(BIN)/python -m pytest -n 3 --dist=loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 4 --dist=loadfile --no-loadscope-reorder
 
 # Compare the net with PyTorch. Unless pip uses a CPU-only index, this downloads gigabytes.
 test-torch: data
