@@ -339,6 +339,12 @@ def test_steps_of_a_job_side_by_side_have_ports_of_their_own():
         ),
         ({}, ('here:1', 2, -1), '--process_id=-1 is impossible'),
         ({}, ('here', 2, 1), 'must have the form host:port'),
+        (
+            {'JAX_NUM_PROCESSES': 'two'},
+            (None, None, None),
+            "a launcher's variable is no whole number (invalid literal for int() with base 10: "
+            "'two'); correct it.",
+        ),
         (JAX, (None, None, None), 'also give --process_id,'),
         # Launchers that JAX knows not at all, or by another version: each would train alone.
         (OPEN_MPI_5, (None, None, None), 'also give --coordinator_address,'),

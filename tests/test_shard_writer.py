@@ -372,6 +372,14 @@ def test_a_shard_without_its_facts_is_written_again(half, made):
     assert sums(data_dir / 'pets/1.0.0') == sums(made)
 
 
+def test_facts_without_their_shard_are_not_believed(half, made):
+    """Pictures changed, and changed back: the first shards are gone, their facts are not."""
+    copy, data_dir = half
+    next(data_dir.glob('.prepare-pets/*/set/pets-train*')).unlink()
+    make(copy, data_dir)
+    assert sums(data_dir / 'pets/1.0.0') == sums(made)
+
+
 def test_finished_shards_are_used_and_not_written_again(half, made):
     copy, data_dir = half
     with pytest.MonkeyPatch.context() as patch:

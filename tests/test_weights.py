@@ -936,11 +936,18 @@ def test_a_foreign_file_as_own(tmp_path, capsys, name):
     assert not (tmp_path / 'w').exists()
 
 
-def test_class_names_of_another_net(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ('body', 'sentence'),
+    [
+        (b'caf\xe9', 'is not UTF-8 text'),
+        (b'one\ntwo', '2 class names were given for 10 classes'),
+    ],
+)
+def test_class_names_that_do_not_fit(tmp_path, capsys, body, sentence):
     write(tmp_path / 'a.npz', foreign('caffenet', small('caffenet')))
-    (tmp_path / 'names.txt').write_text('one\ntwo')
+    (tmp_path / 'names.txt').write_bytes(body)
     words = ['import', 'caffenet', 'a.npz', '--class_names', str(tmp_path / 'names.txt')]
-    refused(words, 2, '2 class names were given for 10 classes', tmp_path, capsys)
+    refused(words, 2, sentence, tmp_path, capsys)
 
 
 def test_a_missing_library(monkeypatch, tmp_path):

@@ -119,7 +119,9 @@ class StoredImages:
                         image_io.decode_into(image, out[i])
                     elif out is not None:
                         out[i] = np.frombuffer(image, np.uint8).reshape(self.shape[1:])
-            except (ArithmeticError, LookupError, RuntimeError, ValueError) as error:
+            except MemoryError:
+                raise
+            except Exception as error:  # decoders and array_record raise many types
                 path.open('rb').close()  # OSError: too many open files, no permission
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
                 reason = f'{path.name}, records from {position}: {reason}'

@@ -59,7 +59,7 @@ class StepLog(Callback):
         self.job, self.history, self.writer = job, history, writer
         self.bar = ProgressBar(job.total_steps, start, log, shown=distributed.is_first())
         self.steps, self.wait_secs, self.logged_secs = 0, 0.0, history.secs
-        self.may_warn: bool | None = None  # not in the first record, which contains the start-up
+        self.records, self.warned = 0, False
 
     def on_metrics(
         self, step: int, metrics: Mapping[str, tuple[Any, Any]], wait_secs: float
@@ -89,14 +89,15 @@ class StepLog(Callback):
 
     def _warn_of_slow_input(self, secs: float) -> None:
         """Log once if input is the bottleneck, with the number of cores that would be enough."""
+        self.records += 1
         share = self.wait_secs / max(secs, 1e-9)
-        if self.may_warn and share > STALL_SHARE:
-            rows = self.job.local_rows
-            wanted = self.steps * (rows.stop - rows.start) / max(secs - self.wait_secs, 1e-9)
-            if why := datasets.shortage(self.job.train, wanted):
-                self.may_warn = False
-                self.bar.line(f'training is limited by the input {share:.0%} of the time: {why}')
-        self.may_warn = self.may_warn is not False
+        if self.warned or self.records == 1 or share <= STALL_SHARE:  # start-up is in the first
+            return
+        rows = self.job.local_rows
+        wanted = self.steps * (rows.stop - rows.start) / max(secs - self.wait_secs, 1e-9)
+        if why := datasets.shortage(self.job.train, wanted):
+            self.warned = True
+            self.bar.line(f'training is limited by the input {share:.0%} of the time: {why}')
 
     def on_evaluation(self, step: int, scores: Mapping[str, float]) -> None:
         """Write a record of the validation, and print it."""

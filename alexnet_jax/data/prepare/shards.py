@@ -106,9 +106,10 @@ def make(
             versions = f'{form}, Pillow {PIL.__version__}, program {PROGRAM}'
             work = staging / hashlib.sha256(versions.encode()).hexdigest()[:16]
             (work / 'set').mkdir(parents=True, exist_ok=True)
-            for left in (work / 'set').glob('.*'):  # unfinished
-                left.unlink()
             plan = _plan(source, work)
+            for left in {*os.listdir(work / 'set')} - {shard.name for shard in plan}:
+                # Unfinished, or of another plan; a worker that ends late removes its own.
+                (work / 'set' / left).unlink(missing_ok=True)
             _write_shards(source, plan, work, form, most_pixels, workers, skip_corrupt)
             _describe(source, plan, work, form, workers)
             for path in (work / 'set').glob('*.[jt]*'):  # those that TFDS wrote
@@ -155,8 +156,6 @@ def _plan(source: Source, work: Path) -> list[Shard]:
             with files.atomic_write(own) as scratch:
                 scratch.write_text(text)
         plan.append(shard)
-    for left in {*os.listdir(work / 'set')} - {shard.name for shard in plan}:
-        (work / 'set' / left).unlink()
     with files.atomic_write(path) as scratch:
         scratch.write_text(json.dumps([source.stamp, plan]))
     return plan
@@ -182,7 +181,9 @@ def _facts_path(work: Path, shard: Shard) -> Path:
 
 def _facts(work: Path, shard: Shard) -> Facts:
     path = _facts_path(work, shard)
-    return json.loads(path.read_text()) if path.exists() else (0, 0, ['not written yet'])
+    if not path.exists() or not (work / 'set' / shard.name).exists():
+        return 0, 0, ['not written yet']
+    return json.loads(path.read_text())
 
 
 def write_shard(shard: Shard, work: Path, form: Form, most_pixels: int) -> Facts:
