@@ -239,7 +239,7 @@ def meshes() -> str:
 def communication() -> str:
     """Return the second half of what describe prints for the paper's two GPUs."""
     page = (RESULTS / 'describe_two_devices.txt').read_text()
-    table = page[page.index('layer        pass') : page.index('\n\nmemory of a device')]
+    table = page[page.index('layer  pass') : page.index('\n\nmemory of a device')]
     return f'```\n{table}\n```'
 
 

@@ -1,4 +1,4 @@
-"""Count what each of N devices computes, stores and sends per step, from the compiled program.
+"""Count what each of N devices sends, computes and stores per step: jaxpr, compiled program.
 
     python -m experiments.scaling            # the tables, from the stored rows
     python -m experiments.scaling --compile  # compile for 1 to 64 devices; store rows and tables
@@ -59,12 +59,9 @@ def compile_step(net: str, placement: str, devices: int) -> Row:
     layout = mesh.make_layout(settings.mesh, settings.batch_size)
     with ops.traced_for('gpu'):
         found = communication.read_step(settings, layout)
-    messages: dict[str, Row] = {}
+    phases: dict[str, int] = {}
     for row in found.collectives:
-        about = {'kind': row.kind, 'axis': row.axis, 'devices': row.devices, 'phases': {}}
-        phases = messages.setdefault(row.instruction, about)['phases']
-        phase = row.phase or communication.BOOKKEEPING
-        phases[phase] = phases.get(phase, 0) + row.sent_bytes
+        phases[row.phase] = phases.get(row.phase, 0) + row.sent_bytes
     return {
         'net': net,
         'placement': placement,
@@ -73,7 +70,7 @@ def compile_step(net: str, placement: str, devices: int) -> Row:
         'flops_by_hand': roofline.step_flops(settings.net, settings.batch_size, 'train') / devices,
         'bytes_accessed': found.bytes_accessed,
         'state_bytes': found.memory['state'],
-        'messages': list(messages.values()),
+        'sent_bytes': phases,
     }
 
 
@@ -99,8 +96,7 @@ def find(rows: list[Row], net: str, placement: str, devices: int) -> Row:
 
 def sent(row: Row, *phases: str) -> int:
     """Return the bytes that each device sends in a step, or in some phases of it."""
-    sizes = [item for message in row['messages'] for item in message['phases'].items()]
-    return sum(size for phase, size in sizes if not phases or phase in phases)
+    return sum(n for phase, n in row['sent_bytes'].items() if not phases or phase in phases)
 
 
 def communication_table(rows: list[Row], net: str) -> str:
@@ -138,8 +134,8 @@ def tables(rows: list[Row]) -> str:
     """Return the text of tables.md."""
     parts = [
         '# Scaling: what each device sends and computes',
-        'Written by `python -m experiments.scaling --compile`, from compiled programs; speed on '
-        'several accelerators was not measured. Weak scaling, '
+        'Written by `python -m experiments.scaling --compile`: bytes sent from the jaxpr, the rest from '
+        'the compiled program; speed on several accelerators was not measured. Weak scaling, '
         f'{IMAGES_A_DEVICE} images per device, float32. Placements: '
         + '; '.join(f'`{key}` is {text}' for key, text in PLACEMENTS.items())
         + '.',

@@ -129,8 +129,6 @@ def compiled(settings: Settings) -> list[str]:
     if layout.mesh.size == 1:
         return ['one device: no communication', *parts]
     sent = _communication(found.collectives)
-    if settings.net.compute_dtype == 'bfloat16' and jax.default_backend() == 'cpu':
-        sent += '\nCPUs send bfloat16 as float32: elsewhere forward and backward send half as much'
     return [f'communication of a step on {where}\n\n{sent}', *parts]
 
 
@@ -143,16 +141,15 @@ def _provide_devices(shape: MeshShape) -> None:
 
 
 def _communication(collectives: Sequence[Collective]) -> str:
-    """Tabulate messages by layer and pass; gradients of weights and biases are added up."""
+    """Tabulate messages by layer and pass; those of weights and biases are added up."""
     head = ('layer', 'pass', 'kind', 'axis', 'devices', 'array, bytes', 'sent by a device, bytes')
     rows = [
         (one.layer, one.phase, one.kind, one.axis, str(one.devices), f'{one.array_bytes:,}',
          f'{one.sent_bytes:,}')
-        for one in communication.by_layer(collectives)
+        for one in collectives
     ]  # fmt: skip
     sent = sum(one.sent_bytes for one in collectives)
-    messages = len({one.instruction for one in collectives})
     return (
         f'{command.table([head, *rows])}\n\n{_mib(sent)} sent per device and step, assuming ring '
-        f'collectives; the compiler merges {len(collectives)} arrays into {messages} messages'
+        f'collectives, and some scalars: loss, error count, the check for finite values'
     )
