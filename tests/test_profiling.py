@@ -42,7 +42,7 @@ def test_a_run_is_traced_and_its_numbers_stay(smoke_run, data_dir, tmp_path, cap
         (5, 40, 100, range(51, 56)),
         (5, 0, 8, range(4, 9)),  # the run ends early: its last steps
         (50, 0, 8, range(2, 9)),  # but not the one that is compiled
-        (5, 99, 100, range(100, 101)),  # unless there is no other
+        (5, 99, 100, range(0)),  # the one step that is left
         (0, 0, 100, range(0)),
     ],
 )

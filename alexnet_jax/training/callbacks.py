@@ -22,9 +22,6 @@ SETTLE_STEPS = 10  # the first steps compile, fill the prefetch queue and alloca
 class Callback:
     """Hooks of the training loop, called in the order of its events; by default they do nothing."""
 
-    def on_step_begin(self, step: int) -> None:
-        """Act before a step waits for its batch."""
-
     def on_step_end(self, step: int, state: Any) -> None:
         """Act when a step has been dispatched; `state` may still be under computation."""
 
@@ -116,8 +113,8 @@ class StepLog(Callback):
 class StepProfiler(Callback):
     """Traces some steps of this start of a run, for TensorBoard and Perfetto.
 
-    They follow the first SETTLE_STEPS. A shorter run has its last steps traced, but not the
-    one that is compiled, unless there is no other.
+    They follow the first SETTLE_STEPS. A shorter run has its last steps traced, without the first
+    one, which is compiled.
 
     Args:
         folder: of the trace, in the form of TensorBoard's profile plugin.
@@ -127,30 +124,21 @@ class StepProfiler(Callback):
     """
 
     def __init__(self, folder: Path, steps: int, start: int, total: int):
-        settle = min(SETTLE_STEPS, max(1, total - start - steps))
-        first = min(start + settle + 1, total)
-        self.folder, self.steps = folder, range(first, min(first + steps, total + 1))
-
-    def on_step_begin(self, step: int) -> None:
-        """Start the trace before its first step; mark each step by its number."""
-        if step in self.steps:
-            if step == self.steps[0]:
-                log(f'tracing steps {self.steps[0]} to {self.steps[-1]}')
-                jax.profiler.start_trace(self.folder)
-            self._mark = jax.profiler.StepTraceAnnotation('train', step_num=step)
-            self._mark.__enter__()
+        before = min(start + SETTLE_STEPS, max(start + 1, total - steps))
+        self.folder, self.steps = folder, range(before + 1, min(before + steps, total) + 1)
 
     def on_step_end(self, step: int, state: Any) -> None:
-        """End the trace when its last step has been computed."""
-        if step in self.steps:
-            self._mark.__exit__(None, None, None)
-            if step == self.steps[-1]:
-                jax.block_until_ready(state)
-                jax.profiler.stop_trace()
-                log(
-                    f'the trace is in {self.folder}: tensorboard --logdir={self.folder.parent}, or '
-                    f'open its trace.json.gz at ui.perfetto.dev'
-                )
+        """Start the trace before its first step, and end it when its last has been computed."""
+        if step + 1 in self.steps[:1]:
+            log(f'tracing steps {self.steps[0]} to {self.steps[-1]}')
+            jax.profiler.start_trace(self.folder)
+        elif step in self.steps[-1:]:
+            jax.block_until_ready(state)
+            jax.profiler.stop_trace()
+            log(
+                f'the trace is in {self.folder}: tensorboard --logdir={self.folder.parent}, or '
+                f'open its trace.json.gz at ui.perfetto.dev'
+            )
 
 
 class Interrupt(Callback):

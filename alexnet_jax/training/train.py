@@ -145,13 +145,12 @@ def train(
     with contextlib.closing(batches):
         for step in range(start + 1, job.total_steps + 1):
             reporter.tick()
-            for callback in callbacks:
-                callback.on_step_begin(step)
-            begin = time.perf_counter()
-            batch = next(batches)
-            wait_secs = time.perf_counter() - begin
-            state, metrics = job.train_step(state, batch, job.statistics)
-            reporter.after(step, metrics, wait_secs, state)
+            with jax.profiler.StepTraceAnnotation('train', step_num=step):
+                begin = time.perf_counter()
+                batch = next(batches)
+                wait_secs = time.perf_counter() - begin
+                state, metrics = job.train_step(state, batch, job.statistics)
+                reporter.after(step, metrics, wait_secs, state)
             for callback in callbacks:
                 callback.on_step_end(step, state)
             if step == start + 1:  # it is compiled
