@@ -134,8 +134,8 @@ def tables(rows: list[Row]) -> str:
     """Return the text of tables.md."""
     parts = [
         '# Scaling: what each device sends and computes',
-        'Written by `python -m experiments.scaling --compile`: bytes sent from the jaxpr, the rest from '
-        'the compiled program; speed on several accelerators was not measured. Weak scaling, '
+        'Written by `python -m experiments.scaling --compile`: bytes sent from the jaxpr, the rest '
+        'from the compiled program; speed on several accelerators was not measured. Weak scaling, '
         f'{IMAGES_A_DEVICE} images per device, float32. Placements: '
         + '; '.join(f'`{key}` is {text}' for key, text in PLACEMENTS.items())
         + '.',

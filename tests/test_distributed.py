@@ -346,6 +346,11 @@ def test_steps_of_a_job_side_by_side_have_ports_of_their_own():
             "'two'); correct it.",
         ),
         (JAX, (None, None, None), 'also give --process_id,'),
+        (
+            {'JAX_PROCESS_ID': '1'},
+            (None,) * 3,
+            'also give --coordinator_address and --num_processes',
+        ),
         # Launchers that JAX knows not at all, or by another version: each would train alone.
         (OPEN_MPI_5, (None, None, None), 'also give --coordinator_address,'),
         ({'PMI_RANK': '1', 'PMI_SIZE': '4'}, (None,) * 3, 'also give --coordinator_address,'),

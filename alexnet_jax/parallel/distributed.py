@@ -33,12 +33,12 @@ ADDRESS = 'JAX_COORDINATOR_ADDRESS'
 # Environment variables: number (of a TPU pod: a list) of processes, index, and where JAX finds the
 # address of process 0.
 LAUNCHERS = (
-    ('JAX_NUM_PROCESSES', ('JAX_PROCESS_ID', 'JOB_COMPLETION_INDEX'), ADDRESS),
-    ('TPU_WORKER_HOSTNAMES', ('TPU_WORKER_ID',), 'TPU_WORKER_HOSTNAMES'),
-    ('OMPI_COMM_WORLD_SIZE', ('OMPI_COMM_WORLD_RANK',), 'OMPI_MCA_orte_hnp_uri'),
-    ('SLURM_STEP_NUM_TASKS', ('SLURM_PROCID',), 'SLURM_STEP_NODELIST'),
-    ('PMI_SIZE', ('PMI_RANK',), ADDRESS),  # MPICH, Intel MPI
-    ('WORLD_SIZE', ('RANK',), ADDRESS),  # torchrun
+    ('JAX_NUM_PROCESSES', 'JOB_COMPLETION_INDEX', ADDRESS),  # Kubernetes
+    ('TPU_WORKER_HOSTNAMES', 'TPU_WORKER_ID', 'TPU_WORKER_HOSTNAMES'),
+    ('OMPI_COMM_WORLD_SIZE', 'OMPI_COMM_WORLD_RANK', 'OMPI_MCA_orte_hnp_uri'),
+    ('SLURM_STEP_NUM_TASKS', 'SLURM_PROCID', 'SLURM_STEP_NODELIST'),
+    ('PMI_SIZE', 'PMI_RANK', ADDRESS),  # MPICH, Intel MPI
+    ('WORLD_SIZE', 'RANK', ADDRESS),  # torchrun
 )
 
 
@@ -113,15 +113,22 @@ def _from_launcher(environ: Mapping[str, str]) -> dict[str, Any]:
 
     JAX_NUM_PROCESSES=1 counts too: it separates a process from its launcher.
     """
-    address = {'--coordinator_address': environ[ADDRESS]} if ADDRESS in environ else {}
-    for size, indices, source in LAUNCHERS:
+    own: dict[str, Any] = {}  # the variables that a user sets
+    if ADDRESS in environ:
+        own['--coordinator_address'] = environ[ADDRESS]
+    if 'JAX_PROCESS_ID' in environ:
+        own['--process_id'] = int(environ['JAX_PROCESS_ID'])
+    for size, index, source in LAUNCHERS:
         value = environ.get(size, '0')
         processes = len(value.split(',')) if size == 'TPU_WORKER_HOSTNAMES' else int(value)
         if processes > 1 or (size == 'JAX_NUM_PROCESSES' and size in environ):
-            index = [{'--process_id': int(environ[i])} for i in indices if i in environ] or [{}]
-            found = {'--coordinator_address': None} if source in environ else {}
-            return {'--num_processes': processes} | index[0] | found | address
-    return address
+            found: dict[str, Any] = {'--num_processes': processes}
+            if index in environ:
+                found['--process_id'] = int(environ[index])
+            if source in environ:
+                found['--coordinator_address'] = None
+            return found | own
+    return own
 
 
 def coordinator_port(environ: Mapping[str, str]) -> int:

@@ -260,7 +260,8 @@ class Checkpoints(contextlib.AbstractContextManager):
         try:
             yield self.directory / str(number)
         except Damaged as damage:
-            raise RunError(f'{damage}; choose another of the steps {listed}') from damage
+            others = ', '.join(str(other) for other in steps if str(other) != str(number))
+            raise RunError(f'{damage}; other steps: {others or "none"}') from damage
 
     def restore_newest_intact(self, target: PyTree | None) -> Restored | None:
         """Read the newest checkpoint that verifies; None where there is no checkpoint.
