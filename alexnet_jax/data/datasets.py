@@ -6,6 +6,8 @@ read images on demand. Both have the same order, pixels and interface.
 
 import contextlib
 import functools
+import hashlib
+import json
 import logging
 import math
 import re
@@ -113,8 +115,15 @@ def load(
 def _kept(
     images: StoredImages, names: Sequence[str], compute: Callable[[], Iterable[np.ndarray]]
 ) -> Iterable[np.ndarray]:
-    """Return arrays that `compute` derives from images; they are kept in `data_dir/decoded`."""
-    path = images.folder.parents[1] / 'decoded' / f'{images.fingerprint}.{names[0]}.npz'
+    """Return arrays that `compute` derives from images; they are kept in `data_dir/decoded`.
+
+    The name of the file there changes with the record files.
+    """
+    stats = [path.stat() for path, _, _ in images.segments]
+    about = [images.terms, images.shape[1:], [(stat.st_size, stat.st_mtime_ns) for stat in stats]]
+    digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+    *_, name, version = images.folder.parts
+    path = images.folder.parents[1] / 'decoded' / f'{name}-{version}-{digest}.{names[0]}.npz'
     with contextlib.suppress(RunError):  # not computed yet, or damaged
         return files.read_npz(path, names).values()
     found = dict(zip(names, compute(), strict=True))
@@ -188,18 +197,6 @@ def _folder(name: str, data_dir: Path) -> Path:
 def describe(name: str, data_dir: str | Path) -> Description:
     """Return the description of a data set; it raises as `load` does."""
     return prepared.describe(_folder(name, Path(data_dir)))
-
-
-def shortage(dataset: Dataset, wanted: float) -> str | None:
-    """Estimate, in a sentence, the cores that read `wanted` images/s; None for a small set."""
-    if isinstance(dataset.images, np.ndarray):
-        return None
-    count, rate = max(dataset.images.workers, 1), dataset.images.rate
-    return (
-        f'{count} reader(s) read {rate:,.0f} images/s each, but the training step consumes '
-        f'{wanted:,.0f}/s: {math.ceil(wanted / rate)} cores that do nothing else would be enough '
-        '(data.workers)'
-    )
 
 
 # ---- statistics -----------------------------------------------------------------------------

@@ -11,12 +11,8 @@ need no shared memory. Worker processes, our own or grain's, were slower for JPE
 import bisect
 import contextlib
 import functools
-import hashlib
 import itertools
-import json
 import resource
-import time
-from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -53,8 +49,7 @@ class StoredImages:
                 first += count
         self._ends = list(itertools.accumulate(take for _, _, take in self.segments))
         self.shape = (self._ends[-1], *about.shape)  # (N, H, W, C)
-        self._readers: dict[Path, Any] = {}  # they stay open
-        self._secs = deque[float](maxlen=1000)  # per image, of the latest tasks
+        self._reader = functools.cache(_open)  # files stay open
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -76,27 +71,12 @@ class StoredImages:
         size = max(LEAST, -(-len(numbers) // max(1, 2 * self.workers)))
 
         def read(start: int) -> None:
-            chunk, begin = slice(start, start + size), time.perf_counter()
+            chunk = slice(start, start + size)
             labels[chunk] = self.read(numbers[chunk].tolist(), images[chunk])
-            self._secs.append((time.perf_counter() - begin) / len(labels[chunk]))
 
         run = _pool(self.workers).map if self.workers else map
         list(run(read, range(0, len(numbers), size)))
         return images, labels
-
-    @property
-    def fingerprint(self) -> str:
-        """A name for what depends on these images; it changes with their files."""
-        stats = [path.stat() for path, _, _ in self.segments]
-        stamps = [(stat.st_size, stat.st_mtime_ns) for stat in stats]
-        about = json.dumps([self.terms, self.shape[1:], stamps])
-        digest = hashlib.sha256(about.encode()).hexdigest()[:16]
-        return f'{self.folder.parent.name}-{self.folder.name}-{digest}'
-
-    @property
-    def rate(self) -> float:
-        """The recent rate of one thread, in images/s."""
-        return float(1 / np.mean(self._secs))
 
     def read(self, numbers: Sequence[int], out: np.ndarray | None) -> np.ndarray:
         """Decode images into `out`, uint8 [n, H, W, C], in this thread; return labels, int32 [n].
@@ -105,7 +85,10 @@ class StoredImages:
         """
         labels, row = np.empty(len(numbers), np.int32), 0
         while row < len(numbers):
-            path, position, left = self._place(numbers[row])
+            segment = bisect.bisect_right(self._ends, numbers[row])
+            path, skip, take = self.segments[segment]
+            left = self._ends[segment] - numbers[row]  # images from this one to the segment's last
+            position = skip + take - left
             count, most = 1, min(left, RUN, len(numbers) - row)
             while count < most and numbers[row + count] == numbers[row] + count:
                 count += 1
@@ -129,26 +112,17 @@ class StoredImages:
             row += count
         return labels
 
-    def _place(self, number: int) -> tuple[Path, int, int]:
-        """Return an image's file, its position there, and how many follow it, with itself."""
-        which = bisect.bisect_right(self._ends, number)
-        path, skip, take = self.segments[which]
-        left = self._ends[which] - number
-        return path, skip + take - left, left
 
-    def _reader(self, path: Path) -> Any:
-        """Return array_record's reader of a file."""
-        if path not in self._readers:
-            from array_record.python.array_record_module import (  # ty: ignore[import-not-found]
-                ArrayRecordReader,  # a compiled module without stubs
-            )
+def _open(path: Path) -> Any:
+    """Return array_record's reader of a file."""
+    from array_record.python.array_record_module import (  # ty: ignore[import-not-found]
+        ArrayRecordReader,  # a compiled module without stubs
+    )
 
-            _raise_file_limit()
-            # Random access: nothing is read ahead, and the calling thread does the work.
-            options = 'readahead_buffer_size:0,max_parallelism:0'
-            reader = ArrayRecordReader(str(path), options=options, file_reader_buffer_size=32768)
-            self._readers[path] = reader
-        return self._readers[path]
+    _raise_file_limit()
+    # Random access: nothing is read ahead, and the calling thread does the work.
+    options = 'readahead_buffer_size:0,max_parallelism:0'
+    return ArrayRecordReader(str(path), options=options, file_reader_buffer_size=32768)
 
 
 @functools.cache

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
-from alexnet_jax.data import datasets
 from alexnet_jax.errors import RunError
 from alexnet_jax.parallel import distributed
 from alexnet_jax.progress import ProgressBar, duration
@@ -85,16 +85,17 @@ class StepLog(Callback):
         self.steps, self.wait_secs, self.logged_secs = 0, 0.0, self.history.secs
 
     def _warn_of_slow_input(self, secs: float) -> None:
-        """Log once if input is the bottleneck, with the number of cores that would be enough."""
+        """Log once if reading images from disk is the bottleneck."""
         self.records += 1
         share = self.wait_secs / max(secs, 1e-9)
         if self.warned or self.records == 1 or share <= STALL_SHARE:  # start-up is in the first
             return
-        rows = self.job.local_rows
-        wanted = self.steps * (rows.stop - rows.start) / max(secs - self.wait_secs, 1e-9)
-        if why := datasets.shortage(self.job.train, wanted):
+        if not isinstance(self.job.train.images, np.ndarray):
             self.warned = True
-            self.bar.line(f'training is limited by the input {share:.0%} of the time: {why}')
+            self.bar.line(
+                f'training waits for its input {share:.0%} of the time: more cores, data.workers or '
+                'raw storage may help, see docs/data.md'
+            )
 
     def on_evaluation(self, step: int, scores: Mapping[str, float]) -> None:
         """Write a record of the validation, and print it."""
