@@ -22,7 +22,7 @@ from alexnet_jax.data import images, prepared, statistics
 from alexnet_jax.data.prepare import image_folder, tfds_format
 from alexnet_jax.data.prepare import shards as shard_writer
 from alexnet_jax.data.prepare.archives import File
-from alexnet_jax.data.prepare.shards import Form, Shard
+from alexnet_jax.data.prepare.shards import Form
 from alexnet_jax.errors import RunError, UsageError
 from tests import sources
 
@@ -474,9 +474,8 @@ def test_a_shard_by_itself(pets, tmp_path):
         for i, name in enumerate(names)
         for path in [pets / name]
     ]
-    shard = Shard('train', 'out')
     (tmp_path / 'out.plan').write_text('\n'.join(pictures))
-    count, record_bytes, skipped = shard_writer.write_shard(shard, tmp_path, SMALL, 10**8)
+    count, record_bytes, skipped = shard_writer.write_shard('out', tmp_path, SMALL, 10**8)
     assert (count, skipped) == (5, [])
     reader = array_record_module.ArrayRecordReader(str(tmp_path / 'set/out'))
     found = reader.read_all()

@@ -73,13 +73,8 @@ def eval_batches(dataset: Dataset, batch_size: int, rows: slice = slice(None)) -
     def batch(number: int) -> Batch:
         indices = number * batch_size + positions
         real = indices < len(dataset)
-        if real.all():
-            image, label = dataset.take(indices)
-        else:
-            image = np.zeros((len(indices), *dataset.images.shape[1:]), np.uint8)
-            label = np.zeros(len(indices), np.int32)
-            if real.any():
-                image[real], label[real] = dataset.take(indices[real])
+        image, label = dataset.take(np.where(real, indices, 0))
+        image[~real], label[~real] = 0, 0
         return {'image': image, 'label': label, 'mask': real.astype(np.float32)}
 
     return prefetch(batch, 0, -(-len(dataset) // batch_size), depth=1)

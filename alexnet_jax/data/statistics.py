@@ -36,18 +36,24 @@ def of_images(images: Any) -> Statistics:
 
     All summands are integers, which float64 adds exactly up to 2^53: 2.1 million white images of
     256 x 256 px. So the result depends neither on the order of the images nor on their partition.
+    Each vector's largest entry is positive.
     """
     size, threads = max(1, CHUNK_BYTES // math.prod(images.shape[1:])), machine.cores()
-    total = products = np.zeros(())
+    chunks, total, products = -(-len(images) // size), np.zeros(()), np.zeros(())
     for more in prefetch(
-        lambda i: sums(images[i * size : (i + 1) * size]),
-        0,
-        -(-len(images) // size),
-        depth=threads,
-        threads=threads,
+        lambda i: sums(images[i * size : (i + 1) * size]), 0, chunks, threads, threads
     ):
         total, products = total + more[0], products + more[1]
-    return of_sums(len(images), total, products)
+    pixel_count = len(images) * total[0].size
+    mean = total.sum(axis=(1, 2)) / pixel_count
+    variances, vectors = np.linalg.eigh(products / pixel_count - np.outer(mean, mean))
+    variances, vectors = variances[::-1], vectors[:, ::-1]  # eigh sorts upwards
+    largest = np.take_along_axis(vectors, np.abs(vectors).argmax(axis=0)[None, :], axis=0)
+    return Statistics(
+        mean_image=(np.moveaxis(total, 0, -1) / len(images)).astype(np.float32, order='C'),
+        colour_std=np.sqrt(np.maximum(variances, 0)).astype(np.float32),
+        colour_vectors=(vectors * np.sign(largest)).astype(np.float32),
+    )
 
 
 def sums(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -60,20 +66,6 @@ def sums(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         products += np.einsum('ip,jp->ij', planes, planes)
         total += planes.reshape(channels, len(part), *size).sum(axis=1)
     return total, products
-
-
-def of_sums(count: int, total: np.ndarray, products: np.ndarray) -> Statistics:
-    """Return the statistics of `count` images; each vector's largest entry is positive."""
-    pixel_count = count * total[0].size
-    mean = total.sum(axis=(1, 2)) / pixel_count
-    variances, vectors = np.linalg.eigh(products / pixel_count - np.outer(mean, mean))
-    variances, vectors = variances[::-1], vectors[:, ::-1]  # eigh sorts upwards
-    largest = np.take_along_axis(vectors, np.abs(vectors).argmax(axis=0)[None, :], axis=0)
-    return Statistics(
-        mean_image=(np.moveaxis(total, 0, -1) / count).astype(np.float32, order='C'),
-        colour_std=np.sqrt(np.maximum(variances, 0)).astype(np.float32),
-        colour_vectors=(vectors * np.sign(largest)).astype(np.float32),
-    )
 
 
 def save(path: Path, statistics: Statistics, count: int) -> None:

@@ -93,8 +93,8 @@ class StepLog(Callback):
         if not isinstance(self.job.train.images, np.ndarray):
             self.warned = True
             self.bar.line(
-                f'training waits for its input {share:.0%} of the time: more cores, data.workers or '
-                'raw storage may help, see docs/data.md'
+                f'training waits for its input {share:.0%} of the time: more cores (data.workers) '
+                'or raw storage may help, see docs/data.md'
             )
 
     def on_evaluation(self, step: int, scores: Mapping[str, float]) -> None:

@@ -51,10 +51,11 @@ def write(
     numbers = iter(range(count))
     for i, length in enumerate(lengths):
         name = prepared.shard_name(folder.name, 'train', i, files)
-        writer = tfds_format.record_writer(version / name)
-        for number in itertools.islice(numbers, length):
-            writer.write(tfds_format.example(encoded(number), number % CLASSES))
-        writer.close()
+        records = (
+            tfds_format.example(encoded(number), number % CLASSES)
+            for number in itertools.islice(numbers, length)
+        )
+        tfds_format.write_records(version / name, records)
     features = tfds_format.features((px, px, 3), storage, [f'class {i}' for i in range(CLASSES)])
     about = {'train': [(length, 0) for length in lengths]}
     tfds_format.write_metadata(version, folder.name, '1.0.0', features, about)

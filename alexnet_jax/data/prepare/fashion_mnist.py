@@ -17,15 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from alexnet_jax.command import log
 from alexnet_jax.data import prepared
-from alexnet_jax.data.prepare.tfds_format import (
-    example,
-    locked_staging_dir,
-    record_writer,
-    write_metadata,
-)
+from alexnet_jax.data.prepare import tfds_format
 from alexnet_jax.errors import RunError
 
 Raw = dict[str, tuple[np.ndarray, np.ndarray]]  # {split: (uint8 [N, H, W], uint8 [N])}
@@ -83,7 +79,7 @@ def prepare(
     if folder.exists():
         return folder
     with (
-        locked_staging_dir(data_dir, name) as staging,
+        tfds_format.locked_staging_dir(data_dir, name) as staging,
         tempfile.TemporaryDirectory(dir=staging) as scratch,
     ):
         if not folder.exists():  # else another process made it while this one waited
@@ -181,24 +177,24 @@ def write(raw: Raw, folder: Path, name: str = 'fashion_mnist') -> Path:
     Returns:
         `folder/name/3.0.1`, which `tfds.builder_from_directory` reads.
     """
-    from PIL import Image
     from tensorflow_datasets.core import hashing
 
     made, shards = folder / name / VERSION, {}
     made.mkdir(parents=True)
     for split, (images, labels) in raw.items():
         log(f'{name}: writing {split}, {len(images):,} images')
-        writer, size = record_writer(made / prepared.shard_name(name, split, 0, 1)), 0
-        for index in sorted(range(len(images)), key=hashing.Hasher(split).hash_key):  # TFDS's order
-            png = io.BytesIO()
-            Image.fromarray(images[index]).save(png, format='png')
-            record = example(png.getvalue(), int(labels[index]))
-            writer.write(record)
-            size += len(record)
-        writer.close()
-        shards[split] = [(len(images), size)]
+        order = sorted(range(len(images)), key=hashing.Hasher(split).hash_key)  # TFDS's
+        records = (tfds_format.example(_png(images[i]), int(labels[i])) for i in order)
+        path = made / prepared.shard_name(name, split, 0, 1)
+        shards[split] = [tfds_format.write_records(path, records)]
     with contextlib.redirect_stdout(io.StringIO()):
         info = _builder(name)(data_dir=folder).info
     about = dict(description=info.description, homepage=info.homepage, citation=info.citation)
-    write_metadata(made, name, VERSION, info.features, shards, **about)
+    tfds_format.write_metadata(made, name, VERSION, info.features, shards, **about)
     return made
+
+
+def _png(image: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, 'png')
+    return buffer.getvalue()

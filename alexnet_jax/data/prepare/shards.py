@@ -19,7 +19,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import PIL
 
@@ -65,13 +65,6 @@ class Source:
     words: tuple[str, ...] = ()  # longer names of the classes, if there are any
 
 
-class Shard(NamedTuple):
-    """A shard to write; its pictures are in a file, see `_plan_path`."""
-
-    split: str
-    name: str  # of its file
-
-
 # Facts about a shard: its images, the bytes of their records, and why pictures are missing.
 Facts = tuple[int, int, list[str]]
 
@@ -107,11 +100,11 @@ def make(
             work = staging / hashlib.sha256(versions.encode()).hexdigest()[:16]
             (work / 'set').mkdir(parents=True, exist_ok=True)
             plan = _plan(source, work)
-            for left in {*os.listdir(work / 'set')} - {shard.name for shard in plan}:
+            for left in {*os.listdir(work / 'set')} - plan.keys():
                 # Unfinished, or of another plan; a worker that ends late removes its own.
                 (work / 'set' / left).unlink(missing_ok=True)
-            _write_shards(source, plan, work, form, most_pixels, workers, skip_corrupt)
-            _describe(source, plan, work, form, workers)
+            facts = _write_shards(source, plan, work, form, most_pixels, workers, skip_corrupt)
+            _describe(source, plan, facts, work / 'set', form, workers)
             for path in (work / 'set').glob('*.[jt]*'):  # those that TFDS wrote
                 files.sync(path)
             folder.parent.mkdir(exist_ok=True)
@@ -128,46 +121,40 @@ def make(
     return folder
 
 
-def _plan(source: Source, work: Path) -> list[Shard]:
-    """Assign the pictures to shards; a plan of the same, unchanged files is used again.
+def _plan(source: Source, work: Path) -> dict[str, str]:
+    """Assign the pictures to shards, {file: its split}; a plan of the same files is used again.
 
-    Shards of an earlier plan that contain other pictures are written again.
+    A shard of an earlier plan that contains other pictures is written again. The pictures of each
+    shard are in a file, one a line: a hash of the name, the label, the fields of File. They are not
+    sent to the workers: before Python 3.11.5 the queue of a pool whose workers have died is blocked
+    by more than 64 kB.
     """
-    path = work / 'plan.json'
+    path = work / 'shards.json'
     if path.exists():
-        stamp, shards = json.loads(path.read_text())
+        stamp, plan = json.loads(path.read_text())
         if stamp == source.stamp:
-            return [Shard(*fields) for fields in shards]
+            return plan
+        path.unlink()  # it is no longer that of the files below
+    plan, pictures = dict[str, str](), dict[str, list[str]]()
     counts = {split: _shard_count(n) for split, n in source.images.items() if n}
-    pictures: dict[tuple[str, int], list[str]] = {
-        (split, i): [] for split, count in counts.items() for i in range(count)
-    }
+    for split, count in counts.items():
+        for i in range(count):
+            name = prepared.shard_name(source.name, split, i, count)
+            plan[name], pictures[name] = split, []
     for split, label, file in source.pictures():
-        name = os.fsencode(f'{split}/{file.name}')
-        key = hashlib.blake2b(name, digest_size=8).hexdigest()
-        line = json.dumps([key, label, *file])
-        pictures[split, int(key, 16) % counts[split]].append(line)
-    plan = []
-    for (split, i), lines in pictures.items():
-        shard = Shard(split, prepared.shard_name(source.name, split, i, counts[split]))
-        own, text = _plan_path(work, shard), '\n'.join(sorted(lines))
+        key = hashlib.blake2b(os.fsencode(f'{split}/{file.name}'), digest_size=8).hexdigest()
+        number = int(key, 16) % counts[split]
+        name = prepared.shard_name(source.name, split, number, counts[split])
+        pictures[name].append(json.dumps([key, label, *file]))
+    for name, lines in pictures.items():
+        own, text = work / f'{name}.plan', '\n'.join(sorted(lines))
         if not own.exists() or own.read_text() != text:
-            _facts_path(work, shard).unlink(missing_ok=True)
+            (work / f'{name}.json').unlink(missing_ok=True)
             with files.atomic_write(own) as scratch:
                 scratch.write_text(text)
-        plan.append(shard)
     with files.atomic_write(path) as scratch:
         scratch.write_text(json.dumps([source.stamp, plan]))
     return plan
-
-
-def _plan_path(work: Path, shard: Shard) -> Path:
-    """Return the file of a shard's pictures: a hash of the name, the label, the fields of File.
-
-    They are not sent to the workers: before Python 3.11.5 the queue of a pool whose workers have
-    died is blocked by more than 64 kB.
-    """
-    return work / f'{shard.name}.plan'
 
 
 def _shard_count(pictures: int) -> int:
@@ -175,23 +162,12 @@ def _shard_count(pictures: int) -> int:
     return max(1, -(-pictures // SHARD_IMAGES), min(16, -(-pictures // 256)))
 
 
-def _facts_path(work: Path, shard: Shard) -> Path:
-    return work / f'{shard.name}.json'
-
-
-def _facts(work: Path, shard: Shard) -> Facts:
-    path = _facts_path(work, shard)
-    if not path.exists() or not (work / 'set' / shard.name).exists():
-        return 0, 0, ['not written yet']
-    return json.loads(path.read_text())
-
-
-def write_shard(shard: Shard, work: Path, form: Form, most_pixels: int) -> Facts:
+def write_shard(name: str, work: Path, form: Form, most_pixels: int) -> Facts:
     """Write one shard, without the pictures that cannot be decoded, and the facts about it."""
-    count, record_bytes, skipped = 0, 0, list[str]()
-    with files.atomic_write(work / 'set' / shard.name) as scratch:
-        writer = tfds_format.record_writer(scratch)
-        for line in _plan_path(work, shard).read_text().splitlines():
+    skipped = list[str]()
+
+    def records() -> Iterator[bytes]:
+        for line in (work / f'{name}.plan').read_text().splitlines():
             _, label, *fields = json.loads(line)
             file = File(*fields)
             try:
@@ -201,45 +177,50 @@ def write_shard(shard: Shard, work: Path, form: Form, most_pixels: int) -> Facts
                 continue
             raw = form.storage == 'raw'
             stored = image.tobytes() if raw else images.jpeg(image, form.quality)
-            record = tfds_format.example(stored, label, file.name)
-            writer.write(record)
-            count, record_bytes = count + 1, record_bytes + len(record)
-        writer.close()
-    facts = count, record_bytes, skipped
-    with files.atomic_write(_facts_path(work, shard)) as scratch:
+            yield tfds_format.example(stored, label, file.name)
+
+    with files.atomic_write(work / 'set' / name) as scratch:
+        facts = *tfds_format.write_records(scratch, records()), skipped
+    with files.atomic_write(work / f'{name}.json') as scratch:
         scratch.write_text(json.dumps(facts))
     return facts
 
 
 def _write_shards(
     source: Source,
-    plan: list[Shard],
+    plan: Mapping[str, str],
     work: Path,
     form: Form,
     most_pixels: int,
     workers: int,
     skip_corrupt: int,
-) -> None:
-    """Write the shards that are missing, in `workers` processes.
+) -> dict[str, Facts]:
+    """Write the shards that are missing, in `workers` processes; return the facts about all.
 
     A shard that lacks pictures is written again: they may have been repaired, or be accepted now.
     """
-    facts = {shard.name: _facts(work, shard) for shard in plan}
-    missing = [shard for shard in plan if facts[shard.name][2]]
-    done = sum(count for count, _, lacking in facts.values() if not lacking)
-    if done:
-        finished = len(plan) - len(missing)
-        log(f'{source.name}: resuming, {finished:,} of {len(plan):,} shards are finished')
-    skipped = list[str]()
+    facts = dict[str, Facts]()
+    for name in plan:
+        about = work / f'{name}.json'
+        if about.exists() and (work / 'set' / name).exists():
+            facts[name] = json.loads(about.read_text())
+    facts = {name: found for name, found in facts.items() if not found[2]}
+    done, skipped = sum(count for count, *_ in facts.values()), list[str]()
+    if facts:
+        log(f'{source.name}: resuming, {len(facts):,} of {len(plan):,} shards are finished')
     context = multiprocessing.get_context('spawn')  # a fork of a process with threads may hang
     with (
         progress(f'{source.name} (images)', sum(source.images.values())) as update,
         ProcessPoolExecutor(workers, context, _start_worker) as pool,
     ):
         try:
-            waiting = [pool.submit(write_shard, one, work, form, most_pixels) for one in missing]
+            waiting = {
+                pool.submit(write_shard, name, work, form, most_pixels): name
+                for name in plan
+                if name not in facts
+            }
             for future in as_completed(waiting):
-                count, _, lacking = future.result()
+                facts[waiting[future]] = count, _, lacking = future.result()
                 update(done := done + count)
                 skipped += lacking
                 if len(skipped) > skip_corrupt:
@@ -257,6 +238,7 @@ def _write_shards(
                     'fewer --workers; it resumes from the finished shards.'
                 ) from None
             raise
+    return facts
 
 
 def _start_worker() -> None:
@@ -272,14 +254,19 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _describe(source: Source, plan: list[Shard], work: Path, form: Form, workers: int) -> None:
+def _describe(
+    source: Source,
+    plan: Mapping[str, str],
+    facts: Mapping[str, Facts],
+    folder: Path,
+    form: Form,
+    workers: int,
+) -> None:
     """Write the files beside the shards."""
-    folder, skipped = work / 'set', list[str]()
-    shards: dict[str, list[tuple[int, int]]] = {shard.split: [] for shard in plan}
-    for shard in plan:
-        count, record_bytes, lacking = _facts(work, shard)
-        shards[shard.split].append((count, record_bytes))
-        skipped += lacking
+    shards: dict[str, list[tuple[int, int]]] = {split: [] for split in plan.values()}
+    for name, split in plan.items():
+        shards[split].append(facts[name][:2])
+    skipped = [reason for name in plan for reason in facts[name][2]]
     for reason in skipped:
         log(f'{source.name}: skipped: {reason}')
     features = tfds_format.features(form.shape, form.storage, source.class_names)

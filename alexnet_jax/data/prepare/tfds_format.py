@@ -5,7 +5,7 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,20 @@ import numpy as np
 
 from alexnet_jax.command import log
 
-OPTIONS = 'group_size:1,uncompressed'  # a record each, as TFDS has it; JPEG cannot be compressed
 
-
-def record_writer(path: Path) -> Any:
-    """Return array_record's writer of a file."""
+def write_records(path: Path, records: Iterable[bytes]) -> tuple[int, int]:
+    """Write an array_record file; return the number of records and of their bytes."""
     from array_record.python.array_record_module import (  # ty: ignore[import-not-found]
         ArrayRecordWriter,  # a compiled module without stubs
     )
 
-    return ArrayRecordWriter(str(path), OPTIONS)
+    # A group for each record, as TFDS writes them; JPEG cannot be compressed further.
+    writer, sizes = ArrayRecordWriter(str(path), 'group_size:1,uncompressed'), list[int]()
+    for record in records:
+        writer.write(record)
+        sizes.append(len(record))
+    writer.close()
+    return len(sizes), sum(sizes)
 
 
 def example(image: bytes, label: int, name: str | None = None) -> bytes:
