@@ -34,15 +34,10 @@ class File(NamedTuple):
     stamp: int = 0  # changes when a file in a folder does
 
 
-def is_leftover(name: str) -> bool:
-    """Return whether a file or folder of this name is hidden or one that systems leave behind."""
-    return name.startswith('.') or name.lower() in LEFTOVERS
-
-
 def folder_files(folder: str | Path) -> Iterator[File]:
     """Yield every file below `folder`, links followed, without the leftovers of systems."""
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        if is_leftover(entry.name):
+        if entry.name.startswith('.') or entry.name.lower() in LEFTOVERS:
             continue
         if entry.is_dir():
             yield from folder_files(entry.path)

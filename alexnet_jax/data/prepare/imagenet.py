@@ -9,7 +9,6 @@ import importlib.resources
 import io
 import os
 import tarfile
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -24,7 +23,7 @@ from alexnet_jax.progress import progress
 
 # Folders below --source that may contain extracted pictures: as Kaggle packs them, or directly.
 PARENTS = ('', 'ILSVRC/Data/CLS-LOC', 'Data/CLS-LOC', 'CLS-LOC')
-FOLDERS = {'train': ('train',), 'validation': ('val', 'validation'), 'test': ('test',)}
+FOLDERS = {'train': 'train', 'validation': 'val', 'test': 'test'}  # also in names of files
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,6 @@ class Challenge:
     year: int
     archives: Mapping[str, Archive]  # by split
     devkit: str
-    truths: Mapping[str, str]  # {split: file of its ground truth, in the kit or beside it}
     classes: int = 1000
 
     @property
@@ -69,7 +67,6 @@ ILSVRC_2012 = Challenge(
         ),
     },
     devkit='ILSVRC2012_devkit_t12.tar.gz',
-    truths={'validation': 'ILSVRC2012_validation_ground_truth.txt'},
 )
 # Counts: the paper's section 2 and the development kit. No official sums are known.
 ILSVRC_2010 = Challenge(
@@ -80,10 +77,6 @@ ILSVRC_2010 = Challenge(
         'test': Archive('ILSVRC2010_images_test.tar', 150_000),
     },
     devkit='ILSVRC2010_devkit-1.0.tar.gz',
-    truths={
-        'validation': 'ILSVRC2010_validation_ground_truth.txt',
-        'test': 'ILSVRC2010_test_ground_truth.txt',
-    },
 )
 PATCHES = 'patch_images.tar'  # the organisers' corrections of blank pictures of 2010
 
@@ -127,18 +120,19 @@ def _find(challenge: Challenge, split: str, folder: Path) -> Path:
     """Return the tar file of a split, or the folder of its extracted pictures."""
     archive = challenge.archives[split]
     path = folder / archive.name
-    names = (*FOLDERS[split], path.stem)
-    extracted = (folder / parent / name for parent in PARENTS for name in names)
-    if found := next((one for one in (path, *extracted) if one.exists()), None):
-        if found == path and archive.size not in (None, path.stat().st_size):
+    if path.exists():
+        if archive.size not in (None, path.stat().st_size):
             raise RunError(
                 f'{path} has {path.stat().st_size:,} of {archive.size:,} bytes: resume or repeat '
                 'its download.'
             )
-        return found
+        return path
+    for parent in PARENTS:
+        if (extracted := folder / parent / FOLDERS[split]).exists():
+            return extracted
     raise RunError(
-        f'{path} is missing, and {folder} has no folder {names[0]} with its images: download the '
-        'official file from image-net.org (after registration).'
+        f'{path} is missing, and {folder} has no folder {FOLDERS[split]} with its images: download '
+        'the official file from image-net.org (after registration).'
     )
 
 
@@ -156,7 +150,11 @@ def _pictures(
         log(f'{folder / PATCHES} is missing: the few images that it corrects stay blank')
     for split, path in paths.items():
         archive, seen = challenge.archives[split], set[str]()
-        labels = _labels(challenge, split, classes)
+        if split == 'train':
+            labels = {wnid: label for label, wnid in enumerate(classes.wnids)}
+        else:
+            start, truth = f'ILSVRC{challenge.year}_{FOLDERS[split]}_', classes.truths[split]
+            labels = {f'{start}{i:08d}': label for i, label in enumerate(truth, start=1)}
         for file in _files(path, archive.md5):
             stem, ending = os.path.splitext(file.name)
             label = labels.get(stem.partition('_')[0] if split == 'train' else stem)
@@ -168,14 +166,6 @@ def _pictures(
                 f'{path} contains {len(seen):,} of {archive.images:,} images: download or extract '
                 'it again.'
             )
-
-
-def _labels(challenge: Challenge, split: str, classes: Classes) -> dict[str, int]:
-    """Return the labels of a split: by WordNet id for training pictures, else by file name."""
-    if split == 'train':
-        return {wnid: label for label, wnid in enumerate(classes.wnids)}
-    start = f'ILSVRC{challenge.year}_{"test" if split == "test" else "val"}'
-    return {f'{start}_{i:08d}': label for i, label in enumerate(classes.truths[split], start=1)}
 
 
 def _files(path: Path, md5: str | None) -> Iterator[File]:
@@ -194,42 +184,35 @@ def _files(path: Path, md5: str | None) -> Iterator[File]:
 
 def _classes(challenge: Challenge, folder: Path) -> Classes:
     """Return the classes from the development kit, or those of 2012 from TFDS (without words)."""
-    kit = folder / challenge.devkit
-    extracted = kit.with_name(kit.name.removesuffix('.tar.gz'))
-    if challenge.year == 2012 and not kit.exists() and not extracted.is_dir():
+    kit, number = folder / challenge.devkit, f'ILSVRC{challenge.year}_ID'
+    if challenge.year == 2012 and not kit.exists():
         return tfds_lists()
-    wanted = ('meta.mat', *challenge.truths.values())
-    paths = (*folder.glob('*'), *extracted.rglob('*'))
+    from scipy.io import loadmat  # here: it takes long to import
+
     try:
-        files = {path.name: path.read_bytes() for path in paths if path.name in wanted}
-        if kit.exists():
-            with tarfile.open(kit) as tar:
-                kept = ((one.name, tar.extractfile(one)) for one in tar)
-                files |= {PurePosixPath(name).name: file.read() for name, file in kept if file}
-        return _read_kit(challenge, files)
-    except (ValueError, LookupError, EOFError, OSError, tarfile.TarError, zlib.error) as error:
+        # The truth of the test images of 2010 is not in the kit.
+        files = {path.name: path.read_bytes() for path in folder.glob('*_ground_truth.txt')}
+        with tarfile.open(kit, "r:gz") as tar:
+            kept = ((one.name, tar.extractfile(one)) for one in tar)
+            files |= {PurePosixPath(name).name: file.read() for name, file in kept if file}
+        rows = loadmat(io.BytesIO(files['meta.mat']), squeeze_me=True)['synsets']
+        # The nodes above the classes have larger numbers.
+        rows = [row for row in rows if 1 <= int(row[number]) <= challenge.classes]
+        rows.sort(key=lambda row: str(row['WNID']))
+        label = {int(row[number]): place for place, row in enumerate(rows)}
+        truths = {
+            split: [label[int(line)] for line in files[name].split()]
+            for split in challenge.archives
+            if split != 'train'
+            for name in [f'ILSVRC{challenge.year}_{split}_ground_truth.txt']
+        }
+    except Exception as error:  # damage raises various exceptions of tarfile, zlib and SciPy
         raise RunError(
             f'{kit} is missing, incomplete or not the official file ({type(error).__name__}: '
             f'{error}): download it.'
         ) from None
-
-
-def _read_kit(challenge: Challenge, files: Mapping[str, bytes]) -> Classes:
-    from scipy.io import loadmat  # here: it takes long to import
-
-    rows = loadmat(io.BytesIO(files['meta.mat']), squeeze_me=True)['synsets']
-    number = f'ILSVRC{challenge.year}_ID'  # the nodes above the classes have larger ones
-    rows = [row for row in rows if 1 <= int(row[number]) <= challenge.classes]
-    rows.sort(key=lambda row: str(row['WNID']))
-    label = {int(row[number]): place for place, row in enumerate(rows)}
-    return Classes(
-        wnids=tuple(str(row['WNID']) for row in rows),
-        words=tuple(str(row['words']) for row in rows),
-        truths={
-            split: [label[int(line)] for line in files[name].split()]
-            for split, name in challenge.truths.items()
-        },
-    )
+    wnids, words = (tuple(str(row[field]) for row in rows) for field in ('WNID', 'words'))
+    return Classes(wnids, words, truths)
 
 
 def tfds_lists() -> Classes:
