@@ -84,7 +84,7 @@ def test_the_command_starts_without_jax_and_tfds(pets, tmp_path):
         (
             ['folder', '--source={pets}', '--test=0.5', '--validation=0.5'],
             2,
-            'no class with images',
+            "no images of class 'cat' to train on",
         ),
     ],
 )

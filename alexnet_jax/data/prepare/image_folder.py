@@ -50,13 +50,14 @@ def source(
     passed_over = ', '.join(f'{n:,} {end}' for end, n in ignored.most_common()) or 'none'
     if {'.heic', '.heif'} & ignored.keys():
         passed_over += '; convert HEIC to JPEG first'
-    if problem := _problem(splits):
-        raise UsageError(
-            f'{folder} has {problem} (ignored files: {passed_over}): give it one folder of '
-            'images per class, or train/ (and val/ and test/) with the same classes, and no other '
-            'folders.'
-        )
     classes = sorted(splits['train'])
+    lacking = [one for found in splits.values() for one in found if not splits['train'].get(one)]
+    if lacking or len(classes) < 2:
+        problem = f'no images of class {lacking[0]!a}' if lacking else 'fewer than two classes'
+        raise UsageError(
+            f'{folder} has {problem} to train on (ignored files: {passed_over}): give it one '
+            'folder of images per class, or train/ (and val/ and test/) with the same classes.'
+        )
     every = [
         (split, label, file)
         for split, found in splits.items()
@@ -100,42 +101,26 @@ def _name(name: str | None, folder: Path) -> str:
 def _splits(folder: Path, ignored: collections.Counter[str]) -> dict[str, Pictures]:
     """Return {split: {class: pictures}}, 'train' alone if no folder is a split.
 
-    If some folders are splits, all others count as split ''. Ignored files are counted by suffix.
+    Other files, and those in no class or split, are ignored and counted by suffix.
     """
     known = Image.registered_extensions().items()
     suffixes = {end for end, kind in known if kind in images.FORMATS}
     files = [(Path(file.path).relative_to(folder), file) for file in archives.folder_files(folder)]
     has_splits = any(path.parts[0].lower() in SPLITS for path, _ in files if len(path.parts) > 1)
-    found: dict[str, Pictures] = {'train': {}}
+    found: dict[str, Pictures] = {split: {} for split in ('train', 'validation', 'test')}
     for path, file in files:
         *inside, _ = path.parts
-        split = SPLITS.get(inside.pop(0).lower(), '') if has_splits and inside else 'train'
-        classes = found.setdefault(split, {})
-        pictures = classes.setdefault(inside[0], []) if inside else []
-        if inside and path.suffix.lower() in suffixes:
+        split = SPLITS.get(inside.pop(0).lower()) if has_splits and inside else 'train'
+        pictures = found[split].setdefault(inside[0], []) if split and inside else []
+        if split and inside and path.suffix.lower() in suffixes:
             pictures.append(file._replace(name=path.as_posix()))
         else:
             ignored[path.suffix.lower() or 'no suffix'] += 1
-    for classes in found.values():
-        for pictures in classes.values():
-            pictures.sort()
-    return {split: found[split] for split in ('train', 'validation', 'test', '') if split in found}
-
-
-def _problem(splits: dict[str, Pictures]) -> str | None:
-    """Return why folders are not those of a data set; it completes '<folder> has ...'."""
-    train = splits['train']
-    if len(train) < 2:
-        return 'fewer than two classes to train on'
-    if '' in splits:
-        return 'other folders beside those of the splits'
-    for split, classes in splits.items():
-        if not any(classes.values()):
-            return f'no class with images in {split}'
-        for one in classes:
-            if not train.get(one):
-                return f'no images of class {one!a} to train on'
-    return None
+    return {
+        split: {one: sorted(pictures) for one, pictures in classes.items()}
+        for split, classes in found.items()
+        if classes or split == 'train'
+    }
 
 
 def _divide(found: Pictures, **shares: float) -> dict[str, Pictures]:
