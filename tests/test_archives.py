@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from alexnet_jax.data.prepare import archives
+from alexnet_jax.data.prepare import imagenet
+from alexnet_jax.data.prepare.image_folder import folder_files
+from alexnet_jax.data.prepare.shards import File
 from alexnet_jax.errors import RunError
 from tests.sources import tar_bytes
 
@@ -44,11 +46,11 @@ def md5(path):
 
 def test_every_file_is_found(nested):
     path, classes = nested
-    found = list(archives.tar_files(path, md5(path)))
+    found = list(imagenet.tar_files(path, md5(path)))
     expected = [file for files in classes.values() for file in files] + [('read.me', b'text')]
     assert [file.name for file in found] == [name for name, _ in expected]
     for file, (_, body) in zip(found, expected, strict=True):
-        assert archives.read(file) == body
+        assert file.read() == body
 
 
 def test_leftovers_of_systems_are_ignored(tmp_path):
@@ -58,10 +60,10 @@ def test_leftovers_of_systems_are_ignored(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
     (tmp_path / 'n02').symlink_to(tmp_path / 'n01')
-    found = list(archives.folder_files(tmp_path))
+    found = list(folder_files(tmp_path))
     names = ['c', 'n01/a', 'n01/b', 'n02/a', 'n02/b']
     assert [str(Path(file.path).relative_to(tmp_path)) for file in found] == names
-    assert archives.read(found[1]) == b'n01/a'
+    assert found[1].read() == b'n01/a'
 
 
 @pytest.mark.parametrize('share', [0.3, 0.6, 0.9])
@@ -71,7 +73,7 @@ def test_a_partial_download_is_refused(nested, share):
     content = path.read_bytes()
     path.write_bytes(content[: int(share * len(content))])
     with pytest.raises(RunError, match=r'is incomplete \('):
-        list(archives.tar_files(path, full))
+        list(imagenet.tar_files(path, full))
 
 
 def test_a_flipped_byte_is_noticed(nested):
@@ -80,9 +82,9 @@ def test_a_flipped_byte_is_noticed(nested):
     content = bytearray(path.read_bytes())
     content[content.index(b'xxxx') + 3] ^= 1  # inside a picture: all headers are intact
     path.write_bytes(content)
-    assert len(list(archives.tar_files(path))) == 5
+    assert len(list(imagenet.tar_files(path))) == 5
     with pytest.raises(RunError, match=r'not the official tar file .*md5'):
-        list(archives.tar_files(path, full))
+        list(imagenet.tar_files(path, full))
 
 
 def test_links_and_devices_are_ignored(tmp_path):
@@ -91,13 +93,13 @@ def test_links_and_devices_are_ignored(tmp_path):
             info = tarfile.TarInfo('n01_1.JPEG')
             info.type, info.linkname = kind, '/etc/passwd'
             tar.addfile(info)
-    assert not list(archives.tar_files(tmp_path / 'a.tar'))
+    assert not list(imagenet.tar_files(tmp_path / 'a.tar'))
 
 
 def test_a_file_that_is_not_a_tar(tmp_path):
     (tmp_path / 'a.tar').write_text('<html>please log in</html>' * 100)
     with pytest.raises(RunError, match='is not the official tar file'):
-        list(archives.tar_files(tmp_path / 'a.tar'))
+        list(imagenet.tar_files(tmp_path / 'a.tar'))
 
 
 def test_gzipped_files_are_unpacked(tmp_path):
@@ -105,5 +107,5 @@ def test_gzipped_files_are_unpacked(tmp_path):
     for content, expected in ((zipped, b'picture'), (zipped[:-9], None), (b'\x1f\x8bno', None)):
         path.write_bytes(b'__' + content)
         # What cannot be unpacked is left to the decoder of images, which then finds none.
-        file = archives.File('a', str(path), 2, len(content))
-        assert archives.read(file) == (expected or content)
+        file = File('a', str(path), 2, len(content))
+        assert file.read() == (expected or content)

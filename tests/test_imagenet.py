@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alexnet_jax.data.prepare import archives, imagenet, shards
+from alexnet_jax.data.prepare import imagenet, shards
 from alexnet_jax.data.prepare.imagenet import ILSVRC_2010, ILSVRC_2012
 from alexnet_jax.errors import RunError
 from experiments.data_bench import process
@@ -86,9 +86,7 @@ def year_2010(tmp_path):
 def listed(challenge, folder):
     """{(split, name): (label, contents)} of all pictures."""
     source = imagenet.source(challenge, folder)
-    return {
-        (split, file.name): (label, archives.read(file)) for split, label, file in source.pictures()
-    }
+    return {(split, file.name): (label, file.read()) for split, label, file in source.pictures()}
 
 
 LABEL = {3: 1, 1: 2, 2: 0}  # of the kit's numbers, by hand

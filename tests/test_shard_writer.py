@@ -21,8 +21,7 @@ from tensorflow_datasets.core.utils.lazy_imports_utils import array_record_modul
 from alexnet_jax.data import images, prepared, statistics
 from alexnet_jax.data.prepare import image_folder, tfds_format
 from alexnet_jax.data.prepare import shards as shard_writer
-from alexnet_jax.data.prepare.archives import File
-from alexnet_jax.data.prepare.shards import Form
+from alexnet_jax.data.prepare.shards import File, Form
 from alexnet_jax.errors import RunError, UsageError
 from tests import sources
 

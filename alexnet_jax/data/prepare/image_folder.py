@@ -5,15 +5,14 @@ import hashlib
 import os
 import re
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 
 from PIL import Image
 
 from alexnet_jax.command import log
 from alexnet_jax.data import images
-from alexnet_jax.data.prepare import archives
-from alexnet_jax.data.prepare.archives import File
-from alexnet_jax.data.prepare.shards import Source
+from alexnet_jax.data.prepare.shards import File, Source
 from alexnet_jax.data.prepared import FETCHED, OFFICIAL
 from alexnet_jax.errors import UsageError
 
@@ -21,6 +20,12 @@ from alexnet_jax.errors import UsageError
 SPLITS = {'train': 'train', 'training': 'train', 'val': 'validation', 'valid': 'validation',
           'validation': 'validation', 'test': 'test'}  # fmt: skip
 RESERVED = (*FETCHED, *OFFICIAL, 'decoded')
+
+# What file systems, desktops and tools leave in folders, besides hidden files; in lower case.
+LEFTOVERS = frozenset((
+    '$recycle.bin', 'system volume information', 'thumbs.db', 'desktop.ini', '__macosx',
+    'lost+found', '@eadir', '#recycle', '#snapshot', '__pycache__',
+))  # fmt: skip
 
 Pictures = dict[str, list[File]]  # {class: its pictures}
 
@@ -31,7 +36,7 @@ def source(
     """Return the pictures of `folder`: train/CLASS/..., val/CLASS/..., test/CLASS/...; or CLASS/...
 
     A single split is divided, class by class, by a hash of the names: nearly all pictures stay in
-    their split when others are added. Hidden files, `archives.LEFTOVERS` and files without the
+    their split when others are added. Hidden files, LEFTOVERS and files without the
     suffix of a picture are ignored.
 
     Args:
@@ -87,6 +92,18 @@ def source(
     )
 
 
+def folder_files(folder: str | Path) -> Iterator[File]:
+    """Yield every file below `folder`, links followed, without the leftovers of systems."""
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if entry.name.startswith('.') or entry.name.lower() in LEFTOVERS:
+            continue
+        if entry.is_dir():
+            yield from folder_files(entry.path)
+        else:
+            about = entry.stat()
+            yield File(entry.name, entry.path, 0, about.st_size, about.st_mtime_ns)
+
+
 def _name(name: str | None, folder: Path) -> str:
     """Return a name in the form that TFDS wants."""
     made = name or re.sub(r'\W+', '_', folder.resolve().name.lower(), flags=re.ASCII).strip('_')
@@ -105,7 +122,7 @@ def _splits(folder: Path, ignored: collections.Counter[str]) -> dict[str, Pictur
     """
     known = Image.registered_extensions().items()
     suffixes = {end for end, kind in known if kind in images.FORMATS}
-    files = [(Path(file.path).relative_to(folder), file) for file in archives.folder_files(folder)]
+    files = [(Path(file.path).relative_to(folder), file) for file in folder_files(folder)]
     has_splits = any(path.parts[0].lower() in SPLITS for path, _ in files if len(path.parts) > 1)
     found: dict[str, Pictures] = {split: {} for split in ('train', 'validation', 'test')}
     for path, file in files:

@@ -1,6 +1,7 @@
 """ILSVRC-2010 and ILSVRC-2012, from the official tar files or from folders they were extracted to.
 
-A label is derived from the name of an image (its WordNet id, or its number and the ground truth for
+Nothing is unpacked to disk. An archive's md5 is computed while it is listed, so a hard disk reads
+ImageNet's 138 GB once, from front to end. A label is derived from the name of an image (its WordNet id, or its number and the ground truth for
 that number), never from its position in an archive. Every image must be present.
 """
 
@@ -12,15 +13,15 @@ import tarfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import IO, Any, NamedTuple
 
 from alexnet_jax.command import log
-from alexnet_jax.data.prepare import archives
-from alexnet_jax.data.prepare.archives import File
-from alexnet_jax.data.prepare.shards import Source
+from alexnet_jax.data.prepare.image_folder import folder_files
+from alexnet_jax.data.prepare.shards import File, Source
 from alexnet_jax.errors import RunError
 from alexnet_jax.progress import progress
 
+BLOCK_BYTES = 2**20  # read at once
 # Folders below --source that may contain extracted pictures: as Kaggle packs them, or directly.
 PARENTS = ('', 'ILSVRC/Data/CLS-LOC', 'Data/CLS-LOC', 'CLS-LOC')
 FOLDERS = {'train': 'train', 'validation': 'val', 'test': 'test'}  # also in names of files
@@ -145,7 +146,7 @@ def _pictures(
     """Yield every picture of every split, replaced by its correction where there is one."""
     patches = {}
     if (folder / PATCHES).exists():
-        patches = {file.name: file for file in archives.tar_files(folder / PATCHES)}
+        patches = {file.name: file for file in tar_files(folder / PATCHES)}
     elif challenge.year == 2010:
         log(f'{folder / PATCHES} is missing: the few images that it corrects stay blank')
     for split, path in paths.items():
@@ -155,7 +156,8 @@ def _pictures(
         else:
             start, truth = f'ILSVRC{challenge.year}_{FOLDERS[split]}_', classes.truths[split]
             labels = {f'{start}{i:08d}': label for i, label in enumerate(truth, start=1)}
-        for file in _files(path, archive.md5):
+        log(f'listing {path}')
+        for file in folder_files(path) if path.is_dir() else tar_files(path, archive.md5):
             stem, ending = os.path.splitext(file.name)
             label = labels.get(stem.partition('_')[0] if split == 'train' else stem)
             if ending == '.JPEG' and label is not None and file.name not in seen:
@@ -168,15 +170,57 @@ def _pictures(
             )
 
 
-def _files(path: Path, md5: str | None) -> Iterator[File]:
-    if path.is_dir():
-        log(f'listing {path}')
-        yield from archives.folder_files(path)
-        return
-    with progress(f'listing {path.name} (bytes)', path.stat().st_size) as update:
-        for file in archives.tar_files(path, md5):
-            update(file.offset + file.size)
-            yield file
+def tar_files(path: Path, md5: str | None = None) -> Iterator[File]:
+    """Yield every plain file of an uncompressed tar file, and of the tar files in it, in order.
+
+    The md5 is compared when all has been read.
+
+    Raises:
+        RunError: it is not a tar file, is incomplete, or has another md5.
+    """
+    size = path.stat().st_size
+    with (
+        path.open('rb', buffering=0) as opened,
+        progress(f'listing {path.name} (bytes)', size) as update,
+    ):
+        stream = _Hashed(opened)
+        try:
+            for file in _members(str(path), stream):
+                update(file.offset + file.size)
+                yield file
+            while stream.read(BLOCK_BYTES):
+                pass  # the padding behind the last file counts for the md5
+            if md5 not in (None, stream.md5.hexdigest()):
+                raise tarfile.ReadError(f'its md5 is not {md5}')
+        except (tarfile.TarError, EOFError) as error:
+            raise RunError(
+                f'{path} is not the official tar file or is incomplete ({error}): resume or repeat '
+                'its download.'
+            ) from None
+
+
+class _Hashed:
+    """A file that is read from front to end, with its md5."""
+
+    def __init__(self, file: IO[bytes]):
+        self._file, self.md5 = file, hashlib.md5(usedforsecurity=False)
+
+    def read(self, size: int = -1) -> bytes:
+        block = self._file.read(size)
+        self.md5.update(block)
+        return block
+
+
+def _members(path: str, stream: Any, start: int = 0) -> Iterator[File]:
+    """Yield the files of a tar file that begins at byte `start` of the file `path`."""
+    with tarfile.open(fileobj=stream, mode='r|', bufsize=BLOCK_BYTES) as tar:
+        while (member := tar.next()) is not None:
+            tar.members.clear()  # ty: ignore[missing-attribute] (else it keeps all of them)
+            offset = start + member.offset_data
+            if member.isreg() and member.name.endswith('.tar'):
+                yield from _members(path, tar.extractfile(member), offset)
+            elif member.isreg():
+                yield File(PurePosixPath(member.name).name, path, offset, member.size)
 
 
 # ---- the classes ----------------------------------------------------------------------------

@@ -6,7 +6,9 @@ of the same command writes the missing ones. Images are ordered by a hash of the
 finished folder is renamed to its final name.
 """
 
+import contextlib
 import dataclasses
+import gzip
 import hashlib
 import json
 import multiprocessing
@@ -14,20 +16,20 @@ import os
 import signal
 import threading
 import warnings
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import PIL
 
 from alexnet_jax import files
 from alexnet_jax.command import log
 from alexnet_jax.data import images, prepared, statistics
-from alexnet_jax.data.prepare import archives, tfds_format
-from alexnet_jax.data.prepare.archives import File
+from alexnet_jax.data.prepare import tfds_format
 from alexnet_jax.data.records import StoredImages
 from alexnet_jax.errors import RunError, UsageError
 from alexnet_jax.progress import progress
@@ -49,6 +51,25 @@ class Form:
     def shape(self) -> tuple[int, int, int]:
         """The shape of an image, [H, W, C]."""
         return self.px, self.px, 3
+
+
+class File(NamedTuple):
+    """A file in a tar file or a folder."""
+
+    name: str  # without any folder
+    path: str  # of the file on disk that contains it, absolute in a plan
+    offset: int
+    size: int
+    stamp: int = 0  # changes when a file in a folder does
+
+    def read(self) -> bytes:
+        """Return the contents, unpacked where they are gzipped (ILSVRC-2010 has one)."""
+        with open(self.path, 'rb', buffering=0) as source:
+            content = os.pread(source.fileno(), self.size, self.offset)
+        if content[:2] == b'\x1f\x8b':
+            with contextlib.suppress(OSError, EOFError, zlib.error):  # the decoder reports the fault
+                return gzip.decompress(content)
+        return content
 
 
 @dataclass(frozen=True)
@@ -171,7 +192,7 @@ def write_shard(name: str, work: Path, form: Form, most_pixels: int) -> Facts:
             _, label, *fields = json.loads(line)
             file = File(*fields)
             try:
-                image = images.decode_image(archives.read(file), form.shape, most_pixels)
+                image = images.decode_image(file.read(), form.shape, most_pixels)
             except images.BadImage as error:
                 skipped.append(f'{file.name} {error}')
                 continue
