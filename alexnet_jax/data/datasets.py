@@ -39,35 +39,26 @@ class Dataset:
     name: str  # 'fashion_mnist'
     split: str  # the TFDS split expression as given: 'train[:55000]'
     images: np.ndarray | StoredImages  # uint8 [N, H, W, C], 0..255
-    labels: np.ndarray  # int32 [N]
+    known_labels: np.ndarray | None  # int32 [N]; None for those in the records of `images`
     class_names: tuple[str, ...]
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def take(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return images, uint8 [n, H, W, C], and labels, int32 [n], of those numbers."""
-        return self.images[numbers], self.labels[numbers]
-
-
-class LargeDataset(Dataset):
-    """A split that stays in its array_record files; its labels come with the images."""
-
-    images: StoredImages
-
-    def __init__(self, name: str, split: str, images: StoredImages, names: tuple[str, ...]):
-        vars(self).update(name=name, split=split, images=images, class_names=names)
-
     @functools.cached_property
     def labels(self) -> np.ndarray:
-        """Return all labels, int32 [N]; the first use reads all records, and keeps a copy."""
+        """All labels, int32 [N]; the first use of those in records reads all, and keeps a copy."""
+        if self.known_labels is not None:
+            return self.known_labels
         numbers = range(len(self))
         (labels,) = _kept(self.images, ['labels'], lambda: [self.images.read(numbers, None)])
         return labels
 
     def take(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return images, uint8 [n, H, W, C], and labels, int32 [n], of those numbers."""
-        return self.images.take(numbers)
+        if self.known_labels is None:
+            return self.images.take(numbers)
+        return self.images[numbers], self.known_labels[numbers]
 
 
 # ---- loading --------------------------------------------------------------------------------
@@ -106,7 +97,7 @@ def load(
     stored = StoredImages(folder, about, terms, workers)
     largest = max(sum(lengths[base]) for base, *_ in terms)
     if largest * math.prod(about.shape) > resident_gib * 2**30:
-        return LargeDataset(name, split, stored, about.words)
+        return Dataset(name, split, stored, None, about.words)
     # Decoding 60,000 PNGs takes 10 s, reading the copy 0.1 s; sweeps start many runs.
     arrays = _kept(stored, ('images', 'labels'), lambda: stored.take(np.arange(len(stored))))
     return Dataset(name, split, *arrays, about.words)
