@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from array_record.python import array_record_module as array_record
 
 from alexnet_jax import machine
 from alexnet_jax.data import images as image_io
@@ -115,14 +116,12 @@ class StoredImages:
 
 def _open(path: Path) -> Any:
     """Return array_record's reader of a file."""
-    from array_record.python.array_record_module import (  # ty: ignore[import-not-found]
-        ArrayRecordReader,  # a compiled module without stubs
-    )
-
     _raise_file_limit()
     # Random access: nothing is read ahead, and the calling thread does the work.
     options = 'readahead_buffer_size:0,max_parallelism:0'
-    return ArrayRecordReader(str(path), options=options, file_reader_buffer_size=32768)
+    return array_record.ArrayRecordReader(
+        str(path), options=options, file_reader_buffer_size=32768
+    )
 
 
 @functools.cache

@@ -10,18 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from array_record.python import array_record_module as array_record
 
 from alexnet_jax.command import log
 
 
 def write_records(path: Path, records: Iterable[bytes]) -> tuple[int, int]:
     """Write an array_record file; return the number of records and of their bytes."""
-    from array_record.python.array_record_module import (  # ty: ignore[import-not-found]
-        ArrayRecordWriter,  # a compiled module without stubs
-    )
-
     # A group for each record, as TFDS writes them; JPEG cannot be compressed further.
-    writer, sizes = ArrayRecordWriter(str(path), 'group_size:1,uncompressed'), list[int]()
+    writer = array_record.ArrayRecordWriter(str(path), 'group_size:1,uncompressed')
+    sizes = list[int]()
     for record in records:
         writer.write(record)
         sizes.append(len(record))
