@@ -201,9 +201,11 @@ def statistics_of(dataset: Dataset) -> Statistics:
     images = dataset.images
     if isinstance(images, np.ndarray):
         return statistics.of_images(images)
-    beside = statistics.load(images.folder / 'statistics.npz')
-    if beside and images.terms == [('train', 0, beside[1])]:
-        return beside[0]
+    with contextlib.suppress(RunError):  # missing, damaged or of an earlier version
+        beside = images.folder / 'statistics.npz'
+        *arrays, count = files.read_npz(beside, (*statistics.NAMES, 'count_decoded')).values()
+        if images.terms == [('train', 0, int(count))]:
+            return Statistics(*arrays)
 
     def compute() -> Iterable[np.ndarray]:
         log.warning('%s: computing the mean image of %s images', images.folder, f'{len(images):,}')

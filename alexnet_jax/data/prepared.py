@@ -22,11 +22,6 @@ class Description(NamedTuple):
     class_names: tuple[str, ...]  # by label: TFDS's names, else '0', '1', ...
     words: tuple[str, ...]  # longer names ('tabby, tabby cat'), unique; else `class_names`
 
-    @property
-    def facts(self) -> tuple[int, int, tuple[str, ...]]:
-        """The number of classes, the channels of an image and the splits."""
-        return len(self.class_names), self.shape[2], tuple(self.files)
-
 
 def describe(folder: Path) -> Description:
     """Read the description of a prepared data set from TFDS's files, without TFDS.

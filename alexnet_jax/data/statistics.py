@@ -13,7 +13,6 @@ import numpy as np
 
 from alexnet_jax import files, machine
 from alexnet_jax.data.prefetch import prefetch
-from alexnet_jax.errors import RunError
 
 CHUNK_BYTES = 2**24  # of images in memory at once, in each thread
 CHUNK_VALUES = 2**18  # summed at once: 2 MiB of float64 fit in a cache
@@ -73,16 +72,3 @@ def save(path: Path, statistics: Statistics, count: int) -> None:
     with files.atomic_write(path) as scratch, scratch.open('wb') as file:
         # Earlier versions wrote 'count', for the images before encoding.
         np.savez(file, count_decoded=np.int64(count), **vars(statistics))
-
-
-def load(path: Path) -> tuple[Statistics, int] | None:
-    """Return the statistics in a file, and the number of images they were computed from.
-
-    Returns:
-        None if the file is missing, damaged, or of an earlier version.
-    """
-    try:
-        *arrays, count = files.read_npz(path, (*NAMES, 'count_decoded')).values()
-    except RunError:  # the statistics are computed again
-        return None
-    return Statistics(*arrays), int(count)

@@ -116,8 +116,9 @@ def complete(settings: Settings) -> Settings:
     """Return settings whose open values, see `with_data`, are taken from the data."""
     if not is_open(settings.tree):
         return settings
-    found = datasets.describe(settings.data.name, _ensure(settings.data, '')).facts
-    return unpack(with_data(settings.tree, *found))
+    about = datasets.describe(settings.data.name, _ensure(settings.data, ''))
+    found = with_data(settings.tree, len(about.class_names), about.shape[2], tuple(about.files))
+    return unpack(found)
 
 
 def is_open(config: Mapping[str, Any]) -> bool:

@@ -23,7 +23,7 @@ from alexnet_jax.data.prepare import fashion_mnist, image_folder, imagenet, shar
 from alexnet_jax.data.prepare.shards import Form
 from alexnet_jax.errors import UsageError
 
-CHALLENGES = {c.name: c for c in (imagenet.ILSVRC_2012, imagenet.ILSVRC_2010)}
+CHALLENGES = {f'imagenet{c.year}': c for c in (imagenet.ILSVRC_2012, imagenet.ILSVRC_2010)}
 RANGES = {'px': (8, 4096), 'quality': (1, 100), 'workers': (1, 1024), 'skip_corrupt': (0, 10**9),
           'max_megapixels': (1, 10_000), 'validation': (0, 1), 'test': (0, 1)}  # fmt: skip
 

@@ -133,18 +133,13 @@ def _fetch_from_debian(name: str, scratch: Path) -> Path:
 
 def _download(name: str, folder: Path) -> Path:
     """Download the four files from TFDS's address."""
+    import tensorflow_datasets as tfds
+
     for file in FILES:
-        url = _builder(name).URL + file
+        url = tfds.builder_cls(name).URL + file
         with urllib.request.urlopen(url, timeout=20) as answer, (folder / file).open('wb') as copy:
             shutil.copyfileobj(answer, copy)
     return folder
-
-
-def _builder(name: str) -> Any:
-    """Return TFDS's builder class."""
-    from tensorflow_datasets.image_classification import mnist
-
-    return mnist.MNIST if name == 'mnist' else mnist.FashionMNIST
 
 
 def read_raw(folder: Path, name: str = 'fashion_mnist') -> Raw:
@@ -177,6 +172,7 @@ def write(raw: Raw, folder: Path, name: str = 'fashion_mnist') -> Path:
     Returns:
         `folder/name/3.0.1`, which `tfds.builder_from_directory` reads.
     """
+    import tensorflow_datasets as tfds
     from tensorflow_datasets.core import hashing
 
     made, shards = folder / name / VERSION, {}
@@ -188,7 +184,7 @@ def write(raw: Raw, folder: Path, name: str = 'fashion_mnist') -> Path:
         path = made / prepared.shard_name(name, split, 0, 1)
         shards[split] = [tfds_format.write_records(path, records)]
     with contextlib.redirect_stdout(io.StringIO()):
-        info = _builder(name)(data_dir=folder).info
+        info = tfds.builder_cls(name)(data_dir=folder).info
     about = dict(description=info.description, homepage=info.homepage, citation=info.citation)
     tfds_format.write_metadata(made, name, VERSION, info.features, shards, **about)
     return made

@@ -46,11 +46,6 @@ class Challenge:
     devkit: str
     classes: int = 1000
 
-    @property
-    def name(self) -> str:
-        """The name of the data set."""
-        return f'imagenet{self.year}'
-
 
 # Sizes: TFDS 4.9.10, datasets/imagenet2012/checksums.tsv. Sums: image-net.org's download page, also
 # in torchvision/datasets/imagenet.py.
@@ -103,7 +98,7 @@ def source(challenge: Challenge, folder: Path) -> Source:
     inputs += [path for path in (folder / challenge.devkit, folder / PATCHES) if path.exists()]
     stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in inputs]
     return Source(
-        name=challenge.name,
+        name=f'imagenet{challenge.year}',
         description=f'ILSVRC-{challenge.year}: {challenge.classes:,} classes of ImageNet.',
         class_names=classes.wnids,
         words=classes.words,
