@@ -50,7 +50,7 @@ def source(
     """
     folder, ignored = folder.absolute(), collections.Counter[str]()
     splits, name = _splits(folder, ignored), _name(name, folder)
-    if splits.keys() == {'train'}:
+    if not splits['validation'] and not splits['test']:
         splits = _divide(splits['train'], validation=validation, test=test)
     passed_over = ', '.join(f'{n:,} {end}' for end, n in ignored.most_common()) or 'none'
     if {'.heic', '.heif'} & ignored.keys():
@@ -69,7 +69,7 @@ def source(
         for label, one in enumerate(classes)
         for file in found.get(one, ())
     ]
-    counts = {split: sum(map(len, found.values())) for split, found in splits.items()}
+    counts = dict(collections.Counter(split for split, _, _ in every))
     listed = textwrap.shorten(', '.join(classes), 1000, placeholder=' ...')
     log(f'{folder}: {len(classes):,} classes: {listed}')
     shown = ', '.join(f'{split} {count:,}' for split, count in counts.items())
@@ -116,28 +116,29 @@ def _name(name: str | None, folder: Path) -> str:
 
 
 def _splits(folder: Path, ignored: collections.Counter[str]) -> dict[str, Pictures]:
-    """Return {split: {class: pictures}}, 'train' alone if no folder is a split.
+    """Return {split: {class: pictures}}, all in 'train' if no folder is a split.
 
     Other files, and those in no class or split, are ignored and counted by suffix.
     """
     known = Image.registered_extensions().items()
     suffixes = {end for end, kind in known if kind in images.FORMATS}
-    files = [(Path(file.path).relative_to(folder), file) for file in folder_files(folder)]
-    has_splits = any(path.parts[0].lower() in SPLITS for path, _ in files if len(path.parts) > 1)
-    found: dict[str, Pictures] = {split: {} for split in ('train', 'validation', 'test')}
-    for path, file in files:
-        *inside, _ = path.parts
+    files = sorted(
+        file._replace(name=Path(file.path).relative_to(folder).as_posix())
+        for file in folder_files(folder)
+    )
+    tops = {file.name.partition('/')[0].lower() for file in files if '/' in file.name}
+    has_splits = bool(tops & SPLITS.keys())
+    found: dict[str, Pictures] = {'train': {}, 'validation': {}, 'test': {}}
+    for file in files:
+        *inside, last = file.name.split('/')
         split = SPLITS.get(inside.pop(0).lower()) if has_splits and inside else 'train'
-        pictures = found[split].setdefault(inside[0], []) if split and inside else []
-        if split and inside and path.suffix.lower() in suffixes:
-            pictures.append(file._replace(name=path.as_posix()))
+        pictures = found[split].setdefault(inside[0], []) if split and inside else None
+        suffix = Path(last).suffix.lower()
+        if pictures is not None and suffix in suffixes:
+            pictures.append(file)
         else:
-            ignored[path.suffix.lower() or 'no suffix'] += 1
-    return {
-        split: {one: sorted(pictures) for one, pictures in classes.items()}
-        for split, classes in found.items()
-        if classes or split == 'train'
-    }
+            ignored[suffix or 'no suffix'] += 1
+    return found
 
 
 def _divide(found: Pictures, **shares: float) -> dict[str, Pictures]:
@@ -149,6 +150,4 @@ def _divide(found: Pictures, **shares: float) -> dict[str, Pictures]:
             take = round(share * len(files))
             splits[split][label], rest = rest[:take], rest[take:]
         splits['train'][label] = rest
-    return {
-        split: parts for split, parts in splits.items() if split == 'train' or any(parts.values())
-    }
+    return splits
