@@ -106,8 +106,8 @@ def test_a_prepared_set_is_left_alone(data_dir):
 def test_killed_in_the_middle_then_two_at_once_make_one_complete_set(raw_dir, raw, tmp_path):
     stop = """
 import time
-tfds_format = t.fashion_mnist.tfds_format
-write, tfds_format.example = tfds_format.example, lambda *args: (
+shards = t.fashion_mnist.shards
+write, shards.example = shards.example, lambda *args: (
     args[1] == 9 and (print('in the middle', file=sys.stderr, flush=True) or time.sleep(600))
 ) or write(*args)
 """

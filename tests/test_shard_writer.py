@@ -19,7 +19,7 @@ from PIL import Image
 from tensorflow_datasets.core.utils.lazy_imports_utils import array_record_module
 
 from alexnet_jax.data import images, prepared
-from alexnet_jax.data.prepare import image_folder, tfds_format
+from alexnet_jax.data.prepare import image_folder
 from alexnet_jax.data.prepare import shards as shard_writer
 from alexnet_jax.data.prepare.shards import File, Form
 from alexnet_jax.errors import RunError, UsageError
@@ -164,7 +164,7 @@ def test_a_record_has_its_features_in_one_order():
     ]
     features = b''.join(b'\x0a' + bytes([len(entry)]) + entry for entry in entries)
     expected = b'\x0a' + bytes([len(features)]) + features
-    assert tfds_format.example(b'xy', 300, 'b') == expected
+    assert shard_writer.example(b'xy', 300, 'b') == expected
 
 
 @pytest.mark.parametrize('pool', [InThisProcess, ProcessPoolExecutor])

@@ -27,7 +27,7 @@ from alexnet_jax.data import datasets, prepared
 from alexnet_jax.data import images as image_io
 from alexnet_jax.data.batches import Batch, TrainStream
 from alexnet_jax.data.prefetch import prefetch
-from alexnet_jax.data.prepare import tfds_format
+from alexnet_jax.data.prepare import shards
 from alexnet_jax.machine import cores
 from alexnet_jax.parallel import cpu
 from alexnet_jax.training import metrics
@@ -52,13 +52,13 @@ def write(
     for i, length in enumerate(lengths):
         name = prepared.shard_name(folder.name, 'train', i, files)
         records = (
-            tfds_format.example(encoded(number), number % CLASSES)
+            shards.example(encoded(number), number % CLASSES)
             for number in itertools.islice(numbers, length)
         )
-        tfds_format.write_records(version / name, records)
-    features = tfds_format.features((px, px, 3), storage, [f'class {i}' for i in range(CLASSES)])
+        shards.write_records(version / name, records)
+    features = shards.features((px, px, 3), storage, [f'class {i}' for i in range(CLASSES)])
     about = {'train': [(length, 0) for length in lengths]}
-    tfds_format.write_metadata(version, folder.name, '1.0.0', features, about)
+    shards.write_metadata(version, folder.name, '1.0.0', features, about)
 
 
 def noise(rng: np.random.Generator) -> np.ndarray:

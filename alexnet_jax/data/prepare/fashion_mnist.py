@@ -21,7 +21,7 @@ from PIL import Image
 
 from alexnet_jax.command import log
 from alexnet_jax.data import prepared
-from alexnet_jax.data.prepare import tfds_format
+from alexnet_jax.data.prepare import shards
 from alexnet_jax.errors import RunError
 
 Raw = dict[str, tuple[np.ndarray, np.ndarray]]  # {split: (uint8 [N, H, W], uint8 [N])}
@@ -79,7 +79,7 @@ def prepare(
     if folder.exists():
         return folder
     with (
-        tfds_format.locked_staging_dir(data_dir, name) as staging,
+        shards.locked_staging_dir(data_dir, name) as staging,
         tempfile.TemporaryDirectory(dir=staging) as scratch,
     ):
         if not folder.exists():  # else another process made it while this one waited
@@ -175,18 +175,18 @@ def write(raw: Raw, folder: Path, name: str = 'fashion_mnist') -> Path:
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core import hashing
 
-    made, shards = folder / name / VERSION, {}
+    made, files = folder / name / VERSION, {}
     made.mkdir(parents=True)
     for split, (images, labels) in raw.items():
         log(f'{name}: writing {split}, {len(images):,} images')
         order = sorted(range(len(images)), key=hashing.Hasher(split).hash_key)  # TFDS's
-        records = (tfds_format.example(_png(images[i]), int(labels[i])) for i in order)
+        records = (shards.example(_png(images[i]), int(labels[i])) for i in order)
         path = made / prepared.shard_name(name, split, 0, 1)
-        shards[split] = [tfds_format.write_records(path, records)]
+        files[split] = [shards.write_records(path, records)]
     with contextlib.redirect_stdout(io.StringIO()):
         info = tfds.builder_cls(name)(data_dir=folder).info
     about = dict(description=info.description, homepage=info.homepage, citation=info.citation)
-    tfds_format.write_metadata(made, name, VERSION, info.features, shards, **about)
+    shards.write_metadata(made, name, VERSION, info.features, files, **about)
     return made
 
 

@@ -36,13 +36,9 @@ def source(
     """Return the pictures of `folder`: train/CLASS/..., val/CLASS/..., test/CLASS/...; or CLASS/...
 
     A single split is divided, class by class, by a hash of the names: nearly all pictures stay in
-    their split when others are added. Hidden files, LEFTOVERS and files without the
+    their split when others are added. `validation` and `test` are the shares of the other two. The
+    data set has the folder's name if none is given. Hidden files, LEFTOVERS and files without the
     suffix of a picture are ignored.
-
-    Args:
-        folder: its subfolders are the classes, or the splits and theirs the classes.
-        name: of the data set; that of the folder if not given.
-        validation, test: the shares of these splits, if the folder has one split.
 
     Raises:
         UsageError: the name is not usable, or the folders are not those of a data set.

@@ -8,28 +8,32 @@ finished folder is renamed to its final name.
 
 import contextlib
 import dataclasses
+import errno
+import fcntl
 import gzip
 import hashlib
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import PIL
+from array_record.python import array_record_module as array_record
 
 from alexnet_jax import files
 from alexnet_jax.command import log
 from alexnet_jax.data import images, prepared, statistics
-from alexnet_jax.data.prepare import tfds_format
 from alexnet_jax.data.records import StoredImages
 from alexnet_jax.errors import RunError, UsageError
 from alexnet_jax.progress import progress
@@ -99,15 +103,10 @@ def make(
     skip_corrupt: int = 0,
     most_pixels: int = images.MOST_PIXELS,
 ) -> Path:
-    """Prepare `source` in `data_dir` and return its folder, at once if it exists.
+    """Prepare `source` in `data_dir` by `workers` processes; return its folder, which may exist.
 
-    Args:
-        source: the pictures.
-        data_dir: the folder of all data sets.
-        form: the size and encoding of stored images.
-        workers: processes.
-        skip_corrupt: number of pictures to skip if they cannot be decoded.
-        most_pixels: a picture with more counts as one that cannot be decoded.
+    Up to `skip_corrupt` pictures that cannot be decoded, or have more than `most_pixels`, are left
+    out.
 
     Raises:
         UsageError: the folder exists with another form or other pictures.
@@ -115,7 +114,7 @@ def make(
         OSError: a file cannot be read or written.
     """
     folder = data_dir / source.name / VERSION
-    with tfds_format.locked_staging_dir(data_dir, source.name) as staging:
+    with locked_staging_dir(data_dir, source.name) as staging:
         if not folder.exists():
             versions = f'{form}, Pillow {PIL.__version__}, program {PROGRAM}'
             work = staging / hashlib.sha256(versions.encode()).hexdigest()[:16]
@@ -140,6 +139,40 @@ def make(
             'or choose another --data_dir.'
         )
     return folder
+
+
+@contextlib.contextmanager
+def locked_staging_dir(data_dir: Path, name: str) -> Generator[Path]:
+    """Yield the staging directory, locked for this process; it keeps what an earlier run left.
+
+    It is removed when the block ends well. The system releases the lock of a killed process.
+
+    Raises:
+        OSError: `data_dir` cannot be written, or the disk is full.
+    """
+    staging = data_dir / f'.prepare-{name}'
+    data_dir.mkdir(parents=True, exist_ok=True)
+    with open(f'{staging}.lock', 'w') as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log(f'{name}: waiting for another process that is preparing it')
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        staging.mkdir(exist_ok=True)
+        try:
+            yield staging
+            shutil.rmtree(staging)
+        except Exception as error:  # array_record has types of its own for a full disk
+            for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                if os.strerror(number) in str(error):
+                    raise OSError(number, os.strerror(number), str(data_dir)) from error
+            raise
+        finally:
+            with contextlib.suppress(OSError):
+                staging.rmdir()  # if it contains nothing to resume from
+
+
+# ---- the shards -----------------------------------------------------------------------------
 
 
 def _plan(source: Source, work: Path) -> dict[str, str]:
@@ -198,10 +231,10 @@ def write_shard(name: str, work: Path, form: Form, most_pixels: int) -> Facts:
                 continue
             raw = form.storage == 'raw'
             stored = image.tobytes() if raw else images.jpeg(image, form.quality)
-            yield tfds_format.example(stored, label, file.name)
+            yield example(stored, label, file.name)
 
     with files.atomic_write(work / 'set' / name) as scratch:
-        facts = *tfds_format.write_records(scratch, records()), skipped
+        facts = *write_records(scratch, records()), skipped
     with files.atomic_write(work / f'{name}.json') as scratch:
         scratch.write_text(json.dumps(facts))
     return facts
@@ -290,9 +323,9 @@ def _describe(
     skipped = [reason for name in plan for reason in facts[name][2]]
     for reason in skipped:
         log(f'{source.name}: skipped: {reason}')
-    features = tfds_format.features(form.shape, form.storage, source.class_names)
+    kinds = features(form.shape, form.storage, source.class_names)
     about = dict(description=source.description)
-    tfds_format.write_metadata(folder, source.name, VERSION, features, shards, **about)
+    write_metadata(folder, source.name, VERSION, kinds, shards, **about)
     if source.words:
         lines = ''.join(f'{line}\n' for line in source.words)
         (folder / 'label.words.txt').write_text(lines, encoding='utf-8')
@@ -310,3 +343,85 @@ def _describe(
     statistics.save(folder / 'statistics.npz', result, len(stored))
     stds = ', '.join(f'{std:.2f}' for std in result.colour_std)
     log(f'{source.name}: standard deviations along the colour components {stds}')
+
+
+# ---- TFDS's format, without TensorFlow --------------------------------------------------------
+
+
+def write_records(path: Path, records: Iterable[bytes]) -> tuple[int, int]:
+    """Write an array_record file; return the number of records and of their bytes."""
+    # A group for each record, as TFDS writes them; JPEG cannot be compressed further.
+    writer = array_record.ArrayRecordWriter(str(path), 'group_size:1,uncompressed')
+    sizes = list[int]()
+    for record in records:
+        writer.write(record)
+        sizes.append(len(record))
+    writer.close()
+    return len(sizes), sum(sizes)
+
+
+def example(image: bytes, label: int, name: str | None = None) -> bytes:
+    """Return a record: a serialised tf.train.Example of `image`, `label` and `file_name`.
+
+    TFDS's own serialiser writes the map of features in an order that varies with the process.
+    """
+    from tensorflow_datasets.proto import tf_example_pb2 as proto
+
+    message: Any = proto.Example()  # ty: ignore[missing-attribute] (made at import)
+    features = message.features.feature
+    features['image'].bytes_list.value.append(image)
+    features['label'].int64_list.value.append(label)
+    if name is not None:
+        features['file_name'].bytes_list.value.append(os.fsencode(name))
+    return message.SerializeToString(deterministic=True)
+
+
+def features(shape: tuple[int, int, int], storage: str, class_names: Sequence[str]) -> Any:
+    """Return TFDS's FeaturesDict of images [H, W, C] stored as 'raw' or 'jpeg'."""
+    import tensorflow_datasets as tfds
+
+    if storage == 'raw':
+        image = tfds.features.Tensor(shape=shape, dtype=np.uint8, encoding='bytes')
+    else:
+        image = tfds.features.Image(shape=shape, encoding_format='jpeg')
+    label = tfds.features.ClassLabel(names=list(class_names))
+    return tfds.features.FeaturesDict(
+        {'file_name': tfds.features.Text(), 'image': image, 'label': label}
+    )
+
+
+def write_metadata(
+    folder: Path,
+    name: str,
+    version: str,
+    features: Any,
+    shards: Mapping[str, Sequence[tuple[int, int]]],
+    **description: Any,
+) -> None:
+    """Describe a folder of array_record files as TFDS does.
+
+    `shards` is {split: (examples, bytes of records) of each file}; `features` is TFDS's
+    FeaturesDict; `description` are further arguments of TFDS's `write_metadata`.
+    """
+    import tensorflow_datasets as tfds
+
+    template = tfds.core.ShardedFileTemplate(
+        dataset_name=name, data_dir=folder, filetype_suffix='array_record'
+    )
+    tfds.folder_dataset.write_metadata(
+        data_dir=folder,
+        version=version,
+        features=features,
+        split_infos=[
+            tfds.core.SplitInfo(
+                name=split,
+                shard_lengths=[images for images, _ in about],
+                num_bytes=sum(size for _, size in about),
+                filename_template=template,
+            )
+            for split, about in shards.items()
+        ],
+        supervised_keys=('image', 'label'),
+        check_data=False,  # it needs TensorFlow
+        **description,
+    )
