@@ -151,41 +151,40 @@ def image_and_label(record: bytes) -> tuple[memoryview, int]:
         ValueError, LookupError: it is not such a record.
     """
     found = {}
-    for _, features in _fields(record, (0, len(record))):
-        for _, entry in _fields(record, features):
-            name, value = dict(_fields(record, entry)).values()
-            found[record[slice(*name)]] = value
-    image, label = (_first(record, found[name]) for name in (b'image', b'label'))
-    number, _ = _varint(record, label[0])
-    # Two's complement: -1 where there is none.
-    return memoryview(record)[slice(*image)], number - (number >> 63 << 64)
+    for features in _fields(memoryview(record)):
+        for entry in _fields(features):
+            name, value = _fields(entry)
+            found[bytes(name)] = value
+    image, label = (_first(found[name]) for name in (b'image', b'label'))
+    number, _ = _varint(label, 0)
+    return image, number - (number >> 63 << 64)  # two's complement: -1 where there is none
 
 
-def _first(record: bytes, feature: tuple[int, int]) -> tuple[int, int]:
-    """Return the span of the first value of a Feature."""
-    _, values = next(_fields(record, feature))
-    return next(_fields(record, values))[1]
+def _first(feature: memoryview) -> memoryview:
+    """Return the first value of a Feature."""
+    values = next(_fields(feature))
+    return next(_fields(values))
 
 
-def _fields(record: bytes, span: tuple[int, int]) -> Iterator[tuple[int, tuple[int, int]]]:
-    """Yield (number, span of its contents) of each field of a message."""
-    at, end = span
-    while at < end:
-        key, at = _varint(record, at)
-        size, after = _varint(record, at)
+def _fields(message: memoryview) -> Iterator[memoryview]:
+    """Yield the contents of each field of a message; numbers are varints."""
+    at = 0
+    while at < len(message):
+        key, at = _varint(message, at)
+        size, after = _varint(message, at)
         if key & 7 == 2:  # length-delimited
             at, after = after, after + size
-        if key & 7 not in (0, 2) or after > end:
+        if key & 7 not in (0, 2) or after > len(message):
             raise ValueError('it is not a tf.train.Example, or is truncated')
-        yield key >> 3, (at, after)
+        yield message[at:after]
         at = after
 
 
-def _varint(record: bytes, at: int) -> tuple[int, int]:
+def _varint(message: memoryview, at: int) -> tuple[int, int]:
     """Return (value, position after it)."""
     value = shift = 0
     while True:
-        byte = record[at]
+        byte = message[at]
         value |= (byte & 127) << shift
         at += 1
         if byte < 128:
