@@ -5,15 +5,18 @@ processes.
 """
 
 import functools
-from collections.abc import Generator
+from collections import deque
+from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 
 from alexnet_jax.data.datasets import Dataset
-from alexnet_jax.data.prefetch import prefetch
 
 Batch = dict[str, np.ndarray]
+T = TypeVar('T')
 
 
 @functools.lru_cache(maxsize=4)
@@ -78,3 +81,23 @@ def eval_batches(dataset: Dataset, batch_size: int, rows: slice = slice(None)) -
         return {'image': image, 'label': label, 'mask': real.astype(np.float32)}
 
     return prefetch(batch, 0, -(-len(dataset) // batch_size), depth=1)
+
+
+def prefetch(
+    fn: Callable[[int], T], start: int, stop: int, depth: int = 2, threads: int = 1
+) -> Generator[T]:
+    """Yield fn(start), ..., fn(stop - 1), while threads work up to `depth` calls ahead.
+
+    An exception in fn(i) is raised where fn(i) would have been yielded. Closing the generator (or
+    dropping it) waits for the calls in flight and ends the threads.
+    """
+    pool = ThreadPoolExecutor(max_workers=threads, thread_name_prefix='prefetch')
+    try:
+        ahead = deque(pool.submit(fn, i) for i in range(start, min(start + depth, stop)))
+        for i in range(start, stop):
+            result = ahead.popleft().result()
+            if i + depth < stop:
+                ahead.append(pool.submit(fn, i + depth))
+            yield result
+    finally:
+        pool.shutdown(cancel_futures=True)

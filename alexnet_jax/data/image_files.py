@@ -8,7 +8,7 @@ import numpy as np
 
 from alexnet_jax import command
 from alexnet_jax.data import images as image_io
-from alexnet_jax.data.prefetch import prefetch
+from alexnet_jax.data.batches import prefetch
 from alexnet_jax.errors import RunError
 
 

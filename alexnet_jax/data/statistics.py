@@ -5,6 +5,7 @@ mean image by up to one of 255 levels. Preparation and training therefore get id
 """
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from alexnet_jax import files, machine
-from alexnet_jax.data.prefetch import prefetch
 
 CHUNK_BYTES = 2**24  # of images in memory at once, in each thread
 CHUNK_VALUES = 2**18  # summed at once: 2 MiB of float64 fit in a cache
@@ -37,12 +37,12 @@ def of_images(images: Any) -> Statistics:
     256 x 256 px. So the result depends neither on the order of the images nor on their partition.
     Each vector's largest entry is positive.
     """
-    size, threads = max(1, CHUNK_BYTES // math.prod(images.shape[1:])), machine.cores()
-    chunks, total, products = -(-len(images) // size), np.zeros(()), np.zeros(())
-    for more in prefetch(
-        lambda i: sums(images[i * size : (i + 1) * size]), 0, chunks, threads, threads
-    ):
-        total, products = total + more[0], products + more[1]
+    size = max(1, CHUNK_BYTES // math.prod(images.shape[1:]))
+    total = products = np.zeros(())
+    with ThreadPoolExecutor(machine.cores()) as pool:
+        starts = range(0, len(images), size)
+        for more in pool.map(lambda start: sums(images[start : start + size]), starts):
+            total, products = total + more[0], products + more[1]
     pixel_count = len(images) * total[0].size
     mean = total.sum(axis=(1, 2)) / pixel_count
     variances, vectors = np.linalg.eigh(products / pixel_count - np.outer(mean, mean))

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from alexnet_jax.data.prefetch import prefetch
+from alexnet_jax.data.batches import prefetch
 
 BLOCK = 256  # rows in memory at a time: images of 256 px take 50 MB, features of conv1 300 MB
 EPSILON = np.finfo(np.float64).eps

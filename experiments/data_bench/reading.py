@@ -25,8 +25,7 @@ from PIL import Image
 
 from alexnet_jax.data import datasets, prepared
 from alexnet_jax.data import images as image_io
-from alexnet_jax.data.batches import Batch, TrainStream
-from alexnet_jax.data.prefetch import prefetch
+from alexnet_jax.data.batches import Batch, TrainStream, prefetch
 from alexnet_jax.data.prepare import shards
 from alexnet_jax.machine import cores
 from alexnet_jax.parallel import cpu
