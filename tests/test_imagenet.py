@@ -15,6 +15,7 @@ from alexnet_jax.data.prepare.imagenet import ILSVRC_2010, ILSVRC_2012
 from alexnet_jax.errors import RunError
 from experiments.data_bench import process
 from tests.sources import jpeg, tar_bytes, write_devkit
+from tests.test_shard_writer import InThisProcess
 
 WNIDS = ('n03', 'n01', 'n02')  # by the kit's numbers 1, 2, 3; sorted they are labels 2, 0, 1
 TRAIN = {'n01': 2, 'n02': 1, 'n03': 3}
@@ -246,6 +247,34 @@ def test_prepared_from_folders_or_from_archives_the_bytes_are_the_same(year_2012
         if name == 'archives':
             extract(year_2012, 'Data/CLS-LOC')
     assert folders[0] == folders[1]
+
+
+def test_a_picture_that_is_mended_in_place_is_read_again(year_2012, tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, 'ProcessPoolExecutor', InThisProcess)
+    extract(year_2012, '')
+    path = year_2012 / 'train/n03/n03_2.JPEG'
+    content = path.read_bytes()
+    path.write_bytes(content[:100])
+
+    def prepare():
+        source = imagenet.source(SMALL_2012, year_2012)
+        return shards.make(source, tmp_path / 'data', shards.Form(32), workers=1)
+
+    with pytest.raises(RunError, match=r'n03_2.JPEG cannot be read'):
+        prepare()
+    path.write_bytes(content)
+    assert prepare().is_dir()
+
+
+def test_a_list_of_tar_files_is_used_again(year_2012, tmp_path, monkeypatch):
+    """Reading ImageNet's 138 GB a second time would take as long as the rest."""
+    monkeypatch.setattr(shards, 'ProcessPoolExecutor', InThisProcess)
+    monkeypatch.setattr(shards, '_describe', lambda *_: 1 / 0)
+    for _ in range(2):
+        source = imagenet.source(SMALL_2012, year_2012)
+        with pytest.raises(ZeroDivisionError):
+            shards.make(source, tmp_path / 'data', shards.Form(32), workers=1)
+        monkeypatch.setattr(imagenet, 'tar_files', None)
 
 
 def test_a_training_picture_that_is_missing(year_2012):

@@ -83,7 +83,6 @@ def source(
             names_and_sizes=hashlib.sha256(content.encode()).hexdigest(),
         ),
         images=counts,
-        stamp=hashlib.sha256(ascii(every).encode()).hexdigest(),
         pictures=lambda: iter(every),
     )
 

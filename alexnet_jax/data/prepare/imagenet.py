@@ -94,9 +94,11 @@ def source(challenge: Challenge, folder: Path) -> Source:
     folder = folder.absolute()
     paths = {split: _find(challenge, split, folder) for split in challenge.archives}
     classes = _classes(challenge, folder)
-    inputs = [one for path in paths.values() for one in (path, *sorted(path.glob('*/')))]
-    inputs += [path for path in (folder / challenge.devkit, folder / PATCHES) if path.exists()]
+    inputs = [path for path in (*paths.values(), folder / PATCHES) if path.exists()]
     stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in inputs]
+    stamp = hashlib.sha256(repr((stats, classes)).encode()).hexdigest()
+    if any(path.is_dir() for path in inputs):
+        stamp = ''  # its pictures may be mended in place, which the folder does not show
     return Source(
         name=f'imagenet{challenge.year}',
         description=f'ILSVRC-{challenge.year}: {challenge.classes:,} classes of ImageNet.',
@@ -107,8 +109,8 @@ def source(challenge: Challenge, folder: Path) -> Source:
             for archive in challenge.archives.values()
         },
         images={split: archive.images for split, archive in challenge.archives.items()},
-        stamp=hashlib.sha256(repr((stats, classes)).encode()).hexdigest(),
         pictures=lambda: _pictures(challenge, folder, paths, classes),
+        stamp=stamp,
     )
 
 

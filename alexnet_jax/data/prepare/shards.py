@@ -85,8 +85,8 @@ class Source:
     class_names: tuple[str, ...]
     made_of: dict[str, Any]  # written to preparation.json, as JSON has it
     images: Mapping[str, int]  # by split
-    stamp: str  # changes when `pictures` does
     pictures: Callable[[], Iterator[tuple[str, int, File]]]  # (split, label, file), in any order
+    stamp: str = ''  # a list of pictures with the same one is used again
     words: tuple[str, ...] = ()  # longer names of the classes, if there are any
 
 
@@ -176,7 +176,7 @@ def locked_staging_dir(data_dir: Path, name: str) -> Generator[Path]:
 
 
 def _plan(source: Source, work: Path) -> dict[str, str]:
-    """Assign the pictures to shards, {file: its split}; a plan of the same files is used again.
+    """Assign the pictures to shards, {file: its split}; a plan of the same stamp is used again.
 
     A shard of an earlier plan that contains other pictures is written again. The pictures of each
     shard are in a file, one a line: a hash of the name, the label, the fields of File. They are not
@@ -186,7 +186,7 @@ def _plan(source: Source, work: Path) -> dict[str, str]:
     path = work / 'shards.json'
     if path.exists():
         stamp, plan = json.loads(path.read_text())
-        if stamp == source.stamp:
+        if source.stamp and stamp == source.stamp:
             return plan
         path.unlink()  # it is no longer that of the files below
     plan, pictures = dict[str, str](), dict[str, list[str]]()
@@ -324,8 +324,7 @@ def _describe(
     for reason in skipped:
         log(f'{source.name}: skipped: {reason}')
     kinds = features(form.shape, form.storage, source.class_names)
-    about = dict(description=source.description)
-    write_metadata(folder, source.name, VERSION, kinds, shards, **about)
+    write_metadata(folder, source.name, VERSION, kinds, shards, description=source.description)
     if source.words:
         lines = ''.join(f'{line}\n' for line in source.words)
         (folder / 'label.words.txt').write_text(lines, encoding='utf-8')
