@@ -119,9 +119,7 @@ def _open(path: Path) -> Any:
     _raise_file_limit()
     # Random access: nothing is read ahead, and the calling thread does the work.
     options = 'readahead_buffer_size:0,max_parallelism:0'
-    return array_record.ArrayRecordReader(
-        str(path), options=options, file_reader_buffer_size=32768
-    )
+    return array_record.ArrayRecordReader(str(path), options=options, file_reader_buffer_size=32768)
 
 
 @functools.cache

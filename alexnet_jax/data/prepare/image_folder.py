@@ -113,7 +113,7 @@ def _name(name: str | None, folder: Path) -> str:
 def _splits(folder: Path, ignored: collections.Counter[str]) -> dict[str, Pictures]:
     """Return {split: {class: pictures}}, all in 'train' if no folder is a split.
 
-    Other files, and those in no class or split, are ignored and counted by suffix.
+    Other files, and those in no class, are ignored and counted by suffix.
     """
     known = Image.registered_extensions().items()
     suffixes = {end for end, kind in known if kind in images.FORMATS}
@@ -122,12 +122,17 @@ def _splits(folder: Path, ignored: collections.Counter[str]) -> dict[str, Pictur
         for file in folder_files(folder)
     )
     tops = {file.name.partition('/')[0].lower() for file in files if '/' in file.name}
-    has_splits = bool(tops & SPLITS.keys())
+    has_splits, others = bool(tops & SPLITS.keys()), ', '.join(sorted(tops - SPLITS.keys()))
+    if has_splits and others:
+        raise UsageError(
+            f'{folder} has other folders beside those of the splits ({others}): rename them to '
+            'train, val or test, or move them elsewhere.'
+        )
     found: dict[str, Pictures] = {'train': {}, 'validation': {}, 'test': {}}
     for file in files:
         *inside, last = file.name.split('/')
-        split = SPLITS.get(inside.pop(0).lower()) if has_splits and inside else 'train'
-        pictures = found[split].setdefault(inside[0], []) if split and inside else None
+        split = SPLITS[inside.pop(0).lower()] if has_splits and inside else 'train'
+        pictures = found[split].setdefault(inside[0], []) if inside else None
         suffix = Path(last).suffix.lower()
         if pictures is not None and suffix in suffixes:
             pictures.append(file)

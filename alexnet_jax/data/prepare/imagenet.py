@@ -233,7 +233,7 @@ def _classes(challenge: Challenge, folder: Path) -> Classes:
     try:
         # The truth of the test images of 2010 is not in the kit.
         files = {path.name: path.read_bytes() for path in folder.glob('*_ground_truth.txt')}
-        with tarfile.open(kit, "r:gz") as tar:
+        with tarfile.open(kit, 'r:gz') as tar:
             kept = ((one.name, tar.extractfile(one)) for one in tar)
             files |= {PurePosixPath(name).name: file.read() for name, file in kept if file}
         rows = loadmat(io.BytesIO(files['meta.mat']), squeeze_me=True)['synsets']

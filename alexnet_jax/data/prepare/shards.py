@@ -71,7 +71,9 @@ class File(NamedTuple):
         with open(self.path, 'rb', buffering=0) as source:
             content = os.pread(source.fileno(), self.size, self.offset)
         if content[:2] == b'\x1f\x8b':
-            with contextlib.suppress(OSError, EOFError, zlib.error):  # the decoder reports the fault
+            with contextlib.suppress(
+                OSError, EOFError, zlib.error
+            ):  # the decoder reports the fault
                 return gzip.decompress(content)
         return content
 
