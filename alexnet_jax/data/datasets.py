@@ -50,15 +50,20 @@ class Dataset:
         """All labels, int32 [N]; the first use of those in records reads all, and keeps a copy."""
         if self.known_labels is not None:
             return self.known_labels
-        numbers = range(len(self))
-        (labels,) = _kept(self.images, ['labels'], lambda: [self.images.read(numbers, None)])
+        images = self._stored
+        (labels,) = _kept(images, ['labels'], lambda: [images.read(range(len(images)), None)])
         return labels
 
     def take(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return images, uint8 [n, H, W, C], and labels, int32 [n], of those numbers."""
         if self.known_labels is None:
-            return self.images.take(numbers)
+            return self._stored.take(numbers)
         return self.images[numbers], self.known_labels[numbers]
+
+    @property
+    def _stored(self) -> StoredImages:
+        assert isinstance(self.images, StoredImages)
+        return self.images
 
 
 # ---- loading --------------------------------------------------------------------------------

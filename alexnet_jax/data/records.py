@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from array_record.python import array_record_module as array_record
+from array_record.python import array_record_module as array_record  # ty: ignore[missing-module-member]
 
 from alexnet_jax import machine
 from alexnet_jax.data import images as image_io

@@ -135,8 +135,9 @@ def _download(name: str, folder: Path) -> Path:
     """Download the four files from TFDS's address."""
     import tensorflow_datasets as tfds
 
+    builder: Any = tfds.builder_cls(name)
     for file in FILES:
-        url = tfds.builder_cls(name).URL + file
+        url = builder.URL + file
         with urllib.request.urlopen(url, timeout=20) as answer, (folder / file).open('wb') as copy:
             shutil.copyfileobj(answer, copy)
     return folder

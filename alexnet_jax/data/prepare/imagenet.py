@@ -1,8 +1,9 @@
 """ILSVRC-2010 and ILSVRC-2012, from the official tar files or from folders they were extracted to.
 
 Nothing is unpacked to disk. An archive's md5 is computed while it is listed, so a hard disk reads
-ImageNet's 138 GB once, from front to end. A label is derived from the name of an image (its WordNet id, or its number and the ground truth for
-that number), never from its position in an archive. Every image must be present.
+ImageNet's 138 GB once, from front to end. A label is derived from the name of an image (its WordNet
+id, or its number and the ground truth for that number), never from its position in an archive.
+Every image must be present.
 """
 
 import hashlib

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import PIL
-from array_record.python import array_record_module as array_record
+from array_record.python import array_record_module as array_record  # ty: ignore[missing-module-member]
 
 from alexnet_jax import files
 from alexnet_jax.command import log
@@ -71,9 +71,7 @@ class File(NamedTuple):
         with open(self.path, 'rb', buffering=0) as source:
             content = os.pread(source.fileno(), self.size, self.offset)
         if content[:2] == b'\x1f\x8b':
-            with contextlib.suppress(
-                OSError, EOFError, zlib.error
-            ):  # the decoder reports the fault
+            with contextlib.suppress(OSError, EOFError, zlib.error):  # the decoder reports it
                 return gzip.decompress(content)
         return content
 
