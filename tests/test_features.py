@@ -210,7 +210,10 @@ def test_nearest_where_float32_ranks_wrongly(name, block):
     queries, rows = hard(name)
     found = neighbours.nearest(queries, rows, 6, block)
     assert np.all(found.distance[:, 0] == 0)  # each query is among the rows
-    assert_exact(queries, rows, 6, block)
+    if name == 'all the same':  # more rows than candidates: rounding decides which are chosen
+        assert np.all(found.distance == 0)
+    else:
+        assert_exact(queries, rows, 6, block)
 
 
 def test_float32_alone_ranks_wrongly():

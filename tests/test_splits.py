@@ -133,14 +133,10 @@ def test_features_of_permuted_data_have_their_names(copy, shades, permuted):
     names = {}
     for folder in (shades, permuted):
         found = features.of_split(trained, 'fc7_relu', 'test', str(folder))
-        images = [image.astype(float).mean(axis=(0, 1)).argmax() for image in found_images(found)]
+        images = [image.astype(float).mean(axis=(0, 1)).argmax() for image in found.rows.images[:]]
         for row, channel in enumerate(images):
             names.setdefault(int(channel), set()).add(found.class_name(row))
     assert names == {0: {'red'}, 1: {'grün'}, 2: {'blau蓝'}}
-
-
-def found_images(found):
-    return found.rows.images(slice(None))
 
 
 def test_figures_of_permuted_data_want_predictions_of_it(copy, permuted, capsys):

@@ -163,7 +163,7 @@ def _fig4_right_of(run: Run, k: int = 6) -> Figure:
     among = evaluate.open_split(trained, run.among, run.data_dir)
     log(f'{run.workdir}: {layer} of {len(among)} images of {among.split}')
     images, extract = test.images[chosen], trained.extractor(layer)
-    rows = Computed(among.images.__getitem__, extract, len(among))
+    rows = Computed(among.images, extract)
     found = neighbours.nearest(extract(images), rows, k).index
     near = among.images[found.reshape(-1)].reshape(*found.shape, *images.shape[1:])
     return drawing.fig4_right(

@@ -62,28 +62,28 @@ def of_split(trained: Trained, layer: str, split: str, data_dir: str = '') -> Fe
     For arguments and errors see `Trained.extractor` and `evaluate.open_split`.
     """
     dataset = evaluate.open_split(trained, split, data_dir)
-    rows = Computed(dataset.images.__getitem__, trained.extractor(layer), len(dataset))
+    rows = Computed(dataset.images, trained.extractor(layer))
     return Features(rows, dataset.labels, None, _about(trained, layer, dataset.split))
 
 
 def of_files(trained: Trained, layer: str, words: Sequence[str], faults: list[str]) -> Features:
-    """Return the features of image files, folders or globs. Each file is read once to check it.
+    """Return the features of image files, folders or globs, computed when indexed.
 
-    A sentence about each file that is not an image is printed and appended to `faults`.
+    The images stay in memory. A sentence about each file that is not an image is printed and
+    appended to `faults`.
 
     Raises:
         UsageError: the layer does not exist.
     """
     extract = trained.extractor(layer)  # before the files are read
-    found = image_files.read_ahead(image_files.find(words), trained.stored, 100, faults)
-    paths = [path for names, _ in found for path in names]
-
-    def images(rows: slice) -> np.ndarray:
-        read = [image_files.read(path, trained.stored) for path in paths[rows]]
-        return np.array(read, np.uint8).reshape(-1, *trained.stored)
-
-    rows = Computed(images, extract, len(paths))
-    return Features(rows, None, [str(path) for path in paths], _about(trained, layer, None))
+    paths, images = list[str](), [np.empty((0, *trained.stored), np.uint8)]
+    for names, block in image_files.read_ahead(
+        image_files.find(words), trained.stored, neighbours.BLOCK, faults
+    ):
+        paths += map(str, names)
+        images.append(block)
+    rows = Computed(np.concatenate(images), extract)
+    return Features(rows, None, paths, _about(trained, layer, None))
 
 
 def _about(trained: Trained, layer: str, split: str | None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Find the rows of a large array that are nearest to given ones, exactly (paper, figure 4)."""
+"""Find the rows of a large array that are nearest to given ones (paper, figure 4)."""
 
 import dataclasses
 import math
@@ -8,27 +8,27 @@ from typing import NamedTuple
 import numpy as np
 
 from alexnet_jax.data.batches import prefetch
+from alexnet_jax.data.records import StoredImages
 
 BLOCK = 256  # rows in memory at a time: images of 256 px take 50 MB, features of conv1 300 MB
-EPSILON = np.finfo(np.float64).eps
+SPARE = 8  # candidates of a block beyond k, as a matrix product rounds
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Computed:
     """Features [N, ...] that are computed whenever they are indexed, in place of an array."""
 
-    images: Callable[[slice], np.ndarray]  # uint8 [b, H, W, C], as stored
+    images: np.ndarray | StoredImages  # uint8 [N, H, W, C], as stored
     extract: Callable[[np.ndarray], np.ndarray]  # to float32 [b, ...], see Trained.extractor
-    count: int
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Return (N, ...)."""
-        return self.count, *self[:0].shape[1:]
+        return len(self.images), *self[:0].shape[1:]
 
     def __getitem__(self, rows: slice, /) -> np.ndarray:
         """Compute rows, float32 [b, ...]."""
-        return self.extract(self.images(slice(*rows.indices(self.count))))
+        return self.extract(self.images[rows])
 
 
 def blocks(rows: np.ndarray | Computed, size: int) -> Generator[np.ndarray]:
@@ -50,12 +50,12 @@ class Neighbours(NamedTuple):
 def nearest(
     queries: np.ndarray, features: np.ndarray | Computed, k: int, block: int = BLOCK
 ) -> Neighbours:
-    """Find the k nearest rows by Euclidean distance.
+    """Find the k nearest rows by Euclidean distance, in float64.
 
-    Distances are sums of squared differences in float64, so the result is exact: a duplicate is at
-    distance 0, and rows at the same distance are ranked by index. They are computed only for rows
-    that may be among the nearest by |q|^2 - 2 q.r + |r|^2, which is off by at most `error`, by the
-    usual bound of a scalar product.
+    In each block, |r|^2 - 2 q.r selects k + SPARE candidates. Their distances are sums of squared
+    differences, so a duplicate is at distance 0, and rows at the same distance are ranked by index.
+    The result is exact unless more than k + SPARE rows of a block are as near as the k-th, up to
+    rounding (about 1e-16 of |q|^2 + |r|^2): any of these may then be among the k.
 
     Args:
         queries: float32 [Q, D], or [Q, ...], which is flattened.
@@ -69,17 +69,13 @@ def nearest(
     start = 0
     for rows in blocks(features, block):
         rows = rows.reshape(len(rows), width).astype(np.float64)
-        norms = np.sum(queries**2, axis=1)[:, None] + np.sum(rows**2, axis=1)
-        rough, error = norms - 2 * queries @ rows.T, 2 * (width + 8) * EPSILON * norms
-        most = np.hstack([squared, rough + error])
-        place = min(k, most.shape[1]) - 1
-        kth = np.partition(most, place, axis=1)[:, place, None]
-        new = np.full(rough.shape, np.inf)
-        for own, query, near in zip(new, queries, ~(rough - error > kth), strict=True):
-            own[near] = np.sum((rows[near] - query) ** 2, axis=1)
-        numbers = np.broadcast_to(np.arange(start, start + len(rows)), new.shape)
-        squared, index = np.hstack([squared, new]), np.hstack([index, numbers])
-        order = np.argsort(squared, axis=1, kind='stable')[:, :k]  # earlier rows come first
+        rough = np.sum(rows**2, axis=1) - 2 * queries @ rows.T  # without |q|^2, the same for all
+        near = np.argsort(rough, axis=1, kind='stable')[:, : k + SPARE]
+        exact = np.empty(near.shape)
+        for own, query, candidates in zip(exact, queries, near, strict=True):
+            own[:] = np.sum((rows[candidates] - query) ** 2, axis=1)
+        squared, index = np.hstack([squared, exact]), np.hstack([index, start + near])
+        order = np.lexsort((index, squared))[:, :k]  # by distance, then by index
         squared, index = (np.take_along_axis(x, order, 1) for x in (squared, index))
         start += len(rows)
     return Neighbours(index, np.sqrt(squared))
