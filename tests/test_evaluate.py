@@ -59,8 +59,9 @@ def test_nan_counts_as_an_error():
 
 def test_class_accuracy():
     probability = np.eye(3, dtype=np.float32)[[0, 0, 1, 2]]
-    found = evaluate.class_accuracy(probability, np.array([0, 1, 1, 1]), ('a', 'b', 'c'))
-    assert found == {'a': 1.0, 'b': 1 / 3}
+    arrays = {'label': np.array([0, 1, 1, 1]), 'centre': probability, 'ten_views': probability}
+    found = evaluate.summary(arrays, ('a', 'b', 'c'))
+    assert found['class_accuracy'] == {'a': 1.0, 'b': 1 / 3}
 
 
 @pytest.fixture(scope='module')
@@ -78,20 +79,12 @@ def net(data_dir):
 def test_every_image_is_counted_once(net, batch_size, mesh):
     settings, params, statistics, dataset = net
     layout = meshes.make_layout(MeshShape(*mesh), 64)
-    predict = evaluate.make_predict(settings, layout)
-    how = {'layout': layout, 'batch_size': batch_size}
-    one = evaluate.probabilities(predict, params, statistics, dataset, **how)['centre']
+    net = params, statistics, dataset, evaluate.CENTRE
+    one = evaluate.probabilities(settings, layout, *net, batch_size)['centre']
     assert one.shape == (150, 10)
     np.testing.assert_allclose(one.sum(axis=1), 1, rtol=1e-5)
     full = meshes.make_layout(MeshShape(1, 1), 64)
-    reference = evaluate.probabilities(
-        evaluate.make_predict(settings, full),
-        params,
-        statistics,
-        dataset,
-        layout=full,
-        batch_size=150,
-    )['centre']
+    reference = evaluate.probabilities(settings, full, *net, 150)['centre']
     np.testing.assert_allclose(one, reference, rtol=1e-5)
 
 
@@ -99,18 +92,15 @@ def test_a_net_that_has_diverged_is_not_evaluated(net):
     settings, params, statistics, dataset = net
     broken = params | {'fc8': params['fc8'] | {'bias': params['fc8']['bias'] + np.inf}}
     layout = meshes.make_layout(MeshShape(1, 1), 64)
-    predict = evaluate.make_predict(settings, layout)
     with pytest.raises(RunError, match='the net has diverged'):
-        evaluate.probabilities(predict, broken, statistics, dataset, layout=layout, batch_size=150)
+        evaluate.probabilities(settings, layout, broken, statistics, dataset)
 
 
 def test_ten_views_average_probabilities(net):
     settings, params, statistics, dataset = net
     layout = meshes.make_layout(MeshShape(1, 1), 64)
-    predict = evaluate.make_predict(settings, layout)
-    how = {'layout': layout, 'batch_size': 150}
     views = {'ten': range(10)} | {str(view): (view,) for view in range(10)}
-    found = evaluate.probabilities(predict, params, statistics, dataset, views, **how)
+    found = evaluate.probabilities(settings, layout, params, statistics, dataset, views)
     each = [found[str(view)] for view in range(10)]
     np.testing.assert_allclose(found['ten'], np.mean(each, axis=0), rtol=1e-5)
     assert np.max(np.abs(each[0] - each[5])) > 1e-4  # the mirror image is another view

@@ -442,9 +442,8 @@ def test_the_size_of_evaluation_batches_changes_no_number(smoke_run):
     for size in (16, 7, 64):
         trained = evaluate.restore(smoke_run, overrides={'loop.eval_batch_size': size})
         dataset = evaluate.open_split(trained, 'test')
-        predict = evaluate.make_predict(trained.settings, trained.layout)
-        how = {'layout': trained.layout, 'batch_size': trained.settings.loop.eval_batch_size}
-        scored = evaluate.probabilities(predict, trained.params, trained.statistics, dataset, **how)
+        net = trained.settings, trained.layout, trained.params, trained.statistics
+        scored = evaluate.probabilities(*net, dataset)
         found.append(scored['centre'])
     for other in found[1:]:
         np.testing.assert_allclose(other, found[0], rtol=1e-5, atol=1e-7)

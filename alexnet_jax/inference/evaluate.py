@@ -3,7 +3,6 @@
 Errors are fractions in [0, 1]. Every image is counted once.
 """
 
-import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -52,20 +51,6 @@ class Trained:
     statistics: Statistics
     stored: tuple[int, int, int]  # the data set's images: (height, width, channels)
 
-    def probabilities(
-        self, dataset: Dataset, views: Mapping[str, Sequence[int]], batch_size: int = 0
-    ) -> dict[str, np.ndarray]:
-        """Return `probabilities` of a data set, by default in the evaluation's batches."""
-        return probabilities(
-            make_predict(self.settings, self.layout),
-            self.params,
-            self.statistics,
-            dataset,
-            views,
-            layout=self.layout,
-            batch_size=batch_size or self.settings.loop.eval_batch_size,
-        )
-
     def extractor(self, layer: str) -> Extract:
         """Return a function from images uint8 [B, H, W, C], as stored, to float32 [B, ...].
 
@@ -95,18 +80,16 @@ class Trained:
         )
         constants = jax.device_put((self.params, self.statistics), layout.replicated)
         size = -(-self.settings.loop.eval_batch_size // layout.replicas) * layout.replicas
-        batch = jax.ShapeDtypeStruct((size, *self.stored), np.uint8)
-        shape = jax.eval_shape(run_sharded, *constants, batch).shape[1:]
 
         def extract(images: np.ndarray) -> np.ndarray:
-            features = np.empty((len(images), *shape), np.float32)
-            for start in range(0, len(images), size):
+            found = []
+            for start in range(0, max(len(images), 1), size):
                 part = images[start : start + size]
                 batch = np.zeros((size, *part.shape[1:]), np.uint8)
                 batch[: len(part)] = part
                 batch = jax.device_put(batch, layout.batch_sharding)
-                features[start : start + size] = run_sharded(*constants, batch)[: len(part)]
-            return features
+                found.append(np.asarray(run_sharded(*constants, batch))[: len(part)])
+            return np.concatenate(found)
 
         return extract
 
@@ -127,7 +110,7 @@ def restore(
     """
     workdir = Path(workdir)
     checkpoints = Checkpoints(workdir / 'checkpoints')
-    settings = configuration.unpack(_override(checkpoints.extra(step)['config'], overrides))
+    settings = configuration.unpack(_override(checkpoints.extra(step)['config'], overrides or {}))
     cpu.set_up_cpu(settings.mesh.cpu_devices)  # before reading asks JAX for its devices
     restored = checkpoints.restore(None, step)
     layout = _layout(settings)
@@ -145,12 +128,11 @@ def restore(
     )
 
 
-def _override(config: dict[str, Any], overrides: Mapping[str, Any] | None) -> dict[str, Any]:
+def _override(config: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     new = config_file.plain(config)
-    for key, value in (overrides or {}).items():
+    for key, value in overrides.items():
         config_file.override(new, key, value)
-    changed = config_file.differences(config, new).keys() - {'loop.eval_batch_size'}
-    if odd := sorted(changed.difference(workdirs.MAY_DIFFER)):
+    if odd := sorted(workdirs.changes(config, new).keys() - {'loop.eval_batch_size'}):
         raise UsageError(
             f'--config.{odd[0]} has no effect on an evaluation, which uses the net and recipe of '
             f'the checkpoint; remove it.'
@@ -160,11 +142,12 @@ def _override(config: dict[str, Any], overrides: Mapping[str, Any] | None) -> di
 
 def _layout(settings: Settings) -> Layout:
     """Return the training's layout, or one device if this machine has too few for it."""
-    if jax.process_count() > 1:
+    try:
         return mesh.make_layout(settings.mesh, settings.batch_size)
-    with contextlib.suppress(UsageError):
-        return mesh.make_layout(settings.mesh, settings.batch_size)
-    return mesh.make_layout(MeshShape(data=1, tower=1), 1)
+    except UsageError:
+        if jax.process_count() > 1:
+            raise
+        return mesh.make_layout(MeshShape(data=1, tower=1), 1)
 
 
 def open_split(trained: Trained, split: str, data_dir: str = '') -> Dataset:
@@ -205,23 +188,25 @@ def make_predict(settings: Settings, layout: Layout) -> Predict:
 
 
 def probabilities(
-    predict: Predict,
+    settings: Settings,
+    layout: Layout,
     params: Any,
     statistics: Statistics,
     dataset: Dataset,
     views: Mapping[str, Sequence[int]] = CENTRE,
-    *,
-    layout: Layout,
-    batch_size: int,
+    batch_size: int = 0,
 ) -> dict[str, np.ndarray]:
     """Return the class probabilities of every image, float32 [N, classes], by the names in `views`.
 
     Each is a mean of several views' softmax probabilities (paper, section 4.1). Each of several
-    processes reads its own share of the images, and gets the complete result.
+    processes reads its own share of the images, and gets the complete result. By default batches
+    are of loop.eval_batch_size.
 
     Raises:
         RunError: a probability is not finite.
     """
+    predict = make_predict(settings, layout)
+    batch_size = batch_size or settings.loop.eval_batch_size
     batch_size = -(-batch_size // layout.replicas) * layout.replicas
     rows = layout.local_batch_slice(batch_size)
     numbers = sorted({view for several in views.values() for view in several})
@@ -274,17 +259,16 @@ def scores(probability: np.ndarray, label: np.ndarray) -> dict[str, float]:
     }
 
 
-def class_accuracy(probability: np.ndarray, label: np.ndarray, names: Sequence[str]) -> dict:
-    """Return the top-1 accuracy of each class that has images, by name."""
-    right = np.argmax(probability, axis=1) == label
-    return {names[i]: float(np.mean(right[label == i])) for i in np.unique(label).tolist()}
-
-
 def summary(arrays: Mapping[str, np.ndarray], class_names: Sequence[str]) -> dict[str, Any]:
-    """Return the scores of predictions, as `load_predictions` returns them, for JSON."""
+    """Return the scores of predictions, as `load_predictions` returns them, for JSON.
+
+    They are the `scores` of each of VIEWS, and the top-1 accuracy of each class that has images.
+    """
     label = arrays['label']
-    accuracy = {'class_accuracy': class_accuracy(arrays['centre'], label, class_names)}
-    return {'images': len(label)} | {name: scores(arrays[name], label) for name in VIEWS} | accuracy
+    right = np.argmax(arrays['centre'], axis=1) == label
+    accuracy = {class_names[i]: float(np.mean(right[label == i])) for i in np.unique(label)}
+    errors = {view: scores(arrays[view], label) for view in VIEWS}
+    return {'images': len(label), **errors, 'class_accuracy': accuracy}
 
 
 # ------------------------------------------------------------------------- predictions on disk
@@ -330,7 +314,7 @@ def run(
     """Evaluate a checkpoint, or an ensemble, whose probabilities are averaged, on a split.
 
     For arguments and errors see `restore` and `open_split`. All runs need the same images and
-    classes.
+    classes, in the same order.
 
     Returns:
         The scores, as `summary`, and the step of each workdir.
@@ -342,22 +326,21 @@ def run(
         steps.append(trained.step)
         members.append(summary(arrays, trained.class_names))
         if not totals:
-            class_names, totals = trained.class_names, dict(arrays)
+            names, totals = trained.class_names, arrays
             continue
-        arrays = reordered(arrays, trained.class_names, class_names)
         same_classes = totals['centre'].shape == arrays['centre'].shape
         if not same_classes or not np.array_equal(totals['label'], arrays['label']):
             raise UsageError(
                 f'{workdir} was evaluated on different images or has different classes than '
                 f'{workdirs[0]}; remove it from --workdir.'
             )
-        for name in VIEWS:  # a running sum, so that only two nets' probabilities are in memory
-            totals[name] += arrays[name]
+        for view in VIEWS:  # a running sum, so that only two nets' probabilities are in memory
+            totals[view] += arrays[view]
     result = {'workdirs': [str(w) for w in workdirs], 'steps': steps, 'split': split}
     if len(workdirs) == 1:
         return result | members[0]
-    mean = {name: totals[name] / np.float32(len(workdirs)) for name in VIEWS}
-    return result | {'members': members} | summary(totals | mean, class_names)
+    mean = {view: totals[view] / np.float32(len(workdirs)) for view in VIEWS}
+    return result | {'members': members} | summary(totals | mean, names)
 
 
 def predictions(trained: Trained, split: str, data_dir: str) -> dict[str, np.ndarray]:
@@ -369,18 +352,8 @@ def predictions(trained: Trained, split: str, data_dir: str) -> dict[str, np.nda
         f'{trained.workdir}: step {trained.step}, {len(dataset)} images of {dataset.split}, on '
         f'{trained.layout}'
     )
-    arrays = trained.probabilities(dataset, VIEWS) | {'label': dataset.labels}
+    net = trained.settings, trained.layout, trained.params, trained.statistics
+    arrays = probabilities(*net, dataset, VIEWS) | {'label': dataset.labels}
     if distributed.is_first():
         keep_predictions(trained.workdir, split, arrays)
     return arrays
-
-
-def reordered(
-    arrays: dict[str, np.ndarray], names: Sequence[str], wanted: Sequence[str]
-) -> dict[str, np.ndarray]:
-    """Return predictions with the classes numbered as in `wanted`, another order of `names`."""
-    if names == wanted or sorted(names) != sorted(wanted):
-        return arrays
-    order = np.array([names.index(name) for name in wanted])
-    label = np.argsort(order).astype(np.int32)[arrays['label']]
-    return {'label': label, **{view: arrays[view][:, order] for view in VIEWS}}

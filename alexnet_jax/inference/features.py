@@ -45,10 +45,7 @@ class Features:
 
     def image(self, row: int) -> str:
         """Return the name of an image: its path, or 'train[:55000][3]'."""
-        if self.path is not None:
-            return self.path[row]
-        split = self.about['split']
-        return f'({split})[{row}]' if '+' in split else f'{split}[{row}]'
+        return f'{self.about["split"]}[{row}]' if self.path is None else self.path[row]
 
     def class_name(self, row: int) -> str | None:
         """Return the name of an image's class, or None if it is unknown."""
@@ -151,8 +148,7 @@ def run(args: argparse.Namespace) -> int:
     """Write features, or print nearest images; return the number of files that were no image."""
     if args.output is not None:
         files.check_writable(args.output)
-    trained = evaluate.restore(args.workdir, args.step)
-    faults: list[str] = []
+    trained, faults = evaluate.restore(args.workdir, args.step), list[str]()
     if args.split:
         features = of_split(trained, args.layer, args.split, args.data_dir or '')
     else:
@@ -191,14 +187,13 @@ def _print_nearest(queries: Features, among: Features, k: int, as_json: bool) ->
             {'image': among.image(i), 'row': i, 'class': among.class_name(i), 'distance': own}
             for i, own in zip(index, distances, strict=True)
         ]
-        answer = {'query': query, 'class': queries.class_name(row), 'neighbours': near}
         if as_json:
+            answer = {'query': query, 'class': queries.class_name(row), 'neighbours': near}
             print(json.dumps(answer))
         for own in near:
-            names = query, own['image'], own['class'] or ''
-            query, image, label = map(command.shown, names)
+            names = map(command.shown, (query, own['image'], own['class'] or ''))
+            query, image, label = names
             table.append((query, f'{own["distance"]:>12.6g}', image, label))
-            query = ''  # in the first row only
     if not as_json:
         print(command.table(table))
 

@@ -19,11 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from alexnet_jax import command
 from alexnet_jax.data import image_files
-from alexnet_jax.data import images as image_io
 from alexnet_jax.data.datasets import Dataset
 from alexnet_jax.errors import UsageError
 from alexnet_jax.inference import evaluate
@@ -40,7 +38,7 @@ class Classifier:
 
     trained: Trained
     views: str  # a key of evaluate.VIEWS
-    batch_size: int
+    batch_size: int = 0  # see `load`
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -50,32 +48,22 @@ class Classifier:
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """Return class probabilities, float32 [B, classes], of uint8 [B, H, W, C], any B.
 
-        Images of another size are resized as files are. C is 1 (grey), 3 (RGB) or 4 (RGB, alpha).
+        H, W and C are those of the stored images, see `image_files.read`.
 
         Raises:
             UsageError: the images are not uint8, or of another shape.
         """
-        images = self._stored(np.asarray(images))
+        images, trained = np.asarray(images), self.trained
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != trained.stored:
+            raise UsageError(
+                f'images must be uint8 [B, {", ".join(map(str, trained.stored))}], as '
+                f'image_files.read gives them, but are {images.dtype} {list(images.shape)}.'
+            )
         unused_labels = np.zeros(len(images), np.int32)
         dataset = Dataset('images', 'all', images, unused_labels, self.class_names)
+        net = trained.settings, trained.layout, trained.params, trained.statistics
         views = {'': evaluate.VIEWS[self.views]}
-        return self.trained.probabilities(dataset, views, self.batch_size)['']
-
-    def _stored(self, images: np.ndarray) -> np.ndarray:
-        """Return images in the stored form of the data set."""
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3, 4):
-            raise UsageError(
-                f'images must be uint8 [B, H, W, C] with 1, 3 or 4 channels, but are '
-                f'{images.dtype} {list(images.shape)}.'
-            )
-        shape = self.trained.stored
-        if images.shape[1:] == shape:
-            return images
-        stored = np.empty((len(images), *shape), np.uint8)
-        for row, image in enumerate(images):
-            picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
-            stored[row] = image_io.stored(picture, shape)
-        return stored
+        return evaluate.probabilities(*net, dataset, views, self.batch_size)['']
 
 
 def load(
@@ -95,8 +83,7 @@ def load(
         UsageError: the step does not exist.
         RunError: there is no checkpoint, or it is damaged.
     """
-    trained = evaluate.restore(workdir, step)
-    return Classifier(trained, views, batch_size or trained.settings.loop.eval_batch_size)
+    return Classifier(evaluate.restore(workdir, step), views, batch_size)
 
 
 # ---------------------------------------------------------------------------------- the command
@@ -110,23 +97,21 @@ def run(args: argparse.Namespace) -> int:
     """
     views = 'ten_views' if args.views == 10 else 'centre'
     classify = load(args.workdir, args.step, views=views, batch_size=args.batch_size)
-    paths, faults = image_files.find(args.images), list[str]()
-    class_names = classify.class_names
-    log(f'{args.workdir}: step {classify.trained.step}, {len(paths)} file(s)')
-    blocks = image_files.read_ahead(paths, classify.trained.stored, classify.batch_size, faults)
+    trained, paths, faults = classify.trained, image_files.find(args.images), list[str]()
+    log(f'{args.workdir}: step {trained.step}, {len(paths)} file(s)')
+    block = args.batch_size or trained.settings.loop.eval_batch_size
     rows = [('image', 'probability', 'class')]
-    for names, images in blocks:
+    for names, images in image_files.read_ahead(paths, trained.stored, block, faults):
         for path, probability in zip(names, classify(images), strict=True):
             found: list[dict[str, Any]] = [
-                {'class': class_names[i], 'label': i, 'probability': float(probability[i])}
+                {'class': trained.class_names[i], 'label': i, 'probability': float(probability[i])}
                 for i in evaluate.top(probability, args.top)
             ]
             if args.json:
                 print(json.dumps({'image': str(path), 'top': found}), flush=True)
-            name = command.shown(path)
             for own in found:
-                rows.append((name, f'{own["probability"]:>11.2%}', command.shown(own['class'])))
-                name = ''  # in the first of an image's rows only
+                share, name = f'{own["probability"]:>11.2%}', command.shown(own['class'])
+                rows.append((command.shown(path), share, name))
     if rows[1:] and not args.json:
         print(command.table(rows))
     return len(faults)

@@ -20,7 +20,6 @@ import numpy as np
 from alexnet_jax import config as configuration
 from alexnet_jax.config import Config
 from alexnet_jax.data import batches as batching
-from alexnet_jax.data.datasets import Dataset
 from alexnet_jax.errors import RunError
 from alexnet_jax.inference import evaluate
 from alexnet_jax.model import optimizer as optimizers
@@ -217,7 +216,8 @@ def validate(
         The state with its number of rate drops, and the top-1 error.
     """
     assert job.validation is not None
-    found = probabilities(job, state.params, job.validation, evaluate.CENTRE)
+    net = job.settings, job.layout, state.params, job.statistics
+    found = evaluate.probabilities(*net, job.validation, evaluate.CENTRE)
     scores = evaluate.scores(found['centre'], job.validation.labels)
     history.errors.append(scores['top1_error'])
     for callback in callbacks:
@@ -227,19 +227,6 @@ def validate(
     )
     replicated = mesh.put_global(np.int32(drops), job.layout.replicated)
     return state.replace(num_lr_drops=replicated), scores['top1_error']
-
-
-def probabilities(job: Job, params: Any, dataset: Dataset, views: Any) -> dict[str, np.ndarray]:
-    """Return `evaluate.probabilities` of a data set under a run's net."""
-    return evaluate.probabilities(
-        evaluate.make_predict(job.settings, job.layout),
-        params,
-        job.statistics,
-        dataset,
-        views,
-        layout=job.layout,
-        batch_size=job.settings.loop.eval_batch_size,
-    )
 
 
 def not_finite(job: Job, state: TrainState) -> RunError:
@@ -264,8 +251,8 @@ def not_finite(job: Job, state: TrainState) -> RunError:
 
 def finish(job: Job, state: TrainState, history: History, writer: MetricWriter) -> str:
     """Evaluate on every test image, centre view and ten views, and return the result's sentence."""
-    arrays = probabilities(job, state.params, job.test, evaluate.VIEWS)
-    arrays['label'] = job.test.labels
+    net = job.settings, job.layout, state.params, job.statistics
+    arrays = evaluate.probabilities(*net, job.test, evaluate.VIEWS) | {'label': job.test.labels}
     result = evaluate.summary(arrays, job.test.class_names)
     if distributed.is_first():
         evaluate.keep_predictions(job.workdir, 'test', arrays)
