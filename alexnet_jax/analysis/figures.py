@@ -13,9 +13,9 @@ Figures need matplotlib: pip install 'alexnet_jax[figures]'.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ from alexnet_jax.training.metrics import log
 class Run:
     """A workdir, of which each property reads one part at its first use.
 
-    Each property raises RunError if what it reads is missing or damaged.
+    Each property raises RunError or OSError if what it reads is missing or damaged.
     """
 
     workdir: Path
@@ -53,51 +53,26 @@ class Run:
     data_dir: str = ''  # of all data sets; the config's if empty
     among: str = 'train'  # the split in which neighbours are searched
 
-    def read(self, name: str, parse: Callable[[Path], Any]) -> Any:
-        """Return what `parse` reads from one of the run's files."""
-        path = self.workdir / name
-        try:
-            return parse(path)
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            reason = error.strerror if isinstance(error, OSError) else error
-            raise RunError(
-                f'{path} cannot be read ({reason}): choose the folder of a run, or train first.'
-            ) from error
-
-    @functools.cached_property
-    def config(self) -> dict[str, Any]:
-        """Return its config.json."""
-        return self.read('config.json', config_file.read_json)
-
     @functools.cached_property
     def settings(self) -> Settings:
         """Return its config.json, validated."""
-        return configuration.unpack(self.config)
-
-    @functools.cached_property
-    def environment(self) -> dict[str, Any]:
-        """Return its environment.json."""
-        return self.read('environment.json', lambda path: dict(json.loads(path.read_text())))
+        return configuration.unpack(config_file.read_json(self.workdir / 'config.json'))
 
     @functools.cached_property
     def records(self) -> list[dict[str, Any]]:
         """Return its metrics.jsonl, which has a training record."""
-
-        def parse(path: Path) -> list[tuple[str, dict[str, Any]]]:
-            return [(record['kind'], record) for record in metrics.read(path.parent)]
-
-        found = self.read('metrics.jsonl', parse)
-        if 'train' not in dict(found):
-            raise RunError(f'{self.workdir}/metrics.jsonl has no training record: train first.')
-        return [record for _, record in found]
+        with contextlib.suppress(KeyError, TypeError, ValueError):  # of a damaged file
+            found = metrics.read(self.workdir)
+            if 'train' in [record['kind'] for record in found]:
+                return found
+        raise RunError(
+            f'{self.workdir}/metrics.jsonl has no training record, or is damaged: train first.'
+        )
 
     @functools.cached_property
     def predictions(self) -> dict[str, np.ndarray]:
         """Return its predictions_test.npz; see `evaluate.load_predictions`."""
-        found = evaluate.load_predictions(self.workdir)
-        shape = len(found['label']), self.settings.net.classes
-        self._check(all(found[view].shape == shape for view in evaluate.VIEWS))
-        return found
+        return evaluate.load_predictions(self.workdir)
 
     @functools.cached_property
     def trained(self) -> Trained:
@@ -109,17 +84,13 @@ class Run:
         """Return the test split, whose images `predictions` are of."""
         predicted = self.predictions['label']  # before the data is opened
         found = evaluate.open_split(self.trained, 'test', self.data_dir)
-        self._check(np.array_equal(predicted, found.labels))
-        return found
-
-    def _check(self, fits: bool) -> None:
-        if not fits:
+        if not np.array_equal(predicted, found.labels):
             where = f'--workdir={self.workdir} --data_dir={self.data_dir}'
             raise RunError(
-                f'{self.workdir}/predictions_test.npz was computed on other images, or by a net '
-                f'with other classes: create it again with python main.py --mode=evaluate '
-                f'{where.removesuffix(" --data_dir=")}.'
+                f'{self.workdir}/predictions_test.npz was computed on other images: create it '
+                f'again with python main.py --mode=evaluate {where.removesuffix(" --data_dir=")}.'
             )
+        return found
 
     @property
     def kernels(self) -> np.ndarray:
@@ -127,7 +98,7 @@ class Run:
         first = self.trained.settings.net.layers[0]
         return np.asarray(self.trained.params[first.name]['kernel'])
 
-    @property
+    @functools.cached_property
     def specialisation(self) -> Specialisation | None:
         """Return how far the towers specialise in colour; None with one tower or grey images."""
         net = self.trained.settings.net
@@ -144,31 +115,25 @@ class Run:
 # ----------------------------------------------------------------------------- figures of a run
 
 
-def _fig3_of(run: Run) -> Figure:
-    kernels, found = run.kernels, run.specialisation
-    if found is not None:
-        print(found)
-    return drawing.fig3(kernels, run.trained.settings.net.towers, found)
+def _fig3(run: Run) -> Figure:
+    return drawing.fig3(run.kernels, run.trained.settings.net.towers, run.specialisation)
 
 
-def _fig4_left_of(run: Run) -> Figure:
+def _fig4_left(run: Run) -> Figure:
     rows, test = run.choose(8), run.test
     probability = run.predictions['centre'][rows]
     return drawing.fig4_left(test.images[rows], probability, test.labels[rows], test.class_names)
 
 
-def _fig4_right_of(run: Run, k: int = 6) -> Figure:
+def _fig4_right(run: Run) -> Figure:
     trained, test, chosen = run.trained, run.test, run.choose(5)
     layer = last_hidden(trained.settings.net)
     among = evaluate.open_split(trained, run.among, run.data_dir)
     log(f'{run.workdir}: {layer} of {len(among)} images of {among.split}')
-    images, extract = test.images[chosen], trained.extractor(layer)
-    rows = Computed(among.images, extract)
-    found = neighbours.nearest(extract(images), rows, k).index
-    near = among.images[found.reshape(-1)].reshape(*found.shape, *images.shape[1:])
-    return drawing.fig4_right(
-        images, near, test.labels[chosen], among.labels[found], test.class_names
-    )
+    images, features = test.images[chosen], Computed(among.images, trained.extractor(layer))
+    found = neighbours.nearest(features.extract(images), features, k=6).index
+    labels = test.labels[chosen], among.labels[found]
+    return drawing.fig4_right(images, among.images[found], *labels, test.class_names)
 
 
 def last_hidden(net: Net) -> str:
@@ -178,9 +143,9 @@ def last_hidden(net: Net) -> str:
 
 
 FIGURES: dict[str, Callable[[Run], Figure]] = {
-    'fig3': _fig3_of,
-    'fig4_left': _fig4_left_of,
-    'fig4_right': _fig4_right_of,
+    'fig3': _fig3,
+    'fig4_left': _fig4_left,
+    'fig4_right': _fig4_right,
     'curves': lambda run: drawing.curves(run.records),
 }
 
@@ -190,14 +155,11 @@ def make(name: str, runs: Sequence[Run]) -> Figure:
 
     Raises:
         UsageError: there are too many runs.
-        RunError: what the figure needs is missing, or matplotlib is not installed.
+        RunError, OSError: what the figure needs is missing, or matplotlib is not installed.
     """
     command.library('matplotlib', 'figures')  # before a minute of computing
     if name == 'fig1':
-        names = [run.settings.name for run in runs]
-        if len(set(names)) < len(names):
-            names = [str(run.workdir) for run in runs]
-        return drawing.fig1({name: run.records for name, run in zip(names, runs, strict=True)})
+        return drawing.fig1({str(run.workdir): run.records for run in runs})
     if len(runs) > 1:
         raise UsageError(f'{name} takes one --workdir; only fig1 takes several.')
     return FIGURES[name](runs[0])
@@ -213,6 +175,8 @@ def run(args: argparse.Namespace) -> None:
     if runs[0].workdir.is_dir():  # otherwise `make` reports that there is no run
         files.check_writable(output)
     body = drawing.render(make(args.figure, runs), output.suffix[1:])
+    if args.figure == 'fig3' and (found := runs[0].specialisation):
+        print(found)
     with files.output(output) as scratch:
         scratch.write_bytes(body)
     print(output)
