@@ -389,8 +389,13 @@ def same_net(arrays, expected):
 def test_two_nets_in_a_file(tmp_path, capsys):
     arrays = renamed('model.{}'.format) | renamed('model_ema.module.{}'.format)
     write(tmp_path / 'a.npz', arrays)
-    sentence = 'a.npz contains 2 nets (model., model_ema.module.); save the one'
+    sentence = 'a.npz contains 2 nets (model., model_ema.); save the one'
     refused(['import', 'torchvision', 'a.npz'], 2, sentence, tmp_path, capsys)
+
+
+def test_two_nets_that_differ_by_a_wrapper_only(tmp_path, capsys):
+    write(tmp_path / 'a.npz', WRAPPED | renamed('module.{}'.format))
+    refused(['import', 'torchvision', 'a.npz'], 2, 'a.npz contains 2 nets', tmp_path, capsys)
 
 
 # ------------------------------------------------------------------------------- PyTorch's files
@@ -639,7 +644,7 @@ def test_an_imported_net_can_be_trained(smoke_run, data_dir, tmp_path):
     """An imported checkpoint has no history, unlike a run's."""
     workdir, file = tmp_path / 'w', tmp_path / 'net.safetensors'
     weights.export_checkpoint(file, smoke_run)
-    weights.import_own(file, workdir)
+    weights.import_weights(file, workdir, 'own')
     train.run(smoke_config(data_dir), workdir)
     restored = checkpoint.read(workdir / 'checkpoints')
     assert restored.step == checkpoint.read(smoke_run / 'checkpoints').step
@@ -866,8 +871,11 @@ def test_other_files(tmp_path, capsys, body):
 @pytest.mark.parametrize(
     ('change', 'sentence'),
     [
-        (lambda x: {'conv3/0': x[:, :, :2]}, 'conv3/0 is [96, 64, 2, 3], but [96, 64, 3, 3] in'),
-        (lambda x: {'conv3/0': x.astype(np.int32)}, 'conv3/0 is of type int32, not floating-point'),
+        (
+            lambda x: {'conv3/0': x[:, :, :2]},
+            'conv3/0 is float32 [96, 64, 2, 3], but float32 [96, 64, 3, 3] in',
+        ),
+        (lambda x: {'conv3/0': x.astype(np.int32)}, 'conv3/0 is int32 [96, 64, 3, 3], but float32'),
         (lambda x: {'conv3/0': x + np.float32('nan')}, 'conv3/0 contains NaN or infinity'),
         (lambda x: {'conv3/0': np.float64(x) * 1e300}, 'contains NaN or infinity (in float32)'),
         (lambda x: {'conv9/0': x}, 'this net has no conv9/0; choose the config'),

@@ -66,11 +66,10 @@ def blank(height: float) -> Figure:
 
 
 def _show(axes: Any, image: np.ndarray) -> None:
-    """Draw an image [H, W, C] without a frame; grey where C is 1."""
+    """Draw an image [H, W, C] without a frame: uint8 grey where C is 1."""
     grey = image.shape[-1] == 1
-    pixels = image[..., 0] if grey else image
-    span = {'vmin': 0, 'vmax': 255} if image.dtype == np.uint8 else {'vmin': 0, 'vmax': 1}
-    axes.imshow(pixels, cmap='gray' if grey else None, interpolation='nearest', **span)
+    how = {'cmap': 'gray', 'vmin': 0, 'vmax': 255} if grey else {}
+    axes.imshow(image[..., 0] if grey else image, interpolation='nearest', **how)
     axes.set_xticks([])
     axes.set_yticks([])
     axes.spines[:].set_visible(False)
@@ -176,15 +175,13 @@ def fig3(kernels: np.ndarray, towers: int, found: Specialisation | None = None) 
 def _tile(filters: np.ndarray, columns: int) -> np.ndarray:
     """Tile [n, h, w, 1 or 3] as one image in 0..1, [H, W, 4], transparent between the filters."""
     count, height, width, _ = filters.shape
-    largest = np.abs(filters).max(axis=(1, 2, 3), keepdims=True)
-    pixels = 0.5 + filters / np.where(largest == 0, 1, 2 * largest)
     rows = -(-count // columns)
-    picture = np.zeros((rows, height + 1, columns, width + 1, 4), np.float32)
-    for number, own in enumerate(pixels):
-        row, column = divmod(number, columns)
-        picture[row, :height, column, :width, :3] = own
-        picture[row, :height, column, :width, 3] = 1
-    return picture.reshape(rows * (height + 1), columns * (width + 1), 4)[:-1, :-1]
+    largest = np.abs(filters).max(axis=(1, 2, 3), keepdims=True)
+    pixels = np.ones((count, height, width, 4))
+    pixels[..., :3] = 0.5 + filters / np.where(largest == 0, 1, 2 * largest)
+    pixels = np.pad(pixels, ((0, rows * columns - count), (0, 1), (0, 1), (0, 0)))
+    grid = pixels.reshape(rows, columns, height + 1, width + 1, 4).swapaxes(1, 2)
+    return grid.reshape(rows * (height + 1), columns * (width + 1), 4)[:-1, :-1]
 
 
 # -------------------------------------------------------------------------------------- learning

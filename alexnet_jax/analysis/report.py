@@ -9,6 +9,7 @@ section's data is missing (predictions, metrics, images), one sentence replaces 
 import argparse
 import base64
 import contextlib
+import functools
 import io
 import re
 from collections.abc import Callable, Sequence
@@ -69,19 +70,15 @@ def percent(share: float) -> str:
     return f'{100 * share:.2f} %'
 
 
-def _svg(name: str) -> Callable[[Run], str]:
-    """Return a function from a run to the rest of an <svg> tag that draws one of FIGURES.
+def _svg(run: Run, name: str) -> str:
+    """Return the rest of an <svg> tag that draws one of FIGURES.
 
     Its ids are unique on the page, and its lines and letters are in the page's text colour.
     """
-
-    def draw(run: Run) -> str:
-        text = drawing.render(figures.FIGURES[name](run), 'svg', transparent=True).decode()
-        text = text.partition('<svg')[2].replace(drawing.INK, 'currentColor')
-        text = re.sub(r'<style type="text/css">.*?</style>', '', text)  # would apply to the page
-        return re.sub(r'(\bid="|href="#|url\(#)', rf'\g<1>{name}-', text)
-
-    return draw
+    text = drawing.render(figures.FIGURES[name](run), 'svg', transparent=True).decode()
+    text = text.partition('<svg')[2].replace(drawing.INK, 'currentColor')
+    text = re.sub(r'<style type="text/css">.*?</style>', '', text)  # would apply to the page
+    return re.sub(r'(\bid="|href="#|url\(#)', rf'\g<1>{name}-', text)
 
 
 def picture(image: np.ndarray) -> str:
@@ -151,7 +148,7 @@ PARTS: dict[str, Callable[[Run], Any]] = {
     'mistakes': _mistakes,
     'environment': lambda run: config_file.read_json(run.workdir / 'environment.json'),
     'config': lambda run: traverse_util.flatten_dict(run.settings.tree, sep='.'),
-    **{name: _svg(name) for name in figures.FIGURES},
+    **{name: functools.partial(_svg, name=name) for name in figures.FIGURES},
 }
 
 

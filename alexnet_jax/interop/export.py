@@ -114,14 +114,11 @@ def _preprocess(graph: _Graph, settings: Settings, statistics: Statistics) -> st
 
 def _rows(recipe: augment.Preprocess, side: int, crop_px: int) -> np.ndarray:
     """Return the matrix [crop_px, side] from stored rows to rows of the centre crop."""
-    eye = jnp.eye(side)
-    if side != recipe.resize_px:
-        eye = jax.image.resize(eye, (recipe.resize_px, side), 'bilinear')
-    rows = np.zeros((recipe.image_px, side), np.float32)
+    resized = jax.image.resize(jnp.eye(side), (recipe.resize_px, side), 'bilinear')
     before = (recipe.image_px - recipe.resize_px) // 2
-    rows[before : before + recipe.resize_px] = eye
+    after = recipe.image_px - recipe.resize_px - before
     edge = (recipe.image_px - crop_px) // 2
-    return rows[edge : edge + crop_px]
+    return np.pad(resized, ((before, after), (0, 0)))[edge : edge + crop_px]
 
 
 def _linear(graph: _Graph, x: str, stage: Stage, kernel: np.ndarray, bias: np.ndarray) -> str:

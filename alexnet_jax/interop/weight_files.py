@@ -13,7 +13,7 @@ become float32.
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -131,10 +131,8 @@ def _load(torch: Any, path: Path) -> Any:
     )
 
 
-def _leaves(tree: Any, path: str = '') -> Iterator[tuple[str, Any]]:
-    """Yield all values of nested dictionaries, their keys joined by dots."""
+def _leaves(tree: Any, *path: str) -> list[tuple[str, Any]]:
+    """Return all values of nested dictionaries, their keys joined by dots."""
     if not isinstance(tree, Mapping):
-        yield path, tree
-        return
-    for key, value in tree.items():
-        yield from _leaves(value, f'{path}.{key}' if path else str(key))
+        return [('.'.join(path), tree)]
+    return [leaf for key, value in tree.items() for leaf in _leaves(value, *path, str(key))]

@@ -35,7 +35,7 @@ from flax import traverse_util
 
 from alexnet_jax import command, config_file, files
 from alexnet_jax import config as configuration
-from alexnet_jax.config import Config, Settings
+from alexnet_jax.config import Settings
 from alexnet_jax.data.prepare import imagenet
 from alexnet_jax.errors import UsageError
 from alexnet_jax.interop import export, weight_files
@@ -108,14 +108,11 @@ def canonical(arrays: Arrays, origin: Origin, settings: Settings, file: str = 't
         kernel, bias = (name + part for part in origin.parts)
         wanted |= {kernel: stage.kernel[::-1], bias: stage.kernel[-1:]}  # kernels are square
     checked = _check(_unwrap(arrays, next(iter(wanted)), file), wanted, file)
-    params = {
-        stage.layer.name: {
-            'kernel': _kernel(checked[name + origin.parts[0]], stage),
-            'bias': checked[name + origin.parts[1]],
-        }
-        for name, stage in zip(names, stages, strict=False)
-    }
-    conv1 = params[stages[0].layer.name]
+    params = {}
+    for name, stage in zip(names, stages, strict=False):
+        kernel, bias = (checked[name + part] for part in origin.parts)
+        params[stage.layer.name] = {'kernel': _kernel(kernel, stage), 'bias': bias}
+    conv1 = params[own[0]]
     kernel = conv1['kernel'][:, :, :: -1 if origin.bgr else 1]
     std = np.array(origin.std) * settings.preprocess.scale
     conv1['kernel'] = (kernel / std[:, None]).astype(np.float32)
@@ -129,58 +126,47 @@ def _kernel(weights: np.ndarray, stage: Stage) -> np.ndarray:
     return weights.transpose(2, 3, 1, 0).reshape(stage.kernel)
 
 
-# Components that torch.nn.DataParallel, DistributedDataParallel and torch.compile put into names.
-_WRAPPER = r'(?:(?:module|_orig_mod)\.)*'
-
-
 def _unwrap(arrays: Arrays, first: str, file: str) -> Arrays:
     """Return the arrays of the one net in a file by the net's own names, of which `first` is one.
 
     In a training program's checkpoint, the net has a prefix ('state_dict.', 'model.', ...), and
-    other arrays, such as the optimizer's, are beside it. Wrappers of the net insert components.
+    other arrays, such as the optimizer's, are beside it. torch.nn.DataParallel,
+    DistributedDataParallel and torch.compile insert components. An array without axes is a counter,
+    such as AveragedModel's.
     """
-    components = (re.escape(part) for part in first.split('.'))
-    pattern = re.compile(r'((?:.+\.)?)' + (r'\.' + _WRAPPER).join(components))
-    prefixes = [match[1] for name in arrays if (match := pattern.fullmatch(name))]
+    own = {key: re.sub(r'\b(module|_orig_mod)\.', '', key) for key in arrays if arrays[key].ndim}
+    prefixes = [n.removesuffix(first) for n in own.values() if f'.{n}'.endswith(f'.{first}')]
     if len(prefixes) > 1:
         raise UsageError(
             f'{file} contains {len(prefixes)} nets ({", ".join(sorted(prefixes))}); save the one '
             f'to import in a separate file.'
         )
-    prefix = prefixes[0] if prefixes else ''
-    return {
-        re.sub(rf'\b{_WRAPPER}', '', name.removeprefix(prefix)): array
-        for name, array in arrays.items()
-        if name.startswith(prefix) and array.ndim  # no axis: a counter, such as AveragedModel's
-    }
-
-
-OTHER_CONFIG = 'choose the config that matches the file'
+    prefix = ''.join(prefixes)
+    inside = {key: name for key, name in own.items() if name.startswith(prefix)}
+    return {name.removeprefix(prefix): arrays[key] for key, name in inside.items()}
 
 
 def _check(arrays: Arrays, wanted: Mapping[str, tuple[int, ...]], file: str) -> Arrays:
     """Return finite float32 arrays of the wanted shapes, or name the first key at fault."""
-    faults = [_fault(arrays, key, shape) for key, shape in wanted.items()]
-    extra = sorted(arrays.keys() - wanted.keys())
-    faults += [f'this net has no {key}; {OTHER_CONFIG}' for key in extra]
-    if fault := next(filter(None, faults), ''):
-        raise UsageError(f'{file}: {fault}.')
-    # Caffe and OpenCV add axes of length 1.
+
+    def require(holds: bool | np.bool, otherwise: str) -> None:
+        if not holds:
+            raise UsageError(f'{file}: {otherwise}.')
+
+    names, other_config = sorted(arrays), 'choose the config that matches the file'
+    some = ', '.join(names[:3] + ['...'] * (len(names) > 3))
+    some = some or 'no arrays (save model.state_dict(), not the model)'
+    for key, shape in wanted.items():
+        require(key in arrays, f'{key} of this net is missing; the file contains {some}')
+        # Caffe and OpenCV add axes of length 1.
+        found, sides = arrays[key], [n for n in shape if n != 1]
+        same = found.dtype == np.float32 and [n for n in found.shape if n != 1] == sides
+        is_now = f'{key} is {found.dtype} {list(found.shape)}'
+        require(same, f'{is_now}, but float32 {list(shape)} in this net; {other_config}')
+        require(np.isfinite(found).all(), f'{key} contains NaN or infinity (in float32)')
+    extra = ', '.join(sorted(arrays.keys() - wanted.keys())[:3])
+    require(not extra, f'this net has no {extra}; {other_config}')
     return {key: arrays[key].reshape(shape) for key, shape in wanted.items()}
-
-
-def _fault(arrays: Arrays, key: str, shape: tuple[int, ...]) -> str:
-    if key not in arrays:
-        names = sorted(arrays)
-        some = ', '.join([*names[:3], *['...'][: len(names) - 3]])
-        some = some or 'no arrays (save model.state_dict(), not the model)'
-        return f'{key} of this net is missing; the file contains {some}'
-    array = arrays[key]
-    if [n for n in array.shape if n != 1] != [n for n in shape if n != 1]:
-        return f'{key} is {list(array.shape)}, but {list(shape)} in this net; {OTHER_CONFIG}'
-    if array.dtype != np.float32:
-        return f'{key} is of type {array.dtype}, not floating-point'
-    return '' if np.isfinite(array).all() else f'{key} contains NaN or infinity (in float32)'
 
 
 def statistics_of(origin: Origin, recipe: Preprocess) -> Statistics:
@@ -192,37 +178,55 @@ def statistics_of(origin: Origin, recipe: Preprocess) -> Statistics:
 # --------------------------------------------------------------------------------------- import
 
 
-def import_foreign(
+def import_weights(
     file: Path,
-    origin: Origin,
-    config: Config,
     workdir: Path,
-    class_names: Sequence[str] = (),
+    origin: str,
+    config: str | None = None,
+    class_names: Path | None = None,
 ) -> str:
-    """Make a workdir with a checkpoint at step 0 of another framework's weights; return a sentence.
+    """Make a workdir as a run leaves it before its first step; return a sentence.
 
-    Without `class_names`, by label, the classes are WordNet ids or numbers.
+    Args:
+        file: the weights of a net.
+        workdir: a new folder.
+        origin: a key of ORIGINS, or 'own' for a file that `export_checkpoint` wrote.
+        config: FILE:SCALE of a foreign net; the origin's by default.
+        class_names: of a foreign net: UTF-8 text, one per line; by default WordNet ids or numbers.
 
     Raises:
         UsageError: the file contains another net, or the workdir another run.
         RunError: the file is damaged, or the workdir cannot be written.
     """
-    settings = configuration.unpack(config)
-    params = canonical(weight_files.read(file), origin, settings, str(file))
-    statistics = statistics_of(origin, settings.preprocess)
-    names = tuple(class_names) or default_names(settings.net.classes)
-    if len(names) != settings.net.classes:
-        raise UsageError(f'{len(names)} class names were given for {settings.net.classes} classes.')
-    return _save(settings, params, statistics, names, file, workdir)
+    if Checkpoints(workdir / 'checkpoints').steps():
+        raise UsageError(f'{workdir} already has checkpoints; choose another --workdir.')
+    if origin == 'own' and (config or class_names):
+        raise UsageError('own files contain config and class names: remove these flags.')
+    if origin == 'own':
+        settings, params, statistics, names = _own(file)
+    else:
+        settings = configuration.unpack(config_file.load(config or ORIGINS[origin].config, {}))
+        names = _read_names(class_names, settings.net.classes)
+        params = canonical(weight_files.read(file), ORIGINS[origin], settings, str(file))
+        statistics = statistics_of(ORIGINS[origin], settings.preprocess)
+    optimizer = step.make_optimizer(settings, images=settings.batch_size)
+    state = step.init_state(settings, optimizer).replace(params=jax.device_put(params))
+    with file.open('rb') as opened:
+        digest = hashlib.file_digest(opened, 'sha256').hexdigest()
+    extra = {
+        'config': settings.tree,
+        'class_names': list(names),
+        'imported': {'file': file.name, 'sha256': digest},
+    }
+    tree = {'state': state, 'statistics': statistics._asdict()}
+    with workdirs.open_workdir(settings, workdir), Checkpoints(workdir / 'checkpoints') as found:
+        found.save(0, tree, extra, error=None)
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    return f'{workdir}: {count:,} parameters of {file} as {settings.name}, step 0'
 
 
-def import_own(file: Path, workdir: Path) -> str:
-    """Make a workdir with a checkpoint at step 0 of a .safetensors file that `export` wrote.
-
-    Raises:
-        UsageError: `export` did not write the file, or the workdir contains another run.
-        RunError: the file is damaged, or the workdir cannot be written.
-    """
+def _own(file: Path) -> tuple[Settings, Params, Statistics, list[str]]:
+    """Return settings, parameters, statistics and class names of a file that we wrote."""
     arrays, head = weight_files.read(file), weight_files.metadata(file)
     if not {'config', 'class_names'} <= head.keys():
         raise UsageError(f'{file} has no config in its header: `weights export` did not write it.')
@@ -234,35 +238,18 @@ def import_own(file: Path, workdir: Path) -> str:
         name = f'params/{stage.layer.name}'
         wanted |= {f'{name}/kernel': stage.kernel, f'{name}/bias': stage.kernel[-1:]}
     tree = traverse_util.unflatten_dict(_check(arrays, wanted, str(file)), sep='/')
-    names = json.loads(head['class_names'])
-    return _save(settings, tree['params'], Statistics(**tree['statistics']), names, file, workdir)
+    statistics = Statistics(**tree['statistics'])
+    return settings, tree['params'], statistics, json.loads(head['class_names'])
 
 
-def _save(
-    settings: Settings,
-    params: Params,
-    statistics: Statistics,
-    class_names: Sequence[str],
-    file: Path,
-    workdir: Path,
-) -> str:
-    """Write a workdir as a run leaves it before its first step."""
-    if Checkpoints(workdir / 'checkpoints').steps():
-        raise UsageError(f'{workdir} already has checkpoints; choose another --workdir.')
-    optimizer = step.make_optimizer(settings, images=settings.batch_size)
-    state = step.init_state(settings, optimizer).replace(params=jax.device_put(params))
-    with file.open('rb') as opened:
-        digest = hashlib.file_digest(opened, 'sha256').hexdigest()
-    extra = {
-        'config': settings.tree,
-        'class_names': list(class_names),
-        'imported': {'file': file.name, 'sha256': digest},
-    }
-    tree = {'state': state, 'statistics': statistics._asdict()}
-    with workdirs.open_workdir(settings, workdir), Checkpoints(workdir / 'checkpoints') as found:
-        found.save(0, tree, extra, error=None)
-    count = sum(leaf.size for leaf in jax.tree.leaves(params))
-    return f'{workdir}: {count:,} parameters of {file} as {settings.name}, step 0'
+def _read_names(file: Path | None, classes: int) -> Sequence[str]:
+    try:
+        names = file.read_text('utf-8-sig').splitlines() if file else default_names(classes)
+    except UnicodeDecodeError as problem:
+        raise UsageError(f'{file} is not UTF-8 text; save it as UTF-8.') from problem
+    if len(names) != classes:
+        raise UsageError(f'{len(names)} class names were given for {classes} classes.')
+    return names
 
 
 def default_names(classes: int) -> tuple[str, ...]:
@@ -284,24 +271,24 @@ def export_checkpoint(file: Path, workdir: Path, at: checkpoint.Step = 'latest')
     settings = configuration.unpack(restored.extra['config'])
     params = restored.state['state']['params']
     statistics = Statistics(**jax.tree.map(jnp.asarray, restored.state['statistics']))
-    body = WRITERS[file.suffix](settings, params, statistics, restored.extra)
+    if file.suffix == '.safetensors':
+        body = _safetensors(params, statistics, restored.extra)
+    else:
+        body = GRAPHS[file.suffix](settings, params, statistics)
     with files.output(file) as scratch:
         scratch.write_bytes(body)
     return f'{file}: step {restored.step} of {workdir}, {len(body):,} bytes'
 
 
-def _safetensors(_: Settings, params: Params, statistics: Statistics, extra: Mapping) -> bytes:
+GRAPHS = {'.stablehlo': export.stablehlo, '.onnx': export.onnx}
+
+
+def _safetensors(params: Params, statistics: Statistics, extra: Mapping) -> bytes:
     tree = {'params': params, 'statistics': statistics._asdict()}
     arrays = traverse_util.flatten_dict(jax.tree.map(np.ascontiguousarray, tree), sep='/')
     head = {key: json.dumps(extra[key]) for key in ('config', 'class_names')}
     return command.library('safetensors.numpy', 'weights').save(arrays, head)
 
-
-WRITERS = {
-    '.safetensors': _safetensors,
-    '.stablehlo': lambda *parts: export.stablehlo(*parts[:3]),
-    '.onnx': lambda *parts: export.onnx(*parts[:3]),
-}
 
 # ---------------------------------------------------------------------------------- the command
 
@@ -324,27 +311,15 @@ def _parser() -> command.Parser:
     add('--config', metavar='FILE[:SCALE]', help=what)
     what = 'text file of class names (UTF-8), one per line, in label order'
     add('--class_names', type=command.path, metavar='FILE', help=what)
-    into.set_defaults(act=_import)
+    into.set_defaults(
+        act=lambda a: import_weights(a.file, a.workdir, a.origin, a.config, a.class_names)
+    )
     out = verbs.add_parser('export', help='write a checkpoint to a file')
-    kinds = ', '.join(WRITERS)
-    out.add_argument('file', type=command.ending(*WRITERS), metavar='FILE', help=kinds)
+    kinds = ('.safetensors', *GRAPHS)
+    out.add_argument('file', type=command.ending(*kinds), metavar='FILE', help=', '.join(kinds))
     out.add_shared('workdir', 'step')
     out.set_defaults(act=lambda args: export_checkpoint(args.file, args.workdir, args.step))
     return parser
-
-
-def _import(args: argparse.Namespace) -> str:
-    if args.origin == 'own':
-        if args.config or args.class_names:
-            raise UsageError('own files contain config and class names: remove these flags.')
-        return import_own(args.file, args.workdir)
-    origin, names = ORIGINS[args.origin], args.class_names
-    config = config_file.load(args.config or origin.config, {})
-    try:
-        lines = names.read_text('utf-8-sig').splitlines() if names else ()
-    except UnicodeDecodeError as problem:
-        raise UsageError(f'{names} is not UTF-8 text; save it as UTF-8.') from problem
-    return import_foreign(args.file, origin, config, args.workdir, lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
