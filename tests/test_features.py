@@ -79,7 +79,7 @@ def test_features_on_disk(trained, images, tmp_path, layer):
     expected = trained.extractor(layer)(images)
     np.testing.assert_array_equal(np.load(tmp_path / 'f.npy', allow_pickle=False), expected)
     rest = json.loads((tmp_path / 'f.json').read_text())
-    assert rest['label'] == of.label.tolist()
+    assert rest['label'] == of.label
     about = rest['about']
     assert about['layer'] == layer
     assert about['split'] == f'test[:{TEST}]'

@@ -635,7 +635,7 @@ def test_what_an_import_leaves(imported):
     assert json.loads((workdir / 'config.json').read_text()) == restored.extra['config']
     assert restored.extra['class_names'] == [str(i) for i in range(10)]
     assert restored.extra['imported']['file'] == 'theirs.safetensors'
-    names = weights.default_names(1000)
+    names = weights.read_names(None, 1000)
     assert names[0] == 'n01440764'
     assert list(names) == sorted(names)
 

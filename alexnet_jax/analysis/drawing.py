@@ -47,11 +47,11 @@ STYLE: dict[str, Any] = {
 }
 
 
-def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
+def styled(draw: Callable[..., Any]) -> Callable[..., Any]:
     """Make a function draw in STYLE, independent of the machine's matplotlibrc."""
 
     @functools.wraps(draw)
-    def inner(*args: Any, **kwargs: Any) -> Figure:
+    def inner(*args: Any, **kwargs: Any) -> Any:
         with command.library('matplotlib.style', 'figures').context([STYLE], after_reset=True):
             return draw(*args, **kwargs)
 
@@ -85,15 +85,13 @@ def _stacked(name: str, letters: int) -> str:
     return '\n'.join(_short(word, letters) for word in name.split()[:2])
 
 
+@styled
 def render(figure: Figure, form: str, *, transparent: bool = False) -> bytes:
     """Return a figure as a 'png' or 'svg' file; the same figure gives the same bytes."""
     body = io.BytesIO()
     omitted = ('Date', 'Creator', 'Format', 'Type') if form == 'svg' else ('Software',)
     how = {'metadata': dict.fromkeys(omitted), 'transparent': transparent}
-    with (
-        command.library('matplotlib.style', 'figures').context([STYLE], after_reset=True),
-        warnings.catch_warnings(),
-    ):
+    with warnings.catch_warnings():
         warnings.filterwarnings('ignore', 'Glyph')  # the font lacks a letter of a class name
         figure.savefig(body, format=form, dpi=DPI, **how)
     return body.getvalue()
@@ -257,15 +255,14 @@ def fig4_left(
     """
     rows = -(-len(images) // 2)
     figure = blank(1.15 * rows)
-    grid = figure.subplots(rows, 4, squeeze=False, width_ratios=[1, 1.6, 1, 1.6])
-    for axes in grid.reshape(-1)[2 * len(images) :]:
+    grid = figure.subplots(rows, 4, squeeze=False, width_ratios=[1, 1.6, 1, 1.6]).reshape(-1, 2)
+    for axes in grid[len(images) :].flat:
         axes.set_axis_off()
-    for number, image in enumerate(images):
-        picture, bars = grid.reshape(-1)[2 * number :][:2]
+    for (picture, bars), image, own, right in zip(grid, images, probability, label, strict=False):
         _show(picture, image)
         picture.set_anchor('NW')  # a long title then passes over the bars, not through them
-        picture.set_title(_short(names[label[number]]), fontsize=8, loc='left', weight='bold')
-        _bars(bars, probability[number], int(label[number]), names)
+        picture.set_title(_short(names[right]), fontsize=8, loc='left', weight='bold')
+        _bars(bars, own, right, names)
     return figure
 
 

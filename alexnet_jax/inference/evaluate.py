@@ -110,7 +110,15 @@ def restore(
     """
     workdir = Path(workdir)
     checkpoints = Checkpoints(workdir / 'checkpoints')
-    settings = configuration.unpack(_override(checkpoints.extra(step)['config'], overrides or {}))
+    config = config_file.plain(checkpoints.extra(step)['config'])
+    for key, value in (overrides or {}).items():
+        if key not in (*workdirs.MAY_DIFFER, 'loop.eval_batch_size'):
+            raise UsageError(
+                f'--config.{key} has no effect on an evaluation, which uses the net and recipe of '
+                f'the checkpoint; remove it.'
+            )
+        config_file.override(config, key, value)
+    settings = configuration.unpack(config)
     cpu.set_up_cpu(settings.mesh.cpu_devices)  # before reading asks JAX for its devices
     restored = checkpoints.restore(None, step)
     layout = _layout(settings)
@@ -126,18 +134,6 @@ def restore(
         statistics=Statistics(**mesh.put_global(statistics, layout.replicated)),
         stored=tuple(restored.extra.get('stored', statistics['mean_image'].shape)),
     )
-
-
-def _override(config: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    new = config_file.plain(config)
-    for key, value in overrides.items():
-        config_file.override(new, key, value)
-    if odd := sorted(workdirs.changes(config, new).keys() - {'loop.eval_batch_size'}):
-        raise UsageError(
-            f'--config.{odd[0]} has no effect on an evaluation, which uses the net and recipe of '
-            f'the checkpoint; remove it.'
-        )
-    return new
 
 
 def _layout(settings: Settings) -> Layout:

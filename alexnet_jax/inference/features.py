@@ -36,7 +36,7 @@ class Features:
     """One layer's features of many images."""
 
     rows: np.ndarray | Computed  # float32 [N, ...]
-    label: np.ndarray | None  # int32 [N], -1 for an unknown one; None if all are unknown
+    label: list[int] | None  # [N], -1 for an unknown one; None if all are unknown
     path: Sequence[str] | None  # of image files; None for a split of the data set
     about: dict[str, Any]  # see `_about`
 
@@ -49,7 +49,7 @@ class Features:
 
     def class_name(self, row: int) -> str | None:
         """Return the name of an image's class, or None if it is unknown."""
-        label = -1 if self.label is None else int(self.label[row])
+        label = -1 if self.label is None else self.label[row]
         return None if label < 0 else self.about['class_names'][label]
 
 
@@ -60,7 +60,7 @@ def of_split(trained: Trained, layer: str, split: str, data_dir: str = '') -> Fe
     """
     dataset = evaluate.open_split(trained, split, data_dir)
     rows = Computed(dataset.images, trained.extractor(layer))
-    return Features(rows, dataset.labels, None, _about(trained, layer, dataset.split))
+    return Features(rows, dataset.labels.tolist(), None, _about(trained, layer, dataset.split))
 
 
 def of_files(trained: Trained, layer: str, words: Sequence[str], faults: list[str]) -> Features:
@@ -73,13 +73,10 @@ def of_files(trained: Trained, layer: str, words: Sequence[str], faults: list[st
         UsageError: the layer does not exist.
     """
     extract = trained.extractor(layer)  # before the files are read
-    paths, images = list[str](), [np.empty((0, *trained.stored), np.uint8)]
-    for names, block in image_files.read_ahead(
-        image_files.find(words), trained.stored, neighbours.BLOCK, faults
-    ):
-        paths += map(str, names)
-        images.append(block)
-    rows = Computed(np.concatenate(images), extract)
+    blocks = [*image_files.read_ahead(image_files.find(words), trained.stored, 100, faults)]
+    paths = [str(path) for names, _ in blocks for path in names]
+    none = np.empty((0, *trained.stored), np.uint8)
+    rows = Computed(np.concatenate([none, *(images for _, images in blocks)]), extract)
     return Features(rows, None, paths, _about(trained, layer, None))
 
 
@@ -110,15 +107,15 @@ def write(features: Features, path: Path, block: int) -> None:
     Raises:
         RunError: a file cannot be written.
     """
-    label = None if features.label is None else features.label.tolist()
-    rest = {'about': features.about, 'label': label, 'path': features.path}
+    rest = {'about': features.about, 'label': features.label, 'path': features.path}
     header = {'descr': '<f4', 'fortran_order': False, 'shape': features.rows.shape}
     with files.output(path) as scratch, files.output(path.with_suffix('.json')) as beside:
         beside.write_text(json.dumps(rest))
         with scratch.open('wb') as file:
             np.lib.format.write_array_header_2_0(file, header)
-            for rows in neighbours.blocks(features.rows, block):
-                file.write(rows.astype('<f4', copy=False).data)
+            for start in range(0, len(features), block):
+                rows = np.ascontiguousarray(features.rows[start : start + block], '<f4')
+                file.write(rows.data)
 
 
 def read(path: Path) -> Features:
@@ -129,16 +126,15 @@ def read(path: Path) -> Features:
     """
     try:
         rows = np.lib.format.open_memmap(path, mode='r')
-        rest = json.loads(path.with_suffix('.json').read_text())
-        label, names, about = rest['label'], rest['path'], rest['about']
-        if any(len(known) != len(rows) for known in (label, names) if known is not None):
+        found = Features(rows, **json.loads(path.with_suffix('.json').read_text()))
+        if any(len(own) != len(rows) for own in (found.label, found.path) if own is not None):
             raise ValueError('they have different numbers of rows')
-    except (KeyError, TypeError, ValueError, EOFError) as error:
+        return found
+    except (TypeError, ValueError, EOFError) as error:
         raise RunError(
             f'{path} and its .json file are damaged, or do not contain features ({error}); '
             f'create them again with --output={path}.'
         ) from error
-    return Features(rows, None if label is None else np.array(label, np.int32), names, about)
 
 
 # ---------------------------------------------------------------------------------- the command
@@ -178,8 +174,9 @@ def _among(trained: Trained, queries: Features, args: argparse.Namespace) -> Fea
 
 
 def _print_nearest(queries: Features, among: Features, k: int, as_json: bool) -> None:
-    rows = np.concatenate([*neighbours.blocks(queries.rows, neighbours.BLOCK)])
-    found = neighbours.nearest(rows, among.rows, k)
+    starts = range(0, len(queries), neighbours.BLOCK)
+    rows = [queries.rows[start : start + neighbours.BLOCK] for start in starts]
+    found = neighbours.nearest(np.concatenate(rows), among.rows, k)
     table = [('query', 'distance', 'neighbour', 'class')]
     for row, (index, distances) in enumerate(zip(*map(np.ndarray.tolist, found), strict=True)):
         query = queries.image(row)

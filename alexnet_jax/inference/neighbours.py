@@ -2,12 +2,11 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
-from alexnet_jax.data.batches import prefetch
 from alexnet_jax.data.records import StoredImages
 
 BLOCK = 256  # rows in memory at a time: images of 256 px take 50 MB, features of conv1 300 MB
@@ -29,15 +28,6 @@ class Computed:
     def __getitem__(self, rows: slice, /) -> np.ndarray:
         """Compute rows, float32 [b, ...]."""
         return self.extract(self.images[rows])
-
-
-def blocks(rows: np.ndarray | Computed, size: int) -> Generator[np.ndarray]:
-    """Yield all rows in order, float32 [b, ...], while a thread computes or reads the next ones."""
-
-    def block(number: int) -> np.ndarray:
-        return np.array(rows[number * size : (number + 1) * size], np.float32)
-
-    return prefetch(block, 0, -(-rows.shape[0] // size))
 
 
 class Neighbours(NamedTuple):
@@ -66,9 +56,8 @@ def nearest(
     width = math.prod(features.shape[1:])
     queries = np.asarray(queries, np.float64).reshape(len(queries), width)
     squared, index = np.zeros((len(queries), 0)), np.zeros((len(queries), 0), np.int64)
-    start = 0
-    for rows in blocks(features, block):
-        rows = rows.reshape(len(rows), width).astype(np.float64)
+    for start in range(0, features.shape[0], block):
+        rows = np.asarray(features[start : start + block], np.float64).reshape(-1, width)
         rough = np.sum(rows**2, axis=1) - 2 * queries @ rows.T  # without |q|^2, the same for all
         near = np.argsort(rough, axis=1, kind='stable')[:, : k + SPARE]
         exact = np.empty(near.shape)
@@ -77,5 +66,4 @@ def nearest(
         squared, index = np.hstack([squared, exact]), np.hstack([index, start + near])
         order = np.lexsort((index, squared))[:, :k]  # by distance, then by index
         squared, index = (np.take_along_axis(x, order, 1) for x in (squared, index))
-        start += len(rows)
     return Neighbours(index, np.sqrt(squared))

@@ -206,7 +206,7 @@ def import_weights(
         settings, params, statistics, names = _own(file)
     else:
         settings = configuration.unpack(config_file.load(config or ORIGINS[origin].config, {}))
-        names = _read_names(class_names, settings.net.classes)
+        names = read_names(class_names, settings.net.classes)
         params = canonical(weight_files.read(file), ORIGINS[origin], settings, str(file))
         statistics = statistics_of(ORIGINS[origin], settings.preprocess)
     optimizer = step.make_optimizer(settings, images=settings.batch_size)
@@ -231,30 +231,23 @@ def _own(file: Path) -> tuple[Settings, Params, Statistics, list[str]]:
     if not {'config', 'class_names'} <= head.keys():
         raise UsageError(f'{file} has no config in its header: `weights export` did not write it.')
     settings = configuration.unpack(config_file.translated(json.loads(head['config'])))
-    # Statistics have the shape of the stored images, which no config contains.
-    fields = [f'statistics/{field}' for field in Statistics._fields]
-    wanted = {field: arrays[field].shape if field in arrays else () for field in fields}
-    for stage in alexnet.geometry(settings.net):
-        name = f'params/{stage.layer.name}'
-        wanted |= {f'{name}/kernel': stage.kernel, f'{name}/bias': stage.kernel[-1:]}
-    tree = traverse_util.unflatten_dict(_check(arrays, wanted, str(file)), sep='/')
+    tree = traverse_util.unflatten_dict(arrays, sep='/')
     statistics = Statistics(**tree['statistics'])
     return settings, tree['params'], statistics, json.loads(head['class_names'])
 
 
-def _read_names(file: Path | None, classes: int) -> Sequence[str]:
+def read_names(file: Path | None, classes: int) -> Sequence[str]:
+    """Return the class names in a text file; without one, ImageNet's WordNet ids or numbers."""
+    names = tuple(map(str, range(classes)))
+    if classes == 1000:
+        names = imagenet.tfds_lists().wnids  # in the order that all its nets share
     try:
-        names = file.read_text('utf-8-sig').splitlines() if file else default_names(classes)
+        names = file.read_text('utf-8-sig').splitlines() if file else names
     except UnicodeDecodeError as problem:
         raise UsageError(f'{file} is not UTF-8 text; save it as UTF-8.') from problem
     if len(names) != classes:
         raise UsageError(f'{len(names)} class names were given for {classes} classes.')
     return names
-
-
-def default_names(classes: int) -> tuple[str, ...]:
-    """Return ImageNet's 1,000 WordNet ids, in the order that all its nets share, or numbers."""
-    return imagenet.tfds_lists().wnids if classes == 1000 else tuple(map(str, range(classes)))
 
 
 # --------------------------------------------------------------------------------------- export
