@@ -9,7 +9,7 @@ from PIL import Image
 
 from alexnet_jax.data import datasets
 from alexnet_jax.errors import RunError, UsageError
-from alexnet_jax.inference import evaluate, features, neighbours
+from alexnet_jax.inference import evaluate, features
 
 TEST, TRAIN = 40, 256
 
@@ -159,7 +159,7 @@ def slow(queries, rows, k):
 
 
 def assert_exact(queries, rows, k, block):
-    found = neighbours.nearest(queries, rows, k, block)
+    found = features.nearest(queries, rows, k, block)
     index, distance = slow(queries, rows, k)
     np.testing.assert_array_equal(found.index, index)
     np.testing.assert_allclose(found.distance, distance, rtol=1e-13)  # the order of a sum
@@ -208,7 +208,7 @@ def hard(name):
 @pytest.mark.parametrize('block', [50, 300])
 def test_nearest_where_float32_ranks_wrongly(name, block):
     queries, rows = hard(name)
-    found = neighbours.nearest(queries, rows, 6, block)
+    found = features.nearest(queries, rows, 6, block)
     assert np.all(found.distance[:, 0] == 0)  # each query is among the rows
     if name == 'all the same':  # more rows than candidates: rounding decides which are chosen
         assert np.all(found.distance == 0)
@@ -227,7 +227,7 @@ def test_nearest_of_maps_from_a_memory_map(tmp_path):
     rng = np.random.default_rng(0)
     np.save(tmp_path / 'a.npy', rng.standard_normal((90, 3, 3, 4)).astype(np.float32))
     rows = np.load(tmp_path / 'a.npy', mmap_mode='r')
-    found = neighbours.nearest(rows[5:8], rows, 4, block=16)
+    found = features.nearest(rows[5:8], rows, 4, block=16)
     index, distance = slow(rows[5:8].reshape(3, -1), rows.reshape(90, -1), 4)
     np.testing.assert_array_equal(found.index, index)
     np.testing.assert_allclose(found.distance, distance, rtol=1e-13)
@@ -238,7 +238,7 @@ def test_rows_that_are_not_finite_come_last(bad):
     rows = np.random.default_rng(0).standard_normal((10, 4)).astype(np.float32)
     rows[3, 1] = bad
     with np.errstate(invalid='ignore'):
-        found = neighbours.nearest(rows[:2], rows, k=20, block=4)
+        found = features.nearest(rows[:2], rows, k=20, block=4)
     finite = np.delete(np.arange(10), 3)
     index, distance = slow(rows[:2], rows[finite], 9)
     np.testing.assert_array_equal(found.index, np.hstack([finite[index], [[3], [3]]]))

@@ -29,9 +29,9 @@ from alexnet_jax.analysis.drawing import Figure, Specialisation
 from alexnet_jax.config import Settings
 from alexnet_jax.data.datasets import Dataset
 from alexnet_jax.errors import RunError, UsageError
-from alexnet_jax.inference import evaluate, neighbours
+from alexnet_jax.inference import evaluate
 from alexnet_jax.inference.evaluate import Trained
-from alexnet_jax.inference.neighbours import Computed
+from alexnet_jax.inference.features import Computed, nearest
 from alexnet_jax.model import alexnet
 from alexnet_jax.model.alexnet import Net
 from alexnet_jax.training import metrics
@@ -115,10 +115,6 @@ class Run:
 # ----------------------------------------------------------------------------- figures of a run
 
 
-def _fig3(run: Run) -> Figure:
-    return drawing.fig3(run.kernels, run.trained.settings.net.towers, run.specialisation)
-
-
 def _fig4_left(run: Run) -> Figure:
     rows, test = run.choose(8), run.test
     probability = run.predictions['centre'][rows]
@@ -131,7 +127,7 @@ def _fig4_right(run: Run) -> Figure:
     among = evaluate.open_split(trained, run.among, run.data_dir)
     log(f'{run.workdir}: {layer} of {len(among)} images of {among.split}')
     images, features = test.images[chosen], Computed(among.images, trained.extractor(layer))
-    found = neighbours.nearest(features.extract(images), features, k=6).index
+    found = nearest(features.extract(images), features, k=6).index
     labels = test.labels[chosen], among.labels[found]
     return drawing.fig4_right(images, among.images[found], *labels, test.class_names)
 
@@ -143,7 +139,9 @@ def last_hidden(net: Net) -> str:
 
 
 FIGURES: dict[str, Callable[[Run], Figure]] = {
-    'fig3': _fig3,
+    'fig3': lambda run: drawing.fig3(
+        run.kernels, run.trained.settings.net.towers, run.specialisation
+    ),
     'fig4_left': _fig4_left,
     'fig4_right': _fig4_right,
     'curves': lambda run: drawing.curves(run.records),

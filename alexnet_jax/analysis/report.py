@@ -124,20 +124,14 @@ def _classes(run: Run) -> list[tuple[str, str]]:
     return [(name, percent(1 - accuracy[name])) for name in sorted(accuracy, key=accuracy.get)]
 
 
-def mistakes(probability: np.ndarray, label: np.ndarray, count: int) -> list[int]:
-    """Return the rows of the `count` most confident mistakes among [N, classes] for labels [N]."""
-    wrong = np.flatnonzero(probability.argmax(axis=1) != label)
-    confidence = probability[wrong].max(axis=1)
-    return wrong[np.argsort(-confidence, kind='stable')][:count].tolist()
-
-
-def _mistakes(run: Run) -> list[tuple[str, int, str, float, str]]:
+def mistakes(run: Run) -> list[tuple[str, int, str, float, str]]:
     """Return the most confident mistakes: image, row, prediction, its probability, label."""
-    test, probability = run.test, run.predictions['centre']
-    names, taken = test.class_names, probability.argmax(axis=1)
+    probability, names, label = run.predictions['centre'], run.test.class_names, run.test.labels
+    taken, share = probability.argmax(axis=1), probability.max(axis=1)
+    wrong = np.flatnonzero(taken != label)
+    rows = wrong[np.argsort(-share[wrong], kind='stable')][:MISTAKES].tolist()
     return [
-        (picture(test.images[i]), i, names[taken[i]], probability[i].max(), names[test.labels[i]])
-        for i in mistakes(probability, test.labels, MISTAKES)
+        (picture(run.test.images[i]), i, names[taken[i]], share[i], names[label[i]]) for i in rows
     ]
 
 
@@ -145,7 +139,7 @@ PARTS: dict[str, Callable[[Run], Any]] = {
     'errors': results,
     'classes': _classes,
     'confusions': _confusions,
-    'mistakes': _mistakes,
+    'mistakes': mistakes,
     'environment': lambda run: config_file.read_json(run.workdir / 'environment.json'),
     'config': lambda run: traverse_util.flatten_dict(run.settings.tree, sep='.'),
     **{name: functools.partial(_svg, name=name) for name in figures.FIGURES},

@@ -31,7 +31,6 @@ from alexnet_jax.training.metrics import log
 
 VIEWS = {'centre': (0,), 'ten_views': tuple(range(10))}  # by the names used in results
 CENTRE = {'centre': (0,)}
-Predict = Callable[[Any, Statistics, jax.Array, int], jax.Array]
 Extract = Callable[[np.ndarray], np.ndarray]
 
 
@@ -85,8 +84,7 @@ class Trained:
             found = []
             for start in range(0, max(len(images), 1), size):
                 part = images[start : start + size]
-                batch = np.zeros((size, *part.shape[1:]), np.uint8)
-                batch[: len(part)] = part
+                batch = np.pad(part, [(0, size - len(part)), (0, 0), (0, 0), (0, 0)])
                 batch = jax.device_put(batch, layout.batch_sharding)
                 found.append(np.asarray(run_sharded(*constants, batch))[: len(part)])
             return np.concatenate(found)
@@ -121,7 +119,12 @@ def restore(
     settings = configuration.unpack(config)
     cpu.set_up_cpu(settings.mesh.cpu_devices)  # before reading asks JAX for its devices
     restored = checkpoints.restore(None, step)
-    layout = _layout(settings)
+    try:
+        layout = mesh.make_layout(settings.mesh, settings.batch_size)
+    except UsageError:  # this machine has too few devices for the training's layout
+        if jax.process_count() > 1:
+            raise
+        layout = mesh.make_layout(MeshShape(data=1, tower=1), 1)
     shardings = layout.parameter_shardings(settings.net)
     state, statistics = restored.state['state'], restored.state['statistics']
     return Trained(
@@ -134,16 +137,6 @@ def restore(
         statistics=Statistics(**mesh.put_global(statistics, layout.replicated)),
         stored=tuple(restored.extra.get('stored', statistics['mean_image'].shape)),
     )
-
-
-def _layout(settings: Settings) -> Layout:
-    """Return the training's layout, or one device if this machine has too few for it."""
-    try:
-        return mesh.make_layout(settings.mesh, settings.batch_size)
-    except UsageError:
-        if jax.process_count() > 1:
-            raise
-        return mesh.make_layout(MeshShape(data=1, tower=1), 1)
 
 
 def open_split(trained: Trained, split: str, data_dir: str = '') -> Dataset:
@@ -162,7 +155,7 @@ def open_split(trained: Trained, split: str, data_dir: str = '') -> Dataset:
 
 
 @functools.lru_cache(maxsize=4)
-def make_predict(settings: Settings, layout: Layout) -> Predict:
+def make_predict(settings: Settings, layout: Layout) -> Callable[..., jax.Array]:
     """Compile (params, statistics, images [B, H, W, C], view 0..9) -> probabilities [B, classes].
 
     Images are split over 'data'. Every device, and so every process, gets all probabilities.

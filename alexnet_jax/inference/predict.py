@@ -4,11 +4,6 @@
 
 An image file is converted to the format in which the data set is stored (`images.decode`). The
 evaluation's code, statistics and batches do the rest, so the probabilities are bitwise identical.
-In Python:
-
-    classify = predict.load(workdir)
-    probability = classify(images)  # uint8 [B, H, W, C] -> float32 [B, classes]
-    print(classify.class_names[probability[0].argmax()])
 """
 
 import argparse
@@ -71,17 +66,13 @@ def load(
 ) -> Classifier:
     """Return a function from uint8 images [B, H, W, C] to probabilities, compiled once.
 
+    For workdir, step and errors see `evaluate.restore`.
+
     Args:
-        workdir: the run's folder.
-        step: a checkpoint: a number, 'latest' or 'best'.
         views: 'centre', or 'ten_views' for the average over the paper's ten.
         batch_size: images computed at once; fewer are padded. 0, the default, is the evaluation's,
             which gives the bits of predictions_<split>.npz; others differ by rounding. On a CPU, a
             small one is faster for single images.
-
-    Raises:
-        UsageError: the step does not exist.
-        RunError: there is no checkpoint, or it is damaged.
     """
     return Classifier(evaluate.restore(workdir, step), views, batch_size)
 
@@ -90,11 +81,7 @@ def load(
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the most probable classes of every image; return the number of files that were none.
-
-    Raises:
-        UsageError, RunError: as `load`.
-    """
+    """Print the most probable classes of every image; return the number of files that were none."""
     views = 'ten_views' if args.views == 10 else 'centre'
     classify = load(args.workdir, args.step, views=views, batch_size=args.batch_size)
     trained, paths, faults = classify.trained, image_files.find(args.images), list[str]()

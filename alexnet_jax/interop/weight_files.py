@@ -48,7 +48,11 @@ def read(path: Path) -> Arrays:
         raise RunError(
             f'{path} cannot be read ({reason}); if it is damaged, download it again.'
         ) from problem
-    return {name: _float32(array) for name, array in arrays.items()}
+    with np.errstate(over='ignore'):  # `weights` refuses the infinity that results
+        for name, array in arrays.items():
+            if jnp.issubdtype(array.dtype, jnp.floating):  # NumPy does not know bfloat16
+                arrays[name] = np.asarray(array, np.float32)
+    return arrays
 
 
 def _reader(path: Path) -> Callable[[Path], Arrays]:
@@ -66,13 +70,6 @@ def _reader(path: Path) -> Callable[[Path], Arrays]:
         f'{path} is not a weight file of PyTorch, safetensors or NumPy (.npz); for a .caffemodel '
         f'see python -m alexnet_jax weights --help.'
     )
-
-
-def _float32(array: np.ndarray) -> np.ndarray:
-    if not jnp.issubdtype(array.dtype, jnp.floating):  # NumPy does not know bfloat16
-        return array
-    with np.errstate(over='ignore'):  # `weights` refuses the infinity that results
-        return np.asarray(array, np.float32)
 
 
 def _read_safetensors(path: Path) -> Arrays:

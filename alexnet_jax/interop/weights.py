@@ -22,7 +22,6 @@ caffe.TEST).params[n][i].data:
 
 import argparse
 import dataclasses
-import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -41,7 +40,6 @@ from alexnet_jax.errors import UsageError
 from alexnet_jax.interop import export, weight_files
 from alexnet_jax.interop.weight_files import Arrays
 from alexnet_jax.model import alexnet
-from alexnet_jax.model.alexnet import Stage
 from alexnet_jax.model.augment import Preprocess, Statistics
 from alexnet_jax.training import checkpoint, step
 from alexnet_jax.training import workdir as workdirs
@@ -111,19 +109,16 @@ def canonical(arrays: Arrays, origin: Origin, settings: Settings, file: str = 't
     params = {}
     for name, stage in zip(names, stages, strict=False):
         kernel, bias = (checked[name + part] for part in origin.parts)
-        params[stage.layer.name] = {'kernel': _kernel(kernel, stage), 'bias': bias}
+        if stage.layer.kind == 'fc':
+            height, width, channels = stage.input if len(stage.input) == 3 else (1, 1, *stage.input)
+            kernel = kernel.reshape(-1, channels, height, width)
+        kernel = kernel.transpose(2, 3, 1, 0).reshape(stage.kernel)
+        params[stage.layer.name] = {'kernel': kernel, 'bias': bias}
     conv1 = params[own[0]]
     kernel = conv1['kernel'][:, :, :: -1 if origin.bgr else 1]
     std = np.array(origin.std) * settings.preprocess.scale
     conv1['kernel'] = (kernel / std[:, None]).astype(np.float32)
     return params
-
-
-def _kernel(weights: np.ndarray, stage: Stage) -> np.ndarray:
-    if stage.layer.kind == 'fc':
-        height, width, channels = stage.input if len(stage.input) == 3 else (1, 1, *stage.input)
-        weights = weights.reshape(-1, channels, height, width)
-    return weights.transpose(2, 3, 1, 0).reshape(stage.kernel)
 
 
 def _unwrap(arrays: Arrays, first: str, file: str) -> Arrays:
@@ -211,13 +206,7 @@ def import_weights(
         statistics = statistics_of(ORIGINS[origin], settings.preprocess)
     optimizer = step.make_optimizer(settings, images=settings.batch_size)
     state = step.init_state(settings, optimizer).replace(params=jax.device_put(params))
-    with file.open('rb') as opened:
-        digest = hashlib.file_digest(opened, 'sha256').hexdigest()
-    extra = {
-        'config': settings.tree,
-        'class_names': list(names),
-        'imported': {'file': file.name, 'sha256': digest},
-    }
+    extra = {'config': settings.tree, 'class_names': list(names), 'imported': {'file': file.name}}
     tree = {'state': state, 'statistics': statistics._asdict()}
     with workdirs.open_workdir(settings, workdir), Checkpoints(workdir / 'checkpoints') as found:
         found.save(0, tree, extra, error=None)
@@ -253,6 +242,9 @@ def read_names(file: Path | None, classes: int) -> Sequence[str]:
 # --------------------------------------------------------------------------------------- export
 
 
+GRAPHS = {'.stablehlo': export.stablehlo, '.onnx': export.onnx}
+
+
 def export_checkpoint(file: Path, workdir: Path, at: checkpoint.Step = 'latest') -> str:
     """Write a checkpoint's net atomically in the format of the file's ending; return a sentence.
 
@@ -265,22 +257,15 @@ def export_checkpoint(file: Path, workdir: Path, at: checkpoint.Step = 'latest')
     params = restored.state['state']['params']
     statistics = Statistics(**jax.tree.map(jnp.asarray, restored.state['statistics']))
     if file.suffix == '.safetensors':
-        body = _safetensors(params, statistics, restored.extra)
+        tree = {'params': params, 'statistics': statistics._asdict()}
+        arrays = traverse_util.flatten_dict(jax.tree.map(np.ascontiguousarray, tree), sep='/')
+        head = {key: json.dumps(restored.extra[key]) for key in ('config', 'class_names')}
+        body = command.library('safetensors.numpy', 'weights').save(arrays, head)
     else:
         body = GRAPHS[file.suffix](settings, params, statistics)
     with files.output(file) as scratch:
         scratch.write_bytes(body)
     return f'{file}: step {restored.step} of {workdir}, {len(body):,} bytes'
-
-
-GRAPHS = {'.stablehlo': export.stablehlo, '.onnx': export.onnx}
-
-
-def _safetensors(params: Params, statistics: Statistics, extra: Mapping) -> bytes:
-    tree = {'params': params, 'statistics': statistics._asdict()}
-    arrays = traverse_util.flatten_dict(jax.tree.map(np.ascontiguousarray, tree), sep='/')
-    head = {key: json.dumps(extra[key]) for key in ('config', 'class_names')}
-    return command.library('safetensors.numpy', 'weights').save(arrays, head)
 
 
 # ---------------------------------------------------------------------------------- the command
