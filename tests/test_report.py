@@ -146,7 +146,7 @@ def test_it_shows_the_metrics(workdir, document):
         assert f'test error, {name} {100 * own["top1_error"]:.2f} %' in document.text
     for name, share in test['class_accuracy'].items():
         assert f'{name} {100 * (1 - share):.2f} %' in document.text
-    assert f'Errors on {TEST} test images; from predictions_test.npz.' in document.text
+    assert f'Errors on {TEST} test images, from predictions_test.npz.' in document.text
 
 
 def test_it_shows_config_and_environment(workdir, document):
@@ -257,19 +257,9 @@ def test_a_report_without_predictions(copy):
     (copy / 'predictions_test.npz').unlink()
     document = Document(report.page(Run(copy)))
     wanted = f'{copy} has no predictions_test.npz: create it with python main.py --mode=evaluate'
-    assert document.text.count(wanted) == 4  # examples, neighbours, confusion, mistakes
+    # Errors, examples, neighbours, confusions, classes, mistakes.
+    assert document.text.count(wanted) == 6
     assert [tag for tag, _ in document.tags].count('svg') == 2  # curves and filters
-    assert 'from metrics.jsonl' in document.text  # the final record has the errors
-
-
-def test_the_last_end_of_an_extended_run_counts(copy):
-    (copy / 'predictions_test.npz').unlink()
-    end = json.loads((copy / 'metrics.jsonl').read_text().splitlines()[-1])
-    end |= {'step': 16, 'centre': end['centre'] | {'top1_error': 0.125}}
-    with (copy / 'metrics.jsonl').open('a') as file:
-        file.write(json.dumps(end) + '\n')
-    found = report.results(Run(copy))
-    assert (found['centre']['top1_error'], found['source']) == (0.125, 'metrics.jsonl')
 
 
 def test_a_report_of_an_interrupted_run(copy):

@@ -190,7 +190,7 @@ def test_resuming_on_data_prepared_again(workdir, shades, permuted, renamed, tmp
         (predict.main, ['{d}/source/test', '--top=3']),
         (predict.main, ['{d}/source/test', '--json']),
         (features.main, ['--split=test', '--nearest=2']),
-        (features.main, ['{d}/source/test', '--nearest=2', '--json']),
+        (features.main, ['{d}/source/test', '--nearest=2']),
         (figures.main, ['fig4_left', '--output={t}/蓝.png']),
         (figures.main, ['fig3', '--output={t}/蓝.svg']),
         (report.main, ['--output={t}/蓝.html']),

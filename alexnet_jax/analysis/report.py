@@ -91,37 +91,26 @@ def picture(image: np.ndarray) -> str:
 # --------------------------------------------------------------------------------------- sections
 
 
-def results(run: Run) -> dict[str, Any]:
-    """Return the test errors, as `evaluate.summary` does, and their `source`, a file.
+def _errors(run: Run) -> dict[str, Any]:
+    return evaluate.summary(run.predictions, run.trained.class_names)
 
-    Without saved predictions they come from the record of the run's end.
-    """
-    if not evaluate.predictions_path(run.workdir).exists():
-        for record in reversed(run.records):
-            if record['kind'] == 'test':
-                return record | {'source': 'metrics.jsonl'}
-    found = evaluate.summary(run.predictions, run.trained.class_names)
-    return found | {'source': 'predictions_test.npz'}
+
+def _classes(run: Run) -> list[tuple[str, str]]:
+    accuracy = _errors(run)['class_accuracy']
+    return [(name, percent(1 - accuracy[name])) for name in sorted(accuracy, key=accuracy.get)]
 
 
 def _confusions(run: Run) -> list[tuple[str, str, str]]:
     """Return the most frequent confusions: label, prediction, share of the label's images."""
     names, label = run.trained.class_names, run.predictions['label']
-    share = np.zeros((len(names), len(names)))
-    np.add.at(share, (label, run.predictions['centre'].argmax(axis=1)), 1)
-    share /= np.maximum(share.sum(axis=1, keepdims=True), 1)
-    np.fill_diagonal(share, 0)
-    pairs = np.argsort(-share, axis=None, kind='stable')[:CONFUSIONS]
+    both = np.stack([label, run.predictions['centre'].argmax(axis=1)])
+    pairs, count = np.unique(both[:, both[0] != both[1]], axis=1, return_counts=True)
+    share = count / np.bincount(label)[pairs[0]]
+    order = np.argsort(-share, kind='stable')[:CONFUSIONS]
     return [
-        (names[own], names[taken], percent(share[own, taken]))
-        for own, taken in zip(*np.unravel_index(pairs, share.shape), strict=True)
-        if share[own, taken] > 0
+        (names[own], names[taken], percent(part))
+        for (own, taken), part in zip(pairs.T[order], share[order], strict=True)
     ]
-
-
-def _classes(run: Run) -> list[tuple[str, str]]:
-    accuracy = results(run)['class_accuracy']
-    return [(name, percent(1 - accuracy[name])) for name in sorted(accuracy, key=accuracy.get)]
 
 
 def mistakes(run: Run) -> list[tuple[str, int, str, float, str]]:
@@ -136,7 +125,7 @@ def mistakes(run: Run) -> list[tuple[str, int, str, float, str]]:
 
 
 PARTS: dict[str, Callable[[Run], Any]] = {
-    'errors': results,
+    'errors': _errors,
     'classes': _classes,
     'confusions': _confusions,
     'mistakes': mistakes,

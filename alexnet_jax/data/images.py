@@ -72,7 +72,7 @@ def decode_image(
         with Image.open(io.BytesIO(encoded), formats=FORMATS) as found:
             pixels = found.width * found.height
             if pixels <= most_pixels:
-                return _fitted(found if pixels <= MOST_PIXELS else _shrunk(found, shape), shape)
+                return stored(found if pixels <= MOST_PIXELS else _shrunk(found, shape), shape)
     except UnidentifiedImageError:
         raise BadImage('is not an image of a known format (HEIC: convert it to JPEG)') from None
     except Exception as error:  # decoders raise many types for damaged files
@@ -84,8 +84,8 @@ def decode_image(
     )
 
 
-def stored(picture: Image.Image, shape: tuple[int, int, int]) -> np.ndarray:
-    """Convert a picture to the stored form of a data set: uint8 of `shape` [H, W, C].
+def stored(picture: Image.Image, shape: tuple[int, int, int]) -> Image.Image:
+    """Convert a picture to the stored form of a data set, of `shape` [H, W, C].
 
     It is turned upright by its EXIF tag, alpha is composited on black, 16 bits are cut to the upper
     8, CMYK and palettes become RGB, colour becomes grey or grey is repeated. Then the largest
@@ -98,10 +98,6 @@ def stored(picture: Image.Image, shape: tuple[int, int, int]) -> np.ndarray:
     Raises:
         ValueError: the range of its pixels is not known (32 bits an entry).
     """
-    return np.asarray(_fitted(picture, shape)).reshape(shape)
-
-
-def _fitted(picture: Image.Image, shape: tuple[int, int, int]) -> Image.Image:
     height, width, channels = shape
     picture = _upright(picture)
     if picture.mode[0] in 'IF':

@@ -102,13 +102,11 @@ def of_files(trained: Trained, layer: str, words: Sequence[str], faults: list[st
 
 
 def _about(trained: Trained, layer: str, split: str | None) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(trained.params):
-        digest.update(np.asarray(leaf).tobytes())
+    body = b''.join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(trained.params))
     return {
         'config': trained.settings.name,
         'step': trained.step,
-        'parameters_sha256': digest.hexdigest(),
+        'parameters_sha256': hashlib.sha256(body).hexdigest(),
         'layer': layer,
         'data': None if split is None else trained.settings.data.name,
         'split': split,
@@ -219,7 +217,7 @@ def run(args: argparse.Namespace) -> int:
         write(features, args.output, trained.settings.loop.eval_batch_size)
         print(args.output)
     else:
-        _print_nearest(features, _among(trained, features, args), args.nearest, args.json)
+        _print_nearest(features, _among(trained, features, args), args.nearest)
     return len(faults)
 
 
@@ -236,26 +234,16 @@ def _among(trained: Trained, queries: Features, args: argparse.Namespace) -> Fea
     return among
 
 
-def _print_nearest(queries: Features, among: Features, k: int, as_json: bool) -> None:
-    starts = range(0, len(queries), BLOCK)
-    rows = [queries.rows[start : start + BLOCK] for start in starts]
-    found = nearest(np.concatenate(rows), among.rows, k)
+def _print_nearest(queries: Features, among: Features, k: int) -> None:
+    blocks = [queries.rows[i : i + BLOCK] for i in range(0, len(queries), BLOCK)]
+    found = nearest(np.concatenate(blocks), among.rows, k)
     table = [('query', 'distance', 'neighbour', 'class')]
     for row, (index, distances) in enumerate(zip(*map(np.ndarray.tolist, found), strict=True)):
-        query = queries.image(row)
-        near: list[dict[str, Any]] = [
-            {'image': among.image(i), 'row': i, 'class': among.class_name(i), 'distance': own}
-            for i, own in zip(index, distances, strict=True)
-        ]
-        if as_json:
-            answer = {'query': query, 'class': queries.class_name(row), 'neighbours': near}
-            print(json.dumps(answer))
-        for own in near:
-            names = map(command.shown, (query, own['image'], own['class'] or ''))
-            query, image, label = names
-            table.append((query, f'{own["distance"]:>12.6g}', image, label))
-    if not as_json:
-        print(command.table(table))
+        for i, distance in zip(index, distances, strict=True):
+            names = queries.image(row), among.image(i), among.class_name(i) or ''
+            query, image, name = map(command.shown, names)
+            table.append((query, f'{distance:>12.6g}', image, name))
+    print(command.table(table))
 
 
 def _parser() -> command.Parser:
@@ -283,7 +271,6 @@ def _parser() -> command.Parser:
     result.add_argument('--nearest', type=command.positive, metavar='K', help=what)
     what = 'where to search for neighbours: train (the default), another split, or an .npy file'
     parser.add_shared('among', help=what)
-    parser.add_argument('--json', action='store_true', help='print one JSON object per line')
     return parser
 
 

@@ -20,11 +20,9 @@ from alexnet_jax.model import alexnet, augment
 from alexnet_jax.model.alexnet import AlexNet, Stage
 from alexnet_jax.model.augment import Statistics
 
-PLATFORMS = ('cpu', 'cuda', 'tpu')
+Array = jax.Array
 # The oldest versions with every operation used here, for old runtimes.
 OPSET, IR_VERSION = 17, 8
-
-Array = jax.Array
 
 
 def classify(settings: Settings, params: Any, statistics: Statistics) -> Callable[[Array], Array]:
@@ -43,7 +41,7 @@ def stablehlo(settings: Settings, params: Any, statistics: Statistics) -> bytes:
     (batch,) = jax.export.symbolic_shape('batch')
     images = jax.ShapeDtypeStruct((batch, *statistics.mean_image.shape), jnp.uint8)
     run = jax.jit(classify(settings, params, statistics))
-    return bytes(jax.export.export(run, platforms=PLATFORMS)(images).serialize())
+    return bytes(jax.export.export(run, platforms=('cpu', 'cuda', 'tpu'))(images).serialize())
 
 
 def onnx(settings: Settings, params: Any, statistics: Statistics) -> bytes:

@@ -241,7 +241,6 @@ def read_names(file: Path | None, classes: int) -> Sequence[str]:
 
 # --------------------------------------------------------------------------------------- export
 
-
 GRAPHS = {'.stablehlo': export.stablehlo, '.onnx': export.onnx}
 
 
