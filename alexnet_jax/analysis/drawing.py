@@ -25,11 +25,9 @@ BLUE, ORANGE, GREEN, VIOLET, RED = COLOURS = '#2f7de1', '#d95926', '#199e70', '#
 WIDTH = 4.8  # inches: legible on a phone
 DPI = 200
 STYLE: dict[str, Any] = {
-    'figure.facecolor': 'white',
     'axes.facecolor': 'none',
     'axes.spines.top': False,
     'axes.spines.right': False,
-    'axes.axisbelow': True,
     'font.size': 9.0,
     'axes.titlesize': 9.0,
     'legend.frameon': False,

@@ -108,14 +108,15 @@ def restore(
     """
     workdir = Path(workdir)
     checkpoints = Checkpoints(workdir / 'checkpoints')
-    config = config_file.plain(checkpoints.extra(step)['config'])
+    saved = checkpoints.extra(step)['config']
+    config = config_file.plain(saved)
     for key, value in (overrides or {}).items():
-        if key not in (*workdirs.MAY_DIFFER, 'loop.eval_batch_size'):
-            raise UsageError(
-                f'--config.{key} has no effect on an evaluation, which uses the net and recipe of '
-                f'the checkpoint; remove it.'
-            )
         config_file.override(config, key, value)
+    if odd := sorted(workdirs.changes(saved, config).keys() - {'loop.eval_batch_size'}):
+        raise UsageError(
+            f'--config.{odd[0]} has no effect on an evaluation, which uses the net and recipe of '
+            f'the checkpoint; remove it.'
+        )
     settings = configuration.unpack(config)
     cpu.set_up_cpu(settings.mesh.cpu_devices)  # before reading asks JAX for its devices
     restored = checkpoints.restore(None, step)
