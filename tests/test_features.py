@@ -159,10 +159,10 @@ def slow(queries, rows, k):
 
 
 def assert_exact(queries, rows, k, block):
-    found = features.nearest(queries, rows, k, block)
+    found, far = features.nearest(queries, rows, k, block)
     index, distance = slow(queries, rows, k)
-    np.testing.assert_array_equal(found.index, index)
-    np.testing.assert_allclose(found.distance, distance, rtol=1e-13)  # the order of a sum
+    np.testing.assert_array_equal(found, index)
+    np.testing.assert_allclose(far, distance, rtol=1e-13)  # the order of a sum
 
 
 @pytest.mark.parametrize(('k', 'block'), [(1, 1), (6, 7), (6, 100), (60, 7), (60, 1000)])
@@ -208,10 +208,10 @@ def hard(name):
 @pytest.mark.parametrize('block', [50, 300])
 def test_nearest_where_float32_ranks_wrongly(name, block):
     queries, rows = hard(name)
-    found = features.nearest(queries, rows, 6, block)
-    assert np.all(found.distance[:, 0] == 0)  # each query is among the rows
+    _, far = features.nearest(queries, rows, 6, block)
+    assert np.all(far[:, 0] == 0)  # each query is among the rows
     if name == 'all the same':  # more rows than candidates: rounding decides which are chosen
-        assert np.all(found.distance == 0)
+        assert np.all(far == 0)
     else:
         assert_exact(queries, rows, 6, block)
 
@@ -227,10 +227,10 @@ def test_nearest_of_maps_from_a_memory_map(tmp_path):
     rng = np.random.default_rng(0)
     np.save(tmp_path / 'a.npy', rng.standard_normal((90, 3, 3, 4)).astype(np.float32))
     rows = np.load(tmp_path / 'a.npy', mmap_mode='r')
-    found = features.nearest(rows[5:8], rows, 4, block=16)
+    found, far = features.nearest(rows[5:8], rows, 4, block=16)
     index, distance = slow(rows[5:8].reshape(3, -1), rows.reshape(90, -1), 4)
-    np.testing.assert_array_equal(found.index, index)
-    np.testing.assert_allclose(found.distance, distance, rtol=1e-13)
+    np.testing.assert_array_equal(found, index)
+    np.testing.assert_allclose(far, distance, rtol=1e-13)
 
 
 @pytest.mark.parametrize('bad', [np.nan, np.inf])
@@ -238,12 +238,12 @@ def test_rows_that_are_not_finite_come_last(bad):
     rows = np.random.default_rng(0).standard_normal((10, 4)).astype(np.float32)
     rows[3, 1] = bad
     with np.errstate(invalid='ignore'):
-        found = features.nearest(rows[:2], rows, k=20, block=4)
+        found, far = features.nearest(rows[:2], rows, k=20, block=4)
     finite = np.delete(np.arange(10), 3)
     index, distance = slow(rows[:2], rows[finite], 9)
-    np.testing.assert_array_equal(found.index, np.hstack([finite[index], [[3], [3]]]))
-    np.testing.assert_allclose(found.distance[:, :9], distance, rtol=1e-13)
-    assert not np.isfinite(found.distance[:, 9]).any()
+    np.testing.assert_array_equal(found, np.hstack([finite[index], [[3], [3]]]))
+    np.testing.assert_allclose(far[:, :9], distance, rtol=1e-13)
+    assert not np.isfinite(far[:, 9]).any()
 
 
 # ------------------------------------------------------------------------------ the command

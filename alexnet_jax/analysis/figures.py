@@ -127,7 +127,7 @@ def _fig4_right(run: Run) -> Figure:
     among = evaluate.open_split(trained, run.among, run.data_dir)
     log(f'{run.workdir}: {layer} of {len(among)} images of {among.split}')
     images, features = test.images[chosen], Computed(among.images, trained.extractor(layer))
-    found = nearest(features.extract(images), features, k=6).index
+    found, _ = nearest(features.extract(images), features, k=6)
     labels = test.labels[chosen], among.labels[found]
     return drawing.fig4_right(images, among.images[found], *labels, test.class_names)
 

@@ -16,7 +16,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -88,10 +88,7 @@ def of_files(trained: Trained, layer: str, words: Sequence[str], faults: list[st
     """Return the features of image files, folders or globs, computed when indexed.
 
     The images stay in memory. A sentence about each file that is not an image is printed and
-    appended to `faults`.
-
-    Raises:
-        UsageError: the layer does not exist.
+    appended to `faults`. For errors see `Trained.extractor`.
     """
     extract = trained.extractor(layer)  # before the files are read
     blocks = [*image_files.read_ahead(image_files.find(words), trained.stored, 100, faults)]
@@ -159,16 +156,9 @@ def read(path: Path) -> Features:
 # ---------------------------------------------------------------------------------- nearest images
 
 
-class Neighbours(NamedTuple):
-    """The neighbours of Q queries, nearest first."""
-
-    index: np.ndarray  # int64 [Q, k], rows of the features
-    distance: np.ndarray  # float64 [Q, k], Euclidean
-
-
 def nearest(
     queries: np.ndarray, features: np.ndarray | Computed, k: int, block: int = BLOCK
-) -> Neighbours:
+) -> tuple[np.ndarray, np.ndarray]:
     """Find the k nearest rows by Euclidean distance, in float64.
 
     In each block, |r|^2 - 2 q.r selects k + SPARE candidates. Their distances are sums of squared
@@ -181,6 +171,9 @@ def nearest(
         features: float32 [N, D], or [N, ...]; a row that is not finite is ranked last.
         k: neighbours of each query; all N rows if there are fewer.
         block: rows in memory at a time.
+
+    Returns:
+        The numbers of the rows, int64 [Q, k], nearest first, and their distances, float64 [Q, k].
     """
     width = math.prod(features.shape[1:])
     queries = np.asarray(queries, np.float64).reshape(len(queries), width)
@@ -195,7 +188,7 @@ def nearest(
         squared, index = np.hstack([squared, exact]), np.hstack([index, start + near])
         order = np.lexsort((index, squared))[:, :k]  # by distance, then by index
         squared, index = (np.take_along_axis(x, order, 1) for x in (squared, index))
-    return Neighbours(index, np.sqrt(squared))
+    return index, np.sqrt(squared)
 
 
 # ---------------------------------------------------------------------------------- the command
