@@ -176,13 +176,17 @@ def translated(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the config in a config.json, its keys translated; RunError if it is damaged."""
+    """Return the config in a config.json, its keys translated.
+
+    Raises:
+        RunError: it does not exist, or is damaged.
+    """
     try:
         return translated(dict(json.loads(path.read_text())))
-    except (TypeError, ValueError) as error:
+    except (OSError, TypeError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f'no JSON object: {error}'
         raise RunError(
-            f'{path} is damaged, it is not a JSON object ({error}); restore it, or choose another '
-            f'folder.'
+            f'{path} cannot be read ({reason}); choose the folder of a run, or restore this file.'
         ) from error
 
 

@@ -67,7 +67,7 @@ def test_a_config_of_a_run_is_a_config(tmp_path):
         ('a.py', 'def get_config(): return undefined', "name 'undefined' is not defined"),
         ('a.py', 'def get_config(): raise ValueError("not so")', 'not so'),
         ('a.json', '{"mod', 'a.json'),
-        ('a.json', '[1]', 'it is not a JSON object'),
+        ('a.json', '[1]', 'no JSON object'),
         ('a.json', '{"model": {}}', 'is missing from this config'),
         ('a.py', 'def get_config(): return None', 'gives no config'),
         ('a.py', 'x = 1', "'get_config' (KeyError); correct it, as configs/smoke.py shows"),

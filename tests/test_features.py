@@ -262,19 +262,25 @@ def test_nearest_from_the_command_line(workdir, images, tmp_path, capsys):
         Image.fromarray(images[i, ..., 0]).save(tmp_path / f'{i}.png')
     where = f'--workdir={workdir}'
     assert run_command(capsys, where, '--split=train', f'--output={file}')[:2] == (0, f'{file}\n')
-    ask = (where, '--nearest=3')
+    ask = (where, '--nearest=3', '--json')
     _, by_split, _ = run_command(capsys, *ask, '--split=test[:2]', f'--among={file}')
     _, by_files, _ = run_command(capsys, *ask, f'{tmp_path}/?.png', '--among=train')
+    by_split, by_files = ([json.loads(x) for x in out.splitlines()] for out in (by_split, by_files))
     known = features.read(file)
     extract = evaluate.restore(workdir).extractor('fc7_relu')
     index, distance = slow(extract(images[:2]), np.asarray(known.rows), 3)
-    for out, query in ((by_split, 'test[:2][{}]'), (by_files, f'{tmp_path}/{{}}.png')):
-        expected = [
-            [query.format(row), f'{own:.6g}', f'train[:{TRAIN}][{i}]', *known.class_name(i).split()]
-            for row in range(2)
-            for i, own in zip(index[row], distance[row], strict=True)
-        ]
-        assert [line.split() for line in out.splitlines()[2:]] == expected
+    for row, (a, b) in enumerate(zip(by_split, by_files, strict=True)):
+        assert a['query'] == f'test[:2][{row}]'
+        assert b['query'] == f'{tmp_path}/{row}.png'
+        assert a['class'] in known.about['class_names']
+        assert b['class'] is None
+        assert a['neighbours'] == b['neighbours']
+        assert [n['row'] for n in a['neighbours']] == index[row].tolist()
+        distances = [n['distance'] for n in a['neighbours']]
+        np.testing.assert_allclose(distances, distance[row], rtol=1e-13)
+        first = a['neighbours'][0]
+        assert first['image'] == f'train[:{TRAIN}][{first["row"]}]'
+        assert first['class'] == known.class_name(first['row'])
 
 
 def test_a_table_of_neighbours(workdir, capsys):

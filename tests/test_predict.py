@@ -130,17 +130,26 @@ def test_the_training_mesh_is_used_if_possible(trained, expected, images, tmp_pa
     np.testing.assert_allclose(jax.nn.softmax(extract(images)), expected['centre'], rtol=1e-5)
 
 
+def test_arrays_of_another_size_are_resized_like_files(classify, tmp_path):
+    rng = np.random.default_rng(0)
+    for channels in (1, 3, 4):
+        batch = rng.integers(0, 256, (2, 40, 60, channels), np.uint8)
+        path = tmp_path / f'{channels}.png'
+        Image.fromarray(batch[1].squeeze()).save(path)
+        from_file = classify(image_files.read(path, GREY)[None])
+        np.testing.assert_array_equal(classify(batch)[1], from_file[0])
+
+
 @pytest.mark.parametrize(
     'wrong',
     [
         np.zeros((2, 28, 28, 1), np.float32),
         np.zeros((28, 28, 1), np.uint8),
         np.zeros((2, 28, 28, 2), np.uint8),
-        np.zeros((2, 40, 60, 1), np.uint8),
     ],
 )
 def test_arrays_that_are_no_images(classify, wrong):
-    with pytest.raises(UsageError, match=r'uint8 \[B, 28, 28, 1\]'):
+    with pytest.raises(UsageError, match=r'uint8 \[B, H, W, C\]'):
         classify(wrong)
 
 

@@ -1,5 +1,6 @@
 """Data given with a checkpoint: classes in another order, other classes, other channels."""
 
+import dataclasses
 import io
 import json
 import os
@@ -190,7 +191,7 @@ def test_resuming_on_data_prepared_again(workdir, shades, permuted, renamed, tmp
         (predict.main, ['{d}/source/test', '--top=3']),
         (predict.main, ['{d}/source/test', '--json']),
         (features.main, ['--split=test', '--nearest=2']),
-        (features.main, ['{d}/source/test', '--nearest=2']),
+        (features.main, ['{d}/source/test', '--nearest=2', '--json']),
         (figures.main, ['fig4_left', '--output={t}/蓝.png']),
         (figures.main, ['fig3', '--output={t}/蓝.svg']),
         (report.main, ['--output={t}/蓝.html']),
@@ -277,6 +278,16 @@ def test_images_without_labels_are_not_scored(copy, shades, monkeypatch):
     monkeypatch.setattr(datasets, 'load', unlabelled)
     with pytest.raises(UsageError, match='images without labels'):
         evaluate.run([copy])
+
+
+def test_images_of_other_channels(smoke_run, shades):
+    """The net saw grey images; these are coloured."""
+    trained = evaluate.restore(smoke_run, overrides={'data.data_dir': str(shades)})
+    settings = trained.settings
+    other = dataclasses.replace(settings.data, name='shades')
+    trained = dataclasses.replace(trained, settings=dataclasses.replace(settings, data=other))
+    with pytest.raises(UsageError, match=r'images of 3 channels, but the net in .* takes 1'):
+        evaluate.open_split(trained, 'test[:3]')
 
 
 # ------------------------------------------------------------------------- what the data decides

@@ -144,11 +144,17 @@ def open_split(trained: Trained, split: str, data_dir: str = '') -> Dataset:
     """Open a split of the run's data, its labels numbered as the checkpoint's; see `splits`.
 
     Raises:
-        UsageError: the split does not exist, or the data has other classes.
+        UsageError: the split does not exist, or the data has other classes or channels.
         RunError: the data set does not exist or is damaged.
     """
     config = trained.settings.data
     (dataset,) = splits.open_splits(config, (split,), data_dir)
+    channels, expected = dataset.images.shape[-1], trained.settings.net.channels
+    if channels not in (1, expected):
+        raise UsageError(
+            f'{dataset.name} has images of {channels} channels, but the net in {trained.workdir} '
+            f'takes {expected}; choose the data it was trained on.'
+        )
     return splits.match(dataset, trained.class_names, config, trained.workdir, data_dir)
 
 

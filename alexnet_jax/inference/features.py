@@ -35,11 +35,26 @@ SPARE = 8  # candidates of a block beyond k, as a matrix product rounds
 # ------------------------------------------------------------------------------------- many images
 
 
+@dataclasses.dataclass(frozen=True)
+class ImageFiles:
+    """Image files as uint8 [N, H, W, C], read whenever they are indexed."""
+
+    paths: list[Path]
+    stored: tuple[int, int, int]  # [H, W, C]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, rows: slice, /) -> np.ndarray:
+        images = [image_files.read(path, self.stored) for path in self.paths[rows]]
+        return np.array(images, np.uint8).reshape(-1, *self.stored)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Computed:
     """Features [N, ...] that are computed whenever they are indexed, in place of an array."""
 
-    images: np.ndarray | StoredImages  # uint8 [N, H, W, C], as stored
+    images: np.ndarray | StoredImages | ImageFiles  # uint8 [N, H, W, C], as stored
     extract: Extract  # to float32 [b, ...], see Trained.extractor
 
     @property
@@ -85,17 +100,16 @@ def of_split(trained: Trained, layer: str, split: str, data_dir: str = '') -> Fe
 
 
 def of_files(trained: Trained, layer: str, words: Sequence[str], faults: list[str]) -> Features:
-    """Return the features of image files, folders or globs, computed when indexed.
+    """Return the features of image files, folders or globs. Each file is read once to check it.
 
-    The images stay in memory. A sentence about each file that is not an image is printed and
-    appended to `faults`. For errors see `Trained.extractor`.
+    A sentence about each file that is not an image is printed and appended to `faults`. For errors
+    see `Trained.extractor`.
     """
     extract = trained.extractor(layer)  # before the files are read
-    blocks = [*image_files.read_ahead(image_files.find(words), trained.stored, 100, faults)]
-    paths = [str(path) for names, _ in blocks for path in names]
-    none = np.empty((0, *trained.stored), np.uint8)
-    rows = Computed(np.concatenate([none, *(images for _, images in blocks)]), extract)
-    return Features(rows, None, paths, _about(trained, layer, None))
+    found = image_files.read_ahead(image_files.find(words), trained.stored, 100, faults)
+    images = ImageFiles([path for names, _ in found for path in names], trained.stored)
+    about = _about(trained, layer, None)
+    return Features(Computed(images, extract), None, [str(path) for path in images.paths], about)
 
 
 def _about(trained: Trained, layer: str, split: str | None) -> dict[str, Any]:
@@ -210,7 +224,7 @@ def run(args: argparse.Namespace) -> int:
         write(features, args.output, trained.settings.loop.eval_batch_size)
         print(args.output)
     else:
-        _print_nearest(features, _among(trained, features, args), args.nearest)
+        _print_nearest(features, _among(trained, features, args), args.nearest, args.json)
     return len(faults)
 
 
@@ -227,16 +241,24 @@ def _among(trained: Trained, queries: Features, args: argparse.Namespace) -> Fea
     return among
 
 
-def _print_nearest(queries: Features, among: Features, k: int) -> None:
+def _print_nearest(queries: Features, among: Features, k: int, as_json: bool) -> None:
     blocks = [queries.rows[i : i + BLOCK] for i in range(0, len(queries), BLOCK)]
     found = nearest(np.concatenate(blocks), among.rows, k)
     table = [('query', 'distance', 'neighbour', 'class')]
     for row, (index, distances) in enumerate(zip(*map(np.ndarray.tolist, found), strict=True)):
-        for i, distance in zip(index, distances, strict=True):
-            names = queries.image(row), among.image(i), among.class_name(i) or ''
-            query, image, name = map(command.shown, names)
-            table.append((query, f'{distance:>12.6g}', image, name))
-    print(command.table(table))
+        near: list[dict[str, Any]] = [
+            {'image': among.image(i), 'row': i, 'class': among.class_name(i), 'distance': distance}
+            for i, distance in zip(index, distances, strict=True)
+        ]
+        query = {'query': queries.image(row), 'class': queries.class_name(row)}
+        if as_json:
+            print(json.dumps(query | {'neighbours': near}))
+        for own in near:
+            names = queries.image(row), own['image'], own['class'] or ''
+            shown, image, name = map(command.shown, names)
+            table.append((shown, f'{own["distance"]:>12.6g}', image, name))
+    if not as_json:
+        print(command.table(table))
 
 
 def _parser() -> command.Parser:
@@ -264,6 +286,7 @@ def _parser() -> command.Parser:
     result.add_argument('--nearest', type=command.positive, metavar='K', help=what)
     what = 'where to search for neighbours: train (the default), another split, or an .npy file'
     parser.add_shared('among', help=what)
+    parser.add_argument('--json', action='store_true', help='print one JSON object per line')
     return parser
 
 

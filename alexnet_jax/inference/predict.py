@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from alexnet_jax import command
 from alexnet_jax.data import image_files
+from alexnet_jax.data import images as image_io
 from alexnet_jax.data.datasets import Dataset
 from alexnet_jax.errors import UsageError
 from alexnet_jax.inference import evaluate
@@ -43,17 +45,23 @@ class Classifier:
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """Return class probabilities, float32 [B, classes], of uint8 [B, H, W, C], any B.
 
-        H, W and C are those of the stored images, see `image_files.read`.
+        Images of another size are resized as files are. C is 1 (grey), 3 (RGB) or 4 (RGB, alpha).
 
         Raises:
             UsageError: the images are not uint8, or of another shape.
         """
         images, trained = np.asarray(images), self.trained
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != trained.stored:
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3, 4):
             raise UsageError(
-                f'images must be uint8 [B, {", ".join(map(str, trained.stored))}], as '
-                f'image_files.read gives them, but are {images.dtype} {list(images.shape)}.'
+                f'images must be uint8 [B, H, W, C] with 1, 3 or 4 channels, but are '
+                f'{images.dtype} {list(images.shape)}.'
             )
+        if images.shape[1:] != trained.stored:
+            pictures = [
+                Image.fromarray(own[..., 0] if own.shape[-1] == 1 else own) for own in images
+            ]
+            converted = [np.asarray(image_io.stored(own, trained.stored)) for own in pictures]
+            images = np.array(converted, np.uint8).reshape(-1, *trained.stored)
         unused_labels = np.zeros(len(images), np.int32)
         dataset = Dataset('images', 'all', images, unused_labels, self.class_names)
         net = trained.settings, trained.layout, trained.params, trained.statistics

@@ -22,6 +22,7 @@ caffe.TEST).params[n][i].data:
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -206,7 +207,10 @@ def import_weights(
         statistics = statistics_of(ORIGINS[origin], settings.preprocess)
     optimizer = step.make_optimizer(settings, images=settings.batch_size)
     state = step.init_state(settings, optimizer).replace(params=jax.device_put(params))
-    extra = {'config': settings.tree, 'class_names': list(names), 'imported': {'file': file.name}}
+    with file.open('rb') as opened:
+        digest = hashlib.file_digest(opened, 'sha256').hexdigest()
+    imported = {'file': file.name, 'sha256': digest}
+    extra = {'config': settings.tree, 'class_names': list(names), 'imported': imported}
     tree = {'state': state, 'statistics': statistics._asdict()}
     with workdirs.open_workdir(settings, workdir), Checkpoints(workdir / 'checkpoints') as found:
         found.save(0, tree, extra, error=None)
@@ -220,7 +224,13 @@ def _own(file: Path) -> tuple[Settings, Params, Statistics, list[str]]:
     if not {'config', 'class_names'} <= head.keys():
         raise UsageError(f'{file} has no config in its header: `weights export` did not write it.')
     settings = configuration.unpack(config_file.translated(json.loads(head['config'])))
-    tree = traverse_util.unflatten_dict(arrays, sep='/')
+    # Statistics have the shape of the stored images, which no config contains.
+    fields = [f'statistics/{field}' for field in Statistics._fields]
+    wanted = {field: arrays[field].shape if field in arrays else () for field in fields}
+    for stage in alexnet.geometry(settings.net):
+        name = f'params/{stage.layer.name}'
+        wanted |= {f'{name}/kernel': stage.kernel, f'{name}/bias': stage.kernel[-1:]}
+    tree = traverse_util.unflatten_dict(_check(arrays, wanted, str(file)), sep='/')
     statistics = Statistics(**tree['statistics'])
     return settings, tree['params'], statistics, json.loads(head['class_names'])
 
