@@ -61,9 +61,8 @@ def tuned(source, folder, **changes):
 def begin(config, workdir):
     """Open a run and start it, without a step."""
     job = open_job(splits.complete(configuration.unpack(config)), workdir)
-    with checkpoint.Checkpoints(workdir / 'checkpoints') as checkpoints:
-        job, state, *_ = resume_or_start(job, checkpoints)
-        return job, state
+    job, state, *_ = resume_or_start(job)
+    return job, state
 
 
 @pytest.fixture(scope='module')
@@ -101,7 +100,7 @@ def test_a_run_resumes_without_its_source(run, tmp_path):
     finished, config = run
     workdir = shutil.copytree(finished, tmp_path / 'run')
     final = checkpoint.read(finished / 'checkpoints').state
-    steps = checkpoint.Checkpoints(workdir / 'checkpoints').steps()
+    steps = checkpoint.steps(workdir / 'checkpoints')
     assert steps == [2, 3]
     shutil.rmtree(workdir / 'checkpoints/3')
     train.run(config, workdir)

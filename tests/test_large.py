@@ -464,7 +464,9 @@ def test_a_run_without_validation(smoke_run, data_dir, tmp_path, capsys, monkeyp
     unvalidated = [record for record in expected[2] if record['kind'] != 'validation']
     assert len(unvalidated) < len(expected[2])
     assert_same((step, leaves, written, predictions), (*expected[:2], unvalidated, expected[3]))
-    with pytest.raises(UsageError, match=r"has a validation error, so none is the 'best'; choose"):
+    with pytest.raises(
+        UsageError, match=r'no checkpoint with a validation error in .*; choose another'
+    ):
         evaluate.restore(tmp_path / 'run', 'best')
     with pytest.raises(UsageError, match=r'data\.validation=none: '):
         evaluate.run([tmp_path / 'run'], split='validation')

@@ -101,7 +101,7 @@ def test_another_batch_size_differs_by_rounding_only(trained, expected, images):
 
 
 def test_steps_by_number_and_best(trained, images):
-    steps = checkpoint.Checkpoints(trained / 'checkpoints').steps()
+    steps = checkpoint.steps(trained / 'checkpoints')
     last = predict.load(trained, step=steps[-1])
     assert last.trained.step == steps[-1]
     assert predict.load(trained, step='best').trained.step in steps
@@ -398,7 +398,7 @@ def test_a_table_over_ten_views(trained, expected, folder, capsys):
         (('a.png', '--workdir={w}', '--views=3'), 2, 'choose from'),
         (('a.png', '--workdir={w}', '--top=0'), 2, '0 must be at least 1'),
         (('a.png', '--workdir={w}', '--batch_size=x'), 2, "invalid positive value: 'x'"),
-        (('a.png', '--workdir={w}', '--step=soon'), 2, 'choose latest, best or one of'),
+        (('a.png', '--workdir={w}', '--step=soon'), 2, 'choose another of latest, best, '),
         (('a.png', '--workdir={w}/nothing'), 1, 'no checkpoint in'),
         (('nothing.png', '--workdir={w}'), 1, 'No such file'),
     ],

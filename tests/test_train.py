@@ -99,19 +99,18 @@ def test_a_run_of_an_earlier_version_resumes_to_the_same_bits(reference, data_di
     """Its checkpoint and its config.json have the keys of before they were renamed."""
     workdir = tmp_path / 'run'
     shutil.copytree(reference, workdir)
-    checkpoints = checkpoint.Checkpoints(workdir / 'checkpoints')
-    *_, before, last = checkpoints.steps()
-    _, state, extra = checkpoints.restore(None, before)
+    *_, before, last = checkpoint.steps(workdir / 'checkpoints')
+    _, state, extra = checkpoint.read(workdir / 'checkpoints', before)
     for new, old in (('num_lr_drops', 'drops'), ('all_finite', 'sound')):
         state['state'][old] = state['state'].pop(new)
     loop = extra['config']['loop']
     loop['on_dead_start'] = loop.pop('on_collapsed_init')
     (workdir / 'config.json').write_text(json.dumps(extra['config']))
     shutil.rmtree(workdir / 'checkpoints')
-    with checkpoints:
+    with checkpoint.Checkpoints(workdir / 'checkpoints') as checkpoints:
         checkpoints.save(before, state, extra, error=extra['history']['errors'][0])
     train.run(tiny(data_dir), workdir)
-    assert checkpoints.steps() == [before, last]
+    assert checkpoint.steps(workdir / 'checkpoints') == [before, last]
     assert_same(outcome(reference), outcome(workdir))
 
 
@@ -170,12 +169,11 @@ def test_a_run_resumes_on_another_mesh(reference, data_dir, tmp_path, mesh):
     """The state is restored to the bit, batches are the same, and the result is close."""
     workdir = tmp_path / 'moved'
     shutil.copytree(reference, workdir)
-    steps = checkpoint.Checkpoints(workdir / 'checkpoints').steps()
+    steps = checkpoint.steps(workdir / 'checkpoints')
     shutil.rmtree(workdir / 'checkpoints' / str(steps[-1]))
     config = tiny(data_dir, **on(mesh))
     job = open_job(configuration.unpack(config), workdir)
-    with checkpoint.Checkpoints(workdir / 'checkpoints') as checkpoints:
-        job, state, *_ = resume_or_start(job, checkpoints)
+    job, state, *_ = resume_or_start(job)
     before = outcome(workdir)[1]
     found = checkpoint.read(workdir / 'checkpoints').state
     jax.tree.map(np.testing.assert_array_equal, job.statistics._asdict(), found['statistics'])
@@ -485,7 +483,7 @@ def test_a_full_disk_loses_nothing(reference, data_dir, small_disk):
     with pytest.raises(RunError, match='No space left on device'):
         train.run(tiny(data_dir), small_disk / 'run')
     subprocess.run(['mount', '-o', 'remount,size=64m', str(small_disk)], check=True)
-    assert checkpoint.Checkpoints(small_disk / 'run/checkpoints').steps() == [4]
+    assert checkpoint.steps(small_disk / 'run/checkpoints') == [4]
     train.run(tiny(data_dir), small_disk / 'run')
     assert_same(outcome(reference), outcome(small_disk / 'run'))
 

@@ -24,9 +24,9 @@ from alexnet_jax.model import alexnet, augment
 from alexnet_jax.model.augment import Statistics
 from alexnet_jax.parallel import cpu, distributed, mesh
 from alexnet_jax.parallel.mesh import Layout
-from alexnet_jax.training import splits
+from alexnet_jax.training import checkpoint, splits
 from alexnet_jax.training import workdir as workdirs
-from alexnet_jax.training.checkpoint import Checkpoints, Step
+from alexnet_jax.training.checkpoint import Step
 from alexnet_jax.training.metrics import log
 
 VIEWS = {'centre': (0,), 'ten_views': tuple(range(10))}  # by the names used in results
@@ -107,8 +107,8 @@ def restore(
         RunError: there is no checkpoint, or it is damaged.
     """
     workdir = Path(workdir)
-    checkpoints = Checkpoints(workdir / 'checkpoints')
-    saved = checkpoints.extra(step)['config']
+    folder = workdir / 'checkpoints'
+    saved = checkpoint.read_extra(folder, step)['config']
     config = config_file.plain(saved)
     for key, value in (overrides or {}).items():
         config_file.override(config, key, value)
@@ -119,7 +119,7 @@ def restore(
         )
     settings = configuration.unpack(config)
     cpu.set_up_cpu(settings.mesh.cpu_devices)  # before reading asks JAX for its devices
-    restored = checkpoints.restore(None, step)
+    restored = checkpoint.read(folder, step)
     try:
         layout = mesh.make_layout(settings.mesh, settings.batch_size)
     except UsageError:  # this machine has too few devices for the training's layout

@@ -194,7 +194,7 @@ def import_weights(
         UsageError: the file contains another net, or the workdir another run.
         RunError: the file is damaged, or the workdir cannot be written.
     """
-    if Checkpoints(workdir / 'checkpoints').steps():
+    if checkpoint.steps(workdir / 'checkpoints'):
         raise UsageError(f'{workdir} already has checkpoints; choose another --workdir.')
     if origin == 'own' and (config or class_names):
         raise UsageError('own files contain config and class names: remove these flags.')

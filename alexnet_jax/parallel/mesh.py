@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
@@ -141,7 +142,7 @@ class Layout:
     def to_host(self, tree: Any) -> Any:
         """Return global arrays, however they are sharded, as NumPy arrays in every process."""
         if jax.process_count() > 1:
-            tree = jax.jit(lambda tree: tree, out_shardings=self.replicated)(tree)
+            return multihost_utils.process_allgather(tree, tiled=True)
         return jax.device_get(tree)
 
     # ---------------------------------------------------------------- the net

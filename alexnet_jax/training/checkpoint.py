@@ -15,10 +15,8 @@ checkpoint can be restored to any sharding.
 """
 
 import contextlib
-import dataclasses
 import functools
 import hashlib
-import itertools
 import json
 import logging
 import math
@@ -36,7 +34,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import traverse_util
 from jax.experimental import multihost_utils
-from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, CustomSteps, LatestN
 
 from alexnet_jax import config_file
 from alexnet_jax.errors import RunError, UsageError
@@ -57,19 +55,29 @@ class Damaged(RunError):
     """A checkpoint whose files differ from what was saved."""
 
     def __init__(self, path: Path, reason: object):
-        super().__init__(f'checkpoint {path.name} in {path.parent} is damaged: {reason}')
+        others = ', '.join(str(step) for step in steps(path.parent) if str(step) != path.name)
+        super().__init__(
+            f'checkpoint {path.name} in {path.parent} is damaged: {reason}; other steps: '
+            f'{others or "none"}'
+        )
 
 
 class Restored(NamedTuple):
-    """The contents of a checkpoint: step, state, and the `extra` it was saved with."""
+    """The contents of a checkpoint: step, state, and the `extra` it was saved with.
+
+    The state is of NumPy arrays in nested dicts; `fit_to` gives it the structure that was saved.
+    """
 
     step: int
-    state: PyTree
+    state: dict[str, Any]
     extra: dict[str, Any]
 
 
+# ------------------------------------------------------------------------------------ writing
+
+
 class Checkpoints(contextlib.AbstractContextManager):
-    """The checkpoints of a workdir: saved in the background, verified on restore.
+    """The checkpoints of a workdir, saved in the background.
 
     The latest two, in case one is damaged, and the one with the lowest validation error are kept.
     Nothing is created or deleted before the first save, so other processes may read while one
@@ -81,14 +89,10 @@ class Checkpoints(contextlib.AbstractContextManager):
 
     def __init__(self, directory: Path):
         self.directory = Path(directory).absolute()
-        self._errors: dict[int, float | None] = {}  # by step, of the checkpoints on disk
-        self._manager: ocp.CheckpointManager | None = None
-        self._saving: int | None = None
+        self._saving: tuple[int, ocp.CheckpointManager] | None = None
 
     def __exit__(self, *_: object) -> None:
-        self.close()
-
-    # ---------------------------------------------------------------- save
+        self.wait()
 
     def save(
         self,
@@ -102,34 +106,41 @@ class Checkpoints(contextlib.AbstractContextManager):
 
         Args:
             step: number of training steps done; higher than that of any checkpoint here.
-            state: tree of jax arrays (any sharding) and numpy arrays.
+            state: tree of NumPy arrays, or of jax arrays that this process holds in full.
             extra: JSON values that belong to the state (tuples come back as lists).
             error: validation error, minimised by 'best'; None or not finite: not a candidate.
 
         Raises:
             RunError: this checkpoint, or the one before it, could not be written; earlier ones are
-                unchanged. Failures in the background are raised by the next save, wait or close.
+                unchanged. Failures in the background are raised by the next save or wait.
         """
         self.wait()
-        leaves, extra = _named_leaves(state), json.loads(json.dumps(extra))
+        # As NumPy arrays: Orbax would compile a slice for each array and each device.
+        arrays = {name: np.asarray(leaf) for name, leaf in _named_leaves(state).items()}
+        with futures.ThreadPoolExecutor() as pool:  # a GB/s on each core
+            described = dict(zip(arrays, pool.map(describe, arrays.values()), strict=True))
         rank = float(error) if error is not None and math.isfinite(error) else None
-        with self._report_failure(step):  # gathering fails too when a process is lost
-            with futures.ThreadPoolExecutor() as pool:  # a GB/s on each core
-                # As NumPy arrays: Orbax would compile a slice for each array and each device.
-                arrays = {name: _to_host(leaf) for name, leaf in leaves.items()}
-                sums = pool.map(describe, arrays.values())
-            described = dict(zip(arrays, sums, strict=True))
-            manifest = {'step': step, 'error': rank, 'extra': extra, 'leaves': described}
-            manager = self._manager or self._open()
+        manifest = {'step': step, 'error': rank, 'extra': extra, 'leaves': described}
+        manifest = json.loads(json.dumps(manifest))
+        _quiet_orbax()
+        with self._report_failure(step):
+            self._sweep()
+            # BestN's own metrics file has no checksum, and a damaged one stops every later start.
+            best = best_step(self.directory, (rank, step))
+            kept = [LatestN(2), CustomSteps([step if best is None else best])]
+            options = ocp.CheckpointManagerOptions(
+                preservation_policy=AnyPreservationPolicy(kept),
+                lightweight_initialize=True,
+                todelete_subdir='deleted',  # a deletion cut short must not look like a checkpoint
+            )
+            self._saving = step, _Manager(self.directory, options=options)
             # An unwritable folder, if found by Orbax, leaves unawaited coroutines.
             tempfile.TemporaryFile(dir=self.directory).close()
-            self._errors[step] = rank
-            self._saving = step
             args = ocp.args.Composite(
                 state=ocp.args.PyTreeSave(_nested(arrays)),
                 manifest=ocp.args.JsonSave(manifest | {'sha256': _sha256_of_json(manifest)}),
             )
-            manager.save(step, args=args, force=True)
+            self._saving[1].save(step, args=args, force=True)
 
     def wait(self) -> None:
         """Wait until the last save is on disk and superseded checkpoints are deleted.
@@ -137,33 +148,12 @@ class Checkpoints(contextlib.AbstractContextManager):
         Raises:
             RunError: the save failed; raised once.
         """
-        if self._manager is not None and self._saving is not None:
-            with self._report_failure(self._saving):
-                self._manager.wait_until_finished()
+        if self._saving is not None:
+            step, manager = self._saving
+            with self._report_failure(step):
+                manager.close()
             self._saving = None
             self._sweep()
-
-    def close(self) -> None:
-        """Wait like `wait`, then end the threads of the manager."""
-        try:
-            self.wait()
-        finally:
-            manager, self._manager = self._manager, None
-            if manager is not None:
-                manager.close()
-
-    def _open(self) -> ocp.CheckpointManager:
-        _quiet_orbax()
-        self._sweep()
-        self._errors = self._read_errors()
-        policies = [LatestN(2), _Best(self._errors)]
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=AnyPreservationPolicy(policies),
-            lightweight_initialize=True,
-            todelete_subdir='deleted',  # a deletion cut short must not look like a checkpoint
-        )
-        self._manager = _Manager(self.directory, options=options)
-        return self._manager
 
     @contextlib.contextmanager
     def _report_failure(self, step: int) -> Generator[None]:
@@ -171,10 +161,10 @@ class Checkpoints(contextlib.AbstractContextManager):
         try:
             yield
         except Exception as problem:
-            manager, self._manager, self._saving = self._manager, None, None
+            saving, self._saving = self._saving, None
             with contextlib.suppress(Exception):  # its threads must have ended before the removal
-                if manager is not None:
-                    manager.close()
+                if saving is not None:
+                    saving[1].close()
             self._sweep()
             reason = _reason(problem)
             if distributed.several() and not DISK.search(reason):
@@ -192,123 +182,6 @@ class Checkpoints(contextlib.AbstractContextManager):
                 shutil.rmtree(path, ignore_errors=True)
             shutil.rmtree(self.directory / 'deleted', ignore_errors=True)
 
-    # ---------------------------------------------------------------- list
-
-    def steps(self) -> list[int]:
-        """Return the steps of the complete checkpoints, ascending."""
-        names = (path.name for path in self.directory.glob('[0-9]*'))
-        return sorted(int(name) for name in names if name.isdecimal())
-
-    def best_step(self) -> int | None:
-        """Return the step with the lowest validation error (of two equal, the later), or None."""
-        return _best(self._read_errors())
-
-    def _read_errors(self) -> dict[int, float | None]:
-        errors = {}
-        for step in self.steps():
-            with contextlib.suppress(Damaged):
-                errors[step] = _read_manifest(self.directory / str(step))['error']
-        return errors
-
-    # ---------------------------------------------------------------- restore
-
-    def extra(self, step: Step = 'latest') -> dict[str, Any]:
-        """Return the `extra` of a checkpoint without reading its arrays or initialising devices.
-
-        Raises:
-            UsageError, RunError: see `restore`.
-        """
-        with self._chosen(step) as path:
-            return _read_manifest(path)['extra']
-
-    def restore(self, target: PyTree | None, step: Step = 'latest') -> Restored:
-        """Read and verify one checkpoint.
-
-        Args:
-            target: tree of arrays or `jax.ShapeDtypeStruct`s (with shardings) with the structure,
-                shapes and dtypes that were saved. A leaf with a sharding is put on it, others are
-                NumPy arrays. A leaf `...` stands for any array. None: return all leaves, as nested
-                dicts of NumPy arrays.
-            step: a step, 'latest' or 'best'.
-
-        Raises:
-            UsageError: there is no such step, or no checkpoint has a validation error.
-            RunError: there is no checkpoint, it is damaged, or a leaf does not fit the target.
-        """
-        with self._chosen(step) as path:
-            return _device_put(_read(path, target), target)
-
-    @contextlib.contextmanager
-    def _chosen(self, step: Step) -> Generator[Path]:
-        """Yield the folder of a step; list the other steps if the block finds damage."""
-        self.wait()
-        steps = self.steps()
-        if not steps:
-            raise RunError(f'no checkpoint in {self.directory}; train first with --mode=train.')
-        listed = ', '.join(map(str, steps))
-        number = self.best_step() if step == 'best' else steps[-1] if step == 'latest' else step
-        if number is None:
-            raise UsageError(
-                f"no checkpoint in {self.directory} has a validation error, so none is the 'best'; "
-                f'choose latest or one of the steps {listed}.'
-            )
-        if str(number) not in map(str, steps):  # a command line gives text
-            raise UsageError(
-                f'no checkpoint of step {step} in {self.directory}; choose latest, best or one '
-                f'of the steps {listed}.'
-            )
-        try:
-            yield self.directory / str(number)
-        except Damaged as damage:
-            others = ', '.join(str(other) for other in steps if str(other) != str(number))
-            raise RunError(f'{damage}; other steps: {others or "none"}') from damage
-
-    def restore_newest_intact(self, target: PyTree | None) -> Restored | None:
-        """Read the newest checkpoint that verifies; None where there is no checkpoint.
-
-        Damaged ones newer than it are reported and renamed to `damaged-<step>`, never deleted.
-        Of several processes, the first decides which step that is.
-
-        Raises:
-            RunError: all are damaged (none is renamed then, as a later start would begin at step
-                0), or an intact one does not fit the target.
-        """
-        self.close()  # as Orbax's manager does not expect its checkpoints to be renamed
-        found = self._newest_intact(target) if distributed.is_first() else None
-        if distributed.several():
-            own = np.int32(-1 if found is None else found.step)
-            step = int(multihost_utils.broadcast_one_to_all(own))
-            if found is None and step >= 0:
-                # Verified here too: this host may read other bytes than the first one.
-                found = _read(self.directory / str(step), target)
-        return None if found is None else _device_put(found, target)
-
-    def _newest_intact(self, target: PyTree | None) -> Restored | None:
-        damaged: dict[Path, Damaged] = {}
-        for step in reversed(self.steps()):
-            path = self.directory / str(step)
-            try:
-                found = _read(path, target)
-            except Damaged as damage:
-                damaged[path] = damage
-                continue
-            for bad, damage in damaged.items():
-                aside = bad.rename(_unused(bad.with_name(f'damaged-{bad.name}')))
-                log(f'{damage}; it was renamed to {aside.name}; resuming from step {step}')
-            return found
-        if damaged:
-            reasons = '; '.join(map(str, damaged.values()))
-            raise RunError(
-                f'no checkpoint in {self.directory} is intact ({reasons}); '
-                'move them elsewhere to start over'
-            )
-        return None
-
-
-def read(directory: Path, step: Step = 'latest') -> Restored:
-    """Read a checkpoint of unknown structure; see `Checkpoints.restore` with target None."""
-    return Checkpoints(directory).restore(None, step)
-
 
 class _Manager(ocp.CheckpointManager):
     """Orbax's manager, which would record what a save after a preemption was worth.
@@ -321,30 +194,127 @@ class _Manager(ocp.CheckpointManager):
         return False
 
 
-@dataclasses.dataclass
-class _Best:
-    """Orbax's BestN(1), by the errors in the manifests.
+# ------------------------------------------------------------------------------------ reading
 
-    BestN's own metrics file has no checksum, and a damaged one stops every later start.
+
+def steps(directory: Path) -> list[int]:
+    """Return the steps of the complete checkpoints, ascending."""
+    names = (path.name for path in directory.glob('[0-9]*'))
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
+def best_step(directory: Path, *more: tuple[float | None, int]) -> int | None:
+    """Return the step with the lowest validation error (of two equal, the later), or None.
+
+    Args:
+        directory: the folder of the checkpoints.
+        more: (error, step) of others, which are not on disk yet.
     """
-
-    errors: Mapping[int, float | None]
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        del context
-        return [info.step == _best(self.errors) for info in checkpoints]
-
-
-def _best(errors: Mapping[int, float | None]) -> int | None:
-    """Return the step with the lowest error (of two equal, the later), or None."""
-    ranks = [(error, -step) for step, error in errors.items() if error is not None]
+    found = [*more]
+    for step in steps(directory):
+        with contextlib.suppress(Damaged):
+            found.append((_read_manifest(directory / str(step))['error'], step))
+    ranks = [(error, -step) for error, step in found if error is not None]
     return -min(ranks)[1] if ranks else None
 
 
-def _unused(path: Path) -> Path:
-    """Return `path`, with a number appended if it exists."""
-    numbered = (path.with_name(f'{path.name}-{n}') for n in itertools.count(1))
-    return next(p for p in itertools.chain([path], numbered) if not p.exists())
+def read(directory: Path, step: Step = 'latest') -> Restored:
+    """Read and verify one checkpoint.
+
+    Args:
+        directory: the folder of the checkpoints.
+        step: a step, 'latest' or 'best'.
+
+    Raises:
+        UsageError: there is no such step, or no checkpoint has a validation error.
+        RunError: there is no checkpoint, or it is damaged.
+    """
+    return _read(_chosen(directory, step))
+
+
+def read_extra(directory: Path, step: Step = 'latest') -> dict[str, Any]:
+    """Return the `extra` of a checkpoint without reading its arrays or initialising devices.
+
+    Raises:
+        UsageError, RunError: see `read`.
+    """
+    return _read_manifest(_chosen(directory, step))['extra']
+
+
+def _chosen(directory: Path, step: Step) -> Path:
+    there = [*map(str, steps(directory))]
+    if not there:
+        raise RunError(f'no checkpoint in {directory}; train first with --mode=train.')
+    names = {'latest': there[-1], 'best': str(best_step(directory)) if step == 'best' else ''}
+    number = names.get(str(step), str(step))
+    if number not in there:
+        what = 'with a validation error' if step == 'best' else f'of step {step}'
+        raise UsageError(
+            f'no checkpoint {what} in {directory}; choose another of latest, best, '
+            f'{", ".join(there)}.'
+        )
+    return directory / number
+
+
+def read_newest_intact(directory: Path) -> Restored | None:
+    """Read the newest checkpoint that verifies; None where there is no checkpoint.
+
+    Damaged ones newer than it are reported and renamed to `damaged-<step>`, never deleted.
+    Of several processes, the first decides which step that is.
+
+    Raises:
+        RunError: all are damaged. None is renamed then, as a later start would begin at step 0.
+    """
+    found = _newest_intact(directory) if distributed.is_first() else None
+    if distributed.several():
+        own = np.int32(-1 if found is None else found.step)
+        step = int(multihost_utils.broadcast_one_to_all(own))
+        if found is None and step >= 0:
+            # Verified here too: this host may read other bytes than the first one.
+            found = _read(directory / str(step))
+    return found
+
+
+def _newest_intact(directory: Path) -> Restored | None:
+    damaged: dict[Path, Damaged] = {}
+    for step in reversed(steps(directory)):
+        path = directory / str(step)
+        try:
+            found = _read(path)
+        except Damaged as damage:
+            damaged[path] = damage
+            continue
+        for bad, damage in damaged.items():
+            aside = bad.with_name(f'damaged-{bad.name}')
+            while aside.exists():
+                aside = aside.with_name(f'{aside.name}-1')
+            bad.rename(aside)
+            log(f'{damage}; it was renamed to {aside.name}; resuming from step {step}')
+        return found
+    if damaged:
+        reasons = '; '.join(map(str, damaged.values()))
+        raise RunError(
+            f'no checkpoint in {directory} is intact ({reasons}); move them elsewhere to start over'
+        )
+    return None
+
+
+def fit_to(like: PyTree, state: Mapping[str, Any], directory: Path) -> PyTree:
+    """Return a restored state in the structure of `like`, whose leaves have shape and dtype.
+
+    Raises:
+        RunError: other leaves, shapes or dtypes were saved to `directory`.
+    """
+    arrays, wanted = traverse_util.flatten_dict(dict(state), sep='/'), _named_leaves(like)
+    here, there = ({k: f'{x.dtype}{list(x.shape)}' for k, x in y.items()} for y in (wanted, arrays))
+    for name in [*here, *there]:
+        if here.get(name) != there.get(name):
+            raise RunError(
+                f'the checkpoint in {directory} does not match this run: {name} is '
+                f'{there.get(name, "absent")} in the checkpoint and {here.get(name, "absent")} in '
+                f'this run; use the config that it was saved with'
+            )
+    return jax.tree.structure(like).unflatten(arrays[name] for name in wanted)
 
 
 # -------------------------------------------------------------------- leaves and the manifest
@@ -358,13 +328,6 @@ def _named_leaves(tree: PyTree) -> dict[str, Any]:
 
 def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
     return traverse_util.unflatten_dict(dict(leaves), sep='/')
-
-
-def _to_host(leaf: Any) -> np.ndarray:
-    """Return a leaf, however it is sharded, as a NumPy array in every process."""
-    if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated:
-        return np.asarray(leaf)
-    return multihost_utils.process_allgather(leaf, tiled=True)
 
 
 def describe(array: np.ndarray) -> dict[str, Any]:
@@ -391,17 +354,14 @@ def _read_manifest(path: Path) -> dict[str, Any]:
             body = first_format.read_bytes()
             manifest = json.loads(body)
             digest = f'{hashlib.sha256(body).hexdigest()}  manifest.json\n'
-            expected = first_format.with_name('manifest.json.sha256').read_text()
+            same = digest == first_format.with_name('manifest.json.sha256').read_text()
         else:
             manifest = json.loads((path / 'manifest' / 'metadata').read_bytes())
-            expected = manifest.pop('sha256')
-            digest = _sha256_of_json(manifest)
-        same = digest == expected and str(manifest['step']) == path.name
-        problem = '' if same else 'it does not match its sha256, or is that of another step'
+            same = manifest.pop('sha256') == _sha256_of_json(manifest)
+        if not same or str(manifest['step']) != path.name:
+            raise ValueError('it does not match its sha256, or is that of another step')
     except Exception as error:  # damage may raise anything
-        problem = _reason(error)
-    if problem:
-        raise Damaged(path, f'manifest: {problem}')
+        raise Damaged(path, f'manifest: {_reason(error)}') from error
     if 'config' in manifest['extra']:
         manifest['extra']['config'] = config_file.translated(manifest['extra']['config'])
     return manifest
@@ -414,36 +374,16 @@ def _reason(problem: BaseException) -> str:
     return known[0] if known else text[:200]
 
 
-# ------------------------------------------------------------------------------ reading one
-
-
-def _read(path: Path, target: PyTree | None) -> Restored:
-    """Read and verify all leaves as nested NumPy arrays; `target` is only compared with."""
+def _read(path: Path) -> Restored:
+    """Read and verify the checkpoint in a folder."""
     manifest = _read_manifest(path)
     saved = manifest['leaves']
-    if target is not None:
-        _check_fits(path, saved, _named_leaves(target))
     arrays = _read_arrays(path, list(saved))
     for name, array in arrays.items():
         if describe(array) != saved[name]:
             raise Damaged(path, f'leaf {name} does not match its sha256')
     arrays = {RENAMED.get(name, name): array for name, array in arrays.items()}
     return Restored(manifest['step'], _nested(arrays), manifest['extra'])
-
-
-def _check_fits(path: Path, saved: Mapping[str, Any], target: Mapping[str, Any]) -> None:
-    has = {RENAMED.get(name, name): (x['dtype'], x['shape']) for name, x in saved.items()}
-    wants = {
-        name: has.get(name) if x is ... else (np.dtype(x.dtype).name, list(x.shape))
-        for name, x in target.items()
-    }
-    for name in [*wants, *has]:
-        if has.get(name) != wants.get(name):
-            raise RunError(
-                f'checkpoint {path} does not match this run: {name} is {has.get(name, "absent")} '
-                f'in the checkpoint and {wants.get(name, "absent")} in this run; use the config '
-                f'that it was saved with'
-            )
 
 
 def _read_arrays(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
@@ -458,25 +398,10 @@ def _read_arrays(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
     )
     with contextlib.closing(ocp.Checkpointer(handler, multiprocessing_options=alone)) as reader:
         try:
-            tree = reader.restore(path / 'state', args=args)
+            tree = reader.restore(path.absolute() / 'state', args=args)
         except Exception as problem:  # damage may raise anything
             raise Damaged(path, _reason(problem)) from problem
     return {k: np.asarray(x) for k, x in traverse_util.flatten_dict(tree, sep='/').items()}
-
-
-def _device_put(found: Restored, target: PyTree | None) -> Restored:
-    """Return the state in the structure of `target`, its leaves on their shardings."""
-    if target is None:
-        return found
-    arrays = traverse_util.flatten_dict(found.state, sep='/')
-
-    def put(array: np.ndarray, like: Any) -> Any:
-        if not hasattr(like, 'sharding'):
-            return array
-        return jax.make_array_from_callback(array.shape, like.sharding, lambda part: array[part])
-
-    leaves = [put(arrays[name], like) for name, like in _named_leaves(target).items()]
-    return found._replace(state=jax.tree.structure(target).unflatten(leaves))
 
 
 @functools.cache

@@ -21,10 +21,9 @@ from alexnet_jax.model import augment
 from alexnet_jax.model.augment import Statistics
 from alexnet_jax.parallel import distributed, mesh
 from alexnet_jax.parallel.mesh import Layout
-from alexnet_jax.training import finetune, splits
+from alexnet_jax.training import checkpoint, finetune, splits
 from alexnet_jax.training import preflight as checks
 from alexnet_jax.training import workdir as workdirs
-from alexnet_jax.training.checkpoint import Checkpoints
 from alexnet_jax.training.metrics import History, log
 from alexnet_jax.training.step import (
     TrainState,
@@ -111,7 +110,7 @@ def open_job(settings: Settings, workdir: Path) -> Job:
         digest = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
         distributed.agree('the training data', {'images': len(train), 'sha256': digest})
     statistics = None
-    if not Checkpoints(workdir / 'checkpoints').steps():
+    if not checkpoint.steps(workdir / 'checkpoints'):
         statistics = mesh.put_global(_first_statistics(settings, train), layout.replicated)
     optimizer = make_optimizer(settings, len(train))
     train_step, shardings = jit_train_step(settings, layout, optimizer, len(train))
@@ -167,7 +166,7 @@ def _check_data(settings: Settings, train: Dataset) -> None:
 # ------------------------------------------------------------------------------ the first state
 
 
-def resume_or_start(job: Job, checkpoints: Checkpoints) -> tuple[Job, TrainState, History, dict]:
+def resume_or_start(job: Job) -> tuple[Job, TrainState, History, dict]:
     """Return the newest checkpoint that verifies, or step 0 after its pre-flight check.
 
     A run keeps the mean image of its first start, however the data has changed since.
@@ -179,14 +178,8 @@ def resume_or_start(job: Job, checkpoints: Checkpoints) -> tuple[Job, TrainState
     Raises:
         UsageError: an extension that ends before the checkpoint's step.
     """
-    state = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        jax.eval_shape(lambda: init_state(job.settings, job.optimizer)),
-        job.shardings,
-    )
-    # Statistics have the shape of the images that the first start found.
-    statistics = dict.fromkeys(Statistics._fields, ...)
-    restored = checkpoints.restore_newest_intact({'state': state, 'statistics': statistics})
+    folder = job.workdir / 'checkpoints'
+    restored = checkpoint.read_newest_intact(folder)
     if restored is None:
         state = _initialise(job)
         preflight(job, state)
@@ -201,7 +194,10 @@ def resume_or_start(job: Job, checkpoints: Checkpoints) -> tuple[Job, TrainState
     job = _match_classes(job, restored.extra['class_names'])
     found = mesh.put_global(restored.state['statistics'], job.layout.replicated)
     job = dataclasses.replace(job, statistics=Statistics(**found))
-    return job, restored.state['state'], History(**restored.extra.get('history', {})), changed
+    shapes = jax.eval_shape(lambda: init_state(job.settings, job.optimizer))
+    state = checkpoint.fit_to(shapes, restored.state['state'], folder)
+    state = mesh.put_global(state, job.shardings)
+    return job, state, History(**restored.extra.get('history', {})), changed
 
 
 def _match_classes(job: Job, names: list[str]) -> Job:

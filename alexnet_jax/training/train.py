@@ -56,14 +56,13 @@ def run(config: Config, workdir: Path, extend: bool = False) -> str:
         job = open_job(settings, workdir)
         devices = job.layout.mesh.devices.flatten()
         log(f'on {len(devices)} device(s) of kind {devices[0].device_kind}: {job.layout}')
-        with Checkpoints(workdir / 'checkpoints') as checkpoints:
-            job, state, history, changed = resume_or_start(job, checkpoints)
-            writer = MetricWriter(workdir, int(state.step), settings.loop.tensorboard)
-            with contextlib.closing(writer):
-                if changed:
-                    record_extension(job, int(state.step), changed, writer)
-                state = train_to_end(job, state, history, checkpoints, writer)
-                return finish(job, state, history, writer)
+        job, state, history, changed = resume_or_start(job)
+        writer = MetricWriter(workdir, int(state.step), settings.loop.tensorboard)
+        with contextlib.closing(writer):
+            if changed:
+                record_extension(job, int(state.step), changed, writer)
+            state = train_to_end(job, state, history, writer)
+            return finish(job, state, history, writer)
 
 
 def record_extension(job: Job, step: int, changed: dict, writer: MetricWriter) -> None:
@@ -85,9 +84,7 @@ def record_extension(job: Job, step: int, changed: dict, writer: MetricWriter) -
 # --------------------------------------------------------------------------------------- the loop
 
 
-def train_to_end(
-    job: Job, state: TrainState, history: History, checkpoints: Checkpoints, writer: MetricWriter
-) -> TrainState:
+def train_to_end(job: Job, state: TrainState, history: History, writer: MetricWriter) -> TrainState:
     """Train to the last step, with a log and checkpoints.
 
     Raises:
@@ -96,11 +93,12 @@ def train_to_end(
     start, total = int(state.step), job.total_steps
     profile_steps = job.settings.loop.profile_steps if distributed.is_first() else 0
     profiler = StepProfiler(job.workdir / 'profile', profile_steps, start, total)
-    saver = CheckpointSaver(job, history, checkpoints)
     step_log = StepLog(job, history, writer, start)
-    with contextlib.closing(step_log), Interrupt() as interrupt:
+    checkpoints = Checkpoints(job.workdir / 'checkpoints')
+    # A signal does not end the wait for the last save.
+    with contextlib.closing(step_log), Interrupt() as interrupt, checkpoints:
+        saver = CheckpointSaver(job, history, checkpoints)
         state = train(job, state, history, [step_log, profiler, saver, interrupt])
-        checkpoints.wait()
     if (step := int(state.step)) < total:
         raise interrupt.error(step, total, job.workdir)
     return state
@@ -115,6 +113,7 @@ class CheckpointSaver(Callback):
     def on_save(self, step: int, state: TrainState, error: float | None) -> None:
         """Start to save a checkpoint."""
         tree = {'state': state, 'statistics': self.job.statistics._asdict()}
+        tree = self.job.layout.to_host(tree)
         extra = {
             'config': self.job.settings.tree,
             'history': dataclasses.asdict(self.history),

@@ -13,7 +13,7 @@ from alexnet_jax import config_file, files
 from alexnet_jax.config import Settings
 from alexnet_jax.errors import RunError, UsageError
 from alexnet_jax.parallel import distributed
-from alexnet_jax.training import metrics
+from alexnet_jax.training import checkpoint, metrics
 
 # Keys that a resumed run may change: they change no number beyond rounding.
 # fmt: off
@@ -48,7 +48,7 @@ def open_workdir(settings: Settings, workdir: Path, extend: bool = False) -> Gen
     """
     with contextlib.ExitStack() as lock:
         if distributed.is_first():
-            if extend and not _has_checkpoint(workdir):
+            if extend and not checkpoint.steps(workdir / 'checkpoints'):
                 raise UsageError(f'{workdir} contains no checkpoint to extend; remove --extend.')
             workdir.mkdir(parents=True, exist_ok=True)
             file = lock.enter_context((workdir / '.lock').open('w'))
@@ -59,7 +59,9 @@ def open_workdir(settings: Settings, workdir: Path, extend: bool = False) -> Gen
                     f'another process is training in {workdir}; wait until it ends.'
                 ) from error
             path = workdir / 'config.json'
-            if path.exists() and (_has_checkpoint(workdir) or metrics.read(workdir)):
+            if path.exists() and (
+                checkpoint.steps(workdir / 'checkpoints') or metrics.read(workdir)
+            ):
                 _check_same(config_file.read_json(path), settings, workdir, extend)
             else:
                 write_config(settings, workdir)
@@ -71,10 +73,6 @@ def open_workdir(settings: Settings, workdir: Path, extend: bool = False) -> Gen
                 f'--workdir that all processes share.'
             )
         yield
-
-
-def _has_checkpoint(workdir: Path) -> bool:
-    return any(path.name.isdecimal() for path in (workdir / 'checkpoints').glob('*'))
 
 
 def write_config(settings: Settings, workdir: Path) -> None:
