@@ -115,24 +115,23 @@ def test_statistics_of_the_data_instead(smoke_run, seven, tmp_path):
 
 
 def test_the_same_classes_keep_the_last_layer(smoke_run, data_dir, capsys):
-    config = tuned(smoke_run, data_dir, data__name='fashion_mnist', model__fc8__features=10)
+    config = tuned('there', data_dir, data__name='fashion_mnist', model__fc8__features=10)
+    settings = configuration.unpack(config)
     restored = finetuning.read(f'{smoke_run}:8')
     theirs = restored.state['state']['params']
     fresh = jax.tree.map(np.zeros_like, theirs)
-    names = list(config.model.layers)
     classes = restored.extra['class_names']
-    kept, carried = finetuning.parameters(fresh, restored, names, [['0'], classes], 'there')
+    kept = finetuning.parameters(settings, restored, fresh, [['0'], classes])
     np.testing.assert_array_equal(kept['fc8']['kernel'], theirs['fc8']['kernel'])
-    assert carried == names
     assert 'starting from step 8 of there: copied conv1, conv2,' in (err := capsys.readouterr().err)
     assert err.endswith('fc7, fc8; initialised from scratch: no layer\n')
     others = [classes[::-1], [str(i) for i in range(10)]]
-    found, carried = finetuning.parameters(fresh, restored, names, others, 'there')
+    found = finetuning.parameters(settings, restored, fresh, others)
     assert found['fc8'] is fresh['fc8']
-    assert carried == names[:-1]
+    assert found['fc7'] is theirs['fc7']
     assert 'fc7; initialised from scratch: fc8 (other classes)' in capsys.readouterr().err
     fresh['fc8'] = {'kernel': np.zeros((3, 5), np.float32), 'bias': np.zeros(5, np.float32)}
-    found, _ = finetuning.parameters(fresh, restored, names, [classes], 'there')
+    found = finetuning.parameters(settings, restored, fresh, [classes])
     assert found['fc8'] is fresh['fc8']
     assert 'fc7; initialised from scratch: fc8 (512x10 there, 3x5 here)' in capsys.readouterr().err
 
@@ -172,23 +171,18 @@ def test_layers_to_carry_over_are_named(smoke_run, seven, tmp_path, capsys):
         configuration.unpack(config)
 
 
-def test_the_same_weights_in_another_net_give_a_warning(smoke_run, seven, capsys):
+def test_the_same_weights_in_another_net_differ(smoke_run, seven):
     config = tuned(smoke_run, seven)
-    restored = finetuning.read(str(smoke_run))
-    tree = json.loads(configuration.as_json(config))
+    theirs = finetuning.read(str(smoke_run)).extra['config']
+    tree = configuration.plain(config)
     layers = tree['model']['layers']
-    finetuning.compare(tree, restored, 'W', layers[:-1])
-    assert capsys.readouterr().err == ''  # what differs is about beginnings and training
+    # What differs is about beginnings and training.
+    assert finetuning.differences(theirs, tree, layers[:-1]) == []
     tree['model']['conv1']['ops'] = ['relu', 'lrn', 'pool']
     tree['preprocess']['scale'] = 0.5
-    finetuning.compare(tree, restored, 'W', layers[:-1])
-    assert capsys.readouterr().err.strip() == (
-        'warning: W was trained with different values of model.conv1.ops, preprocess.scale'
-    )
-    finetuning.compare(tree, restored, 'W', ['fc7'])
-    assert capsys.readouterr().err.strip() == (
-        'warning: W was trained with different values of preprocess.scale'
-    )
+    changed = ['model.conv1.ops', 'preprocess.scale']
+    assert finetuning.differences(theirs, tree, layers[:-1]) == changed
+    assert finetuning.differences(theirs, tree, ['fc7']) == changed[1:]
 
 
 @pytest.mark.parametrize(

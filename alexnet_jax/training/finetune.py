@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from alexnet_jax import config as configuration
+from alexnet_jax import config_file
+from alexnet_jax.config import Settings
 from alexnet_jax.errors import UsageError
 from alexnet_jax.training import checkpoint
-from alexnet_jax.training.checkpoint import Restored, Step
+from alexnet_jax.training.checkpoint import Restored
 from alexnet_jax.training.metrics import log
 
 # The keys of a config, besides shapes, on which the output of a trained layer depends.
@@ -27,14 +28,8 @@ PIXELS = ('image_px', 'resize_px', 'mean', 'scale')
 Params = Mapping[str, Mapping[str, np.ndarray]]  # the canonical tree, see alexnet.init
 
 
-def source(init_from: str) -> tuple[Path, Step]:
-    """Split 'WORKDIR', 'WORKDIR:best' or 'WORKDIR:500' into a folder and a step."""
-    found = re.fullmatch(r'(.+):(\d+|latest|best)', init_from)
-    return (Path(found[1]), found[2]) if found else (Path(init_from), 'latest')
-
-
 def read(init_from: str) -> Restored:
-    """Read and verify the checkpoint of the source.
+    """Read and verify the checkpoint of the source: 'WORKDIR', 'WORKDIR:best' or 'WORKDIR:500'.
 
     Raises:
         UsageError: `init_from` is empty, or there is no such step.
@@ -42,40 +37,32 @@ def read(init_from: str) -> Restored:
     """
     if not init_from:
         raise UsageError('init_from is empty: set --config.init_from=WORKDIR[:step].')
-    folder, step = source(init_from)
-    return checkpoint.read(folder / 'checkpoints', step)
+    found = re.fullmatch(r'(.+):(\d+|latest|best)', init_from)
+    folder, step = found.groups() if found else (init_from, 'latest')
+    return checkpoint.read(Path(folder) / 'checkpoints', step)
 
 
 def parameters(
-    fresh: Params,
-    restored: Restored,
-    layers: Sequence[str],
-    class_names: Sequence[Sequence[str]],
-    where: str,
-    wanted: Sequence[str] = (),
-) -> tuple[Params, list[str]]:
+    settings: Settings, restored: Restored, fresh: Params, class_names: Sequence[Sequence[str]]
+) -> Params:
     """Take the source's layers where name and shape agree, and the rest from `fresh`.
 
-    The last layer is taken only if the classes have the same names. Logs one line: the layers that
-    are taken, and the reason why others start fresh.
+    The last layer is taken only if the classes have the same names. Logs which layers are taken,
+    the reason why others start fresh, and what differs in the config of those that are taken.
 
     Args:
-        fresh: parameters of the new net, NumPy arrays.
+        settings: of the new run.
         restored: the source's checkpoint.
-        layers: names in the new net, in order.
+        fresh: parameters of the new net, NumPy arrays.
         class_names: of the new data, by label, in each naming scheme (words, WordNet ids).
-        where: name of the source in messages.
-        wanted: the only layers to take; () means all that match.
-
-    Returns:
-        The parameters, and the names of the layers taken from the source, in order.
 
     Raises:
-        UsageError: no layer can be taken, or one of `wanted` cannot.
+        UsageError: no layer can be taken, or one of `init_layers` cannot.
     """
+    where, wanted = settings.init_from, settings.init_layers
+    layers = [layer.name for layer in settings.net.layers]
     theirs = restored.state['state']['params']
     same_classes = restored.extra['class_names'] in [list(names) for names in class_names]
-    last = layers[-1]
 
     def why_fresh(layer: str) -> str:
         if layer not in theirs:
@@ -83,7 +70,7 @@ def parameters(
         ours, there = fresh[layer], theirs[layer]
         if any(tuple(ours[kind].shape) != tuple(there[kind].shape) for kind in ours):
             return f'{_size(there)} there, {_size(ours)} here'
-        return 'other classes' if layer == last and not same_classes else ''
+        return 'other classes' if layer == layers[-1] and not same_classes else ''
 
     reasons = {layer: why_fresh(layer) for layer in layers}
     carried = [name for name in layers if not reasons[name] and name in (wanted or layers)]
@@ -94,12 +81,13 @@ def parameters(
             f'that matches that net, or other init_layers.'
         )
     rest = {name: reason for name, reason in reasons.items() if name not in carried}
-    what = _because(rest) or 'no layer'
     log(
         f'starting from step {restored.step} of {where}: copied {", ".join(carried)}; '
-        f'initialised from scratch: {what}'
+        f'initialised from scratch: {_because(rest) or "no layer"}'
     )
-    return {layer: (theirs if layer in carried else fresh)[layer] for layer in layers}, carried
+    if strange := differences(restored.extra['config'], settings.tree, carried):
+        log(f'warning: {where} was trained with different values of {", ".join(strange)}')
+    return {layer: (theirs if layer in carried else fresh)[layer] for layer in layers}
 
 
 def _size(layer: Mapping[str, np.ndarray]) -> str:
@@ -110,20 +98,14 @@ def _because(reasons: Mapping[str, str]) -> str:
     return ', '.join(f'{name} ({why})' if why else name for name, why in reasons.items())
 
 
-def compare(
-    config: Mapping[str, Any], restored: Restored, where: str, carried: Sequence[str]
-) -> None:
-    """Warn of differences that shapes do not show: operations, pixels, the order of layers.
+def differences(
+    theirs: Mapping[str, Any], ours: Mapping[str, Any], carried: Sequence[str]
+) -> list[str]:
+    """Return the keys of two configs that differ in what shapes of the carried layers do not show.
 
-    Args:
-        config: of the new run, as a tree.
-        restored: the source's checkpoint.
-        where: name of the source in messages.
-        carried: layers taken from the source; differences in others do not matter.
+    These are operations, pixels and the order of layers.
     """
-    theirs, ours = _seen(restored.extra['config'], carried), _seen(config, carried)
-    if strange := configuration.differences(theirs, ours):
-        log(f'warning: {where} was trained with different values of {", ".join(strange)}')
+    return [*config_file.differences(_seen(theirs, carried), _seen(ours, carried))]
 
 
 def _seen(config: Mapping[str, Any], carried: Sequence[str]) -> dict[str, Any]:

@@ -219,13 +219,9 @@ def _initialise(job: Job) -> TrainState:
     state, settings = job.start(), job.settings
     if (where := settings.init_from) == 'none':
         return state
-    restored, fresh = finetune.read(where), job.layout.to_host(state.params)
-    layers = [layer.name for layer in settings.net.layers]
+    fresh = job.layout.to_host(state.params)
     names = [job.train.class_names, splits.class_names(settings.data, words=False)]
-    params, carried = finetune.parameters(
-        fresh, restored, layers, names, where, settings.init_layers
-    )
-    finetune.compare(settings.tree, restored, where, carried)
+    params = finetune.parameters(settings, finetune.read(where), fresh, names)
     return state.replace(params=mesh.put_global(params, job.shardings.params))
 
 

@@ -114,18 +114,13 @@ def _ensure(config: Data, data_dir: str) -> str:
 
 def complete(settings: Settings) -> Settings:
     """Return settings whose open values, see `with_data`, are taken from the data."""
-    if not is_open(settings.tree):
+    net, data = settings.tree['model'], settings.data
+    closed = net['channels'] and settings.net.classes
+    if closed and 'auto' not in (data.train, data.validation, data.test):
         return settings
-    about = datasets.describe(settings.data.name, _ensure(settings.data, ''))
+    about = datasets.describe(data.name, _ensure(data, ''))
     found = with_data(settings.tree, len(about.class_names), about.shape[2], tuple(about.files))
     return unpack(found)
-
-
-def is_open(config: Mapping[str, Any]) -> bool:
-    """Return true if the config takes values from the data, see `with_data`."""
-    net, splits = config['model'], config['data']
-    last = net[net['layers'][-1]]
-    return not last['features'] or not net['channels'] or 'auto' in splits.values()
 
 
 def with_data(
