@@ -129,9 +129,7 @@ class Settings:
 
     def total_steps(self, images: int) -> int:
         """Return the steps of the run: enough to see all images `epochs` times."""
-        steps = self.epochs * images / self.batch_size
-        _require(steps < 2**31, f'epochs={self.epochs:g} is more than 2^31 steps; lower it.')
-        return math.ceil(steps)
+        return math.ceil(self.epochs * images / self.batch_size)
 
     def steps_per_epoch(self, images: int) -> float:
         """Return images / batch_size: a batch may span two epochs, and no image is dropped."""
@@ -139,27 +137,18 @@ class Settings:
 
 
 FOLDERS = ('data.data_dir', 'init_from', 'loop.compilation_cache')
-# Bounds of numbers, by the last part of the key.
+# Bounds of numbers, by the last part of the key; all others are at least 0.
 # fmt: off
 POSITIVE = (
     'checkpoint_every_epochs', 'divisor', 'evaluate_every_epochs', 'factor', 'k', 'keep',
     'noise_divisor',
 )
-LEAST = {
-    -1: ('data', 'workers'),
-    0: (
-        'alpha', 'channels', 'colour_noise', 'cpu_devices', 'epochs', 'features', 'init_std',
-        'momentum', 'padding_px', 'profile_steps', 'rate', 'resident_gib', 'seed', 'switches',
-        'weight_decay',
-    ),
-    1: (
-        'batch_size', 'eval_batch_size', 'images_per_crop', 'input_px', 'join_timeout_secs',
-        'kernel_px', 'log_every_steps', 'peer_timeout_secs', 'prefetch_batches',
-        'reference_fan_in', 'size', 'stride_px', 'tower', 'towers', 'window_px',
-    ),
-}
+AT_LEAST = {'bias': -math.inf, 'data': -1, 'workers': -1} | dict.fromkeys((
+    'batch_size', 'eval_batch_size', 'images_per_crop', 'input_px', 'join_timeout_secs',
+    'kernel_px', 'log_every_steps', 'peer_timeout_secs', 'prefetch_batches',
+    'reference_fan_in', 'size', 'stride_px', 'tower', 'towers', 'window_px',
+), 1)
 # fmt: on
-AT_LEAST = {key: least for least, keys in LEAST.items() for key in keys}
 
 
 def unpack(config: Config) -> Settings:
@@ -171,7 +160,7 @@ def unpack(config: Config) -> Settings:
     """
     tree = plain(config)
     values = dict(tree)
-    settings = _build(Settings, values, '', net=_net(values.pop('model', None)), tree=tree)
+    settings = _build(Settings, values, '', net=_net(values.pop('model', {})), tree=tree)
     _check_sizes(settings)
     _check_rates(settings)
     _check_mesh(settings.mesh, settings.net)
@@ -193,7 +182,7 @@ def _require_one_of(choices: Collection[Any], value: Any, path: str) -> None:
 
 def _build(cls: Any, section: Any, path: str, **given: Any) -> Any:
     """Fill dataclass `cls` from `section`, checking names, types and bounds field by field."""
-    section = _group(section, path)
+    _require(isinstance(section, Mapping), f'{path} must be a group of keys, not {section!r}.')
     hints, where = typing.get_type_hints(cls), f'{path}.' if path else ''
     fields = {field.name: field for field in dataclasses.fields(cls) if field.name not in given}
     known = ', '.join(sorted(fields))
@@ -209,11 +198,6 @@ def _build(cls: Any, section: Any, path: str, **given: Any) -> Any:
     return cls(**given)
 
 
-def _group(tree: Any, path: str) -> Mapping[str, Any]:
-    _require(isinstance(tree, Mapping), f'{path} must be a group of keys, but is {tree!r}.')
-    return tree
-
-
 def _value(kind: Any, value: Any, path: str) -> Any:
     """Return `value` as `kind`: int, float, bool, str, a Literal, or a tuple of these."""
     if typing.get_origin(kind) is tuple:
@@ -225,7 +209,13 @@ def _value(kind: Any, value: Any, path: str) -> Any:
         value = float(value)
     _require(type(value) is kind, f'{path} must be of type {kind.__name__}, but is {value!r}.')
     if kind in (int, float):
-        _check_number(value, path)
+        name = path.rpartition('.')[2]
+        least = AT_LEAST.get(name, 0)
+        _require(name not in POSITIVE or value > 0, f'{path} must be positive, but is {value}.')
+        _require(
+            least <= value < math.inf,
+            f'{path} must be at least {least} and finite, but is {value}.',
+        )
     if path in FOLDERS and (value or path != 'init_from'):  # '' there: to be given
         try:
             value = command.expand(str(value))
@@ -235,8 +225,9 @@ def _value(kind: Any, value: Any, path: str) -> Any:
 
 
 def _tuple(kinds: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...]:
-    if isinstance(value, Mapping):  # a group with any keys, as multipliers
-        value = sorted(value.items())
+    if isinstance(value, Mapping):  # multipliers: a group with any keys
+        _, kind = typing.get_args(kinds[0])
+        return tuple((key, _value(kind, value[key], f'{path}.{key}')) for key in sorted(value))
     _require(isinstance(value, (list, tuple)), f'{path} must be a tuple, but is {value!r}.')
     if kinds[-1] is Ellipsis:
         kinds = kinds[:1] * len(value)
@@ -244,37 +235,22 @@ def _tuple(kinds: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...]:
     return tuple(_value(k, v, path) for k, v in zip(kinds, value, strict=True))
 
 
-def _check_number(value: float, path: str) -> None:
-    name = path.rpartition('.')[2]
-    least, most = AT_LEAST.get(name, -math.inf), 2**64 if path == 'seed' else 2**31
-    _require(math.isfinite(value), f'{path} must be finite, but is {value!r}.')
-    _require(
-        isinstance(value, float) or value < most, f'{path} must be below {most}, but is {value}.'
-    )
-    _require(name not in POSITIVE or value > 0, f'{path} must be positive, but is {value}.')
-    _require(value >= least, f'{path} must be at least {least}, but is {value}.')
-
-
 # ------------------------------------------------------------------------------ the layer table
 
 
-def _net(section: Any) -> Net:
-    tree = dict(_group(section, 'model'))
+def _net(tree: Mapping[str, Any]) -> Net:
+    tree = dict(tree)
     names = _value(tuple[str, ...], tree.pop('layers', None), 'model.layers')
     scaling = _value(
         Literal['none', 'fan_in'], tree.pop('init_scaling', None), 'model.init_scaling'
     )
-    rows = {name: tree.pop(name) for name in section if _is_layer(section[name])}
     _require(bool(names), 'model.layers is empty; list at least one layer.')
     _require(len(set(names)) == len(names), f'model.layers lists a layer twice: {names}.')
+    groups = [key for key in tree if isinstance(tree[key], Mapping)]
+    rows = {key: tree.pop(key) for key in groups if 'reads' in tree[key]}
     for name in names:
         _require_one_of(sorted(rows), name, 'model.layers')
-    rows = {name: dict(rows[name]) for name in names}
-    fan_ins = [
-        _value(int, row.pop('reference_fan_in', None), f'model.{name}.reference_fan_in')
-        for name, row in rows.items()
-    ]
-    layers = tuple(_layer(*item) for item in rows.items())
+    layers, fan_ins = zip(*(_layer(name, rows[name]) for name in names), strict=True)
     net = _build(Net, tree, 'model', layers=layers)
     net = dataclasses.replace(net, channels=net.channels or 3)  # until the data is known
     _check_net(net)
@@ -282,22 +258,20 @@ def _net(section: Any) -> Net:
     if scaling == 'none':
         return net
     # fan-in * std^2 stays as in run 145's net, and with it the strength of the signal.
-    factors = [math.sqrt(ours / s.fan_in) for s, ours in zip(stages, fan_ins, strict=True)]
     scaled = (
-        dataclasses.replace(layer, init_std=layer.init_std * factor)
-        for layer, factor in zip(layers, factors, strict=True)
+        dataclasses.replace(s.layer, init_std=s.layer.init_std * math.sqrt(fan_in / s.fan_in))
+        for s, fan_in in zip(stages, fan_ins, strict=True)
     )
     return dataclasses.replace(net, layers=tuple(scaled))
 
 
-def _is_layer(value: Any) -> bool:
-    return isinstance(value, Mapping) and 'reads' in value
-
-
-def _layer(name: str, row: Mapping[str, Any]) -> Layer:
+def _layer(name: str, row: Mapping[str, Any]) -> tuple[Layer, int]:
+    """Return a layer, and the fan-in that its `init_std` is for."""
     if row.get('kind') == 'fc':  # has no window
         row = {'kernel_px': 1, 'stride_px': 1, 'padding_px': ((0, 0), (0, 0)), **row}
-    return _build(Layer, row, f'model.{name}', name=name)
+    path, row = f'model.{name}', dict(row)
+    fan_in = _value(int, row.pop('reference_fan_in', None), f'{path}.reference_fan_in')
+    return _build(Layer, row, path, name=name), fan_in
 
 
 def _check_net(net: Net) -> None:
@@ -346,9 +320,8 @@ def _check_rates(settings: Settings) -> None:
         'none: set it to a split, or choose another schedule.',
     )
     _require_one_of(['none', *names], update.late_freeze.layer, 'optimizer.late_freeze.layer')
-    for name, factor in update.multipliers:
+    for name, _ in update.multipliers:
         _require_one_of(names, name, 'optimizer.multipliers')
-        _require(factor >= 0, f'optimizer.multipliers.{name} must be at least 0, but is {factor}.')
 
 
 def _check_mesh(mesh: MeshShape, net: Net) -> None:

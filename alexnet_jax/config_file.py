@@ -201,16 +201,11 @@ def as_json(config: Config) -> str:
     return json.dumps(tree, indent=2, sort_keys=True)
 
 
-def differences(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
-    """Return {dotted key: [its value in a, in b]} of all keys in which two configs differ.
+def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
+    """Return {dotted key: [its value in a, in b]} of all values in which two configs differ.
 
     Configs are dicts of JSON values. A missing key has the value None.
     """
-    found = {}
-    for key in sorted({*a, *b}):
-        left, right = a.get(key), b.get(key)
-        if isinstance(left, Mapping) and isinstance(right, Mapping):
-            found |= differences(left, right, f'{prefix}{key}.')
-        elif left != right or (key in a) != (key in b):
-            found[prefix + key] = [left, right]
-    return found
+    left, right = _flat(a), _flat(b)
+    both = {key: [left.get(key), right.get(key)] for key in sorted({*left, *right})}
+    return {key: [x, y] for key, (x, y) in both.items() if x != y}

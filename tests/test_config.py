@@ -510,13 +510,12 @@ def test_a_narrowed_net_keeps_the_strength_of_its_init():
 
 WRONG = {
     'batch_size': ('64', 'batch_size must be of type int'),
-    'loop.log_every_steps': (2**31, 'must be below 2147483648'),
     'data.data_dir': ('gs://bucket/data', 'data.data_dir: gs://bucket/data is not a local path'),
     'data.data_dir[1]': ('', 'data.data_dir: an empty path is not a local path'),
     'init_from': ('s3://bucket/run:best', 'init_from: s3://bucket/run:best is not a local path'),
     'loop.compilation_cache': ('gs://b/c', 'loop.compilation_cache: gs://b/c is not a local path'),
     'seed': (-1, 'seed must be at least 0'),
-    'epochs': (float('nan'), 'epochs must be finite'),
+    'epochs': (float('nan'), 'epochs must be at least 0 and finite'),
     'learning_rate': (0.1, 'learning_rate is not a key'),
     'model.layers': ((), 'model.layers is empty'),
     'model.layers[2]': (('conv1', 'conv1'), 'twice'),
