@@ -39,13 +39,6 @@ def load(where: str, overrides: Mapping[str, Any]) -> Config:
     file = Path(os.path.expanduser((name + python.removesuffix(':')).strip()))
     if not file.exists() and (ROOT / file).exists():  # one of configs/, from any folder
         file = ROOT / file
-    config = _read(file, argument)
-    for key, value in overrides.items():
-        override(config, key, value)
-    return config
-
-
-def _read(file: Path, argument: str) -> Config:
     if not file.is_file():
         run = (file / 'config.json').is_file()
         raise UsageError(
@@ -62,12 +55,14 @@ def _read(file: Path, argument: str) -> Config:
             config = runpy.run_path(str(file))['get_config'](*filter(None, [argument]))
         if missing := {'name', 'scale', 'seed', 'model', 'data'} - {*config}:
             raise ValueError(f'{", ".join(sorted(missing))} is missing from this config')
-        return config
     except Exception as error:  # anything may be wrong in a user's Python file
         raise UsageError(
             f'{file} gives no config: {error} ({type(error).__name__}); correct it, as '
             f'configs/smoke.py shows.'
         ) from error
+    for key, value in overrides.items():
+        override(config, key, value)
+    return config
 
 
 # ------------------------------------------------------------------------------------- overrides
@@ -116,7 +111,7 @@ def _hint(config: Config, key: str) -> str:
     if near := difflib.get_close_matches(key, keys, n=2, cutoff=0.75):
         return f'did you mean {" or ".join(near)}?'
     for file in sorted((ROOT / 'configs').glob('[a-z]*.py')):
-        if key in _flat(_read(file, '')):
+        if key in _flat(load(str(file), {})):
             return f'configs/{file.name} has it.'
     return f'the groups of keys are {", ".join(key for key in config if _is_section(config[key]))}.'
 
@@ -201,11 +196,16 @@ def as_json(config: Config) -> str:
     return json.dumps(tree, indent=2, sort_keys=True)
 
 
-def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
-    """Return {dotted key: [its value in a, in b]} of all values in which two configs differ.
+def differences(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
+    """Return {dotted key: [its value in a, in b]} of all keys in which two configs differ.
 
     Configs are dicts of JSON values. A missing key has the value None.
     """
-    left, right = _flat(a), _flat(b)
-    both = {key: [left.get(key), right.get(key)] for key in sorted({*left, *right})}
-    return {key: [x, y] for key, (x, y) in both.items() if x != y}
+    found = {}
+    for key in sorted({*a, *b}):
+        left, right = a.get(key), b.get(key)
+        if isinstance(left, Mapping) and isinstance(right, Mapping):
+            found |= differences(left, right, f'{prefix}{key}.')
+        elif left != right or (key in a) != (key in b):
+            found[prefix + key] = [left, right]
+    return found

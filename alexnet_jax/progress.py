@@ -72,10 +72,3 @@ def progress(what: str, total: int) -> Generator[Callable[[int], None]]:
                 bar.line(f'{what}: {done:,} of {total:,} ({done / total:.0%})')
 
         yield update
-
-
-def duration(secs: float) -> str:
-    """Format a duration: '1:15', '2:00:05'."""
-    minutes, seconds = divmod(round(max(secs, 0)), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f'{hours}:{minutes:02d}:{seconds:02d}' if hours else f'{minutes}:{seconds:02d}'

@@ -3,7 +3,7 @@
 from rich.console import Console
 
 from alexnet_jax import progress
-from alexnet_jax.progress import ProgressBar, duration
+from alexnet_jax.progress import ProgressBar
 
 
 def test_plain_lines_when_not_a_terminal(capsys):
@@ -33,7 +33,3 @@ def test_preparation_prints_lines_when_not_a_terminal(monkeypatch, capsys):
         update(1000)
         update(3000)
     assert capsys.readouterr().err.endswith('reading: 3,000 of 4,000 (75%)\n')
-
-
-def test_durations():
-    assert [duration(secs) for secs in (-1, 75, 7205)] == ['0:00', '1:15', '2:00:05']

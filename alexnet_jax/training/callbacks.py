@@ -1,6 +1,7 @@
 """Callbacks of the training loop: logging, profiling, and signals that end a run early."""
 
 import contextlib
+import datetime
 import signal
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,9 +12,9 @@ import numpy as np
 
 from alexnet_jax.errors import RunError
 from alexnet_jax.parallel import distributed
-from alexnet_jax.progress import ProgressBar, duration
+from alexnet_jax.progress import ProgressBar
 from alexnet_jax.training.job import Job
-from alexnet_jax.training.metrics import History, MetricWriter, log
+from alexnet_jax.training.metrics import History, Metrics, MetricWriter, log
 
 STALL_SHARE = 0.05  # of the training time; the log warns when waiting for input takes more
 SETTLE_STEPS = 10  # the first steps compile, fill the prefetch queue and allocate memory
@@ -25,10 +26,8 @@ class Callback:
     def on_step_end(self, step: int, state: Any) -> None:
         """Act when a step has been dispatched; `state` may still be under computation."""
 
-    def on_metrics(
-        self, step: int, metrics: Mapping[str, tuple[Any, Any]], wait_secs: float
-    ) -> None:
-        """Receive a step's {metric: (sum, count)} and its wait for input, while the next runs."""
+    def on_metrics(self, step: int, metrics: Metrics, wait_secs: float) -> None:
+        """Receive a step's metrics and its wait for input, while the next step runs."""
 
     def on_evaluation(self, step: int, scores: Mapping[str, float]) -> None:
         """Receive the scores on the validation images."""
@@ -58,9 +57,7 @@ class StepLog(Callback):
         self.steps, self.wait_secs, self.logged_secs = 0, 0.0, history.secs
         self.records, self.warned = 0, False
 
-    def on_metrics(
-        self, step: int, metrics: Mapping[str, tuple[Any, Any]], wait_secs: float
-    ) -> None:
+    def on_metrics(self, step: int, metrics: Metrics, wait_secs: float) -> None:
         """Add the step to the means; write a record every `log_every_steps`."""
         self.history.add(metrics)
         self.steps += 1
@@ -79,8 +76,8 @@ class StepLog(Callback):
         text = f'loss {means["loss"]:.4f}  {rate:.0f} images/s'
         self.bar.to(step, text)
         if self.bar.plain:
-            left = (total - step) * size / rate
-            log(f'step {step}/{total}  {text}  {duration(left)} left')
+            left = datetime.timedelta(seconds=round((total - step) * size / rate))
+            log(f'step {step}/{total}  {text}  {left} left')
         self._warn_of_slow_input(secs)
         self.steps, self.wait_secs, self.logged_secs = 0, 0.0, self.history.secs
 

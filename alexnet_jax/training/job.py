@@ -190,28 +190,19 @@ def resume_or_start(job: Job) -> tuple[Job, TrainState, History, dict]:
             f'{job.workdir} has been trained for {restored.step} steps, but an extension to '
             f'{job.settings.epochs:g} epochs ends after {job.total_steps} steps; increase epochs.'
         )
+    names = restored.extra['class_names']
     log(f'resuming at step {restored.step} of {job.total_steps} in {job.workdir}')
-    job = _match_classes(job, restored.extra['class_names'])
     found = mesh.put_global(restored.state['statistics'], job.layout.replicated)
-    job = dataclasses.replace(job, statistics=Statistics(**found))
-    shapes = jax.eval_shape(lambda: init_state(job.settings, job.optimizer))
-    state = checkpoint.fit_to(shapes, restored.state['state'], folder)
-    state = mesh.put_global(state, job.shardings)
-    return job, state, History(**restored.extra.get('history', {})), changed
-
-
-def _match_classes(job: Job, names: list[str]) -> Job:
-    """Number the classes of the data as the checkpoint does; see `splits.match`."""
     matched = {
         split: splits.match(dataset, names, job.settings.data, job.workdir)
         for split in splits.NAMED
         if (dataset := getattr(job, split)) is not None
     }
-    if sorted(job.train.class_names) == sorted(names) and job.train.class_names != tuple(names):
-        log(
-            'warning: the classes of the data are now in a different order; they are mapped by name'
-        )
-    return dataclasses.replace(job, **matched)
+    job = dataclasses.replace(job, statistics=Statistics(**found), **matched)
+    shapes = jax.eval_shape(lambda: init_state(job.settings, job.optimizer))
+    state = checkpoint.fit_to(shapes, restored.state['state'], folder)
+    state = mesh.put_global(state, job.shardings)
+    return job, state, History(**restored.extra.get('history', {})), changed
 
 
 def _initialise(job: Job) -> TrainState:
@@ -220,7 +211,7 @@ def _initialise(job: Job) -> TrainState:
     if (where := settings.init_from) == 'none':
         return state
     fresh = job.layout.to_host(state.params)
-    names = [job.train.class_names, splits.class_names(settings.data, words=False)]
+    names = [job.train.class_names, splits.own_names(settings.data)]
     params = finetune.parameters(settings, finetune.read(where), fresh, names)
     return state.replace(params=mesh.put_global(params, job.shardings.params))
 
@@ -246,10 +237,5 @@ def first_crops(job: Job) -> Array:
     """Return centre crops [B, H, W, C], as conv1 sees them, of the first batch's images."""
     net, recipe = job.settings.net, job.settings.preprocess
     images = jnp.asarray(job.host_batch(0, slice(PREFLIGHT_IMAGES))['image'])
-    statistics = job.layout.to_host(job.statistics)
-
-    @jax.jit
-    def crops(images, statistics):
-        return augment.view(images, statistics, net, recipe)
-
-    return crops(images, statistics)
+    view = jax.jit(augment.view, static_argnums=(2, 3))
+    return view(images, job.layout.to_host(job.statistics), net, recipe)

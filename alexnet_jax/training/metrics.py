@@ -17,6 +17,7 @@ import jax
 from alexnet_jax import command, files
 from alexnet_jax.parallel import distributed
 
+Metrics = Mapping[str, tuple[Any, Any]]  # of a step: {metric: (sum, count)}
 # Fields that hold times. All others repeat exactly when a run is repeated or resumed.
 TIMES = ('secs', 'images_per_sec', 'stall_secs')
 
@@ -40,8 +41,8 @@ class History:
     sums: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
     secs: float = 0.0
 
-    def add(self, metrics: Mapping[str, tuple[Any, Any]]) -> None:
-        """Add a step's {metric: (sum, count)}."""
+    def add(self, metrics: Metrics) -> None:
+        """Add a step's metrics to the sums."""
         for name, (total, count) in metrics.items():
             old_total, old_count = self.sums.get(name, (0.0, 0.0))
             self.sums[name] = (old_total + float(total), old_count + float(count))
@@ -76,13 +77,9 @@ class MetricWriter:
         if tensorboard:
             self._board = _board(workdir / 'tensorboard', resume_step)
 
-    def has(self, kind: str, step: int) -> bool:
-        """Return whether an earlier start has written this record."""
-        return (kind, step) in self._resumed
-
     def write(self, kind: str, step: int, **values: Any) -> None:
-        """Append a record and flush it."""
-        if self._file is None:
+        """Append a record and flush it, unless an earlier start has written it."""
+        if self._file is None or (kind, step) in self._resumed:
             return
         self._file.write(json.dumps({'kind': kind, 'step': step, **values}) + '\n')
         self._file.flush()

@@ -35,7 +35,10 @@ def signal(net: Net, params: Any, pixels: Array) -> dict[str, float]:
     def measure(params, pixels):
         seen = alexnet.activations(net, params, pixels)
         outputs = [seen[alexnet.activation_names(layer)[-1]] for layer in net.layers]
-        return [_across_images(values) for values in (pixels, *outputs)]
+        return [
+            jnp.sqrt(jnp.mean(jnp.var(values.astype(jnp.float32), axis=0)))
+            for values in (pixels, *outputs)
+        ]
 
     names = ['pixels', *(layer.name for layer in net.layers)]
     return dict(zip(names, map(float, measure(params, pixels)), strict=True))
@@ -81,7 +84,3 @@ def first_not_finite(net: Net, params: Any, pixels: Array, labels: Array, masks:
             if not np.all(np.isfinite(values)):
                 return f'the gradient of {layer.name}/{kind}'
     return 'the loss alone'
-
-
-def _across_images(values: Array) -> Array:
-    return jnp.sqrt(jnp.mean(jnp.var(values.astype(jnp.float32), axis=0)))

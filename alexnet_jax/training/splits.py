@@ -52,10 +52,9 @@ def open_splits(config: Data, splits: Sequence[str], data_dir: str = '') -> list
     return [load(split) for split in splits]
 
 
-def class_names(config: Data, data_dir: str = '', *, words: bool = True) -> tuple[str, ...]:
-    """Return the class names of a run's data set by label: its words, or TFDS's names."""
-    about = datasets.describe(config.name, _ensure(config, data_dir))
-    return about.words if words else about.class_names
+def own_names(config: Data, data_dir: str = '') -> tuple[str, ...]:
+    """Return a data set's own class names by label, such as WordNet ids."""
+    return datasets.describe(config.name, _ensure(config, data_dir)).class_names
 
 
 def match(
@@ -80,7 +79,7 @@ def match(
     names = tuple(names)
     if dataset.class_names == names:
         return dataset
-    ids, numbers = class_names(config, data_dir, words=False), tuple(map(str, range(len(names))))
+    ids, numbers = own_names(config, data_dir), tuple(map(str, range(len(names))))
     unnamed = names if numbers in (names, dataset.class_names) else ()
     choices = (dataset.class_names, ids, unnamed)
     found = next((x for x in choices if sorted(x) == sorted(names)), ())

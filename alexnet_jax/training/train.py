@@ -77,8 +77,7 @@ def record_extension(job: Job, step: int, changed: dict, writer: MetricWriter) -
     log(f'extending from step {step}: {words}. Learning rates now follow the new config.')
     if distributed.is_first():
         workdirs.write_config(job.settings, job.workdir)
-    if not writer.has('extension', step):
-        writer.write('extension', step, changed=changed)
+    writer.write('extension', step, changed=changed)
 
 
 # --------------------------------------------------------------------------------------- the loop
@@ -148,7 +147,8 @@ def train(
                 batch = next(batches)
                 wait_secs = time.perf_counter() - begin
                 state, metrics = job.train_step(state, batch, job.statistics)
-                reporter.after(step, metrics, wait_secs, state)
+                cpu.block_on_cpu(metrics)
+                reporter.report(state, (step, metrics, wait_secs))
             for callback in callbacks:
                 callback.on_step_end(step, state)
             if step == start + 1:  # it is compiled
@@ -181,29 +181,25 @@ class _Reporter:
         self.history.secs += 0.0 if self._since is None else now - self._since
         self._since = now
 
-    def after(self, step: int, metrics: Any, wait_secs: float, state: TrainState) -> None:
-        """Report the step before `step`, which has been dispatched."""
-        previous, self._pending = self._pending, (step, metrics, wait_secs)
-        cpu.block_on_cpu(metrics)
-        if previous is not None:
-            self._report(*previous, state)
-
-    def catch_up(self, state: TrainState) -> None:
-        """Report the last step too, wait for `state`, and pause the clock until the next step."""
-        if self._pending is not None:
-            pending, self._pending = self._pending, None
-            self._report(*pending, state)
-        jax.block_until_ready(state)
-        self.tick()
-        self._since = None
-
-    def _report(self, step: int, metrics: Any, wait_secs: float, state: TrainState) -> None:
+    def report(self, state: TrainState, latest: tuple[int, Any, float] | None = None) -> None:
+        """Report the step before `latest` (step, metrics, wait_secs), which has been dispatched."""
+        pending, self._pending = self._pending, latest
+        if pending is None:
+            return
+        step, metrics, wait_secs = pending
         metrics = jax.device_get(metrics)
         if not math.isfinite(metrics['loss'][0]):
             raise not_finite(self.job, state)
         self.tick()
         for callback in self.callbacks:
             callback.on_metrics(step, metrics, wait_secs)
+
+    def catch_up(self, state: TrainState) -> None:
+        """Report the last step too, wait for `state`, and pause the clock until the next step."""
+        self.report(state)
+        jax.block_until_ready(state)
+        self.tick()
+        self._since = None
 
 
 def validate(
@@ -255,8 +251,7 @@ def finish(job: Job, state: TrainState, history: History, writer: MetricWriter) 
     result = evaluate.summary(arrays, job.test.class_names)
     if distributed.is_first():
         evaluate.keep_predictions(job.workdir, 'test', arrays)
-    if not writer.has('test', job.total_steps):
-        writer.write('test', job.total_steps, secs=history.secs, **result)
+    writer.write('test', job.total_steps, secs=history.secs, **result)
     centre, ten = result['centre'], result['ten_views']
     return (
         f'{job.settings.name}: test accuracy {1 - centre["top1_error"]:.4f} '

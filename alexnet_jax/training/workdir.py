@@ -48,7 +48,8 @@ def open_workdir(settings: Settings, workdir: Path, extend: bool = False) -> Gen
     """
     with contextlib.ExitStack() as lock:
         if distributed.is_first():
-            if extend and not checkpoint.steps(workdir / 'checkpoints'):
+            saved = checkpoint.steps(workdir / 'checkpoints')
+            if extend and not saved:
                 raise UsageError(f'{workdir} contains no checkpoint to extend; remove --extend.')
             workdir.mkdir(parents=True, exist_ok=True)
             file = lock.enter_context((workdir / '.lock').open('w'))
@@ -59,9 +60,7 @@ def open_workdir(settings: Settings, workdir: Path, extend: bool = False) -> Gen
                     f'another process is training in {workdir}; wait until it ends.'
                 ) from error
             path = workdir / 'config.json'
-            if path.exists() and (
-                checkpoint.steps(workdir / 'checkpoints') or metrics.read(workdir)
-            ):
+            if path.exists() and (saved or metrics.read(workdir)):
                 _check_same(config_file.read_json(path), settings, workdir, extend)
             else:
                 write_config(settings, workdir)
