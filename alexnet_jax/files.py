@@ -26,13 +26,18 @@ def atomic_write(path: str | Path) -> Generator[Path]:
     # A hidden file, which no glob finds after a power cut. The name is unique, since two processes
     # may write the same file.
     scratch = path.with_name(f'.{path.name}.{uuid.uuid4().hex}.tmp')
-    scratch.touch()
     try:
+        scratch.touch()
         yield scratch
         sync(scratch)
         scratch.replace(path)
+    except OSError as error:
+        if error.filename in (None, str(scratch)):
+            error.filename = str(path)  # for its message
+        raise
     finally:
-        scratch.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            scratch.unlink()
 
 
 def sync(path: Path) -> None:
@@ -41,35 +46,19 @@ def sync(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-@contextlib.contextmanager
-def output(path: Path) -> Generator[Path]:
-    """Write a file that the user named atomically, as `atomic_write` does.
-
-    Raises:
-        RunError: it cannot be written.
-    """
-    try:
-        with atomic_write(path) as scratch:
-            yield scratch
-    except OSError as error:
-        raise RunError(
-            f'{path} cannot be written ({error.strerror or error}); choose another output file.'
-        ) from error
-
-
 def check_writable(path: Path) -> None:
     """Check that a file can be written at `path`, before work that may take minutes.
 
     Raises:
-        RunError: its folder does not exist or cannot be written to, or `path` is a folder.
+        OSError: its folder does not exist or cannot be written to, or `path` is a folder.
     """
     try:
         tempfile.TemporaryFile(dir=path.parent).close()
-        reason = os.strerror(errno.EISDIR) if path.is_dir() else ''
     except OSError as error:
-        reason = error.strerror
-    if reason:
-        raise RunError(f'{path} cannot be written ({reason}); choose another output file.')
+        error.filename = str(path)
+        raise
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
 
 
 def read_npz(

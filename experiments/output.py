@@ -19,6 +19,11 @@ def write_text(path: Path, text: str) -> None:
         scratch.write_text(text)
 
 
+def short_commit(commit: str) -> str:
+    """Return the first nine digits of a commit, with the '+' of changed code if there is one."""
+    return commit[:9] + '+' * commit.endswith('+')
+
+
 def lines(records: Iterable[Mapping[str, Any]]) -> str:
     """Return JSON, one object per line."""
     return ''.join(json.dumps(record) + '\n' for record in records)

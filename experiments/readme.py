@@ -13,10 +13,9 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from alexnet_jax.training import metrics
 from configs import Claim
 from experiments import run_archive
-from experiments.output import NOT_RUN, config_module, markdown, read_lines
+from experiments.output import NOT_RUN, config_module, markdown, read_lines, short_commit
 from experiments.run_archive import ArchivedRun
 from experiments.throughput import tables
 
@@ -72,7 +71,7 @@ def runs() -> str:
     for run in archived_runs():
         config, views = run.config, [_accuracy(run, view) for view in ('centre', 'ten_views')]
         training = f'{run.final()["secs"]:.0f} s, {config["epochs"]:g} epochs'
-        commit = metrics.short(run.environment['commit'])
+        commit = short_commit(run.environment['commit'])
         body.append([config['scale'], _device(run), config['seed'], *views, training, commit])
     return markdown([head, *body])
 

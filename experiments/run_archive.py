@@ -25,7 +25,7 @@ from alexnet_jax.command import log
 from alexnet_jax.errors import RunError
 from alexnet_jax.inference import evaluate
 from alexnet_jax.training import metrics
-from experiments.output import lines, read_lines, write_text
+from experiments.output import lines, read_lines, short_commit, write_text
 from experiments.sweep import finished
 
 MEASURES = {'top1_error': 1, 'top5_error': 5}
@@ -227,7 +227,7 @@ def unpacked(own: Record) -> Missed:
 def trained_on(runs: Sequence[ArchivedRun]) -> str:
     """Return 'on DEVICES; commit COMMITS' of some runs."""
     devices = ', '.join(sorted({run.environment['device'] for run in runs}))
-    commits = ', '.join(sorted({metrics.short(run.environment['commit']) for run in runs}))
+    commits = ', '.join(sorted({short_commit(run.environment['commit']) for run in runs}))
     return f'on {devices}; commit {commits}'
 
 

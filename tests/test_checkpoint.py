@@ -167,6 +167,13 @@ def test_saved_on_one_mesh_and_restored_on_another(tmp_path, to):
     assert {name: x.sharding for name, x in restored.items()} == on_mesh(to)
 
 
+def test_a_relative_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_steps(Path('here'))
+    assert_same(read(Path('here')).state, state_of(2))
+    assert resumed(Path('here')).step == 2
+
+
 # ------------------------------------------------------------------ what is kept
 
 

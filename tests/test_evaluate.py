@@ -149,7 +149,7 @@ def test_the_output_is_checked_before_the_work(
     words = [word.replace('{f}', f'{copy}/{file}') for word in words]
     assert act([f'--workdir={copy}', *words]) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert f'{copy}/{file} cannot be written (Read-only file system' in line
+    assert f'{copy}/{file}: Read-only file system' in line
 
 
 def test_damaged_predictions_are_detected(smoke_run, tmp_path):

@@ -425,10 +425,13 @@ def test_without_matplotlib(workdir, tmp_path, capsys, monkeypatch):
 
 def test_an_output_that_cannot_be_written(workdir, tmp_path, capsys):
     (tmp_path / 'folder.png').mkdir()
-    for output in (tmp_path / 'nowhere' / 'f.png', tmp_path / 'folder.png'):
+    for output, reason in (
+        (tmp_path / 'nowhere' / 'f.png', 'No such file or directory'),
+        (tmp_path / 'folder.png', 'Is a directory'),
+    ):
         code, line = run_and_fail(capsys, 'curves', f'--workdir={workdir}', f'--output={output}')
         assert code == 1
-        assert f'{output} cannot be written' in line
+        assert f'{output}: {reason}' in line
     assert files(tmp_path) == ['folder.png']
     assert files(tmp_path / 'folder.png') == []
 
@@ -439,7 +442,7 @@ def test_a_full_disk_keeps_the_old_figure(workdir, small_disk, capsys):
     (small_disk / 'filler').write_bytes(bytes(shutil.disk_usage(small_disk).free - 8192))
     code, line = run_and_fail(capsys, 'curves', f'--workdir={workdir}', f'--output={output}')
     assert code == 1
-    assert 'cannot be written (No space left on device)' in line
+    assert f'{output}: No space left on device' in line
     assert output.read_bytes() == b'the old one'
     assert files(small_disk) == ['curves.png', 'filler']
 

@@ -175,7 +175,7 @@ def run(args: argparse.Namespace) -> None:
     body = drawing.render(make(args.figure, runs), output.suffix[1:])
     if args.figure == 'fig3' and (found := runs[0].specialisation):
         print(found)
-    with files.output(output) as scratch:
+    with files.atomic_write(output) as scratch:
         scratch.write_bytes(body)
     print(output)
 

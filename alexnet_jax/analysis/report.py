@@ -147,7 +147,7 @@ def run(args: argparse.Namespace) -> None:
     with contextlib.suppress(RunError):  # a missing checkpoint leaves its sections out
         _ = found.trained  # a step that does not exist is a usage error
     body = page(found).encode()
-    with files.output(output) as scratch:
+    with files.atomic_write(output) as scratch:
         scratch.write_bytes(body)
     log(f'{args.workdir}: {len(body):,} bytes')
     print(output)

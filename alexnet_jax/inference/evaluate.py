@@ -148,7 +148,7 @@ def open_split(trained: Trained, split: str, data_dir: str = '') -> Dataset:
         RunError: the data set does not exist or is damaged.
     """
     config = trained.settings.data
-    (dataset,) = splits.open_splits(config, (split,), data_dir)
+    dataset = splits.load(config, split, data_dir)
     channels, expected = dataset.images.shape[-1], trained.settings.net.channels
     if channels not in (1, expected):
         raise UsageError(

@@ -135,11 +135,14 @@ def write(features: Features, path: Path, block: int) -> None:
     and 'label' [N] and 'path' [N] where they are known.
 
     Raises:
-        RunError: a file cannot be written.
+        OSError: a file cannot be written.
     """
     rest = {'about': features.about, 'label': features.label, 'path': features.path}
     header = {'descr': '<f4', 'fortran_order': False, 'shape': features.rows.shape}
-    with files.output(path) as scratch, files.output(path.with_suffix('.json')) as beside:
+    with (
+        files.atomic_write(path) as scratch,
+        files.atomic_write(path.with_suffix('.json')) as beside,
+    ):
         beside.write_text(json.dumps(rest))
         with scratch.open('wb') as file:
             np.lib.format.write_array_header_2_0(file, header)

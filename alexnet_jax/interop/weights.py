@@ -259,7 +259,8 @@ def export_checkpoint(file: Path, workdir: Path, at: checkpoint.Step = 'latest')
 
     Raises:
         UsageError: the step does not exist.
-        RunError: there is no checkpoint, it is damaged, or the file cannot be written.
+        RunError: there is no checkpoint, or it is damaged.
+        OSError: the file cannot be written.
     """
     restored = checkpoint.read(workdir / 'checkpoints', at)
     settings = configuration.unpack(restored.extra['config'])
@@ -272,7 +273,7 @@ def export_checkpoint(file: Path, workdir: Path, at: checkpoint.Step = 'latest')
         body = command.library('safetensors.numpy', 'weights').save(arrays, head)
     else:
         body = GRAPHS[file.suffix](settings, params, statistics)
-    with files.output(file) as scratch:
+    with files.atomic_write(file) as scratch:
         scratch.write_bytes(body)
     return f'{file}: step {restored.step} of {workdir}, {len(body):,} bytes'
 

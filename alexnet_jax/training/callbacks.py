@@ -103,10 +103,6 @@ class StepLog(Callback):
             f'top-5 {scores["top5_error"]:.2%}, loss {scores["nll"]:.4f}'
         )
 
-    def close(self) -> None:
-        """Restore the terminal."""
-        self.bar.close()
-
 
 class StepProfiler(Callback):
     """Traces some steps of this start of a run, for TensorBoard and Perfetto.

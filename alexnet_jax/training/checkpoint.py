@@ -206,9 +206,7 @@ def steps(directory: Path) -> list[int]:
 def best_step(directory: Path, *more: tuple[float | None, int]) -> int | None:
     """Return the step with the lowest validation error (of two equal, the later), or None.
 
-    Args:
-        directory: the folder of the checkpoints.
-        more: (error, step) of others, which are not on disk yet.
+    `more` are (error, step) of checkpoints that are not on disk yet.
     """
     found = [*more]
     for step in steps(directory):
@@ -245,8 +243,11 @@ def _chosen(directory: Path, step: Step) -> Path:
     there = [*map(str, steps(directory))]
     if not there:
         raise RunError(f'no checkpoint in {directory}; train first with --mode=train.')
-    names = {'latest': there[-1], 'best': str(best_step(directory)) if step == 'best' else ''}
-    number = names.get(str(step), str(step))
+    number = str(step)
+    if step == 'latest':
+        number = there[-1]
+    elif step == 'best':
+        number = str(best_step(directory))
     if number not in there:
         what = 'with a validation error' if step == 'best' else f'of step {step}'
         raise UsageError(

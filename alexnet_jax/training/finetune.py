@@ -64,13 +64,14 @@ def parameters(
     theirs = restored.state['state']['params']
     same_classes = restored.extra['class_names'] in [list(names) for names in class_names]
 
-    def why_fresh(layer: str) -> str:
-        if layer not in theirs:
+    def why_fresh(name: str) -> str:
+        if name not in theirs:
             return 'missing there'
-        ours, there = fresh[layer], theirs[layer]
+        ours, there = fresh[name], theirs[name]
         if any(tuple(ours[kind].shape) != tuple(there[kind].shape) for kind in ours):
-            return f'{_size(there)} there, {_size(ours)} here'
-        return 'other classes' if layer == layers[-1] and not same_classes else ''
+            sizes = ['x'.join(map(str, layer['kernel'].shape)) for layer in (there, ours)]
+            return f'{sizes[0]} there, {sizes[1]} here'
+        return 'other classes' if name == layers[-1] and not same_classes else ''
 
     reasons = {layer: why_fresh(layer) for layer in layers}
     carried = [name for name in layers if not reasons[name] and name in (wanted or layers)]
@@ -88,10 +89,6 @@ def parameters(
     if strange := differences(restored.extra['config'], settings.tree, carried):
         log(f'warning: {where} was trained with different values of {", ".join(strange)}')
     return {layer: (theirs if layer in carried else fresh)[layer] for layer in layers}
-
-
-def _size(layer: Mapping[str, np.ndarray]) -> str:
-    return 'x'.join(map(str, layer['kernel'].shape))
 
 
 def _because(reasons: Mapping[str, str]) -> str:

@@ -102,8 +102,8 @@ def open_job(settings: Settings, workdir: Path) -> Job:
         RunError: the data does not exist or is damaged.
     """
     layout = mesh.make_layout(settings.mesh, settings.batch_size)
-    validated = () if settings.data.validation == 'none' else ('validation',)
-    train, test, *validation = splits.open_splits(settings.data, ('train', 'test', *validated))
+    train, test = (splits.load(settings.data, split) for split in ('train', 'test'))
+    validated = settings.data.validation != 'none'
     _check_data(settings, train)
     if distributed.several():
         images, labels = train.take(np.linspace(0, len(train) - 1, AGREED_IMAGES, dtype=int))
@@ -119,7 +119,7 @@ def open_job(settings: Settings, workdir: Path) -> Job:
         workdir=workdir,
         layout=layout,
         train=train,
-        validation=validation[0] if validation else None,
+        validation=splits.load(settings.data, 'validation') if validated else None,
         test=test,
         statistics=statistics,
         optimizer=optimizer,

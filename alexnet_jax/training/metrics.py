@@ -152,11 +152,6 @@ def device_name() -> str:
     return found.group(1) if found else platform.processor() or platform.machine()
 
 
-def short(commit: str) -> str:
-    """Return the first nine digits of a commit, with the '+' of changed code if there is one."""
-    return commit[:9] + '+' * commit.endswith('+')
-
-
 def commit() -> str:
     """Return the code's commit, followed by '+' if tracked files were changed; or 'unknown'.
 

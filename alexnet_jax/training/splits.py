@@ -21,35 +21,25 @@ from alexnet_jax.parallel import distributed
 NAMED = ('train', 'validation', 'test')
 
 
-def open_splits(config: Data, splits: Sequence[str], data_dir: str = '') -> list[Dataset]:
-    """Open splits of a run's data set, numbered as the data set numbers its classes.
+def load(config: Data, split: str, data_dir: str = '') -> Dataset:
+    """Open a split of a run's data set, its classes numbered as the data set numbers them.
 
     Args:
         config: the data section of the run's config.
-        splits: 'train', 'validation', 'test', or split expressions of TFDS.
+        split: 'train', 'validation', 'test', or a split expression of TFDS.
         data_dir: the folder of all data sets; the config's if empty.
 
     Raises:
-        UsageError: a split does not exist.
+        UsageError: the split does not exist.
         RunError: the data set does not exist or is damaged.
     """
-    folder = _ensure(config, data_dir)
-
-    def load(split: str) -> Dataset:
-        part = getattr(config, split) if split in NAMED else split
-        try:
-            return datasets.load(
-                config.name,
-                folder,
-                part,
-                workers=config.workers,
-                resident_gib=config.resident_gib,
-            )
-        except UsageError as error:
-            key = f'data.{split}={part}: ' if split in NAMED else ''
-            raise UsageError(f'{key}{error}') from error
-
-    return [load(split) for split in splits]
+    folder, part = _ensure(config, data_dir), getattr(config, split) if split in NAMED else split
+    size = {'workers': config.workers, 'resident_gib': config.resident_gib}
+    try:
+        return datasets.load(config.name, folder, part, **size)
+    except UsageError as error:
+        key = f'data.{split}={part}: ' if split in NAMED else ''
+        raise UsageError(f'{key}{error}') from error
 
 
 def own_names(config: Data, data_dir: str = '') -> tuple[str, ...]:
@@ -67,11 +57,11 @@ def match(
     '0', '1', ..., as those of imported weights, match any classes of the same number.
 
     Args:
-        dataset: one of `open_splits`.
+        dataset: see `load`.
         names: the checkpoint's class names, by label.
         config: the data section of the run's config.
         owner: the checkpoint's workdir, for messages.
-        data_dir: see `open_splits`.
+        data_dir: see `load`.
 
     Raises:
         UsageError: the data has other classes than the checkpoint.

@@ -95,7 +95,7 @@ def train_to_end(job: Job, state: TrainState, history: History, writer: MetricWr
     step_log = StepLog(job, history, writer, start)
     checkpoints = Checkpoints(job.workdir / 'checkpoints')
     # A signal does not end the wait for the last save.
-    with contextlib.closing(step_log), Interrupt() as interrupt, checkpoints:
+    with contextlib.closing(step_log.bar), Interrupt() as interrupt, checkpoints:
         saver = CheckpointSaver(job, history, checkpoints)
         state = train(job, state, history, [step_log, profiler, saver, interrupt])
     if (step := int(state.step)) < total:
@@ -233,8 +233,7 @@ def not_finite(job: Job, state: TrainState) -> RunError:
     step = int(state.step)
     batch = jax.tree.map(jnp.asarray, job.host_batch(step))
     pixels, masks = inputs(job.settings, len(job.train), state, batch, statistics)
-    net = job.settings.net
-    where = checks.first_not_finite(net, state.params, pixels, batch['label'], masks)
+    where = checks.first_not_finite(job.settings.net, state.params, pixels, masks)
     return RunError(
         f'step {step + 1}: the loss or a gradient is not finite, first in {where}; lower '
         f"optimizer.weights.rate or the layer's init_std. Checkpoints are unchanged."

@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from alexnet_jax.training import metrics
-from experiments.output import NOT_RUN, markdown
+from experiments.output import NOT_RUN, markdown, short_commit
 from experiments.run_archive import read_run
 from experiments.throughput import results
 from experiments.throughput.results import Row, median
@@ -64,7 +63,7 @@ def _versions(rows: Sequence[Row]) -> str:
     """Return the versions and commits that the rows were measured with."""
     lines = []
     for key in ('jax', 'flax', 'torch_version', 'python', 'commit'):
-        shown = metrics.short if key == 'commit' else str
+        shown = short_commit if key == 'commit' else str
         values = sorted({shown(row[key]) for row in rows if key in row})
         if values:
             lines.append(f'{key.removesuffix("_version")} {" and ".join(values)}')
