@@ -95,12 +95,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         self.wait()
 
     def save(
-        self,
-        step: int,
-        state: PyTree,
-        extra: Mapping[str, Any],
-        *,
-        error: float | None,
+        self, step: int, state: PyTree, extra: Mapping[str, Any], *, error: float | None
     ) -> None:
         """Start to save `state`, which may be donated or overwritten as soon as this returns.
 
