@@ -354,10 +354,12 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         else:
             manifest = json.loads((path / 'manifest' / 'metadata').read_bytes())
             same = manifest.pop('sha256') == _sha256_of_json(manifest)
-        if not same or str(manifest['step']) != path.name:
-            raise ValueError('it does not match its sha256, or is that of another step')
+        same = same and str(manifest['step']) == path.name
+        problem = '' if same else 'it does not match its sha256, or is that of another step'
     except Exception as error:  # damage may raise anything
-        raise Damaged(path, f'manifest: {_reason(error)}') from error
+        problem = _reason(error)
+    if problem:
+        raise Damaged(path, f'manifest: {problem}')
     if 'config' in manifest['extra']:
         manifest['extra']['config'] = config_file.translated(manifest['extra']['config'])
     return manifest
