@@ -129,7 +129,9 @@ class Settings:
 
     def total_steps(self, images: int) -> int:
         """Return the steps of the run: enough to see all images `epochs` times."""
-        return math.ceil(self.epochs * images / self.batch_size)
+        steps = self.epochs * images / self.batch_size
+        _require(steps < 2**31, f'epochs={self.epochs:g} is more than 2^31 steps; lower it.')
+        return math.ceil(steps)
 
     def steps_per_epoch(self, images: int) -> float:
         """Return images / batch_size: a batch may span two epochs, and no image is dropped."""
@@ -213,8 +215,8 @@ def _value(kind: Any, value: Any, path: str) -> Any:
         least = AT_LEAST.get(name, 0)
         _require(name not in POSITIVE or value > 0, f'{path} must be positive, but is {value}.')
         _require(
-            least <= value < math.inf,
-            f'{path} must be at least {least} and finite, but is {value}.',
+            least <= value < 2**64,
+            f'{path} must be at least {least} and below 2^64, but is {value}.',
         )
     if path in FOLDERS and (value or path != 'init_from'):  # '' there: to be given
         try:

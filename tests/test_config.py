@@ -515,7 +515,7 @@ WRONG = {
     'init_from': ('s3://bucket/run:best', 'init_from: s3://bucket/run:best is not a local path'),
     'loop.compilation_cache': ('gs://b/c', 'loop.compilation_cache: gs://b/c is not a local path'),
     'seed': (-1, 'seed must be at least 0'),
-    'epochs': (float('nan'), 'epochs must be at least 0 and finite'),
+    'epochs': (float('nan'), 'epochs must be at least 0 and below'),
     'learning_rate': (0.1, 'learning_rate is not a key'),
     'model.layers': ((), 'model.layers is empty'),
     'model.layers[2]': (('conv1', 'conv1'), 'twice'),
