@@ -38,7 +38,9 @@ def main(flags: argparse.Namespace, values: dict[str, str]) -> None:
             'no --config; try --config=configs/alexnet.py, or to evaluate a run --workdir=DIR.'
         )
     config = config_file.plain(config_file.load(flags.config, values)) if flags.config else {}
-    workdir = flags.workdir or 'workdirs/{name}-{scale}-{seed}'.format(**config)
+    workdir = flags.workdir
+    if workdir is None:
+        workdir = 'workdirs/{name}-{scale}-{seed}'.format(**config)
     where = flags.coordinator_address, flags.num_processes, flags.process_id
     info = None if flags.mode == 'describe' else distributed.detect(os.environ, *where)
     request = vars(flags) | {'config': config or values, 'process_id': None}

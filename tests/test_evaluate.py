@@ -124,7 +124,7 @@ def test_a_full_disk_keeps_the_old_predictions(net, small_disk, capsys):
     path.write_bytes(b'the old ones')
     (small_disk / 'filler').write_bytes(bytes(shutil.disk_usage(small_disk).free - 8192))
     arrays = {name: np.zeros((5000, 10), np.float32) for name in ('centre', 'ten_views')}
-    evaluate.keep_predictions(small_disk, 'test', arrays | {'label': np.zeros(5000, np.int32)})
+    evaluate.keep_predictions(small_disk, 'test', arrays | {'label': np.zeros(5000, np.int32)}, 1)
     assert 'the predictions are not saved' in capsys.readouterr().err
     assert path.read_bytes() == b'the old ones'
     assert sorted(p.name for p in small_disk.iterdir()) == ['filler', path.name]

@@ -303,7 +303,26 @@ def test_features_of_another_net_are_refused(workdir, tmp_path, capsys):
         capsys, where, '--split=test[:1]', '--nearest=1', f'--among={file}'
     )
     assert (code, out) == (2, '')
-    assert 'contains fc6_relu of smoke' in err
+    assert 'contains other features than those of the queries' in err
+
+
+@pytest.mark.parametrize('damage', ['columns', 'label', 'about'])
+def test_saved_features_that_do_not_fit_are_refused(workdir, tmp_path, capsys, damage):
+    file, where = tmp_path / 'f.npy', f'--workdir={workdir}'
+    run_command(capsys, where, '--split=train[:32]', f'--output={file}')
+    rest = json.loads(file.with_suffix('.json').read_text())
+    if damage == 'columns':
+        np.save(file, np.load(file)[:, :100])
+    elif damage == 'label':
+        rest['label'][0] = 99
+    else:
+        rest['about'] = {}
+    file.with_suffix('.json').write_text(json.dumps(rest))
+    code, out, err = run_command(
+        capsys, where, '--split=test[:1]', '--nearest=1', f'--among={file}'
+    )
+    assert (code, out) == (2, '')
+    assert 'contains other features than those of the queries' in err
 
 
 @pytest.mark.parametrize(

@@ -157,7 +157,7 @@ def test_no_runs_and_damaged_ones(runs, tmp_path):
         figure1.archive(tmp_path / 'nowhere', tmp_path / 'results')
     folder = figure1.archive(runs, tmp_path / 'results')
     (folder / 'figure1_net_relu-rate0.016-1' / 'config.json').write_text('{')
-    with pytest.raises(RunError, match='is damaged'):
+    with pytest.raises(RunError, match=r'config.json cannot be read \(no JSON object'):
         figure1.read(folder)
 
 

@@ -33,7 +33,7 @@ def test_resuming_drops_later_records_and_a_torn_line(tmp_path):
         writer.write('train', step, loss=float(step))
     writer.close()
     with (tmp_path / 'metrics.jsonl').open('a') as file:
-        file.write('{"kind": "train", "st')
+        file.write('[]\n\xff{}\n{"loss": 1}\n{"kind": "train", "st')
     assert [record['step'] for record in metrics.read(tmp_path)] == [1, 2, 3]
     writer = metrics.MetricWriter(tmp_path, 2, tensorboard=False)
     writer.write('train', 3, loss=9.0)

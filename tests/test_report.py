@@ -262,6 +262,13 @@ def test_a_report_without_predictions(copy):
     assert [tag for tag, _ in document.tags].count('svg') == 2  # curves and filters
 
 
+def test_a_report_of_another_step_than_the_predictions(copy):
+    with np.load(copy / 'predictions_test.npz') as file:
+        np.savez(copy / 'predictions_test.npz', **dict(file) | {'step': 4})
+    document = Document(report.page(Run(copy)))
+    assert document.text.count('predictions_test.npz is of step 4, not of 8: create it with') == 6
+
+
 def test_a_report_of_an_interrupted_run(copy):
     """There are no predictions and no final record, and the last line is incomplete."""
     (copy / 'predictions_test.npz').unlink()
@@ -270,7 +277,7 @@ def test_a_report_of_an_interrupted_run(copy):
     (copy / 'environment.json').unlink()
     document = Document(report.page(Run(copy)))
     assert [tag for tag, _ in document.tags].count('svg') == 2
-    assert f"No such file or directory: '{copy}/environment.json'" in document.text
+    assert f'{copy}/environment.json cannot be read (No such file or directory)' in document.text
     assert 'test error' not in document.text
 
 
@@ -299,7 +306,7 @@ def test_no_run(tmp_path, capsys):
         output = tmp_path / 'r.html'
         code, line = run_and_fail(capsys, f'--workdir={folder}', f'--output={output}')
         assert code == 1
-        assert f'{folder}/config.json: No such file or directory' in line
+        assert f'{folder}/config.json cannot be read (No such file or directory)' in line
     assert list(tmp_path.iterdir()) == []
 
 

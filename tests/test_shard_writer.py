@@ -181,6 +181,13 @@ def test_a_prepared_set_is_kept_and_another_form_refused(pets, made):
         make(pets, made.parents[1], Form(32, 'raw'))
 
 
+def test_a_prepared_set_with_a_damaged_description(pets, made, tmp_path):
+    shutil.copytree(made, tmp_path / 'pets' / made.name)
+    (tmp_path / 'pets' / made.name / 'preparation.json').write_text('{')
+    with pytest.raises(RunError, match=r'is damaged \(preparation.json: .*remove that folder'):
+        make(pets, tmp_path)
+
+
 # ---- kill and resume ------------------------------------------------------------------------
 
 
@@ -286,7 +293,7 @@ def test_ctrl_c_ends_at_once_without_a_traceback(many, tmp_path):
 
 def test_other_pictures_under_the_same_name_are_refused(made, tmp_path):
     others = draw(tmp_path / 'pets', {'cat': 20, 'dog': 20})
-    with pytest.raises(UsageError, match='differs in made_of'):
+    with pytest.raises(UsageError, match='differs in its images'):
         make(others, made.parents[1])
 
 
@@ -295,7 +302,7 @@ def test_the_same_number_of_other_pictures_is_refused(pets, made, tmp_path):
     assert make(others, made.parents[1]) == made  # copied elsewhere they are the same
     with (others / 'cat/0000.jpg').open('ab') as file:
         file.write(b'one byte more')
-    with pytest.raises(UsageError, match='differs in made_of'):
+    with pytest.raises(UsageError, match='differs in its images'):
         make(others, made.parents[1])
 
 

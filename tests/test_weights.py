@@ -936,9 +936,12 @@ def test_usage_errors(tmp_path, monkeypatch, capsys, words, code, sentence):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize('name', ['a.safetensors', 'a.npz'])
+@pytest.mark.parametrize('name', ['a.safetensors', 'b.safetensors', 'a.npz'])
 def test_a_foreign_file_as_own(tmp_path, capsys, name):
-    file = write(tmp_path / name, {'x': np.zeros(3, np.float32)})
+    arrays = {'x': np.zeros(3, np.float32)}
+    file = write(tmp_path / name, arrays)
+    if name == 'b.safetensors':
+        safetensors.save_file(arrays, file, {'config': '{', 'class_names': '[]'})
     assert weights.main(['import', 'own', str(file), '--workdir', str(tmp_path / 'w')]) == 2
     assert '`weights export` did not write it' in capsys.readouterr().err
     assert not (tmp_path / 'w').exists()

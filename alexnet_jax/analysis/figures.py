@@ -71,8 +71,15 @@ class Run:
 
     @functools.cached_property
     def predictions(self) -> dict[str, np.ndarray]:
-        """Return its predictions_test.npz; see `evaluate.load_predictions`."""
-        return evaluate.load_predictions(self.workdir)
+        """Return its predictions_test.npz, of this step; see `evaluate.load_predictions`."""
+        found, step = evaluate.load_predictions(self.workdir), self.trained.step
+        if found.get('step', step) != step:
+            raise RunError(
+                f'{self.workdir}/predictions_test.npz is of step {found["step"]}, not of {step}: '
+                f'create it with python main.py --mode=evaluate --workdir={self.workdir} '
+                f'--step={step}.'
+            )
+        return found
 
     @functools.cached_property
     def trained(self) -> Trained:

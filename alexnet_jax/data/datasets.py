@@ -185,7 +185,8 @@ def _folder(name: str, data_dir: Path) -> Path:
     tfds = '' if known else ' (a data set of TFDS: `tfds build`, see docs/data.md)'
     error = RunError if known else UsageError
     raise error(
-        f'{problem} (found: {found}): set data.name to another, or run '
+        f'{problem} (found: {found}): set data.name to another, or data.data_dir (--data_dir) to '
+        'where it is, or run '
         f'`{prepared.command(wanted, data_dir)}`{tfds}.'
     )
 

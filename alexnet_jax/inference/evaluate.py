@@ -270,24 +270,30 @@ def predictions_path(workdir: Path, split: str = 'test') -> Path:
     return workdir / f'predictions_{name}.npz'
 
 
-def keep_predictions(workdir: Path, split: str, arrays: Mapping[str, np.ndarray]) -> None:
+def keep_predictions(
+    workdir: Path, split: str, arrays: Mapping[str, np.ndarray], step: int
+) -> None:
     """Save predictions as an .npz file, atomically; if that fails, warn, as the scores exist."""
     path = predictions_path(workdir, split)
     try:
         with files.atomic_write(path) as scratch, scratch.open('wb') as file:
-            np.savez(file, allow_pickle=False, **arrays)
+            np.savez(file, allow_pickle=False, step=np.int64(step), **arrays)
     except OSError as error:
         log(f'warning: {path} cannot be written ({error.strerror}): the predictions are not saved')
 
 
 def load_predictions(workdir: Path) -> dict[str, np.ndarray]:
-    """Return the predictions of a run's test split: 'label' [N]; each of VIEWS [N, classes].
+    """Return predictions of a run's test split: 'label' [N]; each of VIEWS [N, classes]; 'step'.
 
     Raises:
         RunError: they do not exist or are damaged.
     """
     advice = f'create it with python main.py --mode=evaluate --workdir={workdir}'
-    return files.read_npz(predictions_path(workdir), ('label', *VIEWS), advice)
+    path = predictions_path(workdir)
+    found = files.read_npz(path, advice=advice)  # 'step' is missing from files of earlier versions
+    if not {'label', *VIEWS} <= found.keys():
+        raise RunError(f'{path} is incomplete: {advice}.')
+    return found
 
 
 # ------------------------------------------------------------------------------------ the command
@@ -310,6 +316,8 @@ def run(
         The scores, as `summary`, and the step of each workdir.
     """
     members, steps, totals = [], [], dict[str, np.ndarray]()
+    for workdir in workdirs:  # before minutes of computing
+        checkpoint.read_extra(workdir / 'checkpoints', step)
     for workdir in workdirs:
         trained = restore(workdir, step, overrides)
         arrays = predictions(trained, split, data_dir)
@@ -345,5 +353,5 @@ def predictions(trained: Trained, split: str, data_dir: str) -> dict[str, np.nda
     net = trained.settings, trained.layout, trained.params, trained.statistics
     arrays = probabilities(*net, dataset, VIEWS) | {'label': dataset.labels}
     if distributed.is_first():
-        keep_predictions(trained.workdir, split, arrays)
+        keep_predictions(trained.workdir, split, arrays, trained.step)
     return arrays

@@ -235,11 +235,13 @@ def _among(trained: Trained, queries: Features, args: argparse.Namespace) -> Fea
     if Path(args.among).suffix != '.npy':
         return of_split(trained, args.layer, args.among, args.data_dir or '')
     among = read(Path(args.among))
-    if any(among.about[key] != queries.about[key] for key in ('layer', 'parameters_sha256')):
-        about = '{layer} of {config} at step {step}'.format_map(among.about)
+    keys = ('layer', 'parameters_sha256', 'class_names')
+    same = all(among.about.get(key) == queries.about[key] for key in keys)
+    labels_fit = max(among.label or [0]) < len(trained.class_names)
+    if not same or not labels_fit or among.rows.shape[1:] != queries.rows.shape[1:]:
         raise UsageError(
-            f'--among={args.among} contains {about}, which does not match the features of the '
-            f'queries: create it from this checkpoint, with --layer={args.layer}.'
+            f'--among={args.among} contains other features than those of the queries: create it '
+            f'from this checkpoint, with --layer={args.layer}.'
         )
     return among
 

@@ -221,9 +221,13 @@ def import_weights(
 def _own(file: Path) -> tuple[Settings, Params, Statistics, list[str]]:
     """Return settings, parameters, statistics and class names of a file that we wrote."""
     arrays, head = weight_files.read(file), weight_files.metadata(file)
-    if not {'config', 'class_names'} <= head.keys():
-        raise UsageError(f'{file} has no config in its header: `weights export` did not write it.')
-    settings = configuration.unpack(config_file.translated(json.loads(head['config'])))
+    try:
+        config, names = (json.loads(head[key]) for key in ('config', 'class_names'))
+    except (KeyError, ValueError):
+        raise UsageError(
+            f'{file} has no config in its header: `weights export` did not write it.'
+        ) from None
+    settings = configuration.unpack(config_file.translated(config))
     # Statistics have the shape of the stored images, which no config contains.
     fields = [f'statistics/{field}' for field in Statistics._fields]
     wanted = {field: arrays[field].shape if field in arrays else () for field in fields}
@@ -232,7 +236,7 @@ def _own(file: Path) -> tuple[Settings, Params, Statistics, list[str]]:
         wanted |= {f'{name}/kernel': stage.kernel, f'{name}/bias': stage.kernel[-1:]}
     tree = traverse_util.unflatten_dict(_check(arrays, wanted, str(file)), sep='/')
     statistics = Statistics(**tree['statistics'])
-    return settings, tree['params'], statistics, json.loads(head['class_names'])
+    return settings, tree['params'], statistics, names
 
 
 def read_names(file: Path | None, classes: int) -> Sequence[str]:

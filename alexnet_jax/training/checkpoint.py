@@ -416,7 +416,9 @@ def _quiet_orbax() -> None:
             print_it(unraisable)
 
     def keep(record: logging.LogRecord) -> bool:
-        return '/orbax/' not in (record.pathname if record.name == 'absl' else record.getMessage())
+        if record.name == 'absl':
+            return '/orbax/' not in record.pathname
+        return not re.search('/orbax/|OCDBT', record.getMessage())  # OCDBT: TensorStore's format
 
     sys.unraisablehook = hook
     for name in ('absl', 'asyncio'):

@@ -1,5 +1,6 @@
 """Metrics of a run: its history, metrics.jsonl and TensorBoard, and the environment."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -97,14 +98,14 @@ class MetricWriter:
 
 
 def read(workdir: Path) -> list[dict[str, Any]]:
-    """Return the records of a run, oldest first, without a line cut off by a crash."""
+    """Return the records of a run, oldest first, without lines that are damaged or cut off."""
     path = workdir / 'metrics.jsonl'
     records = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+    for line in path.read_text(errors='replace').splitlines() if path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            record = json.loads(line)
+            if isinstance(record, dict) and {'kind', 'step'} <= record.keys():
+                records.append(record)
     return records
 
 

@@ -249,7 +249,7 @@ def finish(job: Job, state: TrainState, history: History, writer: MetricWriter) 
     arrays = evaluate.probabilities(*net, job.test, evaluate.VIEWS) | {'label': job.test.labels}
     result = evaluate.summary(arrays, job.test.class_names)
     if distributed.is_first():
-        evaluate.keep_predictions(job.workdir, 'test', arrays)
+        evaluate.keep_predictions(job.workdir, 'test', arrays, job.total_steps)
     writer.write('test', job.total_steps, secs=history.secs, **result)
     centre, ten = result['centre'], result['ten_views']
     return (

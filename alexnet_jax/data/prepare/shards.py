@@ -131,12 +131,16 @@ def make(
             (work / 'set').rename(folder)
             log(f'{source.name}: prepared in {folder}')
     prepared.describe(folder)
-    about = json.loads((folder / prepared.PREPARATION).read_text())
+    try:
+        about = json.loads((folder / prepared.PREPARATION).read_text())
+    except (OSError, ValueError) as error:
+        raise prepared.damaged(folder, f'{prepared.PREPARATION}: {error}') from None
     wanted = dataclasses.asdict(form) | dict(made_of=source.made_of)
     if different := [key for key, value in wanted.items() if about.get(key) != value]:
+        what = ', '.join(different).replace('made_of', 'its images')
         raise UsageError(
-            f'{folder} already exists and differs in {", ".join(different)}: remove that folder, '
-            'or choose another --data_dir.'
+            f'{folder} already exists and differs in {what}: remove that folder, or choose another '
+            '--data_dir.'
         )
     return folder
 
