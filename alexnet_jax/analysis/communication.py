@@ -122,16 +122,17 @@ def collectives(jaxpr: Any, mesh: Mesh, layers: Sequence[str]) -> tuple[Collecti
     """
     sizes: dict[tuple[str, str, str, str, int], int] = {}
     for equation, scope in _equations(jaxpr):
-        if kind := KINDS.get(equation.primitive.name):
-            axes = equation.params.get('axes') or equation.params['axis_name']
-            axes = [axis for axis in axes if mesh.shape[axis] > 1]
-            devices = math.prod(mesh.shape[axis] for axis in axes)
-            layer = next(word for word in re.split(r'[/()]', scope) if word in layers)
-            arrays = [one.aval for one in (*equation.invars, *equation.outvars)]
-            size = max(array.size * array.dtype.itemsize for array in arrays)
-            key = layer, _phase(scope), kind, '+'.join(axes), devices
-            if axes:
-                sizes[key] = sizes.get(key, 0) + size
+        kind = KINDS.get(equation.primitive.name)
+        names = equation.params.get('axes') or equation.params.get('axis_name', ())
+        axes = [axis for axis in names if mesh.shape[axis] > 1] if kind else []
+        if not kind or not axes:  # along an axis of one device nothing is sent
+            continue
+        layer = next(word for word in re.split(r'[/()]', scope) if word in layers)
+        devices = math.prod(mesh.shape[axis] for axis in axes)
+        key = layer, _phase(scope), kind, '+'.join(axes), devices
+        arrays = [one.aval for one in (*equation.invars, *equation.outvars)]
+        size = max(array.size * array.dtype.itemsize for array in arrays)
+        sizes[key] = sizes.get(key, 0) + size
     return tuple(Collective(*key, size) for key, size in sizes.items())
 
 

@@ -13,7 +13,6 @@ Figures need matplotlib: pip install 'alexnet_jax[figures]'.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -61,13 +60,12 @@ class Run:
     @functools.cached_property
     def records(self) -> list[dict[str, Any]]:
         """Return its metrics.jsonl, which has a training record."""
-        with contextlib.suppress(KeyError, TypeError, ValueError):  # of a damaged file
-            found = metrics.read(self.workdir)
-            if 'train' in [record['kind'] for record in found]:
-                return found
-        raise RunError(
-            f'{self.workdir}/metrics.jsonl has no training record, or is damaged: train first.'
-        )
+        found = metrics.read(self.workdir)
+        if 'train' not in [record['kind'] for record in found]:
+            raise RunError(
+                f'{self.workdir}/metrics.jsonl has no training record, or is damaged: train first.'
+            )
+        return found
 
     @functools.cached_property
     def predictions(self) -> dict[str, np.ndarray]:
@@ -85,6 +83,11 @@ class Run:
     def trained(self) -> Trained:
         """Return its checkpoint, verified."""
         return evaluate.restore(self.workdir, self.step)
+
+    @functools.cached_property
+    def scores(self) -> dict[str, Any]:
+        """Return the scores of `predictions`, see `evaluate.summary`."""
+        return evaluate.summary(self.predictions, self.trained.class_names)
 
     @functools.cached_property
     def test(self) -> Dataset:

@@ -24,7 +24,6 @@ from alexnet_jax import command, config_file, files
 from alexnet_jax.analysis import drawing, figures
 from alexnet_jax.analysis.figures import Run
 from alexnet_jax.errors import AlexNetError, RunError
-from alexnet_jax.inference import evaluate
 from alexnet_jax.model import alexnet
 from alexnet_jax.training.metrics import log
 
@@ -91,12 +90,8 @@ def picture(image: np.ndarray) -> str:
 # --------------------------------------------------------------------------------------- sections
 
 
-def _errors(run: Run) -> dict[str, Any]:
-    return evaluate.summary(run.predictions, run.trained.class_names)
-
-
 def _classes(run: Run) -> list[tuple[str, str]]:
-    accuracy = _errors(run)['class_accuracy']
+    accuracy = run.scores['class_accuracy']
     return [(name, percent(1 - accuracy[name])) for name in sorted(accuracy, key=accuracy.get)]
 
 
@@ -125,7 +120,7 @@ def mistakes(run: Run) -> list[tuple[str, int, str, float, str]]:
 
 
 PARTS: dict[str, Callable[[Run], Any]] = {
-    'errors': _errors,
+    'errors': lambda run: run.scores,
     'classes': _classes,
     'confusions': _confusions,
     'mistakes': mistakes,

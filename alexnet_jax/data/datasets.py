@@ -186,8 +186,7 @@ def _folder(name: str, data_dir: Path) -> Path:
     error = RunError if known else UsageError
     raise error(
         f'{problem} (found: {found}): set data.name to another, or data.data_dir (--data_dir) to '
-        'where it is, or run '
-        f'`{prepared.command(wanted, data_dir)}`{tfds}.'
+        f'where it is, or run `{prepared.command(wanted, data_dir)}`{tfds}.'
     )
 
 

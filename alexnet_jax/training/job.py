@@ -102,8 +102,9 @@ def open_job(settings: Settings, workdir: Path) -> Job:
         RunError: the data does not exist or is damaged.
     """
     layout = mesh.make_layout(settings.mesh, settings.batch_size)
-    train, test = (splits.load(settings.data, split) for split in ('train', 'test'))
-    validated = settings.data.validation != 'none'
+    data = settings.data  # all splits before any work, as each may be refused
+    train, test = splits.load(data, 'train'), splits.load(data, 'test')
+    validation = None if data.validation == 'none' else splits.load(data, 'validation')
     _check_data(settings, train)
     if distributed.several():
         images, labels = train.take(np.linspace(0, len(train) - 1, AGREED_IMAGES, dtype=int))
@@ -119,7 +120,7 @@ def open_job(settings: Settings, workdir: Path) -> Job:
         workdir=workdir,
         layout=layout,
         train=train,
-        validation=splits.load(settings.data, 'validation') if validated else None,
+        validation=validation,
         test=test,
         statistics=statistics,
         optimizer=optimizer,

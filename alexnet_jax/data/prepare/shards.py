@@ -193,16 +193,16 @@ def _plan(source: Source, work: Path) -> dict[str, str]:
         if source.stamp and stamp == source.stamp:
             return plan
         path.unlink()  # it is no longer that of the files below
-    plan, pictures = dict[str, str](), dict[str, list[str]]()
     counts = {split: _shard_count(n) for split, n in source.images.items() if n}
-    for split, count in counts.items():
-        for i in range(count):
-            name = prepared.shard_name(source.name, split, i, count)
-            plan[name], pictures[name] = split, []
+    names = {
+        split: [prepared.shard_name(source.name, split, i, count) for i in range(count)]
+        for split, count in counts.items()
+    }
+    plan = {name: split for split, own in names.items() for name in own}
+    pictures: dict[str, list[str]] = {name: [] for name in plan}
     for split, label, file in source.pictures():
         key = hashlib.blake2b(os.fsencode(f'{split}/{file.name}'), digest_size=8).hexdigest()
-        number = int(key, 16) % counts[split]
-        name = prepared.shard_name(source.name, split, number, counts[split])
+        name = names[split][int(key, 16) % counts[split]]
         pictures[name].append(json.dumps([key, label, *file]))
     for name, lines in pictures.items():
         own, text = work / f'{name}.plan', '\n'.join(sorted(lines))
